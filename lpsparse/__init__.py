@@ -1,0 +1,25 @@
+"""lpsparse: make pretrained checkpoints small with L_p weight decay, and prove that they still work.
+
+Names are imported on first use, so that `import lpsparse` costs nothing and commands that need no torch import none.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "prune": "verbs", "pack": "verbs", "unpack": "verbs", "verify": "verbs", "report": "verbs", "inspect": "verbs",
+    "finetune": "verbs", "evaluate": "verbs", "open": "verbs", "load": "verbs", "run": "pipeline",
+    "LpDecay": "training.decay", "LpAdamW": "training.decay",
+    "condition": "training.conditioning", "fold": "training.conditioning",
+    "ExitCode": "errors", "LpsparseError": "errors",
+}  # fmt: skip
+
+__all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lpsparse' has no attribute {name!r}")
+    return getattr(import_module(f"lpsparse.{_HOMES[name]}"), name)

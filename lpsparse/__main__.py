@@ -1,0 +1,3 @@
+from lpsparse.cli import main
+
+main()

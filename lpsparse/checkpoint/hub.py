@@ -1,0 +1,46 @@
+"""Files from the Hugging Face hub: the cache first, the network second, never when offline is asked for."""
+
+import re
+from pathlib import Path
+
+from lpsparse.errors import RemoteError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".tar", ".json", ".yaml", ".yml")
+_IGNORED = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.tflite", "*.mlmodel", "onnx/*", "openvino/*"]
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `org/name[@revision]` could be meant; a name that ends like a weight file is a path."""
+    return HUB_ID.fullmatch(text) is not None and not text.lower().endswith(_WEIGHT_SUFFIXES)
+
+
+def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder") -> tuple[Path, str]:
+    """The local snapshot of `org/name[@revision]` and the commit it is at.
+
+    `kind` is model or dataset. HF_HUB_OFFLINE is honoured by huggingface_hub. Raises RemoteError (exit 8).
+    """
+    # Imported here: huggingface_hub takes 0.2 s that local files need not pay.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo_id, _, revision = text.partition("@")
+
+    def snapshot(*, local: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repo_id, repo_type=kind, revision=revision or None, ignore_patterns=_IGNORED,
+                etag_timeout=5, local_files_only=local,
+            )
+        )  # fmt: skip
+
+    try:
+        try:
+            folder = snapshot(local=True)
+        except LocalEntryNotFoundError:
+            folder = snapshot(local=False)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = f"{text}: the {kind} is not in the local cache and the hub gave none ({reason[:120]})"
+        raise RemoteError(801, what, mend=f"check id and network, or give {replace_with}") from error
+    return folder, folder.name

@@ -1,0 +1,121 @@
+"""The bitmask layout: non-zero values and one bit a weight, the bit order of compressed-tensors <= 0.14.
+
+For a weight W of shape (d0, ...), seen as d0 rows of `columns` values:
+  W.compressed   1-D, W's dtype: the non-zero values in row order
+  W.bitmask      uint8 (d0, ceil(columns / 8)), least significant bit first: 1 is a stored value
+  W.shape        int64 (ndim,)
+  W.row_offsets  int64 (d0,): where each row starts in W.compressed
+A value is "zero" when all its bits are zero, so -0.0 is stored and unpacking is bit-exact.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lpsparse.checkpoint.dtypes import DTYPES, Bits
+from lpsparse.checkpoint.header import Entry
+from lpsparse.errors import InputError
+
+PARTS = ("compressed", "bitmask", "shape", "row_offsets")
+Read = Callable[[str, int, int], Bits]  # (part, first unit, count) -> storage units
+
+
+def stored_names(name: str) -> tuple[str, ...]:
+    return tuple(f"{name}.{part}" for part in PARTS)
+
+
+def stored_shapes(
+    name: str, dtype: str, shape: tuple[int, ...], stored: int
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of the four tensors that hold a weight with `stored` non-zero values."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    return [
+        (f"{name}.compressed", dtype, (stored,)),
+        (f"{name}.bitmask", "U8", (rows, -(-columns // 8))),
+        (f"{name}.shape", "I64", (len(shape),)),
+        (f"{name}.row_offsets", "I64", (rows,)),
+    ]
+
+
+def pays(dtype: str, shape: tuple[int, ...], stored: int) -> bool:
+    """Whether the four parts take fewer bytes than the dense tensor."""
+    if len(shape) < 2 or not DTYPES[dtype].is_float or math.prod(shape) == 0:
+        return False
+    parts = stored_shapes("", dtype, shape, stored)
+    packed = sum(math.prod(s) * DTYPES[d].bits // 8 for _, d, s in parts)
+    return packed < math.prod(shape) * DTYPES[dtype].bits // 8
+
+
+def encode(block: Bits, stored_before: int) -> dict[str, Bits]:
+    """The parts of a block of rows (rows, columns); `stored_before` values came from the rows before it."""
+    mask = block != 0
+    counts = mask.sum(axis=1, dtype=np.int64)
+    offsets = stored_before + np.concatenate(([0], np.cumsum(counts)[:-1])).astype(np.int64)
+    return {
+        "compressed": block[mask],
+        "bitmask": np.packbits(mask, axis=1, bitorder="little"),
+        "row_offsets": offsets.astype("<i8").view("<u8"),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A checked weight in the bitmask layout, decoded by ranges of rows."""
+
+    where: str
+    dtype: str
+    shape: tuple[int, ...]
+    columns: int
+    stored_bytes: int
+    offsets: Bits  # (rows + 1,): row r's values are compressed[offsets[r]:offsets[r + 1]]
+    read: Read
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    def decode(self, first: int, last: int) -> Bits:
+        """Rows first..last as (rows, columns) of raw bits. Raises InputError when mask and values disagree."""
+        width = -(-self.columns // 8)
+        bits = self.read("bitmask", first * width, (last - first) * width).reshape(last - first, width)
+        mask = np.unpackbits(bits, axis=1, count=self.columns, bitorder="little").view(bool)
+        begin, end = int(self.offsets[first]), int(self.offsets[last])
+        expected = np.diff(self.offsets[first : last + 1].astype(np.int64))
+        if not np.array_equal(mask.sum(axis=1, dtype=np.int64), expected):
+            what = f"{self.where}: bitmask and row_offsets count different values in rows {first}..{last - 1}"
+            raise InputError(341, what, mend="pack the model again")
+        block = np.zeros(mask.shape, DTYPES[self.dtype].storage)
+        block[mask] = self.read("compressed", begin, end - begin)
+        return block
+
+
+def check(path: Path, name: str, entries: dict[str, Entry], read: Read) -> Packed:
+    """Check that the four parts agree, before anything of the weight's size is allocated. Raises InputError."""
+
+    def refuse(why: str) -> InputError:
+        return InputError(340, f"{path}: {name!r}: {why}", mend="pack the model again")
+
+    missing = [part for part in PARTS if f"{name}.{part}" not in entries]
+    if missing:
+        raise refuse(f"its {', '.join(missing)} is missing")
+    values, mask, size, offsets = (entries[f"{name}.{part}"] for part in PARTS)
+    if len(size.shape) != 1 or not 2 <= size.shape[0] <= 16 or size.dtype != "I64":
+        raise refuse("its shape part is not int64 of 2 to 16 dimensions")
+    shape = tuple(int(n) for n in read("shape", 0, size.shape[0]))
+    rows, columns = shape[0], math.prod(shape[1:])
+    if mask.dtype != "U8" or mask.shape != (rows, -(-columns // 8)):
+        raise refuse(
+            f"bitmask is {mask.dtype} {mask.shape}, shape {shape} needs ({rows}, {-(-columns // 8)})"
+        )
+    if offsets.dtype != "I64" or offsets.shape != (rows,) or len(values.shape) != 1:
+        raise refuse("row_offsets or compressed have the wrong form")
+    if not DTYPES[values.dtype].is_float:
+        raise refuse(f"values of {values.dtype} cannot be packed")
+    bounds = np.append(read("row_offsets", 0, rows), np.uint64(values.shape[0]))
+    if rows and (bounds[0] != 0 or bool(np.any(bounds[1:] < bounds[:-1]))):
+        raise refuse("row_offsets do not rise from 0 to the number of values")
+    stored = sum(entry.nbytes for entry in (values, mask, size, offsets))
+    return Packed(f"{path}: {name!r}", values.dtype, shape, columns, stored, bounds, read)

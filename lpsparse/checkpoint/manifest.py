@@ -1,0 +1,118 @@
+"""The manifest `lpsparse.json`: what OUT should be, so that anyone can check that it is. Written last."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lpsparse import __version__
+from lpsparse.checkpoint.header import unique_json
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.writer import MANIFEST, METRICS, write_json
+from lpsparse.errors import InputError
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    name: str  # relative to the folder, with forward slashes
+    size: int  # bytes
+    sha256: str
+
+
+class TensorRecord(_Record):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+    prunable: bool
+    reason: str  # why it is, or is not, prunable
+    zeros: int  # exact zeros of either sign
+    finite: bool | None  # None: the dtype has no Inf or NaN that we know
+
+
+class Quality(_Record):
+    """One figure measured by `finetune`, before (as loaded) and after (as written)."""
+
+    metric: str
+    before: float | None  # None: the checkpoint had no head for the task yet
+    after: float
+    higher_is_better: bool
+    rows: int
+    split: str
+
+
+class Source(_Record):
+    name: str
+    revision: str | None
+    files: tuple[FileRecord, ...]
+
+
+class Manifest(_Record):
+    format_version: Literal[1] = 1
+    lpsparse: str
+    source: Source
+    recipe: dict[str, Any]  # the resolved step, without paths of a machine
+    layout: str
+    files: tuple[FileRecord, ...]
+    tensors: tuple[TensorRecord, ...]
+    quality: tuple[Quality, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def digest(path: Path, root: Path) -> FileRecord:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(name=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=sha256)
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    files = tuple(digest(path, path.parent) for path in checkpoint.files)
+    return Source(name=checkpoint.name, revision=checkpoint.revision, files=files)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The files of OUT that are hashed: all but the manifest, the metrics and dot files at the top."""
+    unhashed = (MANIFEST, METRICS)
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [
+        path for path in found if path.parent != folder or not (path.name in unhashed or path.name[0] == ".")
+    ]
+
+
+def write_manifest(
+    folder: Path,
+    source: Source,
+    recipe: dict[str, Any],
+    tensors: tuple[TensorRecord, ...],
+    layout: str,
+    quality: tuple[Quality, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Manifest:
+    files = tuple(digest(path, folder) for path in list_files(folder))
+    manifest = Manifest(
+        lpsparse=__version__, source=source, recipe=recipe, layout=layout,
+        files=files, tensors=tensors, quality=quality, notes=notes,
+    )  # fmt: skip
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder that lpsparse wrote. Raises InputError when absent, broken or of another version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            350, f"{folder}: no {MANIFEST} here: lpsparse did not write it", mend="lpsparse report it"
+        )
+    try:
+        return Manifest.model_validate(unique_json(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(351, f"{path}: {where}: {first['msg']}", mend="write the model again") from None
+    except ValueError as error:
+        raise InputError(351, f"{path}: not valid JSON: {error}", mend="write the model again") from None

@@ -1,0 +1,305 @@
+"""Open a checkpoint: find its weight files, check them, and give its tensors as blocks of rows. Reads no weights yet.
+
+Whatever the source (Hugging Face folder, one safetensors file, torch file, index, hub id, bitmask folder), what comes
+out is the same: named tensors of raw bits, read a few megabytes at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpsparse.checkpoint.dtypes import DTYPES, Bits
+from lpsparse.checkpoint.header import Entry, Header, check_regular, read_header, sniff, unique_json
+from lpsparse.checkpoint.hub import fetch, is_hub_id
+from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.errors import InputError
+
+BLOCK_BYTES = 8 << 20  # rows are read about this much at a time
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+_MAX_INDEX_BYTES = 200_000_000
+_FOLDER_ORDER = (
+    "lpsparse.safetensors.index.json", "lpsparse.safetensors", "model.safetensors.index.json", "model.safetensors",
+)  # fmt: skip
+_TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+
+Blocks = Iterator[tuple[int, Bits]]  # (first row, raw bits of shape (rows, columns))
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor as the model sees it, whatever the layout on disk."""
+
+    name: str
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    file: str  # weight file it lies in
+    layout: str  # dense or bitmask
+    stored_bytes: int
+    blocks: Callable[[], Blocks] = field(repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense form."""
+        return self.size * DTYPES[self.dtype].bits // 8
+
+    def read(self) -> Bits:
+        """The whole tensor, raw bits in its own shape."""
+        parts = [block for _, block in self.blocks()]
+        storage = DTYPES[self.dtype].storage
+        return np.concatenate(parts).reshape(self.shape) if parts else np.zeros(self.shape, storage)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint. `tensors` are in file order, then byte order."""
+
+    name: str  # folder or file name, or hub id: never a path of this machine
+    root: Path | None  # folder whose other files are the sidecars; None for a single file
+    files: tuple[Path, ...]  # weight files
+    tensors: tuple[Tensor, ...]
+    metadata: dict[str, dict[str, str]]  # by weight file
+    revision: str | None = None
+    notes: tuple[str, ...] = ()  # what was unwrapped, dropped or chosen
+
+    @property
+    def layout(self) -> str:
+        return "bitmask" if any(tensor.layout == "bitmask" for tensor in self.tensors) else "dense"
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Open MODEL: a folder, a weight file, an `*.index.json`, `bundled:NAME` or a hub id `org/name[@revision]`.
+
+    Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached.
+    """
+    path, name, revision = locate(model)
+    if path.is_dir():
+        weights, root = _find_weights(path), path
+    else:
+        weights, root = path, path.parent if path.name.endswith(".index.json") else None
+    if weights.name.endswith(".index.json"):
+        files = _read_index(weights)
+        checkpoint = _open_files(name, root, list(files), files)
+    else:
+        checkpoint = _open_files(name, root, [weights], None)
+    if revision is not None:
+        checkpoint = Checkpoint(
+            name, root, checkpoint.files, checkpoint.tensors, checkpoint.metadata, revision
+        )
+    return checkpoint
+
+
+def locate(model: str | Path) -> tuple[Path, str, str | None]:
+    """Local path, display name and hub commit (None when local) of MODEL, without opening anything."""
+    text = str(model)
+    path = Path(text)
+    if text.startswith("bundled:"):
+        bundled = Path(__file__).parents[1] / "bundled" / text.removeprefix("bundled:")
+        if bundled.parent.name == "bundled" and bundled.exists():
+            return bundled, text, None
+        raise InputError(326, f"{text}: nothing of that name is bundled", mend="try bundled:stories260k")
+    if path.exists() or path.is_symlink():
+        return path, path.resolve().name, None
+    if is_hub_id(text):
+        folder, commit = fetch(text, replace_with="a local folder in its place (`run`: --set model=FOLDER)")
+        return folder, text.partition("@")[0], commit
+    raise InputError(327, f"{text}: no such file or folder", mend=_nearest_mend(path))
+
+
+def _nearest_mend(path: Path) -> str:
+    from difflib import get_close_matches
+
+    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.parent / near[0]}?" if near else "check the path"
+
+
+def _find_weights(folder: Path) -> Path:
+    present = [
+        folder / name for name in _FOLDER_ORDER if (folder / name).is_file() or (folder / name).is_symlink()
+    ]
+    if len(present) > 1:
+        both = " and ".join(path.name for path in present)
+        raise InputError(328, f"{folder}: two checkpoints here: {both}", mend="give the file that is meant")
+    if present:
+        return present[0]
+    loose = sorted(folder.glob("*.safetensors"))
+    torch_named = [folder / name for name in _TORCH_ORDER if (folder / name).is_file()]
+    torch_loose = sorted(path for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
+    for choice in (loose, torch_named[:1], torch_loose):
+        if len(choice) == 1:
+            return choice[0]
+        if len(choice) > 1:
+            names = ", ".join(path.name for path in choice[:4])
+            raise InputError(
+                328, f"{folder}: several weight files and no index: {names}", mend="give one of them"
+            )
+    raise InputError(
+        329, f"{folder}: no weight file here", mend="give a folder with model.safetensors or an index"
+    )
+
+
+def _read_index(path: Path) -> dict[Path, set[str]]:
+    """Weight file -> names of its tensors. Only bare file names beside the index are believed."""
+
+    def refuse(why: str, mend: str = "download the checkpoint again") -> InputError:
+        return InputError(330, f"{path}: {why}", mend=mend)
+
+    if check_regular(path) > _MAX_INDEX_BYTES:
+        raise refuse(f"larger than {_MAX_INDEX_BYTES} bytes")
+    text = path.read_bytes()
+    sniff(path, text[:512])
+    try:
+        table: Any = unique_json(text)
+    except ValueError as error:
+        raise refuse(f"not valid JSON: {error}") from None
+    weight_map: Any = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise refuse("has no weight_map")
+    files: dict[Path, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name or any(c in name for c in "/\\:\0") or name in (".", ".."):
+            raise refuse(f"{tensor!r}: shard {name!r} points outside the model folder", "repair the index")
+        files.setdefault(path.parent / name, set()).add(tensor)
+    for shard, tensors in files.items():
+        if not shard.exists():
+            raise refuse(f"shard {shard.name!r} with {len(tensors)} tensors is missing")
+    return dict(sorted(files.items()))
+
+
+def _open_files(
+    name: str, root: Path | None, files: list[Path], expected: dict[Path, set[str]] | None
+) -> Checkpoint:
+    tensors: list[Tensor] = []
+    metadata: dict[str, dict[str, str]] = {}
+    notes: list[str] = []
+    for path in files:
+        found, metadata[path.name], more = _open_file(path)
+        notes += more
+        if expected is not None:
+            _check_index(path, expected[path], {part for tensor in found for part in _stored_names(tensor)})
+        tensors += found
+    seen: dict[str, str] = {}
+    for tensor in tensors:
+        if tensor.name in seen:
+            what = f"{tensor.file}: {tensor.name!r} is also in {seen[tensor.name]}"
+            raise InputError(331, what, mend="download the checkpoint again")
+        seen[tensor.name] = tensor.file
+    return Checkpoint(name, root, tuple(files), tuple(tensors), metadata, None, tuple(notes))
+
+
+def _stored_names(tensor: Tensor) -> tuple[str, ...]:
+    return bitmask.stored_names(tensor.name) if tensor.layout == "bitmask" else (tensor.name,)
+
+
+def _check_index(path: Path, expected: set[str], found: set[str]) -> None:
+    for names, what in (
+        (expected - found, "in the index but not in"),
+        (found - expected, "not in the index but in"),
+    ):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise InputError(
+                332, f"{path}: {len(names)} tensors {what} this shard: {first}", mend="repair the index"
+            )
+
+
+def _open_file(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
+    if path.suffix in TORCH_SUFFIXES:
+        return _open_torch(path)
+    header = read_header(path)
+    if header.metadata.get("lpsparse.layout") == "bitmask":
+        return _open_bitmask(path, header), header.metadata, ()
+    dense = [_dense(path, entry) for entry in header.entries]
+    return dense, header.metadata, ()
+
+
+def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
+    with path.open("rb") as file:
+        head = file.read(512)
+    for magic in (b"version https://git-lfs", b"<"):
+        if head.startswith(magic):
+            sniff(path, head)
+    from lpsparse.checkpoint.torchfile import read_torch_file  # the one door through which torch comes in
+
+    table, notes = read_torch_file(path)
+
+    def tensor(name: str, dtype: str, raw: Bits) -> Tensor:
+        def blocks() -> Blocks:
+            yield 0, raw.reshape(_rows(raw.shape), -1) if raw.size else raw.reshape(0, 1)
+
+        return Tensor(name, dtype, raw.shape, path.name, "dense", raw.nbytes, blocks)
+
+    return [tensor(name, *item) for name, item in table.items()], {"format": "pt"}, notes
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def _dense(path: Path, entry: Entry) -> Tensor:
+    def blocks() -> Blocks:
+        if entry.nbytes == 0:
+            return
+        storage = DTYPES[entry.dtype].storage
+        count = entry.nbytes // storage.itemsize
+        rows = _rows(entry.shape) if DTYPES[entry.dtype].bits >= 8 else 1  # sub-byte rows may share a byte
+        columns = count // rows
+        step = max(1, BLOCK_BYTES // max(columns * storage.itemsize, 1))
+        with path.open("rb") as file:
+            for row in range(0, rows, step):
+                taken = min(step, rows - row)
+                yield row, read_exactly(file, entry, row * columns, taken * columns).reshape(taken, columns)
+
+    return Tensor(entry.name, entry.dtype, entry.shape, path.name, "dense", entry.nbytes, blocks)
+
+
+def read_exactly(file: Any, entry: Entry, first: int, count: int) -> Bits:
+    """`count` storage units of a stored tensor from unit `first` on, from an open file."""
+    storage = DTYPES[entry.dtype].storage
+    file.seek(entry.offset + first * storage.itemsize)
+    data = file.read(count * storage.itemsize)
+    if len(data) != count * storage.itemsize:
+        raise InputError(
+            333, f"{file.name}: {entry.name!r}: the file became shorter while it was read", mend="again"
+        )
+    return np.frombuffer(data, storage)
+
+
+def _open_bitmask(path: Path, header: Header) -> list[Tensor]:
+    entries = {entry.name: entry for entry in header.entries}
+    tensors: list[Tensor] = []
+    for entry in header.entries:
+        owner, _, part = entry.name.rpartition(".")
+        if part in bitmask.PARTS and f"{owner}.bitmask" in entries:
+            if part == "bitmask":
+                tensors.append(_bitmask_tensor(path, owner, entries))
+        else:
+            tensors.append(_dense(path, entry))
+    return tensors
+
+
+def _bitmask_tensor(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
+    def read(part: str, first: int, count: int) -> Bits:
+        with path.open("rb") as file:
+            return read_exactly(file, entries[f"{name}.{part}"], first, count)
+
+    packed = bitmask.check(path, name, entries, read)
+
+    def blocks() -> Blocks:
+        step = max(1, BLOCK_BYTES // max(packed.columns * DTYPES[packed.dtype].bits // 8, 1))
+        for row in range(0, packed.rows, step):
+            yield row, packed.decode(row, min(packed.rows, row + step))
+
+    return Tensor(name, packed.dtype, packed.shape, path.name, "bitmask", packed.stored_bytes, blocks)

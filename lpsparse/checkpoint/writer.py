@@ -1,0 +1,226 @@
+"""Write a checkpoint so that OUT is either absent or whole: sibling folder, fsync, re-open, manifest last, rename.
+
+A half-written safetensors file is valid and looks wonderfully sparse, so nothing is trusted until it was read back.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from lpsparse.checkpoint.dtypes import DTYPES, Bits
+from lpsparse.checkpoint.opening import WEIGHT_SUFFIXES, Checkpoint
+from lpsparse.errors import OutputError, StateError
+
+MANIFEST = "lpsparse.json"
+REPORT = "report.json"
+CARD = "README.md"
+METRICS = "metrics.jsonl"
+OURS = (MANIFEST, REPORT, METRICS)  # of an earlier run on the source: never carried over
+_OWNER = ".lpsparse-owner.json"
+# Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
+_FOREIGN_WEIGHTS = (
+    *WEIGHT_SUFFIXES,
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".tflite",
+    ".npz",
+    ".ckpt",
+    ".pkl",
+)
+
+Named = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+Part = tuple[str, int, Bits]  # name, first storage unit, values
+
+
+def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overwrite: bool) -> None:
+    """Refuse early what would fail late. Raises OutputError; nothing is touched but an interrupted exchange."""
+    old = out.with_name(out.name + ".old")
+    if old.exists() and not out.exists():
+        old.rename(out)  # a run that died between the two renames of --overwrite
+    if out.is_symlink() or (out.exists() and not overwrite):
+        raise OutputError(401, f"{out}: exists already", mend="choose another OUT, or --overwrite")
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise OutputError(
+            402, f"{out}: --overwrite replaces only what lpsparse wrote", mend="choose another OUT"
+        )
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(403, f"{parent}: no such folder", mend=f"mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(404, f"{parent}: no permission to write here", mend="choose another OUT")
+    if source is not None:
+        inputs = {path.resolve() for path in source.files}
+        folder = source.root.resolve() if source.root else None
+        target = out.resolve()
+        if folder is not None and (target == folder or folder in target.parents):
+            raise OutputError(405, f"{out}: lies inside the input", mend="choose an OUT outside MODEL")
+        if any(target == path or target in path.parents for path in inputs):
+            raise OutputError(405, f"{out}: holds the input", mend="choose another OUT")
+    free = shutil.disk_usage(parent).free
+    if need_bytes * 1.05 > free:
+        what = f"{out}: needs {need_bytes} bytes, {free} are free"
+        raise OutputError(406, what, mend="free some space or choose another disk")
+
+
+@contextmanager
+def output_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A sibling `OUT.partial` to write into; renamed to OUT on success, removed on any failure.
+
+    Raises StateError when a living process holds it.
+    """
+    partial = out.with_name(out.name + ".partial")
+    _take(partial)
+    try:
+        yield partial
+        (partial / _OWNER).unlink()
+        fsync(partial)
+        _exchange(partial, out, overwrite=overwrite)
+        fsync(out.absolute().parent)
+    except OSError as error:
+        what = f"{error.filename or out}: {error.strerror or error}"
+        raise OutputError(
+            407, what, mend="mend the disk or choose another OUT; the input is untouched"
+        ) from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def _take(partial: Path) -> None:
+    owner = partial / _OWNER
+    if partial.exists():
+        if not owner.is_file():
+            raise StateError(701, f"{partial}: exists and is not ours", mend="move it away")
+        holder = json.loads(owner.read_text())
+        if holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"]):
+            shutil.rmtree(partial)  # left by a killed run; nothing in it was ever finished
+        else:
+            what = f"{partial}: process {holder['pid']} on {holder['host']} is writing it"
+            raise StateError(702, what, mend="wait for it, or choose another OUT")
+    try:
+        partial.mkdir()
+        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    except OSError as error:
+        raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
+
+
+def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:
+    old = out.with_name(out.name + ".old")
+    if overwrite and out.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old)
+    else:
+        partial.rename(out)
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], parts: Iterable[Part]) -> None:
+    """Write one safetensors file from a stream of parts, each placed by name and first storage unit.
+
+    Memory is one part. Every byte must be given exactly once: less is our own bug and asserts.
+    """
+    ordered = sorted(
+        tensors, key=lambda item: (-DTYPES[item[1]].bits, item[0])
+    )  # aligned, as the reference writer
+    offsets, header, position = {}, {}, 0
+    for name, dtype, shape in ordered:
+        nbytes = math.prod(shape) * DTYPES[dtype].bits // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        offsets[name] = (position, DTYPES[dtype].storage.itemsize)
+        position += nbytes
+    table = ({"__metadata__": dict(sorted(metadata.items()))} if metadata else {}) | header
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    written = 0
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, first, values in parts:
+            start, itemsize = offsets[name]
+            file.seek(8 + len(text) + start + first * itemsize)
+            file.write(values.tobytes())
+            written += values.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    assert written == position, f"{path.name}: {written} of {position} bytes were given"
+
+
+def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:
+    """Source weight file -> file in OUT. Packed files never carry a name that an ordinary loader looks for."""
+    names = [path.name for path in source.files]
+    if packed:
+        if len(names) == 1:
+            return {names[0]: "lpsparse.safetensors"}
+        return {name: f"lpsparse-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
+    if len(names) > 1:
+        return {name: f"model-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
+    keep = names[0].endswith(".safetensors") and names[0] != "lpsparse.safetensors"
+    return {names[0]: names[0] if keep else "model.safetensors"}
+
+
+def write_index(folder: Path, stem: str, weight_map: dict[str, str], total_bytes: int) -> None:
+    """The index that Hugging Face loaders read for a sharded checkpoint."""
+    table = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / f"{stem}.safetensors.index.json", table)
+
+
+def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
+    """Copy what is not weights, byte for byte; returns the names of weight files left behind.
+
+    The source's README.md becomes README.base.md. Hidden folders and links out of a local model folder stay behind.
+    """
+    if source.root is None:
+        return ()
+    left: list[str] = []
+    root = source.root.resolve()
+    used = {path.name for path in source.files}
+    for path in sorted(source.root.rglob("*")):
+        relative = path.relative_to(source.root)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts[:-1]):
+            continue
+        outside = root not in path.resolve().parents
+        if outside and source.revision is None:  # a hub snapshot is made of links into its cache
+            left.append(f"{relative.as_posix()} (a link out of the folder)")
+        elif path.suffix in _FOREIGN_WEIGHTS or path.name.endswith(
+            (".safetensors.index.json", ".bin.index.json")
+        ):
+            if path.name not in used and not path.name.endswith(".json"):
+                left.append(relative.as_posix())
+        elif len(relative.parts) > 1 or path.name not in (*OURS, _OWNER):
+            name = "README.base.md" if relative.as_posix() == CARD else relative.as_posix()
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+            fsync(folder / name)
+    return tuple(left)
+
+
+def write_json(path: Path, value: object) -> None:
+    """JSON with a fixed form, durable: the same value gives the same bytes; NaN is refused."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

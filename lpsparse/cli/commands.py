@@ -1,0 +1,127 @@
+"""The commands that are one step and one verb each: what is shown of the result."""
+
+from typing import Any
+
+import typer
+
+from lpsparse import recipe
+from lpsparse.cli.options import add_command
+from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
+from lpsparse.errors import ExitCode
+from lpsparse.reporting import table, text
+from lpsparse.reporting.measure import Report
+
+
+def register(app: typer.Typer) -> None:
+    add_command(app, "finetune", recipe.FinetuneStep, _finetune, examples=_FINETUNE)
+    add_command(app, "prune", recipe.PruneStep, _prune, examples=_PRUNE)
+    add_command(app, "pack", recipe.PackStep, _pack, examples="  lpsparse pack sparse packed")
+    add_command(app, "unpack", recipe.UnpackStep, _pack, examples="  lpsparse unpack packed dense")
+    add_command(app, "verify", recipe.VerifyStep, _verify, examples="  lpsparse verify sparse")
+    add_command(app, "inspect", recipe.InspectStep, _inspect, examples="  lpsparse inspect org/name@main")
+    add_command(app, "eval", recipe.EvalStep, _eval, examples=_EVAL)
+
+
+_FINETUNE = """\
+  lpsparse finetune MODEL sparse --data rows.jsonl --task text-classification --target-sparsity 0.8
+  lpsparse finetune MODEL sparse --data text.txt --task causal-lm --p 0.5 --lambda 2
+  lpsparse finetune net.pt sparse --data images.npz --task image-classification --model-fn net.py:build"""
+_PRUNE = """\
+  lpsparse prune MODEL sparse --sparsity 0.8
+  lpsparse prune MODEL sparse --gap
+  lpsparse prune MODEL sparse --below 1e-3 --exclude '*.layer.0.*'"""
+_EVAL = """\
+  lpsparse eval sparse --data dev.tsv --task text-classification
+  lpsparse eval sparse --data text.txt --task causal-lm --json"""
+
+
+def show_report(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print_result(table.render(report, width()))
+
+
+def _wrote(step: Any, report: Report, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    print_result(table.render(report, width()).partition("\n\ntensor")[0])
+    if not step.dry_run:
+        teller(quiet)(f"wrote {step.out}; next: lpsparse report {step.out} {step.model}")
+
+
+def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:
+    from lpsparse.verbs import prune_step
+
+    _wrote(step, prune_step(step, teller(quiet)), as_json=as_json, quiet=quiet)
+
+
+def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, quiet: bool) -> None:
+    from lpsparse.verbs import pack_step
+
+    _wrote(step, pack_step(step, teller(quiet)), as_json=as_json, quiet=quiet)
+
+
+def _finetune(step: recipe.FinetuneStep, as_json: bool, quiet: bool) -> None:
+    from lpsparse.verbs import finetune_step
+
+    with TrainingBar(quiet) as bar:
+        found = finetune_step(step, teller(quiet), bar.update)
+    if isinstance(found, Report):
+        _wrote(step, found, as_json=as_json, quiet=quiet)
+    else:
+        _facts(found, as_json=as_json)
+
+
+def _facts(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    for key, value in found.items():
+        shown = (
+            f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        )
+        print_result(f"{key.replace('_', ' '):<18} {text.clean(str(shown))}")
+
+
+def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
+    from lpsparse.verbs import verify_step
+
+    found = verify_step(step, teller(quiet))
+    if as_json:
+        print_json(found)
+    elif found["ok"]:
+        print_result(
+            f"{step.model}: ok: {found['files']} files and {found['tensors']} tensors are as written"
+        )
+    else:
+        print_result(f"{step.model}: FAILED: {len(found['problems'])} differences from the manifest")
+    if not found["ok"]:
+        raise typer.Exit(ExitCode.VERDICT)
+
+
+def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
+    from lpsparse.verbs import inspect_step
+
+    found = inspect_step(step, teller(quiet))
+    if as_json:
+        print_json(found)
+        return
+    body = [
+        (
+            text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])), text.size(each["bytes"]),
+            "prunable" if each["prunable"] else each["reason"],
+        )
+        for each in found["tensors"]
+    ]  # fmt: skip
+    files = ", ".join(f"{text.clean(f['name'])} ({text.size(f['bytes'])})" for f in found["files"])
+    print_result(f"{text.clean(found['model'])}: {found['layout']}, {files}")
+    print_result(f"{found['weights']:,} weights, {found['prunable_weights']:,} of them prunable\n")
+    print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())))
+
+
+def _eval(step: recipe.EvalStep, as_json: bool, quiet: bool) -> None:
+    from lpsparse.verbs import evaluate_step
+
+    _facts(evaluate_step(step, teller(quiet)), as_json=as_json)

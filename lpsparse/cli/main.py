@@ -1,0 +1,114 @@
+"""Assemble the commands, and turn every failure into two lines and an exit code."""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from lpsparse import __version__
+from lpsparse.errors import ExitCode, LpsparseError
+
+_HELP = """Make pretrained checkpoints small, and prove that they still work.
+
+\b
+  finetune  train so that most weights go to zero by themselves
+  prune     cut what is near zero, exactly to a target
+  pack      store the zeros as no bytes
+  report    prove it: what is zero, what it costs, pass or fail
+
+\b
+Start with:
+  lpsparse demo
+"""
+_EXITS = "Exit codes: " + ", ".join(f"{int(code)} {code.name.lower()}" for code in ExitCode)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with an ExitCode."""
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        code = _app()(args=words, prog_name="lpsparse", standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _leave("interrupted: the input is untouched, nothing is left at OUT", ExitCode.INTERRUPT)
+    except LpsparseError as error:
+        if debug:
+            raise
+        _say_error(error.code, error.what, error.mend)
+        _leave("", error.exit_code)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # no complaint when Python flushes at exit
+        _leave("", ExitCode.OK)
+    except MemoryError:
+        _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
+        _leave("", ExitCode.RESOURCE)
+    except Exception as error:
+        code = _usage(error)
+        if code is None:
+            raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Exception) -> int | None:
+    """Exit code of a mistake on the command line (Typer's own errors), None for a bug."""
+    message: Any = getattr(error, "format_message", None)
+    if type(error).__name__ in ("Abort", "Exit"):
+        return ExitCode.INTERRUPT if type(error).__name__ == "Abort" else int(getattr(error, "exit_code", 0))
+    if message is None:
+        return None
+    if type(error).__name__ == "NoArgsIsHelpError":
+        sys.stderr.write(f"{message()}\n")
+        return ExitCode.USAGE
+    context: Any = getattr(error, "ctx", None)
+    where = getattr(context, "command_path", "lpsparse")
+    _say_error("LPS200", " ".join(str(message()).split()), f"see `{where} --help`")
+    return ExitCode.USAGE
+
+
+def _say_error(code: str, what: str, mend: str) -> None:
+    from lpsparse.reporting.text import clean
+
+    sys.stderr.write(f"error[{code}]: {clean(what)}\n  mend: {clean(mend)}\n")
+
+
+def _leave(text: str, code: ExitCode) -> None:
+    if text:
+        sys.stderr.write(f"\n{text}\n")
+    sys.exit(int(code))
+
+
+def _app() -> typer.Typer:
+    from lpsparse.cli import commands, demo, report, run
+
+    # Rich's boxes and its traceback are switched off: they wreck grep, and ours are two lines.
+    app = typer.Typer(
+        name="lpsparse", help=_HELP, epilog=_EXITS, no_args_is_help=True, add_completion=True,
+        pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )  # fmt: skip
+    app.callback()(_root)
+    commands.register(app)
+    report.register(app)
+    run.register(app)
+    demo.register(app)
+    return app
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda v: _version(v)),
+    ] = False,
+) -> None:
+    pass
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"lpsparse {__version__}\n")
+        raise typer.Exit()

@@ -1,0 +1,92 @@
+"""A command's options are its step's fields: names, help, defaults and checks are written once, in `recipe`."""
+
+import inspect
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from lpsparse.recipe import Step, flag, resolve
+
+_POSITIONAL = ("model", "out", "base")
+_REPEATED = ("include", "exclude", "freeze")
+_EPILOG = (
+    "Each option can also be set as LPSPARSE_NAME, such as LPSPARSE_SEED=1; a flag wins. Docs: README.md."
+)
+Show = Callable[[Any, bool, bool], None]  # (step, as JSON, quiet)
+
+
+def add_command(app: typer.Typer, name: str, kind: type[Step], show: Show, *, examples: str) -> None:
+    """Register `name`, which builds a step of `kind` from its options and gives it to `show`."""
+
+    def body(**values: Any) -> None:
+        as_json, quiet = values.pop("as_json"), values.pop("quiet")
+        given = {key: value for key, value in values.items() if value is not None and value != []}
+        show(resolve(kind, given), as_json, quiet)
+
+    parameters = [_parameter(key, info) for key, info in kind.model_fields.items()]
+    parameters.sort(key=lambda item: _POSITIONAL.index(item.name) if item.name in _POSITIONAL else 9)
+    parameters += [_switch("as_json", "--json", "Print the result as one JSON object on stdout.")]
+    parameters += [_switch("quiet", "--quiet", "Print no messages and no progress.")]
+    body.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    body.__annotations__ = {item.name: item.annotation for item in parameters}
+    body.__doc__ = f"{kind.__doc__}\n\n\b\nExamples:\n{examples}"
+    app.command(name, epilog=_EPILOG, no_args_is_help=True)(body)
+
+
+def _switch(name: str, text: str, help_text: str) -> inspect.Parameter:
+    annotation = Annotated[bool, typer.Option(text, help=help_text)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+
+
+def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
+    text, annotation = info.description or "", info.annotation
+    if key in _POSITIONAL:
+        argument = typer.Argument(help=text, metavar=key.upper(), show_default=False)
+        kind = str if info.is_required() else str | None
+        default = inspect.Parameter.empty if info.is_required() else None
+        return inspect.Parameter(
+            key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, argument]
+        )
+    text += _default_in_words(info)
+    if annotation is bool:
+        option, wanted = (
+            typer.Option(f"{flag(key)}/--no-{flag(key)[2:]}", help=text, show_default=False),
+            bool | None,
+        )
+    elif key in _REPEATED:
+        option, wanted = (
+            typer.Option(flag(key), help=text, metavar="GLOB", show_default=False),
+            list[str] | None,
+        )
+    else:
+        metavar = _metavar(annotation)
+        option, wanted = typer.Option(flag(key), help=text, metavar=metavar, show_default=False), str | None
+    return inspect.Parameter(
+        key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[wanted, option]
+    )
+
+
+def _default_in_words(info: FieldInfo) -> str:
+    value = info.default
+    if info.is_required():
+        return " [required]"
+    if value is None or value == () or value is False:
+        return ""
+    shown = ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else value
+    return f" [default: {shown}]"
+
+
+def _metavar(annotation: Any) -> str:
+    """What may stand there: the choices, or the kind of value."""
+    if get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        inner = [part for part in get_args(annotation) if part is not type(None)]
+        return "|".join(dict.fromkeys(_metavar(part) for part in inner))
+    if get_origin(annotation) in (Annotated, tuple):
+        return "NUMBERS"
+    names = {"int": "INTEGER", "float": "NUMBER", "Decimal": "NUMBER", "Path": "PATH", "str": "TEXT"}
+    return names.get(cast("type", annotation).__name__, "TEXT")

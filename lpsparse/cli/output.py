@@ -1,0 +1,93 @@
+"""What a person sees: results on stdout, everything else on stderr; bars on a terminal, plain lines elsewhere."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from lpsparse.reporting.text import clean
+
+
+def print_result(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_json(value: Any) -> None:
+    print_result(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def teller(quiet: bool) -> Callable[[str], None]:
+    """A function that says one message on stderr, or nothing when quiet."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            sys.stderr.write(clean(text) + "\n")
+            sys.stderr.flush()
+
+    return say
+
+
+def width() -> int:
+    """Columns of the terminal; 100 where there is none, so that files are not cut."""
+    return (
+        shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    )
+
+
+class TrainingBar:
+    """Progress of a training run: a bar on a terminal, a line every 15 seconds elsewhere. Give `update` to a verb."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.live = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar: Any = None
+        self._task: Any = None
+        self._said = self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def update(self, progress: Any) -> None:
+        if self.quiet:
+            return
+        facts = (
+            f"loss {progress.loss:.4f}  lr {progress.lr:.2e}  lambda {progress.lambda_p:.2e}  "
+            f"zero {100 * progress.sparsity:.1f} %"
+        )
+        if self.live:
+            self._draw(progress, facts)
+        elif time.monotonic() - self._said >= 15 or progress.step == progress.steps:
+            self._said = time.monotonic()
+            seconds = self._said - self._started
+            sys.stderr.write(f"step {progress.step}/{progress.steps}  {facts}  {seconds:.0f} s\n")
+            sys.stderr.flush()
+        if progress.step == progress.steps:
+            self._close()
+
+    def _draw(self, progress: Any, facts: str) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=16), TextColumn("{task.description}"))
+            self._bar = Progress(
+                *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=progress.steps)
+        self._bar.update(self._task, completed=progress.step, description=facts)

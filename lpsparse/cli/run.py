@@ -1,0 +1,68 @@
+"""`lpsparse run RECIPE.yaml`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
+from lpsparse.errors import ExitCode, UsageError
+from lpsparse.reporting import table
+from lpsparse.reporting.measure import Report
+
+_HELP = """Run the steps of a recipe; each step's output is the next one's input, finished steps are skipped.
+
+\b
+Examples:
+  lpsparse run recipes/minilm-sst2.yaml --set model=./minilm --set data=./sst2
+  lpsparse run recipe.yaml --set out=run2 --set prune.sparsity=0.9"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run", help=_HELP, no_args_is_help=True)(run)
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, such as recipes/demo.yaml.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override model, data, out or STEP.KEY."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages and no progress.")] = False,
+) -> None:
+    from lpsparse import pipeline
+
+    with TrainingBar(quiet) as bar:
+        done = pipeline.run(recipe, overrides(set_ or []), teller(quiet), bar.update)
+    if as_json:
+        print_json({"steps": [{"step": each.name, "result": as_data(each.result)} for each in done]})
+    else:
+        for each in done:
+            print_result(summary(each.name, each.result))
+    if not pipeline.passed(done):
+        raise typer.Exit(ExitCode.VERDICT)
+
+
+def overrides(pairs: list[str]) -> dict[str, str]:
+    """`--set` words as a table. Raises UsageError for a word without '='."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise UsageError(207, f"--set {pair}: not KEY=VALUE", mend="such as --set model=./folder")
+    return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def as_data(result: Report | dict[str, Any]) -> Any:
+    return result.model_dump(mode="json") if isinstance(result, Report) else result
+
+
+def summary(name: str, result: Report | dict[str, Any]) -> str:
+    """One line for a step; the whole table for a report."""
+    if isinstance(result, Report):
+        text = table.render(result, width())
+        return text if name == "report" else f"{name}: {text.splitlines()[0]}"
+    facts = (
+        f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in result.items()
+    )
+    return f"{name}: {', '.join(facts)}"

@@ -1,0 +1,65 @@
+"""Errors a person can act on, and the exit codes a script can rely on. Standard library only."""
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command. Stable: scripts branch on them."""
+
+    OK = 0
+    VERDICT = 1  # ran to the end, the artefact is whole, but a budget or a verification failed
+    USAGE = 2  # flag, environment variable or recipe wrong; nothing touched
+    INPUT = 3  # checkpoint, data or report malformed, unsafe or unsupported
+    OUTPUT = 4  # exists, no space, no permission
+    NUMERIC = 5  # NaN, Inf or divergence
+    RESOURCE = 6  # out of memory, no device
+    STATE = 7  # another run holds OUT, or resume refused
+    REMOTE = 8  # hub unreachable, gated or offline
+    BUG = 70
+    RESUMABLE = 75
+    INTERRUPT = 130
+
+
+class LpsparseError(Exception):
+    """A failure with a code (LPSnnn), what is wrong (with numbers) and the one thing to do (`mend`)."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.BUG
+
+    def __init__(self, number: int, what: str, *, mend: str) -> None:
+        super().__init__(what)
+        self.code = f"LPS{number}"
+        self.what = what
+        self.mend = mend
+
+
+class VerdictError(LpsparseError):
+    exit_code = ExitCode.VERDICT
+
+
+class UsageError(LpsparseError):
+    exit_code = ExitCode.USAGE
+
+
+class InputError(LpsparseError):
+    exit_code = ExitCode.INPUT
+
+
+class OutputError(LpsparseError):
+    exit_code = ExitCode.OUTPUT
+
+
+class NumericError(LpsparseError):
+    exit_code = ExitCode.NUMERIC
+
+
+class ResourceError(LpsparseError):
+    exit_code = ExitCode.RESOURCE
+
+
+class StateError(LpsparseError):
+    exit_code = ExitCode.STATE
+
+
+class RemoteError(LpsparseError):
+    exit_code = ExitCode.REMOTE

@@ -1,0 +1,173 @@
+"""Run a recipe: each step's output is the next one's input; finished steps are skipped."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lpsparse import verbs
+from lpsparse.checkpoint.manifest import Manifest, digest, read_manifest
+from lpsparse.checkpoint.opening import Checkpoint, locate, open_checkpoint
+from lpsparse.checkpoint.writer import MANIFEST
+from lpsparse.errors import InputError, OutputError
+from lpsparse.recipe import (
+    STEPS,
+    EvalStep,
+    FinetuneStep,
+    PackStep,
+    PruneStep,
+    Recipe,
+    ReportStep,
+    Step,
+    UnpackStep,
+    VerifyStep,
+    read_recipe,
+    resolve,
+)  # fmt: skip
+from lpsparse.reporting.measure import Report
+
+Say = Callable[[str], None]
+_WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One step of a recipe, and what came of it."""
+
+    name: str
+    step: Step
+    result: Report | dict[str, Any]
+    skipped: bool = False
+
+
+def run(
+    recipe: str | Path,
+    overrides: Mapping[str, str] | None = None,
+    say: Say = lambda _: None,
+    on_step: Callable[[Any], None] = lambda _: None,
+) -> list[Done]:
+    """Run every step of a recipe file; `overrides` are `--set` pairs such as {"model": ..., "prune.sparsity": ...}.
+
+    Raises what the steps raise. A verdict (budget, verification) does not stop the later steps: look at the results.
+    """
+    path = Path(recipe)
+    read = read_recipe(path, overrides or {})
+    done: list[Done] = []
+    current = read.model
+    for i, name, step in planned(read, overrides or {}, path):
+        say(f"[{i + 1}/{len(read.steps)}] {command_line(name, step)}")
+        if isinstance(step, _WRITES) and _is_finished(step, Path(current)):
+            say(f"  finished already: {step.out}")
+            done.append(Done(name, step, verbs.report(step.out), skipped=True))
+        else:
+            done.append(Done(name, step, execute(step, say, on_step)))
+        current = str(step.out) if isinstance(step, _WRITES) else current
+    return done
+
+
+def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[tuple[int, str, Step]]:
+    """The steps of a recipe with every default, override and folder filled in."""
+    locate(read.model)  # a model that cannot be had fails before anything is made
+    if read.out.exists() and not read.out.is_dir():
+        raise OutputError(401, f"{read.out}: is a file", mend="choose another --set out=FOLDER")
+    steps: list[tuple[int, str, Step]] = []
+    current = read.model
+    for i, entry in enumerate(read.steps):
+        name, values = next(iter(entry.items()))
+        kind = STEPS[name]
+        settings: dict[str, Any] = {"model": current, **(values or {})}
+        if "data" in kind.model_fields and read.data is not None:
+            settings.setdefault("data", read.data)
+        if "out" in kind.model_fields:
+            settings["out"] = read.out / str(settings.get("out", f"{i + 1}-{name}"))
+        if kind is ReportStep:
+            settings.setdefault("base", read.model)
+        given = {
+            key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")
+        }
+        step = resolve(kind, given, settings, where=f"{path}: steps[{i}].{name}")
+        step = _beside(step, path.parent)
+        steps.append((i, name, step))
+        current = str(step.out) if isinstance(step, _WRITES) else current
+    return steps
+
+
+def _beside(step: Step, folder: Path) -> Step:
+    """A model file named in a recipe is looked for beside the recipe."""
+    model_fn = getattr(step, "model_fn", None)
+    if model_fn is None or not model_fn.partition(":")[0].endswith(".py"):
+        return step
+    file = Path(model_fn.rpartition(":")[0])
+    if file.is_absolute() or file.exists() or not (folder / file).is_file():
+        return step
+    return step.model_copy(update={"model_fn": f"{folder / file}:{model_fn.rpartition(':')[2]}"})
+
+
+def execute(step: Step, say: Say, on_step: Callable[[Any], None]) -> Report | dict[str, Any]:
+    """One step, by its kind."""
+    if isinstance(step, (FinetuneStep, PruneStep, PackStep, UnpackStep)):
+        step.out.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(step, FinetuneStep):
+        return verbs.finetune_step(step, say, on_step)
+    if isinstance(step, PruneStep):
+        return verbs.prune_step(step, say)
+    if isinstance(step, (PackStep, UnpackStep)):
+        return verbs.pack_step(step, say)
+    if isinstance(step, EvalStep):
+        return verbs.evaluate_step(step, say)
+    if isinstance(step, VerifyStep):
+        return verbs.verify_step(step, say)
+    assert isinstance(step, ReportStep)
+    return verbs.report_step(step, say)
+
+
+def passed(done: list[Done]) -> bool:
+    """Whether every report met its budgets and every verification held."""
+    return all(
+        each.result.passed if isinstance(each.result, Report) else each.result.get("ok", True)
+        for each in done
+    )
+
+
+def _is_finished(step: Any, source: Path) -> bool:
+    """OUT holds the result of this very step on this very input, by its manifest and its files' hashes."""
+    if not (step.out / MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_manifest(step.out)
+        name = type(step).__name__.removesuffix("Step").lower()
+        whole = all(digest(step.out / record.name, step.out) == record for record in manifest.files)
+        return whole and manifest.recipe == {name: step.recorded()} and _same_source(manifest, source)
+    except (InputError, OSError):
+        return False
+
+
+def _same_source(manifest: Manifest, source: Path) -> bool:
+    opened: Checkpoint = open_checkpoint(str(source))
+    return tuple(digest(path, path.parent) for path in opened.files) == manifest.source.files
+
+
+def command_line(name: str, step: Step) -> str:
+    """The command that a person would type for this step."""
+    import shlex
+
+    from lpsparse.recipe import flag
+
+    fields = type(step).model_fields
+    positional = [
+        str(getattr(step, key)) for key in ("model", "out", "base") if getattr(step, key, None) is not None
+    ]
+    words = ["lpsparse", name, *positional]
+    for key, info in fields.items():
+        value = getattr(step, key)
+        if key in ("model", "out", "base") or value == info.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(key))
+        elif isinstance(value, tuple) and key in ("include", "exclude", "freeze"):
+            for pattern in value:
+                words += [flag(key), pattern]
+        else:
+            text = ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+            words += [flag(key), text]
+    return shlex.join(words)

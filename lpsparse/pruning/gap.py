@@ -1,0 +1,78 @@
+"""The empty band of |w| that L_p decay with p < 1 leaves between dead and living weights, found in the files.
+
+For p < 1 no stable weight lives in 0 < |w| < w_gap (math: arXiv 2404.10824, fixed points). A band counts when it is at
+least two decades wide with at least 1 % of the prunable weights below it; the widest such band is taken.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf, log10, sqrt
+
+import numpy as np
+
+from lpsparse.checkpoint.dtypes import Bits, value_of
+
+MIN_DECADES = 2.0
+MIN_BELOW = 0.01
+ZERO = 1e-30  # decay writes magnitudes below this as +0, so an exact zero counts as lying here
+_BINS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    low: float  # largest magnitude below the band; 0 when only exact zeros are below
+    high: float  # smallest magnitude above it
+    below: int  # weights under it
+    total: int
+
+    @property
+    def decades(self) -> float:
+        return log10(self.high / max(self.low, ZERO)) if self.high > 0 else 0.0
+
+    @property
+    def threshold(self) -> float:
+        """Where to cut: the middle of the band on a logarithmic scale."""
+        return sqrt(max(self.low, ZERO)) * sqrt(self.high)
+
+
+def find_band(keys: Callable[[], Iterator[Bits]], *, wide: bool) -> tuple[Band | None, Band | None]:
+    """The widest band that counts, and the widest one that fails by its width (for the message). Two passes.
+
+    Bins are the upper 16 bits of a key (about 0.4 % wide in f32), so candidates are runs of empty bins; the second
+    pass takes the exact magnitudes at both edges of every candidate.
+    """
+    shift = 48 if wide else 16
+    counts = np.zeros(_BINS, np.int64)
+    for block in keys():
+        counts += np.bincount((block.ravel() >> block.dtype.type(shift)).astype(np.int64), minlength=_BINS)
+    used = np.flatnonzero(counts)
+    cumulative = np.cumsum(counts)
+    total = int(cumulative[-1])
+    runs = [(int(a), int(b)) for a, b in zip(used[:-1], used[1:], strict=True)]
+    runs = [(a, b) for a, b in runs if cumulative[a] >= MIN_BELOW * total]
+    if not runs:
+        return None, None
+    runs = sorted(runs, key=lambda run: -_width(*run, shift, wide))[:8]
+    bands = [_exact(keys, a, b, shift, int(cumulative[a]), total, wide) for a, b in runs]
+    best = max(bands, key=lambda band: band.decades)
+    return (best, None) if best.decades >= MIN_DECADES else (None, best)
+
+
+def _width(a: int, b: int, shift: int, wide: bool) -> float:
+    """Decades of a run of empty bins, at most one bin off at each side."""
+    low = max(value_of(a << shift, wide=wide), ZERO)
+    return log10(max(value_of(b << shift, wide=wide), ZERO) / low)
+
+
+def _exact(
+    keys: Callable[[], Iterator[Bits]], a: int, b: int, shift: int, below: int, total: int, wide: bool
+) -> Band:
+    low, high = 0, None
+    for block in keys():
+        bins = block >> block.dtype.type(shift)
+        in_a, in_b = block[bins == a], block[bins == b]
+        low = max(low, int(in_a.max(initial=0)))
+        if in_b.size:
+            high = int(in_b.min()) if high is None else min(high, int(in_b.min()))
+    upper = inf if high is None else value_of(high, wide=wide)
+    return Band(value_of(low, wide=wide), upper, below, total)

@@ -1,0 +1,77 @@
+"""Which tensors may lose weights, and why: by name, dtype and shape alone, the same rule in every command."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.errors import UsageError
+
+# Kept by default: they are small or every output depends on them, and pruning them costs the most quality.
+_EMBEDDINGS = ("*embed*", "*wte.*", "*wpe.*", "*position_ids*")
+_NORMS = ("*norm*", "*.ln_*", "ln_*", "*.bn?.*", "bn?.*")
+_HEADS = (
+    "lm_head.*", "*.lm_head.*", "classifier.*", "*.classifier.*", "score.*", "head.*", "fc.*", "cls.*",
+    "qa_outputs.*", "embed_out.*", "output.weight",
+)  # fmt: skip
+KEPT = {"embedding": _EMBEDDINGS, "normalisation": _NORMS, "output head": _HEADS}
+
+Named = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+def prunable(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+) -> tuple[bool, str]:
+    """Whether a tensor is cut, and the reason in words.
+
+    `include` names all that may be cut, kept kinds too; `exclude` wins over it. A leading `module.` is looked through.
+    """
+    bare = name.removeprefix("module.")
+    if not DTYPES[dtype].is_float:
+        return False, f"{dtype} is not a float that can be pruned"
+    if 0 in shape:
+        return False, "empty"
+    if _matches(name, bare, exclude):
+        return False, "--exclude"
+    if include:
+        return (True, "--include") if _matches(name, bare, include) else (False, "not in --include")
+    if len(shape) < 2:
+        return False, "fewer than 2 dimensions"
+    for kind, patterns in KEPT.items():
+        if _matches(name, bare, patterns):
+            return False, kind
+    return True, "matrix"
+
+
+def _matches(name: str, bare: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(bare, pattern) for pattern in patterns)
+
+
+def choose(
+    tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...]
+) -> dict[str, tuple[bool, str]]:
+    """`prunable` of every tensor. Raises UsageError for a pattern that matches nothing, and when nothing is left."""
+    table = {name: prunable(name, dtype, shape, include, exclude) for name, dtype, shape in tensors}
+    for flag, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(name, name.removeprefix("module."), (pattern,)) for name in table):
+                near = get_close_matches(pattern, list(table), n=1, cutoff=0.3)
+                mend = f"nearest tensor: {near[0]}" if near else "see the names with `lpsparse inspect`"
+                raise UsageError(210, f"{flag} {pattern}: matches no tensor", mend=mend)
+    if not any(yes for yes, _ in table.values()):
+        raise UsageError(211, "no prunable tensor is left", mend="choose tensors with --include")
+    return table
+
+
+def kept_in_words(table: dict[str, tuple[bool, str]]) -> str:
+    """One line that says what is kept and why, for the person at the terminal."""
+    reasons: dict[str, int] = {}
+    for yes, why in table.values():
+        if not yes:
+            reasons[why] = reasons.get(why, 0) + 1
+    kept = ", ".join(f"{n} {why}" for why, n in sorted(reasons.items())) or "none"
+    return f"{sum(yes for yes, _ in table.values())} tensors prunable; kept: {kept}"

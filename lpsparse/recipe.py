@@ -1,0 +1,340 @@
+"""The steps and their defaults, written here and nowhere else: flags, LPSPARSE_* and YAML only override them.
+
+Light on purpose: this module is imported by `--help`.
+"""
+
+import os
+from collections.abc import Mapping
+from decimal import Decimal
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lpsparse.errors import InputError, LpsparseError, UsageError
+
+Task = Literal["causal-lm", "text-classification", "image-classification"]
+
+
+def _listed(value: Any) -> Any:
+    """A single value, or text with commas, where several may stand."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, (int, float)) else value
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
+_INCLUDE = Field((), description="Glob over tensor names that may be cut; repeatable. Default: every matrix that is "
+                 "no embedding, norm or output head.")  # fmt: skip
+_EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatable, wins over --include.")
+_MODEL = Field(description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
+_OUT = Field(description="Folder to write; must not exist yet.")
+_OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
+_DRY_RUN = Field(False, description="Say what would be done and write nothing.")
+
+
+class Step(BaseModel):
+    """One command's settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide the bytes of the result: no paths of this machine."""
+        hidden = {"model", "out", "overwrite", "dry_run", "source", "base", "data", "eval_data", "model_fn"}
+        return self.model_dump(mode="json", exclude=hidden)
+
+
+class PruneStep(Step):
+    """Cut the smallest weights to exact zeros."""
+
+    model: str = _MODEL
+    out: Path = _OUT
+    sparsity: Decimal | None = Field(None, ge=0, le=1, description="Fraction of the prunable weights that is zero "
+                                     "afterwards, 0..1, met exactly within each scope.")  # fmt: skip
+    below: float | None = Field(None, ge=0, description="Cut every |w| below this.")
+    gap: bool = Field(
+        False, description="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none."
+    )
+    scope: Literal["global", "tensor", "row"] = Field("global", description="Where --sparsity holds.")
+    include: Patterns = _INCLUDE
+    exclude: Patterns = _EXCLUDE
+    layout: Literal["dense", "bitmask"] = Field("dense", description="How the result is stored.")
+    overwrite: bool = _OVERWRITE
+    dry_run: bool = _DRY_RUN
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        given = [n for n, v in (("--sparsity", self.sparsity), ("--below", self.below)) if v is not None]
+        given += ["--gap"] if self.gap else []
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of --sparsity, --below, --gap (got {', '.join(given) or 'none'})"
+            )
+        if self.scope != "global" and self.sparsity is None:
+            raise ValueError(f"--scope {self.scope} goes with --sparsity only")
+        return self
+
+
+class PackStep(Step):
+    """Store zeros as no bytes, losslessly."""
+
+    model: str = _MODEL
+    out: Path = _OUT
+    layout: Literal["bitmask"] = Field("bitmask", description="How the result is stored.")
+    overwrite: bool = _OVERWRITE
+    dry_run: bool = _DRY_RUN
+
+
+class UnpackStep(Step):
+    """Turn a packed model back into an ordinary dense one, bit for bit."""
+
+    model: str = _MODEL
+    out: Path = _OUT
+    overwrite: bool = _OVERWRITE
+    dry_run: bool = _DRY_RUN
+
+
+class VerifyStep(Step):
+    """Check that a folder is what its manifest says: files, hashes, zeros, finiteness."""
+
+    model: str = _MODEL
+
+
+class InspectStep(Step):
+    """Say what a checkpoint holds, from its headers alone."""
+
+    model: str = _MODEL
+
+
+class ReportStep(Step):
+    """Measure sparsity and bytes from the files, and check budgets."""
+
+    model: str = _MODEL
+    base: str | None = Field(None, description="The checkpoint it came from, to compare with.")
+    include: Patterns = _INCLUDE
+    exclude: Patterns = _EXCLUDE
+    min_sparsity: float | None = Field(
+        None, ge=0, le=1, description="Budget: least sparsity of prunable weights."
+    )
+    max_bytes: int | None = Field(None, ge=0, description="Budget: most bytes of the weight files.")
+    max_quality_drop: float | None = Field(None, ge=0, description="Budget: most that the quality recorded by "
+                                           "finetune may fall, in the metric's own unit.")  # fmt: skip
+
+
+class _DataStep(Step):
+    """What finetune and eval share: the task and its data."""
+
+    model: str = _MODEL
+    task: Task = Field(description="What the model does.")
+    split: str = Field(
+        "train", description="Part of DATA to use: file stem or name, with an optional [from:to]."
+    )
+    text_field: str | None = Field(None, description="Column of the text. Default: text or sentence; in a table of "
+                                   "two columns without a heading, the one that is no label.")  # fmt: skip
+    label_field: str | None = Field(None, description="Column of the label. Default: label.")
+    max_length: int = Field(128, ge=2, description="Tokens a text is cut at (classification) or a block has "
+                            "(causal-lm).")  # fmt: skip
+    model_fn: str | None = Field(None, description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the torch module "
+                                 "of a bare state dict.")  # fmt: skip
+    mean: Floats = Field((0.5,), description="Mean of each image channel, on 0..1, comma separated.")
+    std: Floats = Field((0.5,), description="Standard deviation of each image channel, likewise.")
+    batch_size: int = Field(32, ge=1, description="Rows, images or blocks a step (all processes together).")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Arithmetic of the forward pass; the "
+                                                           "weights stay in fp32 masters.")  # fmt: skip
+    seed: int = Field(0, ge=0, description="Seed of data order, new heads and dropout.")
+
+
+class EvalStep(_DataStep):
+    """Measure a model's quality on data."""
+
+    data: str = Field(description="File or folder of data, or hub data set id.")
+    split: str = Field("validation", description="Part of DATA to use: file stem or name, with an optional "
+                       "[from:to]; validation also finds dev.")  # fmt: skip
+
+
+class FinetuneStep(_DataStep):
+    """Train so that most weights go to zero by themselves, then cut them and recover."""
+
+    out: Path = _OUT
+    data: str = Field(description="File or folder of data, or hub data set id.")
+    eval_data: str | None = Field(None, description="Held-out data. Default: DATA.")
+    eval_split: str | None = Field(None, description="Held-out part. Default: a share of --split, set aside.")
+    eval_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of --split set aside when no --eval-split."
+    )
+    method: Literal["lp", "gradual", "one-shot", "dense"] = Field(
+        "lp", description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning and one-shot "
+        "magnitude with masked training; or not at all.")  # fmt: skip
+    target_sparsity: Decimal | None = Field(None, ge=0, lt=1, description="Fraction of the prunable weights that is "
+                                            "zero in OUT, exactly. Default: no cut.")  # fmt: skip
+    p: float = Field(0.8, gt=0, description="Exponent of the norm; below 1 weights reach exact zero.")
+    lambda_p: float | Literal["auto"] = Field(
+        "auto", alias="lambda", description="Strength of the decay (ours: the authors' lambda times p); auto takes "
+        "it from the sum of learning rates.")  # fmt: skip
+    lambda_convention: Literal["ours", "authors"] = Field(
+        "ours", description="How a number in --lambda is meant."
+    )
+    condition: Literal["none", "rows"] = Field("rows", description="Weight conditioning: rows keep the norm that "
+                                               "they have in the checkpoint.")  # fmt: skip
+    distill: float = Field(0.0, ge=0, le=1, description="Share of the loss that is the divergence from MODEL's own "
+                           "outputs; needs a MODEL with its head.")  # fmt: skip
+    temperature: float = Field(2.0, gt=0, description="Softening of both outputs in --distill.")
+    keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL.")
+    decay_share: float = Field(0.4, gt=0, le=1, description="Share of the steps in which weights go to zero, when a "
+                               "target is set; the rest recovers.")  # fmt: skip
+    include: Patterns = _INCLUDE
+    exclude: Patterns = _EXCLUDE
+    epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Base optimizer; sgd has momentum 0.9.")
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which lr and lambda rise.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Ordinary decay of the tensors that L_p decay leaves alone."
+    )
+    clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is no clipping.")
+    freeze: Patterns = Field((), description="Glob over tensor names that are not trained; repeatable.")
+    augment: Literal["none", "crop-flip"] = Field("none", description="Random changes of training images.")
+    log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
+    threads: int | None = Field(None, ge=1, description="CPU threads. Default: torch's choice.")
+    overwrite: bool = _OVERWRITE
+    dry_run: bool = _DRY_RUN
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _method_needs(self) -> Self:
+        if self.method in ("gradual", "one-shot") and self.target_sparsity is None:
+            raise ValueError(f"--method {self.method} needs --target-sparsity")
+        if self.method == "dense" and self.target_sparsity is not None:
+            raise ValueError("--method dense cannot meet a --target-sparsity")
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError("--mean and --std need as many values, --std above 0")
+        return self
+
+
+STEPS: dict[str, type[Step]] = {
+    "finetune": FinetuneStep, "prune": PruneStep, "pack": PackStep, "unpack": UnpackStep,
+    "eval": EvalStep, "report": ReportStep, "verify": VerifyStep,
+}  # fmt: skip
+
+
+class Recipe(BaseModel):
+    """A list of steps; each step's output is the next one's input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    version: Literal[1] = 1
+    model: str = _MODEL
+    data: str | None = Field(None, description="Data of the steps that name none.")
+    out: Path = Field(Path("lpsparse-run"), description="Folder that gets one folder a step.")
+    steps: tuple[dict[str, dict[str, Any]], ...] = Field(min_length=1)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def flag(field: str) -> str:
+    """The command line's name of a field."""
+    return "--lambda" if field == "lambda_p" else "--" + field.replace("_", "-")
+
+
+def resolve(
+    kind: type[S], given: Mapping[str, Any], recipe: Mapping[str, Any] | None = None, where: str = ""
+) -> S:
+    """A checked step: what was given (flags) over LPSPARSE_* over the recipe over the defaults.
+
+    Raises UsageError naming the flag or key, the value and what is allowed.
+    """
+    names = {name: info.alias or name for name, info in kind.model_fields.items()}
+    environment: dict[str, Any] = {
+        name: os.environ[key]
+        for name in names
+        if (key := "LPSPARSE_" + flag(name)[2:].replace("-", "_").upper()) in os.environ
+        and kind.model_fields[name].annotation is not Path
+    }
+    merged = {**_canonical(kind, recipe or {}), **environment, **_canonical(kind, given)}
+    try:
+        return kind.model_validate(merged, by_name=True, by_alias=True)
+    except ValidationError as error:
+        raise _explain(error, list(names.values()), where) from None
+
+
+def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys as field names: YAML may say lambda or target-sparsity."""
+    aliases = {info.alias: name for name, info in kind.model_fields.items() if info.alias}
+    return {aliases.get(key, key.replace("-", "_")): value for key, value in values.items()}
+
+
+def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseError:
+    first = error.errors()[0]
+    key = (
+        ".".join(str(part) for part in first["loc"] if part not in ("float", "literal['auto']")) or "options"
+    )
+    prefix = f"{where}: " if where else ""
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(key, keys, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(keys))}"
+        return UsageError(202, f"{prefix}unknown key {key!r}", mend=mend)
+    shown = key if where else flag(key)
+    if first["type"] == "missing":
+        return UsageError(203, f"{prefix}{shown} is needed", mend=f"give {shown}")
+    if first["type"] == "value_error":
+        what = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
+        return UsageError(204, f"{prefix}{what}", mend="see --help")
+    allowed = first["msg"].replace("Input should be", "must be")
+    return UsageError(
+        201, f"{prefix}{shown} {first['input']!r}: {allowed}", mend="fractions are 0..1; see --help"
+    )
+
+
+def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
+    """A checked recipe file, with `--set key=value` applied. Raises UsageError naming file, key and nearest key."""
+    import yaml
+
+    if not path.is_file():
+        raise InputError(360, f"{path}: no such recipe", mend="give a YAML file, such as recipes/demo.yaml")
+    if path.stat().st_size > 1_000_000:
+        raise UsageError(
+            205, f"{path}: {path.stat().st_size} bytes is too large for a recipe", mend="shorten it"
+        )
+    text = path.read_text(encoding="utf-8")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise UsageError(205, f"{path}: YAML aliases are not accepted", mend="write the value out")
+        table = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            205, f"{path}: not valid YAML: {str(error).splitlines()[0]}", mend="mend the file"
+        ) from None
+    if not isinstance(table, dict):
+        raise UsageError(205, f"{path}: not a table of keys", mend="start from a file under recipes/")
+    top = {key: value for key, value in overrides.items() if "." not in key}
+    recipe = resolve(Recipe, top, table, where=str(path))  # pyright: ignore[reportUnknownArgumentType]
+    for i, step in enumerate(recipe.steps):
+        _check_step(path, i, step, overrides)
+    return recipe
+
+
+def _check_step(path: Path, i: int, step: dict[str, dict[str, Any]], overrides: Mapping[str, str]) -> None:
+    where = f"{path}: steps[{i}]"
+    if len(step) != 1:
+        raise UsageError(
+            206, f"{where}: one step name is needed, got {', '.join(step) or 'none'}", mend="split it"
+        )
+    name, values = next(iter(step.items()))
+    if name not in STEPS:
+        near = get_close_matches(name, STEPS, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"known steps: {', '.join(STEPS)}"
+        raise UsageError(202, f"{where}: unknown step {name!r}", mend=mend)
+    given = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(f"{name}.")}
+    known = {info.alias or key for key, info in STEPS[name].model_fields.items()}
+    filled = {"model": "-", "out": "-", "data": "-"}
+    resolve(
+        STEPS[name],
+        given,
+        {k: v for k, v in filled.items() if k in known} | (values or {}),
+        f"{where}.{name}",
+    )

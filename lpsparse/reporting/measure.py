@@ -1,0 +1,231 @@
+"""Measure a checkpoint from its files, in one streaming pass: the source of every view and of every budget."""
+
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.checkpoint.manifest import Quality, TensorRecord, read_manifest
+from lpsparse.checkpoint.opening import Checkpoint, Tensor
+from lpsparse.checkpoint.rewrite import Count, Cut, count
+from lpsparse.checkpoint.writer import MANIFEST
+from lpsparse.pruning.prunable import choose
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Share(_Record):
+    """Zeros among some weights. sparsity = zeros / weights, 0 where there are none."""
+
+    of: str  # the denominator, in words
+    weights: int
+    zeros: int
+    sparsity: float
+
+
+class TensorRow(_Record):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+    prunable: bool
+    reason: str
+    weights: int
+    zeros: int
+    sparsity: float
+    nonfinite: int
+    stored_bytes: int
+    dense_bytes: int
+
+
+class Bytes(_Record):
+    """The third denominator: what the weight files take on disk."""
+
+    file_bytes: int  # weight files as they are, headers included
+    dense_bytes: int  # tensors alone, stored densely
+    zero_bytes: int  # bytes of exact zeros when stored densely
+    zero_share: float  # zero_bytes / dense_bytes
+    bitmask_bytes: int  # tensors alone, in the bitmask layout
+
+
+class Base(_Record):
+    """The checkpoint it came from, measured likewise."""
+
+    name: str
+    prunable: Share
+    file_bytes: int
+    bytes_ratio: float  # ours / theirs
+
+
+class Budget(_Record):
+    name: str
+    limit: float
+    value: float | None  # None: it was not measured
+    passed: bool
+
+
+class Report(_Record):
+    """What `lpsparse report` found. `schema_version` changes when a field changes its meaning."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    layout: str
+    opens_with: str
+    rule: str  # how weights were counted, in words
+    prunable: Share
+    all: Share
+    bytes: Bytes
+    tensors: tuple[TensorRow, ...]
+    nonfinite_tensors: tuple[str, ...]
+    quality: tuple[Quality, ...] = ()
+    base: Base | None = None
+    budgets: tuple[Budget, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(budget.passed for budget in self.budgets)
+
+
+_OPENS = {
+    "dense": "any safetensors reader; transformers from_pretrained where config.json is beside it",
+    "bitmask": "lpsparse (load, unpack); ordinary loaders refuse it by its file name",
+}
+
+
+def measure(
+    checkpoint: Checkpoint,
+    chosen: dict[str, tuple[bool, str]] | None = None,
+    *,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    name: str | None = None,
+    quality: tuple[Quality, ...] = (),
+    cut: Callable[[Tensor], Cut | None] = lambda _: None,
+) -> Report:
+    """Count every value of every tensor. `chosen` says what is prunable; by default the names and patterns do.
+
+    With `cut`, what would be left after it is counted (a dry run).
+    """
+    if chosen is None:
+        chosen = prunable_of(checkpoint, include, exclude)
+    rows, packed_bytes = [], 0
+    for tensor in checkpoint.tensors:
+        apply = cut(tensor)
+        counted = count(tensor, apply(tensor.blocks()) if apply else tensor.blocks())
+        rows.append(_row(tensor, counted, *chosen[tensor.name]))
+        packed_bytes += _packed_bytes(tensor, counted)
+    rule = f"exact zeros of either sign; prunable are {sum(row.prunable for row in rows)} of {len(rows)} tensors; "
+    return Report(
+        model=name or checkpoint.name, layout=checkpoint.layout, opens_with=_OPENS[checkpoint.layout],
+        rule=rule + "a tied tensor counts once, as it is stored",
+        prunable=_share("prunable weights", [row for row in rows if row.prunable]),
+        all=_share("all weights", rows), bytes=_bytes(checkpoint, rows, packed_bytes), tensors=tuple(rows),
+        nonfinite_tensors=tuple(row.name for row in rows if row.nonfinite), quality=quality,
+    )  # fmt: skip
+
+
+def prunable_of(
+    checkpoint: Checkpoint, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
+) -> dict[str, tuple[bool, str]]:
+    """What the manifest says is prunable, when lpsparse wrote the folder and no pattern is given; else the rule."""
+    if checkpoint.root is not None and (checkpoint.root / MANIFEST).is_file() and not include and not exclude:
+        known = {
+            record.name: (record.prunable, record.reason) for record in read_manifest(checkpoint.root).tensors
+        }
+        if all(tensor.name in known for tensor in checkpoint.tensors):
+            return known
+    return choose(((t.name, t.dtype, t.shape) for t in checkpoint.tensors), include, exclude)
+
+
+def _row(tensor: Tensor, counted: Count, prunable: bool, reason: str) -> TensorRow:
+    return TensorRow(
+        name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, layout=tensor.layout, prunable=prunable,
+        reason=reason, weights=tensor.size, zeros=counted.zeros, sparsity=_ratio(counted.zeros, tensor.size),
+        nonfinite=counted.nonfinite, stored_bytes=tensor.stored_bytes, dense_bytes=tensor.nbytes,
+    )  # fmt: skip
+
+
+def _packed_bytes(tensor: Tensor, counted: Count) -> int:
+    if not bitmask.pays(tensor.dtype, tensor.shape, counted.stored):
+        return tensor.nbytes
+    parts = bitmask.stored_shapes(tensor.name, tensor.dtype, tensor.shape, counted.stored)
+    return sum(DTYPES[dtype].bits // 8 * prod(shape) for _, dtype, shape in parts)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _share(of: str, rows: list[TensorRow]) -> Share:
+    weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
+    return Share(of=of, weights=weights, zeros=zeros, sparsity=_ratio(zeros, weights))
+
+
+def _bytes(checkpoint: Checkpoint, rows: list[TensorRow], packed_bytes: int) -> Bytes:
+    dense = sum(row.dense_bytes for row in rows)
+    zero = sum(row.zeros * DTYPES[row.dtype].bits // 8 for row in rows)
+    return Bytes(
+        file_bytes=checkpoint.file_bytes, dense_bytes=dense, zero_bytes=zero,
+        zero_share=_ratio(zero, dense), bitmask_bytes=packed_bytes,
+    )  # fmt: skip
+
+
+def compare(report: Report, base: Report) -> Report:
+    """`report` with the figures of the checkpoint it came from beside it."""
+    ratio = _ratio(report.bytes.file_bytes, base.bytes.file_bytes)
+    beside = Base(
+        name=base.model, prunable=base.prunable, file_bytes=base.bytes.file_bytes, bytes_ratio=ratio
+    )
+    return report.model_copy(update={"base": beside})
+
+
+def check_budgets(
+    report: Report, min_sparsity: float | None, max_bytes: int | None, max_quality_drop: float | None
+) -> Report:
+    """`report` with a verdict for each budget given; a quality that nobody recorded fails its budget."""
+    budgets: list[Budget] = []
+    if min_sparsity is not None:
+        value = report.prunable.sparsity
+        budgets.append(
+            Budget(name="min-sparsity", limit=min_sparsity, value=value, passed=value >= min_sparsity)
+        )
+    if max_bytes is not None:
+        size = report.bytes.file_bytes
+        budgets.append(Budget(name="max-bytes", limit=max_bytes, value=size, passed=size <= max_bytes))
+    if max_quality_drop is not None:
+        drops = [quality_drop(quality) for quality in report.quality]
+        drop = max((d for d in drops if d is not None), default=None)
+        passed = drop is not None and drop <= max_quality_drop
+        budgets.append(Budget(name="max-quality-drop", limit=max_quality_drop, value=drop, passed=passed))
+    return report.model_copy(update={"budgets": tuple(sorted(budgets, key=lambda budget: budget.passed))})
+
+
+def quality_drop(quality: Quality) -> float | None:
+    """How much worse `after` is than `before`, in the metric's unit; negative when better."""
+    if quality.before is None:
+        return None
+    change = quality.after - quality.before
+    return -change if quality.higher_is_better else change
+
+
+def tensor_records(report: Report) -> tuple[TensorRecord, ...]:
+    """The manifest's lines for the tensors that were measured."""
+    return tuple(
+        TensorRecord(
+            name=row.name, dtype=row.dtype, shape=row.shape, layout=row.layout, prunable=row.prunable,
+            reason=row.reason, zeros=row.zeros,
+            finite=row.nonfinite == 0 if DTYPES[row.dtype].is_float else None,
+        )
+        for row in report.tensors
+    )  # fmt: skip
+
+
+def own_quality(folder: Path | None) -> tuple[Quality, ...]:
+    """Quality that lpsparse recorded in a folder it wrote; none elsewhere."""
+    return read_manifest(folder).quality if folder is not None and (folder / MANIFEST).is_file() else ()

@@ -1,0 +1,1 @@
+"""How weights get near zero: decay, conditioning, sparsity control, data and tasks, the loop."""

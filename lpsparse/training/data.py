@@ -1,0 +1,286 @@
+"""Rows from files: text, tables and images, each row with the place that an error can name."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpsparse.checkpoint.hub import fetch, is_hub_id
+from lpsparse.errors import InputError, UsageError
+
+_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
+_SUFFIXES = (".txt", ".npz", *_TABLES)
+_SPLIT = re.compile(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?")
+_ALSO = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train", "training")}
+_TEXTS = ("text", "sentence", "Text", "content")
+_LABELS = ("label", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    where: str  # file:line
+    text: str
+    label: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    x: NDArray[np.uint8]  # (N, height, width, channels)
+    y: NDArray[np.int64]  # (N,)
+
+
+def find(data: str, split: str) -> tuple[list[Path], slice, str]:
+    """The files of one split, the part that is asked for, and the split's name in words.
+
+    DATA is a file (then it is its only split), a folder with a file a split, `bundled:NAME` or a hub data set id.
+    """
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise UsageError(230, f"split {split!r}: not NAME or NAME[from:to]", mend="such as test[1000:]")
+    part = slice(int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
+    path = _locate(data)
+    if path.is_file():
+        _check_suffix(path)
+        return [path], part, split
+    files = _in_folder(path, match[1])
+    return files, part, split
+
+
+def _locate(data: str) -> Path:
+    if data.startswith("bundled:"):
+        path = Path(__file__).parents[1] / "bundled" / data.removeprefix("bundled:")
+        if path.exists() and path.parent.name == "bundled":
+            return path
+        raise InputError(370, f"{data}: nothing of that name is bundled", mend="try bundled:shakespeare")
+    path = Path(data)
+    if path.exists():
+        return path
+    if is_hub_id(data) and path.suffix not in _SUFFIXES:
+        mend = "a local folder in its place (--data FOLDER; with `run`: --set data=FOLDER)"
+        return fetch(data, kind="dataset", replace_with=mend)[0]
+    raise InputError(371, f"{data}: no such data", mend="check the path")
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in _SUFFIXES:
+        raise InputError(
+            372, f"{path}: not one of {', '.join(_SUFFIXES)}", mend="convert it to .jsonl or .npz"
+        )
+
+
+def _in_folder(folder: Path, name: str) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+    for alias in _ALSO.get(name, (name,)):
+        files = [path for path in found if path.stem == alias or path.stem.startswith(f"{alias}-")]
+        files = [path for path in files if path.suffix == files[0].suffix]
+        if files:
+            return files
+        if (folder / alias).is_dir():
+            return [folder / alias]
+    if len(found) == 1:
+        return found
+    if not found and any(path.is_dir() for path in folder.iterdir()):
+        return [folder]  # a folder of images, one folder a class
+    names = ", ".join(sorted({path.stem for path in found})[:8]) or "none"
+    raise InputError(373, f"{folder}: no split {name!r} (there are: {names})", mend="choose with --split")
+
+
+def read_text(files: list[Path], part: slice, text_field: str | None) -> str:
+    """All text of a split as one string; `part` counts characters of a .txt, rows of a table."""
+    if files[0].suffix == ".txt":
+        text = "".join(_decode(path) for path in files)[part]
+        if not text.strip():
+            raise InputError(374, f"{files[0]}: no text in it", mend="give a file with text")
+        return text
+    return "\n".join(row.text for row in read_rows(files, part, text_field, None, labelled=False))
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            375, f"{path}: not UTF-8 at byte {error.start}", mend="convert it to UTF-8"
+        ) from None
+
+
+def read_rows(
+    files: list[Path], part: slice, text_field: str | None, label_field: str | None, *, labelled: bool = True
+) -> list[Row]:
+    """The rows of a table. Raises InputError naming file:line for a bad row, and for a table without rows."""
+    rows = [row for path in files for row in _table(path, text_field, label_field, labelled)][part]
+    if not rows:
+        raise InputError(376, f"{files[0]}: no rows in it", mend="give a file with rows")
+    return rows
+
+
+def _table(path: Path, text_field: str | None, label_field: str | None, labelled: bool) -> Iterator[Row]:
+    readers = {".jsonl": _jsonl, ".csv": _separated, ".tsv": _separated, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise InputError(
+            372, f"{path}: not a table ({', '.join(_TABLES)})", mend="give rows with text and label"
+        )
+    for line, fields in readers[path.suffix](path):
+        where = f"{path.name}:{line}"
+        text = _field(where, fields, text_field, _TEXTS, "--text-field")
+        label = _field(where, fields, label_field, _LABELS, "--label-field") if labelled else None
+        if not isinstance(text, str) or (labelled and (label is None or str(label) == "")):
+            raise InputError(377, f"{where}: text or label is empty or no text", mend="mend or drop the row")
+        yield Row(where, text, None if label is None else str(label))
+
+
+def _field(where: str, fields: dict[str, Any], asked: str | None, usual: tuple[str, ...], flag: str) -> Any:
+    names = (asked,) if asked is not None else usual
+    for name in names:
+        if name in fields:
+            return fields[name]
+    found = ", ".join(fields) or "none"
+    raise InputError(378, f"{where}: no field {names[0]!r} (found: {found})", mend=f"name it with {flag}")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_decode(path).splitlines(), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                raise InputError(
+                    379, f"{path.name}:{number}: not valid JSON", mend="mend or drop the row"
+                ) from None
+            if not isinstance(value, dict):
+                raise InputError(379, f"{path.name}:{number}: not a JSON object", mend="mend or drop the row")
+            yield number, value
+
+
+def _separated(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of .csv or .tsv. Without a heading, a table of two columns is text and label."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    reader = csv.reader(_decode(path).splitlines(), strict=True, **options)
+    heading: list[str] | None = None
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if heading is None:
+                named = any(name in row for name in (*_TEXTS, *_LABELS)) or len(row) != 2
+                heading = row if named else ["text", "label"]
+                if named:
+                    continue
+            if len(row) != len(heading):
+                what = f"{path.name}:{reader.line_num}: {len(row)} columns, expected {len(heading)}"
+                raise InputError(380, what, mend="mend or drop the row")
+            yield reader.line_num, dict(zip(heading, row, strict=True))
+    except csv.Error as error:
+        raise InputError(
+            380, f"{path.name}:{reader.line_num}: {error}", mend="mend or drop the row"
+        ) from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(
+            381, f"{path.name}: parquet needs pyarrow", mend="pip install 'lpsparse[data]'"
+        ) from None
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise InputError(382, f"{path.name}: not a parquet file: {error}", mend="download it again") from None
+    yield from enumerate(table.to_pylist(), 1)
+
+
+def read_images(files: list[Path], part: slice, label_field: str | None) -> Images:
+    """Images and labels of an .npz (x, y), a parquet table (img or image, label) or a folder with a folder a class."""
+    path = files[0]
+    if path.is_dir():
+        images = _image_folder(path)
+    elif path.suffix == ".parquet":
+        images = _image_rows(files, label_field)
+    elif path.suffix == ".npz":
+        images = _npz(path)
+    else:
+        raise InputError(383, f"{path}: no images", mend="give .npz (x, y), parquet or a folder of images")
+    images = Images(images.x[part], images.y[part])
+    if len(images.x) == 0:
+        raise InputError(376, f"{path}: no images in it", mend="give a file with images")
+    return images
+
+
+def _npz(path: Path) -> Images:
+    try:
+        with np.load(path, allow_pickle=False) as table:
+            x, y = table["x"], table["y"]
+    except (ValueError, OSError, KeyError, EOFError) as error:
+        raise InputError(
+            384, f"{path.name}: no arrays x and y to read: {error}", mend="save x and y"
+        ) from None
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+        what = f"{path.name}: x is {x.dtype} {x.shape}, y is {y.dtype} {y.shape}"
+        raise InputError(385, what, mend="x: uint8 (N, height, width[, channels]); y: integers (N,)")
+    return Images(x if x.ndim == 4 else x[..., None], y.astype(np.int64))
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InputError(381, "image files need pillow", mend="pip install 'lpsparse[data]'") from None
+    return Image
+
+
+def _open_image(where: str, file: Any) -> NDArray[np.uint8]:
+    try:
+        with _pillow().open(file) as image:
+            return np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
+    except (OSError, ValueError) as error:
+        raise InputError(386, f"{where}: not an image: {error}", mend="mend or drop the file") from None
+
+
+def _stack(where: str, images: list[NDArray[np.uint8]], labels: list[int]) -> Images:
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise InputError(387, f"{where}: images of different sizes: {sorted(shapes)[:3]}", mend="resize them")
+    x = np.stack(images) if images else np.zeros((0, 1, 1, 1), np.uint8)
+    return Images(x if x.ndim == 4 else x[..., None], np.array(labels, np.int64))
+
+
+def _image_folder(folder: Path) -> Images:
+    """Classes are the folder names in sorted order."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for label, group in enumerate(classes):
+        for file in sorted(path for path in group.iterdir() if path.is_file()):
+            images.append(_open_image(f"{group.name}/{file.name}", file))
+            labels.append(label)
+    return _stack(str(folder), images, labels)
+
+
+def _image_rows(files: list[Path], label_field: str | None) -> Images:
+    from io import BytesIO
+
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for path in files:
+        for line, fields in _parquet(path):
+            where = f"{path.name}:{line}"
+            cell = _field(where, fields, None, ("img", "image"), "--data of another form")
+            label = _field(where, fields, label_field, _LABELS, "--label-field")
+            if (
+                not isinstance(cell, dict)
+                or not isinstance(cell.get("bytes"), bytes)
+                or not isinstance(label, int)
+            ):
+                raise InputError(377, f"{where}: image or label is missing", mend="mend or drop the row")
+            images.append(_open_image(where, BytesIO(cell["bytes"])))
+            labels.append(label)
+    return _stack(files[0].name, images, labels)

@@ -1,0 +1,299 @@
+"""The training loop on accelerate, and measuring quality. One process and many are the same code."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.errors import InputError, NumericError, UsageError
+from lpsparse.pruning.prunable import choose, kept_in_words
+from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.training.conditioning import condition, fold
+from lpsparse.training.control import SparsityControl
+from lpsparse.training.model import quiet_transformers
+from lpsparse.training.tasks import TASKS
+from lpsparse.training.tasks.base import Task
+
+_POOL = 32  # batches whose examples are sorted by length together
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One optimizer step, for a bar or a log."""
+
+    step: int  # steps done
+    steps: int
+    epoch: int
+    loss: float  # mean since the last one
+    lr: float
+    lambda_p: float
+    threshold: float  # |w| under this is being decayed
+    sparsity: float  # exact zeros of the prunable weights
+    near_zero: float  # as good as zero
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    loss: float
+    count: int
+    accuracy: float | None
+
+    def of(self, metric: str) -> float:
+        return self.loss if metric == "loss" or self.accuracy is None else self.accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    task: Task
+    prunable: dict[str, tuple[bool, str]]  # name in OUT -> whether, and why
+    before: Measured | None  # None: the head is fresh
+    after: Measured
+    facts: dict[str, float]  # lambda_p, w_kill, sum_lr, steps
+
+
+def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
+    """Model and data of a step, checked; a fresh head and the data order follow from the seed."""
+    quiet_transformers()
+    torch.manual_seed(step.seed)
+    return TASKS[step.task](step, checkpoint)
+
+
+def evaluate(step: FinetuneStep | EvalStep, task: Task, accelerator: Accelerator | None = None) -> Measured:
+    """Mean loss and accuracy over the held-out examples, in eval mode."""
+    accelerator = accelerator or Accelerator(mixed_precision=step.mixed_precision)
+    model = task.loaded.module.to(accelerator.device).eval()
+    order = (
+        sorted(range(len(task.held_out)), key=lambda i: task.length(task.held_out[i]))
+        if task.length
+        else None
+    )
+    examples = [task.held_out[i] for i in order] if order else task.held_out
+    loss = count = correct = 0
+    with torch.no_grad():
+        for first in range(0, len(examples), step.batch_size):
+            batch = task.collate(list(examples[first : first + step.batch_size]))
+            with accelerator.autocast():
+                moved = {key: value.to(accelerator.device) for key, value in batch.items()}
+                logits, labels = task.predict(model, moved)
+            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += len(labels)
+            correct += int((logits.argmax(-1) == labels).sum())
+    return Measured(loss / count, count, correct / count if task.metric == "accuracy" else None)
+
+
+def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
+    """What `train` would do, as plain data."""
+    prunable, weights = _choose(step, task)
+    return {
+        "method": step.method, "steps": _steps(step, task), "examples": len(task.train), "held_out": len(task.held_out),
+        "prunable_weights": sum(weight.numel() for weight in weights.values()), "prunable_tensors": len(weights),
+        "kept": kept_in_words(prunable), "fresh": list(task.loaded.new),
+    }  # fmt: skip
+
+
+def _steps(step: FinetuneStep, task: Task) -> int:
+    return step.steps or max(1, round(step.epochs * math.ceil(len(task.train) / step.batch_size)))
+
+
+def train(
+    step: FinetuneStep, task: Task, on_step: Callable[[Progress], None], say: Callable[[str], None]
+) -> Trained:
+    """Train `task` in place by the step's method. Raises NumericError on a loss or gradient that is not finite."""
+    if step.threads:
+        torch.set_num_threads(step.threads)
+    accelerator = Accelerator(mixed_precision=step.mixed_precision)
+    before = None if task.loaded.new else evaluate(step, task, accelerator)
+    model = task.loaded.module
+    prunable, weights = _choose(step, task)
+    teacher = _teacher(step, task)
+    steps = _steps(step, task)
+    say(kept_in_words(prunable))
+    if step.condition == "rows" and weights:
+        condition(model, "rows", _parameter_names(model, weights))
+    optimizer = _optimizer(step, model, weights)
+    rates = [step.lr * _schedule(t, steps, step.warmup) for t in range(steps)]
+    control = SparsityControl(step, weights, optimizer, rates)
+    say(_in_words(step, control, steps))
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    _loop(step, task, accelerator, prepared, wrapped, control, teacher, rates, on_step)
+    fold(model)
+    control.after_step(steps)  # hold the mask through the last retraction
+    facts = {
+        "steps": float(steps), "sum_lr": control.sum_lr, "w_kill": control.w_kill,
+        "lambda_p": control.base_lambda if control.decay else 0.0, "steering": control.steering,
+    }  # fmt: skip
+    return Trained(task, prunable, before, evaluate(step, task, accelerator), facts)
+
+
+def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
+    text = f"{steps} steps, method {step.method}, {len(control.weights)} tensors of {control.size:,} weights"
+    if control.decay is None:
+        return text
+    text += f", p {step.p:g}, lambda_p {control.base_lambda:.4g} (ours; the authors' {control.base_lambda / step.p:.4g})"
+    if control.target is not None:
+        return f"{text}, decaying what is under the target's quantile for {control.cut_at} steps, then cut and recover"
+    return f"{text}, sum of learning rates {control.sum_lr:.4g}, w_kill {control.w_kill:.4g}"
+
+
+def _loop(
+    step: FinetuneStep, task: Task, accelerator: Accelerator, model: nn.Module, optimizer: Any,
+    control: SparsityControl, teacher: nn.Module | None, rates: list[float], on_step: Callable[[Progress], None],
+) -> None:  # fmt: skip
+    conditioning = getattr(accelerator.unwrap_model(model), "_lpsparse_conditioning", None)
+    parameters = [param for param in model.parameters() if param.requires_grad]
+    generator = torch.Generator().manual_seed(step.seed)
+    losses: list[float] = []
+    batches = _batches(step, task, accelerator, len(rates))
+    model.train()
+    for t, (epoch, batch) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rates[t]
+        control.before_step(t)
+        if task.augment is not None:
+            batch = task.augment(batch, generator)
+        with accelerator.autocast():
+            loss = _loss(step, task, model, teacher, batch)
+        accelerator.backward(loss)
+        control.mask_gradients()
+        norm = accelerator.clip_grad_norm_(parameters, step.clip or math.inf)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]) or (norm is not None and not math.isfinite(float(norm))):
+            what = f"step {t + 1} of {len(rates)}: loss {losses[-1]}, gradient norm {float(norm or 0)}"
+            raise NumericError(501, what, mend="lower --lr; nothing was written, the input is untouched")
+        optimizer.step()
+        optimizer.zero_grad()
+        if conditioning is not None:
+            conditioning.retract()
+        control.after_step(t)
+        if (t + 1) % step.log_every == 0 or t + 1 == len(rates):
+            sparsity = control.zeros() / control.size
+            mean = sum(losses) / len(losses)
+            facts = (rates[t], control.lambda_p, control.threshold, sparsity, control.near_zero())
+            on_step(Progress(t + 1, len(rates), epoch, mean, *facts))
+            losses.clear()
+
+
+def _teacher(step: FinetuneStep, task: Task) -> nn.Module | None:
+    """The model as it was loaded, to distil from; None when that is off."""
+    if step.distill == 0:
+        return None
+    if task.loaded.new:
+        what = f"--distill {step.distill:g}: the checkpoint has no head yet ({', '.join(task.loaded.new)})"
+        raise UsageError(245, what, mend="fine-tune it with --method dense first, or --distill 0")
+    return copy.deepcopy(task.loaded.module).eval().requires_grad_(False)
+
+
+def _loss(
+    step: FinetuneStep, task: Task, model: nn.Module, teacher: nn.Module | None, batch: Any
+) -> torch.Tensor:
+    """Cross-entropy, mixed with the divergence from the dense model's softened outputs (arXiv 1503.02531)."""
+    logits, labels = task.predict(model, batch)
+    loss = nn.functional.cross_entropy(logits, labels)
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        softened = nn.functional.log_softmax(task.predict(teacher, batch)[0] / step.temperature, -1)
+    student = nn.functional.log_softmax(logits / step.temperature, -1)
+    gap = nn.functional.kl_div(student, softened, log_target=True, reduction="batchmean")
+    return (1 - step.distill) * loss + step.distill * step.temperature**2 * gap
+
+
+def _choose(step: FinetuneStep, task: Task) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
+    """Which tensors of OUT may be cut, and those that are trained here, by their name in OUT; frozen ones set."""
+    names = task.loaded.names
+    for pattern in step.freeze:
+        if not any(fnmatchcase(out, pattern) for out in names.values()):
+            raise UsageError(210, f"--freeze {pattern}: matches no tensor", mend="see `lpsparse inspect`")
+    state = task.loaded.module.state_dict()
+    described = ((out, _dtype_name(state[name]), tuple(state[name].shape)) for name, out in names.items())
+    prunable = choose(described, step.include, step.exclude)
+    weights: dict[str, torch.Tensor] = {}
+    for name, param in task.loaded.module.named_parameters():
+        out = names.get(name, name)
+        param.requires_grad_(not any(fnmatchcase(out, pattern) for pattern in step.freeze))
+        if prunable.get(out, (False, ""))[0] and param.requires_grad:
+            weights[out] = param
+    if not any(param.requires_grad for param in task.loaded.module.parameters()):
+        raise UsageError(212, "--freeze leaves nothing to train", mend="freeze less")
+    empty = sorted(out for out, weight in weights.items() if not weight.any())
+    if empty and step.method == "lp":
+        raise InputError(
+            410, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
+        )
+    frozen = [out for out, (yes, _) in prunable.items() if yes and out not in weights]
+    return prunable | {out: (False, "--freeze") for out in frozen}, weights
+
+
+def _dtype_name(value: torch.Tensor) -> str:
+    return "F32" if value.dtype.is_floating_point else "I64"
+
+
+def _parameter_names(model: nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+    wanted = {id(weight) for weight in weights.values()}
+    return [name for name, param in model.named_parameters() if id(param) in wanted]
+
+
+def _optimizer(
+    step: FinetuneStep, model: nn.Module, weights: dict[str, torch.Tensor]
+) -> torch.optim.Optimizer:
+    """The base optimizer; its own weight decay acts only where L_p decay does not."""
+    chosen = {id(weight) for weight in weights.values()} if step.method == "lp" else set[int]()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    plain = [param for param in trained if id(param) not in chosen and param.ndim >= 2]
+    groups = [
+        {"params": [param for param in trained if id(param) in chosen], "weight_decay": 0.0},
+        {"params": plain, "weight_decay": step.weight_decay},
+        {"params": [param for param in trained if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if step.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=step.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=step.lr)
+
+
+def _schedule(t: int, steps: int, warmup: float) -> float:
+    """Linear rise, then a cosine to zero: 0..1."""
+    rise = max(1, round(warmup * steps))
+    if t < rise:
+        return (t + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (t - rise) / max(1, steps - rise)))
+
+
+def _batches(
+    step: FinetuneStep, task: Task, accelerator: Accelerator, steps: int
+) -> Iterator[tuple[int, Any]]:
+    """`steps` batches; their order is a pure function of seed, epoch and step."""
+    given, epoch = 0, 0
+    while given < steps:
+        loader: Any = accelerator.prepare_data_loader(
+            DataLoader(task.train, batch_sampler=batch_order(step, task, epoch), collate_fn=task.collate)  # pyright: ignore[reportArgumentType]
+        )
+        for batch in loader:
+            if given == steps:
+                return
+            given += 1
+            yield epoch, batch
+        epoch += 1
+
+
+def batch_order(step: FinetuneStep, task: Task, epoch: int) -> list[list[int]]:
+    """Indices of each batch of an epoch; examples of like length share a batch where the task knows lengths."""
+    generator = torch.Generator().manual_seed(step.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(task.train), generator=generator).tolist()
+    length = task.length
+    if length is None:
+        return [order[i : i + step.batch_size] for i in range(0, len(order), step.batch_size)]
+    pool = step.batch_size * _POOL
+    batches: list[list[int]] = []
+    for i in range(0, len(order), pool):
+        near = sorted(order[i : i + pool], key=lambda k: length(task.train[k]))
+        batches += [near[j : j + step.batch_size] for j in range(0, len(near), step.batch_size)]
+    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]

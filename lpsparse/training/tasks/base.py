@@ -1,0 +1,65 @@
+"""What every task hands to the loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.errors import InputError
+from lpsparse.training.model import Loaded
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model with its data, ready to train and to measure."""
+
+    loaded: Loaded
+    train: Sequence[Any]  # examples; empty for eval
+    held_out: Sequence[Any]
+    collate: Callable[[list[Any]], Batch]
+    predict: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # (count, classes) logits, (count,) labels
+    metric: str  # accuracy or loss
+    unit: str  # what a label stands for: rows, images, tokens
+    length: Callable[[Any], int] | None = None  # to put examples of like length into one batch
+    augment: Callable[[Batch, torch.Generator], Batch] | None = None
+    sidecars: Callable[[Path], None] | None = None  # files that the task changes in OUT (config.json)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric == "accuracy"
+
+
+def hold_out(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Split at random, a pure function of the seed; at least one example on each side."""
+    if len(examples) < 2:
+        raise InputError(
+            388, f"{len(examples)} example cannot be split", mend="give more data or --eval-data"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = max(1, min(len(examples) - 1, round(fraction * len(examples))))
+    return [examples[i] for i in sorted(order[held:])], [examples[i] for i in sorted(order[:held])]
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The folder's own tokenizer. Raises InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(
+            389, f"{checkpoint.name}: no tokenizer: {first[:160]}", mend="add tokenizer.json"
+        ) from None
+
+
+def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
+    if len(tokenizer) > rows:
+        what = f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows"
+        raise InputError(399, what, mend="use the tokenizer of this checkpoint")

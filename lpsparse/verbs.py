@@ -1,0 +1,342 @@
+"""One function a command: a checkpoint in, a verified checkpoint or a report out. The command line calls only these.
+
+Torch is imported where training begins, nowhere else.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from lpsparse.checkpoint.manifest import Quality, digest, list_files, read_manifest, source_of, write_manifest
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.rewrite import Count, count, rewrite
+from lpsparse.checkpoint.writer import (
+    CARD,
+    METRICS,
+    REPORT,
+    check_output,
+    copy_sidecars,
+    fsync,
+    output_folder,
+    write_json,
+    write_text,
+)  # fmt: skip
+from lpsparse.errors import InputError, OutputError
+from lpsparse.pruning.plan import plan_prune
+from lpsparse.pruning.prunable import kept_in_words
+from lpsparse.recipe import (
+    EvalStep,
+    FinetuneStep,
+    InspectStep,
+    PackStep,
+    PruneStep,
+    ReportStep,
+    Step,
+    UnpackStep,
+    VerifyStep,
+    resolve,
+)  # fmt: skip
+from lpsparse.reporting import card
+from lpsparse.reporting.measure import (
+    Report,
+    check_budgets,
+    compare,
+    measure,
+    own_quality,
+    prunable_of,
+    tensor_records,
+)  # fmt: skip
+
+Say = Callable[[str], None]
+Chosen = dict[str, tuple[bool, str]]
+
+
+def _silent(_: Any) -> None:
+    pass
+
+
+def prune(model: str | Path, out: str | Path, **options: Any) -> Report:
+    """Cut the smallest weights of `model` to exact zeros and write `out`. Options: fields of recipe.PruneStep."""
+    return prune_step(resolve(PruneStep, {"model": str(model), "out": out, **options}))
+
+
+def pack(model: str | Path, out: str | Path, **options: Any) -> Report:
+    """Store `model` losslessly in a packed layout. Options: fields of recipe.PackStep."""
+    return pack_step(resolve(PackStep, {"model": str(model), "out": out, **options}))
+
+
+def unpack(model: str | Path, out: str | Path, **options: Any) -> Report:
+    """Store `model` densely again, bit for bit. Options: fields of recipe.UnpackStep."""
+    return pack_step(resolve(UnpackStep, {"model": str(model), "out": out, **options}))
+
+
+def finetune(model: str | Path, out: str | Path, **options: Any) -> Report:
+    """Train `model` so that weights go to zero, and write `out`. Options: fields of recipe.FinetuneStep."""
+    return cast("Report", finetune_step(resolve(FinetuneStep, {"model": str(model), "out": out, **options})))
+
+
+def report(model: str | Path, base: str | Path | None = None, **options: Any) -> Report:
+    """Measure `model`, and what it came from. Options: fields of recipe.ReportStep."""
+    given = {"model": str(model), "base": None if base is None else str(base), **options}
+    return report_step(resolve(ReportStep, given))
+
+
+def verify(model: str | Path) -> dict[str, Any]:
+    """Check a folder against its manifest: {"ok", "files", "tensors", "problems"}."""
+    return verify_step(VerifyStep(model=str(model)))
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, from its headers."""
+    return inspect_step(InspectStep(model=str(model)))
+
+
+def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Loss and accuracy of `model` on data. Options: fields of recipe.EvalStep."""
+    return evaluate_step(resolve(EvalStep, {"model": str(model), **options}))
+
+
+def open(path: str | Path) -> Checkpoint:
+    """A checkpoint of any kind, lazily: `.tensors`, each with name, dtype, shape and `.read()`."""
+    return open_checkpoint(path)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint of any layout as a dense torch tensor, by name."""
+    from lpsparse.training.model import to_tensor
+
+    return {tensor.name: to_tensor(tensor) for tensor in open_checkpoint(path).tensors}
+
+
+def prune_step(step: PruneStep, say: Say = _silent) -> Report:
+    source = _open(step.model, say)
+    if not step.dry_run:
+        check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
+    plan = plan_prune(
+        source, sparsity=step.sparsity, below=step.below, gap=step.gap, scope=step.scope,
+        include=step.include, exclude=step.exclude,
+    )  # fmt: skip
+    chosen = {name: (tensor.prunable, tensor.reason) for name, tensor in plan.tensors.items()}
+    say(kept_in_words(chosen))
+    if plan.band is not None:
+        band = plan.band
+        below = f"{band.below:,} of {band.total:,} weights below"
+        say(f"band from {band.low:.3g} to {band.high:.3g} ({band.decades:.1f} decades), {below}")
+    if plan.threshold is not None:
+        say(f"threshold {plan.threshold:.6g}")
+    if step.dry_run:
+        say("dry run: nothing is written; the zeros are those that the cut would leave")
+        return measure(source, chosen, cut=plan.cut)
+    with _writing(step, source, chosen, say) as (folder, finish):
+        counts = rewrite(source, folder, plan.cut, step.layout)
+        same = all(
+            counts[t.name].zeros == count(t, t.blocks()).zeros for t in source.tensors if chosen[t.name][0]
+        )
+        quality = own_quality(source.root)
+        if quality and not same:
+            say(
+                "quality recorded in MODEL is left out: the cut changed weights; measure again with `lpsparse eval`"
+            )
+        return finish(counts, quality if same else ())
+
+
+def pack_step(step: PackStep | UnpackStep, say: Say = _silent) -> Report:
+    source = _open(step.model, say)
+    chosen = prunable_of(source)
+    if step.dry_run:
+        say("dry run: nothing is written")
+        return measure(source, chosen)
+    check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
+    with _writing(step, source, chosen, say) as (folder, finish):
+        layout = step.layout if isinstance(step, PackStep) else "dense"
+        counts = rewrite(source, folder, lambda _: None, layout)
+        return finish(counts, own_quality(source.root))
+
+
+def report_step(step: ReportStep, say: Say = _silent) -> Report:
+    checkpoint = _open(step.model, say)
+    found = measure(
+        checkpoint, include=step.include, exclude=step.exclude, quality=own_quality(checkpoint.root)
+    )  # fmt: skip
+    if step.base is not None:
+        base = _open(step.base, say)
+        found = compare(found, measure(base, include=step.include, exclude=step.exclude))
+    return check_budgets(found, step.min_sparsity, step.max_bytes, step.max_quality_drop)
+
+
+def verify_step(step: VerifyStep, say: Say = _silent) -> dict[str, Any]:
+    """Files, hashes, zero counts and finiteness against the manifest. Raises InputError without a manifest."""
+    folder = Path(step.model)
+    if not folder.is_dir():
+        raise InputError(327, f"{folder}: no such folder", mend="give a folder that lpsparse wrote")
+    manifest = read_manifest(folder)
+    problems: list[str] = []
+    listed = {record.name: record for record in manifest.files}
+    present = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
+    problems += [f"{name}: missing" for name in sorted(set(listed) - set(present))]
+    problems += [f"{name}: not in the manifest" for name in sorted(set(present) - set(listed))]
+    for name in sorted(set(listed) & set(present)):
+        found = digest(present[name], folder)
+        if found != listed[name]:
+            problems.append(f"{name}: {found.size} bytes, sha256 {found.sha256[:12]}, the manifest has "
+                            f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
+    problems += _tensor_problems(folder, manifest.tensors)
+    for problem in problems:
+        say(problem)
+    return {"ok": not problems, "files": len(listed), "tensors": len(manifest.tensors), "problems": problems}
+
+
+def _tensor_problems(folder: Path, records: tuple[Any, ...]) -> Iterator[str]:
+    try:
+        checkpoint = open_checkpoint(folder)
+        counts = {tensor.name: (tensor, count(tensor, tensor.blocks())) for tensor in checkpoint.tensors}
+    except InputError as error:
+        yield error.what
+        return
+    for record in records:
+        tensor, counted = counts.pop(record.name, (None, None))
+        if tensor is None or counted is None:
+            yield f"{record.name}: tensor missing"
+        elif (tensor.dtype, tensor.shape) != (record.dtype, record.shape):
+            yield f"{record.name}: {tensor.dtype} {tensor.shape}, the manifest has {record.dtype} {record.shape}"
+        elif counted.zeros != record.zeros:
+            yield f"{record.name}: {counted.zeros} zeros, the manifest has {record.zeros}"
+        elif counted.nonfinite and record.finite:
+            yield f"{record.name}: {counted.nonfinite} values are NaN or Inf"
+    yield from (f"{name}: tensor not in the manifest" for name in counts)
+
+
+def inspect_step(step: InspectStep, say: Say = _silent) -> dict[str, Any]:
+    checkpoint = _open(step.model, say)
+    chosen = prunable_of(checkpoint)
+    tensors = [
+        {
+            "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
+            "layout": tensor.layout, "bytes": tensor.stored_bytes, "prunable": chosen[tensor.name][0],
+            "reason": chosen[tensor.name][1],
+        }
+        for tensor in checkpoint.tensors
+    ]  # fmt: skip
+    return {
+        "model": checkpoint.name, "revision": checkpoint.revision, "layout": checkpoint.layout,
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
+        "weights": sum(tensor.size for tensor in checkpoint.tensors),
+        "prunable_weights": sum(tensor.size for tensor in checkpoint.tensors if chosen[tensor.name][0]),
+        "tensors": tensors, "notes": list(checkpoint.notes),
+    }  # fmt: skip
+
+
+def evaluate_step(step: EvalStep, say: Say = _silent) -> dict[str, Any]:
+    source = _open(step.model, say)
+    from lpsparse.training.loop import evaluate as measure_quality
+    from lpsparse.training.loop import prepare
+
+    task = prepare(step, source)
+    measured = measure_quality(step, task)
+    found: dict[str, Any] = {
+        "model": source.name,
+        "task": step.task,
+        "split": step.split,
+        "loss": measured.loss,
+    }
+    if measured.accuracy is not None:
+        found["accuracy"] = measured.accuracy
+    return found | {task.unit: measured.count}
+
+
+def finetune_step(
+    step: FinetuneStep, say: Say = _silent, on_step: Callable[[Any], None] = _silent
+) -> Report | dict[str, Any]:
+    """Train and write. With dry_run: {"steps", "prunable_weights", ...} and nothing written."""
+    source = _open(step.model, say)
+    check_output(step.out, source, 2 * _bytes(source), overwrite=step.overwrite or step.dry_run)
+    from lpsparse.training.loop import plan_training, prepare, train
+    from lpsparse.training.model import trained_checkpoint
+
+    if step.dry_run:
+        say("dry run: nothing is written")
+        return plan_training(step, prepare(step, source))
+    with output_folder(step.out, overwrite=step.overwrite) as folder:
+        task = prepare(step, source)
+        for note in task.loaded.notes:
+            say(note)
+        with (folder / METRICS).open("w", encoding="utf-8") as log:
+
+            def record(progress: Any) -> None:
+                log.write(json.dumps({key: getattr(progress, key) for key in progress.__slots__}) + "\n")
+                log.flush()
+                on_step(progress)
+
+            trained = train(step, task, record, say)
+        written = trained_checkpoint(source, task.loaded)
+        counts = rewrite(written, folder, lambda _: None, "dense")
+        quality = Quality(
+            metric=task.metric, before=trained.before.of(task.metric) if trained.before else None,
+            after=trained.after.of(task.metric), higher_is_better=task.higher_is_better,
+            rows=trained.after.count, split=f"{step.eval_split or 'held-out'} {task.unit}",
+        )  # fmt: skip
+        chosen = {
+            t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors
+        }
+        return _finish(step, source, folder, chosen, say, counts, (quality,), task.sidecars)
+
+
+def _open(model: str, say: Say) -> Checkpoint:
+    checkpoint = open_checkpoint(model)
+    for note in checkpoint.notes:
+        say(f"{checkpoint.name}: {note}")
+    if not checkpoint.tensors:
+        raise InputError(335, f"{checkpoint.name}: holds no tensors", mend="give a checkpoint with weights")
+    return checkpoint
+
+
+def _bytes(source: Checkpoint) -> int:
+    return sum(tensor.nbytes for tensor in source.tensors)
+
+
+Finish = Callable[[dict[str, Count], tuple[Quality, ...]], Report]
+
+
+@contextmanager
+def _writing(
+    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, say: Say
+) -> Iterator[tuple[Path, Finish]]:
+    """A folder to rewrite into, and the call that completes it."""
+    with output_folder(step.out, overwrite=step.overwrite) as folder:
+
+        def finish(counts: dict[str, Count], quality: tuple[Quality, ...]) -> Report:
+            return _finish(step, source, folder, chosen, say, counts, quality, None)
+
+        yield folder, finish
+
+
+def _finish(
+    step: Step, source: Checkpoint, folder: Path, chosen: Chosen, say: Say, counts: dict[str, Count],
+    quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None,
+) -> Report:  # fmt: skip
+    """Sidecars, then everything read back and compared with what was meant, then report, card and manifest."""
+    left = copy_sidecars(source, folder)
+    if sidecars is not None:
+        sidecars(folder)
+    notes = (*source.notes, *((f"left behind: {', '.join(left)}",) if left else ()))
+    if left:
+        say(notes[-1])
+    found = measure(open_checkpoint(folder), chosen, name=source.name, quality=quality)
+    for row in found.tensors:
+        if row.zeros != counts[row.name].zeros or row.nonfinite:
+            what = (
+                f"{step.model}: {row.name!r}: {row.zeros} zeros read back, {counts[row.name].zeros} written"
+            )
+            raise OutputError(408, what, mend="check the disk and run again; nothing was kept")
+    write_json(folder / REPORT, found.model_dump(mode="json"))
+    record = source_of(source)
+    base_card = (folder / "README.base.md").exists()
+    write_text(folder / CARD, card.render(found, record, quality, base_card=base_card))
+    name = type(step).__name__.removesuffix("Step").lower()
+    write_manifest(
+        folder, record, {name: step.recorded()}, tensor_records(found), found.layout, quality, notes
+    )  # fmt: skip
+    fsync(folder)
+    return found
