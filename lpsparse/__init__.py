@@ -1,6 +1,7 @@
 """lpsparse: make pretrained checkpoints small with L_p weight decay, and prove that they still work.
 
-Names are imported on first use, so that `import lpsparse` costs nothing and commands that need no torch import none.
+Names are imported on first use, so that `import lpsparse` costs nothing and commands that need no torch
+import none.
 """
 
 from importlib import import_module
@@ -9,7 +10,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "prune": "verbs", "pack": "verbs", "unpack": "verbs", "verify": "verbs", "report": "verbs", "inspect": "verbs",
+    "prune": "verbs", "pack": "verbs", "unpack": "verbs", "verify": "verbs", "report": "verbs",
+    "inspect": "verbs",
     "finetune": "verbs", "evaluate": "verbs", "open": "verbs", "load": "verbs", "run": "pipeline",
     "LpDecay": "training.decay", "LpAdamW": "training.decay",
     "condition": "training.conditioning", "fold": "training.conditioning",

@@ -21,6 +21,7 @@ from lpsparse.recipe import (
     Step,
     UnpackStep,
     VerifyStep,
+    overrides_of,
     read_recipe,
     resolve,
 )  # fmt: skip
@@ -46,9 +47,11 @@ def run(
     say: Say = lambda _: None,
     on_step: Callable[[Any], None] = lambda _: None,
 ) -> list[Done]:
-    """Run every step of a recipe file; `overrides` are `--set` pairs such as {"model": ..., "prune.sparsity": ...}.
+    """Run every step of a recipe file; `overrides` are `--set` pairs such as {"model": ...,
+    "prune.sparsity": ...}.
 
-    Raises what the steps raise. A verdict (budget, verification) does not stop the later steps: look at the results.
+    Raises what the steps raise. A verdict (budget, verification) does not stop the later steps: look at the
+    results.
     """
     path = Path(recipe)
     read = read_recipe(path, overrides or {})
@@ -82,9 +85,7 @@ def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[tupl
             settings["out"] = read.out / str(settings.get("out", f"{i + 1}-{name}"))
         if kind is ReportStep:
             settings.setdefault("base", read.model)
-        given = {
-            key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")
-        }
+        given = overrides_of(name, values, overrides)
         step = resolve(kind, given, settings, where=f"{path}: steps[{i}].{name}")
         step = _beside(step, path.parent)
         steps.append((i, name, step))

@@ -26,7 +26,8 @@ def _listed(value: Any) -> Any:
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
-_INCLUDE = Field((), description="Glob over tensor names that may be cut; repeatable. Default: every matrix that is "
+_INCLUDE = Field((), description="Glob over tensor names that may be cut; repeatable. Default: every "
+    "matrix that is "
                  "no embedding, norm or output head.")  # fmt: skip
 _EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatable, wins over --include.")
 _MODEL = Field(description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
@@ -51,7 +52,8 @@ class PruneStep(Step):
 
     model: str = _MODEL
     out: Path = _OUT
-    sparsity: Decimal | None = Field(None, ge=0, le=1, description="Fraction of the prunable weights that is zero "
+    sparsity: Decimal | None = Field(None, ge=0, le=1, description="Fraction of the prunable weights "
+        "that is zero "
                                      "afterwards, 0..1, met exactly within each scope.")  # fmt: skip
     below: float | None = Field(None, ge=0, description="Cut every |w| below this.")
     gap: bool = Field(
@@ -119,7 +121,8 @@ class ReportStep(Step):
         None, ge=0, le=1, description="Budget: least sparsity of prunable weights."
     )
     max_bytes: int | None = Field(None, ge=0, description="Budget: most bytes of the weight files.")
-    max_quality_drop: float | None = Field(None, ge=0, description="Budget: most that the quality recorded by "
+    max_quality_drop: float | None = Field(None, ge=0, description="Budget: most that the quality "
+        "recorded by "
                                            "finetune may fall, in the metric's own unit.")  # fmt: skip
 
 
@@ -131,18 +134,18 @@ class _DataStep(Step):
     split: str = Field(
         "train", description="Part of DATA to use: file stem or name, with an optional [from:to]."
     )
-    text_field: str | None = Field(None, description="Column of the text. Default: text or sentence; in a table of "
+    text_field: str | None = Field(None, description="Column of the text. Default: text or sentence; in "
+        "a table of "
                                    "two columns without a heading, the one that is no label.")  # fmt: skip
     label_field: str | None = Field(None, description="Column of the label. Default: label.")
     max_length: int = Field(128, ge=2, description="Tokens a text is cut at (classification) or a block has "
                             "(causal-lm).")  # fmt: skip
-    model_fn: str | None = Field(None, description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the torch module "
+    model_fn: str | None = Field(None, description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the "
+        "torch module "
                                  "of a bare state dict.")  # fmt: skip
     mean: Floats = Field((0.5,), description="Mean of each image channel, on 0..1, comma separated.")
     std: Floats = Field((0.5,), description="Standard deviation of each image channel, likewise.")
     batch_size: int = Field(32, ge=1, description="Rows, images or blocks a step (all processes together).")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Arithmetic of the forward pass; the "
-                                                           "weights stay in fp32 masters.")  # fmt: skip
     seed: int = Field(0, ge=0, description="Seed of data order, new heads and dropout.")
 
 
@@ -165,24 +168,30 @@ class FinetuneStep(_DataStep):
         0.1, gt=0, lt=1, description="Share of --split set aside when no --eval-split."
     )
     method: Literal["lp", "gradual", "one-shot", "dense"] = Field(
-        "lp", description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning and one-shot "
+        "lp", description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning and "
+            "one-shot "
         "magnitude with masked training; or not at all.")  # fmt: skip
-    target_sparsity: Decimal | None = Field(None, ge=0, lt=1, description="Fraction of the prunable weights that is "
+    target_sparsity: Decimal | None = Field(None, ge=0, lt=1, description="Fraction of the prunable "
+        "weights that is "
                                             "zero in OUT, exactly. Default: no cut.")  # fmt: skip
     p: float = Field(0.8, gt=0, description="Exponent of the norm; below 1 weights reach exact zero.")
     lambda_p: float | Literal["auto"] = Field(
-        "auto", alias="lambda", description="Strength of the decay (ours: the authors' lambda times p); auto takes "
+        "auto", alias="lambda", description="Strength of the decay (ours: the authors' lambda times p); "
+            "auto takes "
         "it from the sum of learning rates.")  # fmt: skip
     lambda_convention: Literal["ours", "authors"] = Field(
         "ours", description="How a number in --lambda is meant."
     )
-    condition: Literal["none", "rows"] = Field("rows", description="Weight conditioning: rows keep the norm that "
+    condition: Literal["none", "rows"] = Field("rows", description="Weight conditioning: rows keep the "
+        "norm that "
                                                "they have in the checkpoint.")  # fmt: skip
-    distill: float = Field(0.0, ge=0, le=1, description="Share of the loss that is the divergence from MODEL's own "
+    distill: float = Field(0.0, ge=0, le=1, description="Share of the loss that is the divergence from "
+        "MODEL's own "
                            "outputs; needs a MODEL with its head.")  # fmt: skip
     temperature: float = Field(2.0, gt=0, description="Softening of both outputs in --distill.")
     keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL.")
-    decay_share: float = Field(0.4, gt=0, le=1, description="Share of the steps in which weights go to zero, when a "
+    decay_share: float = Field(0.4, gt=0, le=1, description="Share of the steps in which weights go to "
+        "zero, when a "
                                "target is set; the rest recovers.")  # fmt: skip
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
@@ -194,6 +203,9 @@ class FinetuneStep(_DataStep):
     weight_decay: float = Field(
         0.0, ge=0, description="Ordinary decay of the tensors that L_p decay leaves alone."
     )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Arithmetic of the forward "
+        "pass; the "
+                                                           "weights stay in fp32 masters.")  # fmt: skip
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is no clipping.")
     freeze: Patterns = Field((), description="Glob over tensor names that are not trained; repeatable.")
     augment: Literal["none", "crop-flip"] = Field("none", description="Random changes of training images.")
@@ -291,7 +303,8 @@ def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseErr
 
 
 def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
-    """A checked recipe file, with `--set key=value` applied. Raises UsageError naming file, key and nearest key."""
+    """A checked recipe file, with `--set key=value` applied. Raises UsageError naming file, key and nearest
+    key."""
     import yaml
 
     if not path.is_file():
@@ -315,7 +328,27 @@ def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
     recipe = resolve(Recipe, top, table, where=str(path))  # pyright: ignore[reportUnknownArgumentType]
     for i, step in enumerate(recipe.steps):
         _check_step(path, i, step, overrides)
+    known = [word for step in recipe.steps for word in _prefixes(*next(iter(step.items())))]
+    for key in overrides:
+        prefix = key.partition(".")[0]
+        if "." in key and prefix not in known:
+            near = get_close_matches(prefix, known, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"steps are {', '.join(dict.fromkeys(known))}"
+            raise UsageError(208, f"--set {key}: the recipe has no step {prefix!r}", mend=mend)
     return recipe
+
+
+def overrides_of(name: str, values: Mapping[str, Any] | None, overrides: Mapping[str, str]) -> dict[str, str]:
+    """The `--set` pairs meant for one step: `STEP.KEY` is for every step of that name, `OUT.KEY` for the one
+    whose `out` is so called, and wins."""
+    given: dict[str, str] = {}
+    for prefix in _prefixes(name, values):
+        given |= {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(f"{prefix}.")}
+    return given
+
+
+def _prefixes(name: str, values: Mapping[str, Any] | None) -> list[str]:
+    return [name, *([str(values["out"])] if values and "out" in values else [])]
 
 
 def _check_step(path: Path, i: int, step: dict[str, dict[str, Any]], overrides: Mapping[str, str]) -> None:
@@ -329,7 +362,7 @@ def _check_step(path: Path, i: int, step: dict[str, dict[str, Any]], overrides: 
         near = get_close_matches(name, STEPS, n=1)
         mend = f"did you mean {near[0]}?" if near else f"known steps: {', '.join(STEPS)}"
         raise UsageError(202, f"{where}: unknown step {name!r}", mend=mend)
-    given = {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(f"{name}.")}
+    given = overrides_of(name, values, overrides)
     known = {info.alias or key for key, info in STEPS[name].model_fields.items()}
     filled = {"model": "-", "out": "-", "data": "-"}
     resolve(

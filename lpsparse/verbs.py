@@ -1,10 +1,11 @@
-"""One function a command: a checkpoint in, a verified checkpoint or a report out. The command line calls only these.
+"""One function a command: a checkpoint in, a verified checkpoint or a report out. The command line calls
+only these.
 
 Torch is imported where training begins, nowhere else.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -58,7 +59,8 @@ def _silent(_: Any) -> None:
 
 
 def prune(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Cut the smallest weights of `model` to exact zeros and write `out`. Options: fields of recipe.PruneStep."""
+    """Cut the smallest weights of `model` to exact zeros and write `out`. Options: fields of
+    recipe.PruneStep."""
     return prune_step(resolve(PruneStep, {"model": str(model), "out": out, **options}))
 
 
@@ -137,7 +139,8 @@ def prune_step(step: PruneStep, say: Say = _silent) -> Report:
         quality = own_quality(source.root)
         if quality and not same:
             say(
-                "quality recorded in MODEL is left out: the cut changed weights; measure again with `lpsparse eval`"
+                "quality recorded in MODEL is left out: the cut changed weights; measure again with "
+                "`lpsparse eval`"
             )
         return finish(counts, quality if same else ())
 
@@ -167,7 +170,8 @@ def report_step(step: ReportStep, say: Say = _silent) -> Report:
 
 
 def verify_step(step: VerifyStep, say: Say = _silent) -> dict[str, Any]:
-    """Files, hashes, zero counts and finiteness against the manifest. Raises InputError without a manifest."""
+    """Files, hashes, zero counts and finiteness against the manifest. Raises InputError without a
+    manifest."""
     folder = Path(step.model)
     if not folder.is_dir():
         raise InputError(327, f"{folder}: no such folder", mend="give a folder that lpsparse wrote")
@@ -200,7 +204,7 @@ def _tensor_problems(folder: Path, records: tuple[Any, ...]) -> Iterator[str]:
         if tensor is None or counted is None:
             yield f"{record.name}: tensor missing"
         elif (tensor.dtype, tensor.shape) != (record.dtype, record.shape):
-            yield f"{record.name}: {tensor.dtype} {tensor.shape}, the manifest has {record.dtype} {record.shape}"
+            yield f"{record.name}: {tensor.dtype} {tensor.shape}, expected {record.dtype} {record.shape}"
         elif counted.zeros != record.zeros:
             yield f"{record.name}: {counted.zeros} zeros, the manifest has {record.zeros}"
         elif counted.nonfinite and record.finite:
@@ -302,7 +306,7 @@ Finish = Callable[[dict[str, Count], tuple[Quality, ...]], Report]
 @contextmanager
 def _writing(
     step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, say: Say
-) -> Iterator[tuple[Path, Finish]]:
+) -> Generator[tuple[Path, Finish]]:
     """A folder to rewrite into, and the call that completes it."""
     with output_folder(step.out, overwrite=step.overwrite) as folder:
 
@@ -316,7 +320,8 @@ def _finish(
     step: Step, source: Checkpoint, folder: Path, chosen: Chosen, say: Say, counts: dict[str, Count],
     quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None,
 ) -> Report:  # fmt: skip
-    """Sidecars, then everything read back and compared with what was meant, then report, card and manifest."""
+    """Sidecars, then everything read back and compared with what was meant, then report, card and
+    manifest."""
     left = copy_sidecars(source, folder)
     if sidecars is not None:
         sidecars(folder)
@@ -327,7 +332,7 @@ def _finish(
     for row in found.tensors:
         if row.zeros != counts[row.name].zeros or row.nonfinite:
             what = (
-                f"{step.model}: {row.name!r}: {row.zeros} zeros read back, {counts[row.name].zeros} written"
+                f"{source.name}: {row.name!r}: {row.zeros} zeros read back, {counts[row.name].zeros} written"
             )
             raise OutputError(408, what, mend="check the disk and run again; nothing was kept")
     write_json(folder / REPORT, found.model_dump(mode="json"))

@@ -1,8 +1,8 @@
 """Storage dtypes of safetensors, and the order of magnitudes on raw bits.
 
-For IEEE-like floats the integer order of the bits with the sign masked is the order of the magnitudes, so pruning
-needs numpy and no float arithmetic. f16, bf16 and both f8 are widened to the bits of the equal float32 first
-(exact), so that one threshold can be compared across tensors of different dtypes.
+For IEEE-like floats the integer order of the bits with the sign masked is the order of the magnitudes, so
+pruning needs numpy and no float arithmetic. f16, bf16 and both f8 are widened to the bits of the equal
+float32 first (exact), so that one threshold can be compared across tensors of different dtypes.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Safetensors headers, checked before anything is believed: hostile and broken files stop here.
 
-Format: 8 bytes little-endian header length, JSON header, tensor data. Every rule of the format's README is checked,
-and two that the reference reader leaves out: duplicate names and the number of tensors.
+Format: 8 bytes little-endian header length, JSON header, tensor data. Every rule of the format's README is
+checked, and two that the reference reader leaves out: duplicate names and the number of tensors.
 """
 
 import json
@@ -16,6 +16,8 @@ from lpsparse.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's cap
 MAX_TENSORS = 500_000  # 700,000 empty tensors took the reference reader 6 s to open
+
+MAX_DIMENSIONS = 64  # numpy's
 
 _DOWNLOAD_AGAIN = "download or copy the file again"
 _NOT_WEIGHTS: tuple[tuple[bytes, str, str], ...] = (
@@ -57,12 +59,13 @@ def read_header(path: Path) -> Header:
     size = check_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
-        sniff(path, head)
+        length = int.from_bytes(head[:8], "little")
+        if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+            sniff(path, head)  # only now: a header of 60 or 128 bytes begins like an XML page or a pickle
         if size < 8:
             raise InputError(
                 301, f"{path}: {size} bytes: the copy or download did not finish", mend=_DOWNLOAD_AGAIN
             )
-        length = int.from_bytes(head[:8], "little")
         if length > MAX_HEADER_BYTES:
             what = (
                 f"{path}: declares a header of {length} bytes, the cap is {MAX_HEADER_BYTES}: not safetensors"
@@ -84,9 +87,12 @@ def read_header(path: Path) -> Header:
 
 
 def check_regular(path: Path) -> int:
-    """Size in bytes of a regular, readable file; a FIFO, folder, dangling link or unreadable file is refused."""
+    """Size in bytes of a regular, readable file; a FIFO, folder, dangling link or unreadable file is
+    refused."""
     try:
         info = path.stat()
+        if stat.S_ISREG(info.st_mode):
+            path.open("rb").close()
     except OSError as error:
         raise InputError(
             305, f"{path}: {error.strerror}", mend="check the path and its permissions"
@@ -108,16 +114,21 @@ def _by_offset(entry: Entry) -> tuple[int, int, str]:
 
 
 def unique_json(text: bytes | str) -> Any:
-    """Parsed JSON in which no object repeats a key. Raises ValueError (RecursionError becomes one too)."""
+    """Parsed JSON in UTF-8 in which no object repeats a key. Raises ValueError (RecursionError becomes one too)."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-        return dict(items)
+        table = dict(items)
+        if len(table) != len(items):
+            seen: set[str] = set()
+            again = next(key for key, _ in items if key in seen or seen.add(key))
+            raise ValueError(f"duplicate key {again!r}")
+        "".join(
+            word for item in items for word in item if isinstance(word, str)
+        ).encode()  # "\\ud800" is no text
+        return table
 
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        return json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -149,12 +160,14 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise refuse("header entry is not {dtype, shape, data_offsets}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(f"unknown dtype {dtype!r}")
     if not _is_counts(shape):
         raise refuse(f"shape {shape!r} is not a list of sizes")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse(f"data_offsets {offsets!r} are not [begin, end]")
+    if len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) >= 2**60:
+        raise refuse(f"shape {shape} has more than {MAX_DIMENSIONS} dimensions or 2**60 values")
     bits = math.prod(shape) * DTYPES[dtype].bits
     nbytes = offsets[1] - offsets[0]
     if bits != nbytes * 8:

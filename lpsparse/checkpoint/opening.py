@@ -1,9 +1,11 @@
-"""Open a checkpoint: find its weight files, check them, and give its tensors as blocks of rows. Reads no weights yet.
+"""Open a checkpoint: find its weight files, check them, and give its tensors as blocks of rows. Reads no
+weights yet.
 
-Whatever the source (Hugging Face folder, one safetensors file, torch file, index, hub id, bitmask folder), what comes
-out is the same: named tensors of raw bits, read a few megabytes at a time.
+Whatever the source (Hugging Face folder, one safetensors file, torch file, index, hub id, bitmask folder),
+what comes out is the same: named tensors of raw bits, read a few megabytes at a time.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,8 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 _MAX_INDEX_BYTES = 200_000_000
 _FOLDER_ORDER = (
-    "lpsparse.safetensors.index.json", "lpsparse.safetensors", "model.safetensors.index.json", "model.safetensors",
+    "lpsparse.safetensors.index.json", "lpsparse.safetensors",
+    "model.safetensors.index.json", "model.safetensors",
 )  # fmt: skip
 _TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -79,7 +82,8 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open MODEL: a folder, a weight file, an `*.index.json`, `bundled:NAME` or a hub id `org/name[@revision]`.
+    """Open MODEL: a folder, a weight file, an `*.index.json`, `bundled:NAME` or a hub id
+    `org/name[@revision]`.
 
     Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached.
     """
@@ -109,8 +113,8 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
         if bundled.parent.name == "bundled" and bundled.exists():
             return bundled, text, None
         raise InputError(326, f"{text}: nothing of that name is bundled", mend="try bundled:stories260k")
-    if path.exists() or path.is_symlink():
-        return path, path.resolve().name, None
+    if os.path.lexists(path):
+        return path, path.resolve().name if path.exists() else path.name, None  # a link loop has no end
     if is_hub_id(text):
         folder, commit = fetch(text, replace_with="a local folder in its place (`run`: --set model=FOLDER)")
         return folder, text.partition("@")[0], commit
@@ -226,6 +230,7 @@ def _open_file(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...
 
 
 def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
     for magic in (b"version https://git-lfs", b"<"):

@@ -1,7 +1,8 @@
 """Torch files, only through torch's restricted loader: nothing in them is ever executed. Imports torch.
 
-The unwrapping rules, applied in this order and reported: the tensors are looked for under `state_dict`, then under
-`model`; what is not a tensor is dropped. Names keep any `module.` prefix: training strips it, the writer keeps it.
+The unwrapping rules, applied in this order and reported: the tensors are looked for under `state_dict`, then
+under `model`; what is not a tensor is dropped. Names keep any `module.` prefix: training strips it, the
+writer keeps it.
 """
 
 import pickle
@@ -30,8 +31,8 @@ _CONVERT = "convert the file to safetensors where you trust it"
 def read_torch_file(path: Path) -> tuple[dict[str, tuple[str, Bits]], tuple[str, ...]]:
     """Each tensor as (dtype, raw bits in its own shape), and what was unwrapped or dropped.
 
-    Raises InputError when the restricted loader refuses the file (classes, functions, legacy tar files), when a
-    tensor declares more elements than its storage holds, and when there are no tensors.
+    Raises InputError when the restricted loader refuses the file (classes, functions, legacy tar files),
+    when a tensor declares more elements than its storage holds, and when there are no tensors.
     """
     if check_regular(path) == 0:
         raise InputError(
@@ -55,7 +56,10 @@ def _load(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.file_size > _MAX_ZIP_RATIO * max(member.compress_size, 1):
-                    what = f"{path}: {member.filename!r} unpacks {member.compress_size} to {member.file_size} bytes"
+                    what = (
+                        f"{path}: {member.filename!r} unpacks {member.compress_size} to "
+                        f"{member.file_size} bytes"
+                    )
                     raise InputError(321, what, mend=_CONVERT)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,6 +1,8 @@
-"""Write a checkpoint so that OUT is either absent or whole: sibling folder, fsync, re-open, manifest last, rename.
+"""Write a checkpoint so that OUT is either absent or whole: sibling folder, fsync, re-open, manifest last,
+rename.
 
-A half-written safetensors file is valid and looks wonderfully sparse, so nothing is trusted until it was read back.
+A half-written safetensors file is valid and looks wonderfully sparse, so nothing is trusted until it was
+read back.
 """
 
 import json
@@ -8,7 +10,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +45,8 @@ Part = tuple[str, int, Bits]  # name, first storage unit, values
 
 
 def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overwrite: bool) -> None:
-    """Refuse early what would fail late. Raises OutputError; nothing is touched but an interrupted exchange."""
+    """Refuse early what would fail late. Raises OutputError; nothing is touched but an interrupted
+    exchange."""
     old = out.with_name(out.name + ".old")
     if old.exists() and not out.exists():
         old.rename(out)  # a run that died between the two renames of --overwrite
@@ -73,7 +76,7 @@ def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overw
 
 
 @contextmanager
-def output_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def output_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
     """A sibling `OUT.partial` to write into; renamed to OUT on success, removed on any failure.
 
     Raises StateError when a living process holds it.
@@ -166,7 +169,8 @@ def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], pa
 
 
 def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:
-    """Source weight file -> file in OUT. Packed files never carry a name that an ordinary loader looks for."""
+    """Source weight file -> file in OUT. Packed files never carry a name that an ordinary loader looks
+    for."""
     names = [path.name for path in source.files]
     if packed:
         if len(names) == 1:
@@ -187,7 +191,8 @@ def write_index(folder: Path, stem: str, weight_map: dict[str, str], total_bytes
 def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
     """Copy what is not weights, byte for byte; returns the names of weight files left behind.
 
-    The source's README.md becomes README.base.md. Hidden folders and links out of a local model folder stay behind.
+    The source's README.md becomes README.base.md. Hidden folders and links out of a local model folder stay
+    behind.
     """
     if source.root is None:
         return ()

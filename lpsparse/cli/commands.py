@@ -110,7 +110,8 @@ def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
         return
     body = [
         (
-            text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])), text.size(each["bytes"]),
+            text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])),
+            text.size(each["bytes"]),
             "prunable" if each["prunable"] else each["reason"],
         )
         for each in found["tensors"]

@@ -12,7 +12,7 @@ from lpsparse.reporting.measure import Report
 from lpsparse.reporting.text import columns, size
 
 RECIPE = Path(__file__).parents[1] / "bundled" / "demo.yaml"
-_HELP = """Run finetune, prune and report on a bundled model, offline, in about a minute; exit 1 below its bounds.
+_HELP = """Run finetune, prune and report on a bundled model, offline; exit 1 below its bounds.
 
 \b
 Examples:
@@ -85,7 +85,8 @@ def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
     )
     for budget in final.budgets:
         print_result(
-            f"{budget.name}: {budget.value:.4g}, limit {budget.limit:g}: {'ok' if budget.passed else 'FAILED'}"
+            f"{budget.name}: {budget.value:.4g}, limit {budget.limit:g}: "
+            f"{'ok' if budget.passed else 'FAILED'}"
         )
     print_result(f"report: {folder / 'sparse' / 'report.json'}")
     print_result(

@@ -1,6 +1,5 @@
 """Assemble the commands, and turn every failure into two lines and an exit code."""
 
-import os
 import sys
 from typing import Annotated, Any
 
@@ -29,11 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    code: Any = 0
     try:
         code = _app()(args=words, prog_name="lpsparse", standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        _leave("interrupted: the input is untouched, nothing is left at OUT", ExitCode.INTERRUPT)
+        code = ExitCode.INTERRUPT
     except LpsparseError as error:
         if debug:
             raise
@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = _usage(error)
         if code is None:
             raise
-    sys.exit(code if isinstance(code, int) else 0)
+    if code == ExitCode.INTERRUPT:  # Typer turns Ctrl-C inside a command into this code
+        _leave("interrupted: the input is untouched, nothing is left at OUT", ExitCode.INTERRUPT)
+    sys.exit(int(code) if isinstance(code, int) else 0)
 
 
 def _usage(error: Exception) -> int | None:
@@ -71,9 +73,10 @@ def _usage(error: Exception) -> int | None:
 
 
 def _say_error(code: str, what: str, mend: str) -> None:
-    from lpsparse.reporting.text import clean
+    from lpsparse.reporting.text import clean, shorten
 
-    sys.stderr.write(f"error[{code}]: {clean(what)}\n  mend: {clean(mend)}\n")
+    what = shorten(clean(what), 1000)  # a hostile name may be as long as a header
+    sys.stderr.write(f"error[{code}]: {what}\n  mend: {clean(mend)}\n")
 
 
 def _leave(text: str, code: ExitCode) -> None:

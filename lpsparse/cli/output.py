@@ -1,4 +1,5 @@
-"""What a person sees: results on stdout, everything else on stderr; bars on a terminal, plain lines elsewhere."""
+"""What a person sees: results on stdout, everything else on stderr; bars on a terminal, plain lines
+elsewhere."""
 
 import json
 import os
@@ -13,8 +14,17 @@ from lpsparse.reporting.text import clean
 
 
 def print_result(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Print on stdout; a reader that has gone away (`| head -1`) is no error."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence_stdout()
+
+
+def silence_stdout() -> None:
+    """Send what is still to come nowhere, so that Python does not complain when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:
@@ -40,7 +50,8 @@ def width() -> int:
 
 
 class TrainingBar:
-    """Progress of a training run: a bar on a terminal, a line every 15 seconds elsewhere. Give `update` to a verb."""
+    """Progress of a training run: a bar on a terminal, a line every 15 seconds elsewhere. Give `update` to a
+    verb."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet

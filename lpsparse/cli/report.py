@@ -26,15 +26,20 @@ def register(app: typer.Typer) -> None:
 def report(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, weight file, index or hub id.")],
     base: Annotated[str | None, typer.Argument(metavar="BASE", help="The checkpoint it came from.")] = None,
-    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write report.json; - is stdout.")]
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write report.json; - "
+        "is stdout.")]
     = None,
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors counted as prunable.")] = None,
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors counted as "
+        "prunable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors not so counted.")] = None,
-    min_sparsity: Annotated[str | None, typer.Option(metavar="FRACTION", help="Least sparsity of prunable weights.")]
+    min_sparsity: Annotated[str | None, typer.Option(metavar="FRACTION", help="Least sparsity of "
+        "prunable weights.")]
     = None,
-    max_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="Most bytes of the weight files.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="Most bytes of the weight "
+        "files.")] = None,
     max_quality_drop: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Most that the recorded quality may fall, in its own unit.")
+        str | None, typer.Option(metavar="NUMBER", help="Most that the recorded quality may fall, in "
+            "its own unit.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages.")] = False,
 ) -> None:  # fmt: skip

@@ -1,11 +1,13 @@
 """The empty band of |w| that L_p decay with p < 1 leaves between dead and living weights, found in the files.
 
-For p < 1 no stable weight lives in 0 < |w| < w_gap (math: arXiv 2404.10824, fixed points). A band counts when it is at
-least two decades wide with at least 1 % of the prunable weights below it; the widest such band is taken.
+For p < 1 no stable weight lives in 0 < |w| < w_gap (math: arXiv 2404.10824, fixed points). A band counts
+when it is at least two decades wide with at least 1 % of the prunable weights below it; the widest such band
+is taken.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf, log10, sqrt
 
 import numpy as np
@@ -38,8 +40,8 @@ class Band:
 def find_band(keys: Callable[[], Iterator[Bits]], *, wide: bool) -> tuple[Band | None, Band | None]:
     """The widest band that counts, and the widest one that fails by its width (for the message). Two passes.
 
-    Bins are the upper 16 bits of a key (about 0.4 % wide in f32), so candidates are runs of empty bins; the second
-    pass takes the exact magnitudes at both edges of every candidate.
+    Bins are the upper 16 bits of a key (about 0.4 % wide in f32), so candidates are runs of empty bins; the
+    second pass takes the exact magnitudes at both edges of every candidate.
     """
     shift = 48 if wide else 16
     counts = np.zeros(_BINS, np.int64)
@@ -48,7 +50,7 @@ def find_band(keys: Callable[[], Iterator[Bits]], *, wide: bool) -> tuple[Band |
     used = np.flatnonzero(counts)
     cumulative = np.cumsum(counts)
     total = int(cumulative[-1])
-    runs = [(int(a), int(b)) for a, b in zip(used[:-1], used[1:], strict=True)]
+    runs = [(int(a), int(b)) for a, b in pairwise(used)]
     runs = [(a, b) for a, b in runs if cumulative[a] >= MIN_BELOW * total]
     if not runs:
         return None, None

@@ -1,4 +1,5 @@
-"""Decide what to cut, as plain data: one threshold and a share of its ties for each tensor. Writes nothing."""
+"""Decide what to cut, as plain data: one threshold and a share of its ties for each tensor. Writes
+nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ def plan_prune(
 ) -> Plan:
     """Exactly one of `sparsity` (met exactly within each scope), `below` and `gap` decides.
 
-    Ties go by tensor name, then position. Raises InputError on NaN or Inf in a prunable tensor, UsageError on patterns
-    that match nothing, VerdictError when `gap` finds no band.
+    Ties go by tensor name, then position. Raises InputError on NaN or Inf in a prunable tensor, UsageError
+    on patterns that match nothing, VerdictError when `gap` finds no band.
     """
     chosen = choose(((t.name, t.dtype, t.shape) for t in source.tensors), include, exclude)
     units = _Units(source, [tensor for tensor in source.tensors if chosen[tensor.name][0]])
@@ -140,7 +141,13 @@ def _band(units: _Units) -> Band:
     if band is None:
         seen = "no empty band with 1 % of the weights below it"
         if widest is not None:
-            seen = f"the widest empty band is {widest.decades:.2f} decades ({widest.low:.3g} to {widest.high:.3g})"
-        what = f"{units.source.name}: no band of 2 decades among {sum(t.size for t in units.tensors)} weights: {seen}"
+            seen = (
+                f"the widest empty band is {widest.decades:.2f} decades ({widest.low:.3g} to "
+                f"{widest.high:.3g})"
+            )
+        what = (
+            f"{units.source.name}: no band of 2 decades among {sum(t.size for t in units.tensors)} "
+            f"weights: {seen}"
+        )
         raise VerdictError(101, what, mend="fine-tune with p < 1 first, or give --sparsity or --below")
     return band

@@ -28,7 +28,8 @@ def prunable(
 ) -> tuple[bool, str]:
     """Whether a tensor is cut, and the reason in words.
 
-    `include` names all that may be cut, kept kinds too; `exclude` wins over it. A leading `module.` is looked through.
+    `include` names all that may be cut, kept kinds too; `exclude` wins over it. A leading `module.` is
+    looked through.
     """
     bare = name.removeprefix("module.")
     if not DTYPES[dtype].is_float:
@@ -54,7 +55,8 @@ def _matches(name: str, bare: str, patterns: tuple[str, ...]) -> bool:
 def choose(
     tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> dict[str, tuple[bool, str]]:
-    """`prunable` of every tensor. Raises UsageError for a pattern that matches nothing, and when nothing is left."""
+    """`prunable` of every tensor. Raises UsageError for a pattern that matches nothing, and when nothing is
+    left."""
     table = {name: prunable(name, dtype, shape, include, exclude) for name, dtype, shape in tensors}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:

@@ -37,7 +37,8 @@ def _totals(report: Report) -> list[str]:
     if report.base is not None:
         base = report.base
         lines.append(
-            f"  came from      {clean(base.name)}: {size(base.file_bytes)}, sparsity {100 * base.prunable.sparsity:.2f}"
+            f"  came from      {clean(base.name)}: {size(base.file_bytes)}, sparsity "
+            f"{100 * base.prunable.sparsity:.2f}"
             f" %; the files are now {base.bytes_ratio:.3f} of that"
         )
     for quality in report.quality:
@@ -45,7 +46,8 @@ def _totals(report: Report) -> list[str]:
         drop = quality_drop(quality)
         worse = "" if drop is None else f" ({'worse' if drop > 0 else 'better'} by {abs(drop):.4f})"
         lines.append(
-            f"  {quality.metric:<14} {before} -> {quality.after:.4f}{worse}, {quality.rows:,} of {clean(quality.split)}"
+            f"  {quality.metric:<14} {before} -> {quality.after:.4f}{worse}, {quality.rows:,} of "
+            f"{clean(quality.split)}"
         )
     if report.nonfinite_tensors:
         lines.append(f"  NaN or Inf in  {', '.join(clean(name) for name in report.nonfinite_tensors[:5])}")
@@ -65,7 +67,8 @@ def _tensors(report: Report, width: int) -> list[str]:
     kept = [row for row in report.tensors if row in shown]
     body = [
         (
-            clean(row.name), row.dtype, f"{row.weights:,}", f"{100 * row.sparsity:.1f} %", size(row.stored_bytes),
+            clean(row.name), row.dtype, f"{row.weights:,}", f"{100 * row.sparsity:.1f} %",
+            size(row.stored_bytes),
             "cut" if row.prunable else "kept",
         )
         for row in kept

@@ -2,9 +2,10 @@
 
 The target rises cubically over the first share of the steps (Zhu and Gupta 2017, arXiv 1710.01878):
     s(t) = S + (s0 - S) * (1 - t / T)**3
-lp: L_p decay acts on the weights under the current s(t) quantile only, its lambda steered so that they arrive near
-zero as s(t) rises; at T the smallest S are cut, then the mask is held with no decay. gradual: magnitudes are cut to
-s(t) directly. one-shot: all is cut before step 0.
+lp: L_p decay acts on the weights under the current s(t) quantile only, its lambda steered so that they
+arrive near zero as s(t) rises; at T the smallest S are cut, then the mask is held with no decay. Without a
+target all weights decay, and with p < 1 the run ends by settling (SETTLE_SHARE).
+gradual: magnitudes are cut to s(t) directly. one-shot: all is cut before step 0.
 """
 
 from collections.abc import Iterable
@@ -20,11 +21,17 @@ from lpsparse.recipe import FinetuneStep
 from lpsparse.training.decay import LpDecay, budget_lambda, kill_magnitude
 
 REFRESH = 10  # steps between quantiles
-# A weight under the quantile has a share of the run's steps to die in, so selective decay starts at a multiple of the
-# budget lambda, which gives a weight all of them; the loop then moves it by at most this factor either way.
+# A weight under the quantile has a share of the run's steps to die in, so selective decay starts at a
+# multiple of the budget lambda, which gives a weight all of them; the loop then moves it by at most this
+# factor either way.
 SELECTIVE = 20.0
 MOST_STEERING = 10.0
 STEER = 1.15
+# Without a target, p < 1 empties a band of magnitudes, but weights on their way through it freeze there as the
+# learning rate ends. So the run ends by letting only those fall that are far under w_kill already, at full
+# strength.
+SETTLE_SHARE = 0.15
+SETTLE_EDGE = 0.25  # of w_kill
 NEAR_ZERO = 0.05  # of the starting threshold: what lies below this has arrived, as far as a cut can tell
 
 
@@ -37,7 +44,8 @@ def quantile(weights: Iterable[Tensor], count: int) -> float:
 
 @torch.no_grad()
 def smallest_masks(weights: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """True where a weight is kept, all but the `count` smallest magnitudes; ties by tensor name, then position."""
+    """True where a weight is kept, all but the `count` smallest magnitudes; ties by tensor name, then
+    position."""
     threshold = quantile(weights.values(), count)
     left = count - sum(int((w.abs() < threshold).sum()) for w in weights.values())
     masks: dict[str, Tensor] = {}
@@ -56,7 +64,8 @@ def smallest_masks(weights: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 class SparsityControl:
-    """Drives one run. Call `before_step`, then the optimizer, then `after_step`, once for each optimizer step."""
+    """Drives one run. Call `before_step`, then the optimizer, then `after_step`, once for each optimizer
+    step."""
 
     def __init__(
         self,
@@ -69,10 +78,9 @@ class SparsityControl:
         self.size = sum(w.numel() for w in weights.values())
         self.start = sum(int((w == 0).sum()) for w in weights.values())
         self.target = step.target_sparsity
+        self.rates = learning_rates
         total = len(learning_rates)
-        self.cut_at = (
-            max(1, min(total, round(step.decay_share * total))) if self.target is not None else total
-        )
+        self.cut_at = max(1, min(total, round(self._decay_share() * total)))  # the end of ordinary decay
         self.warmup = max(1, round(step.warmup * total))
         self.sum_lr = sum(learning_rates[: self.cut_at])
         self.masks: dict[str, Tensor] = {}
@@ -88,6 +96,11 @@ class SparsityControl:
             self.masks = {name: w != 0 for name, w in weights.items()}
         if step.method == "one-shot":
             self._cut(self._count(self.target or Decimal(0)))
+
+    def _decay_share(self) -> float:
+        if self.target is not None:
+            return self.step.decay_share
+        return 1 - SETTLE_SHARE if self.step.p < 1 else 1.0
 
     @property
     def w_kill(self) -> float:
@@ -124,6 +137,9 @@ class SparsityControl:
             return
         if self.target is not None and t >= self.cut_at:
             self.lambda_p = 0.0
+        elif t >= self.cut_at:
+            self.decay.below = self.threshold = SETTLE_EDGE * self.w_kill
+            self.lambda_p = self.base_lambda * max(self.rates) / max(self.rates[t], 1e-9 * max(self.rates))
         else:
             if self.target is not None and t % REFRESH == 0:
                 self._steer(t)

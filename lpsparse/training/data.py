@@ -39,7 +39,8 @@ class Images:
 def find(data: str, split: str) -> tuple[list[Path], slice, str]:
     """The files of one split, the part that is asked for, and the split's name in words.
 
-    DATA is a file (then it is its only split), a folder with a file a split, `bundled:NAME` or a hub data set id.
+    DATA is a file (then it is its only split), a folder with a file a split, `bundled:NAME` or a hub data
+    set id.
     """
     match = _SPLIT.fullmatch(split)
     if match is None:
@@ -199,7 +200,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_images(files: list[Path], part: slice, label_field: str | None) -> Images:
-    """Images and labels of an .npz (x, y), a parquet table (img or image, label) or a folder with a folder a class."""
+    """Images and labels of an .npz (x, y), a parquet table (img or image, label) or a folder with a folder a
+    class."""
     path = files[0]
     if path.is_dir():
         images = _image_folder(path)

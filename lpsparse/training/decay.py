@@ -2,10 +2,10 @@
 
     w_next = v * X / (X + a * q),   X = |w|**(2 - p)
 
-w is the weight before the optimizer's step, v after it (its own weight decay 0), a the learning rate, q = lambda_p.
-Differs from the paper's code: q is ours, p times their lambda (so that p = 2 is AdamW's weight decay to first order);
-|w| > 1 and p >= 2 use the other form of the same factor, which cannot overflow; magnitudes below 1e-30 become +0, so
-that CPU and GPU agree whatever they do with denormals.
+w is the weight before the optimizer's step, v after it (its own weight decay 0), a the learning rate, q =
+lambda_p. Differs from the paper's code: q is ours, p times their lambda (so that p = 2 is AdamW's weight
+decay to first order); |w| > 1 and p >= 2 use the other form of the same factor, which cannot overflow;
+magnitudes below 1e-30 become +0, so that CPU and GPU agree whatever they do with denormals.
 """
 
 import warnings
@@ -38,7 +38,8 @@ def lp_factor(w: Tensor, lr: float, p: float, lambda_p: float) -> Tensor:
 def lp_(v: Tensor, w: Tensor, *, lr: float, p: float, lambda_p: float, below: float | None = None) -> Tensor:
     """Decay `v` in place by the factor of the old weights `w`; only where |w| < `below` when that is given.
 
-    With lr or lambda_p 0, `v` is left as it is, bit for bit. An exact zero of `w` gives an exact zero for p < 2.
+    With lr or lambda_p 0, `v` is left as it is, bit for bit. An exact zero of `w` gives an exact zero for p
+    < 2.
     """
     if lr == 0 or lambda_p == 0:
         return v
@@ -60,12 +61,14 @@ def budget_lambda(p: float, magnitude: float, sum_lr: float) -> float:
 
 
 class LpDecay:
-    """Decoupled L_p weight decay for any torch optimizer, attached by step hooks: go on calling optimizer.step().
+    """Decoupled L_p weight decay for any torch optimizer, attached by step hooks: go on calling
+    optimizer.step().
 
-    `params` are the tensors to decay; by default all of 2 or more dimensions. p, lambda_p and the convention live in
-    the optimizer's param_groups (`lp_p`, `lp_lambda`), hence in its state dict. Runs once per real step, so a step
-    that a loss scaler skips decays nothing; a tensor without a gradient is left alone; a tied tensor decays once.
-    Raises UsageError for p <= 0, a negative lambda_p, and for bf16/fp16 parameters, which would swallow the decay.
+    `params` are the tensors to decay; by default all of 2 or more dimensions. p, lambda_p and the convention
+    live in the optimizer's param_groups (`lp_p`, `lp_lambda`), hence in its state dict. Runs once per real
+    step, so a step that a loss scaler skips decays nothing; a tensor without a gradient is left alone; a
+    tied tensor decays once. Raises UsageError for p <= 0, a negative lambda_p, and for bf16/fp16 parameters,
+    which would swallow the decay.
     """
 
     def __init__(

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -66,23 +67,17 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     return TASKS[step.task](step, checkpoint)
 
 
-def evaluate(step: FinetuneStep | EvalStep, task: Task, accelerator: Accelerator | None = None) -> Measured:
-    """Mean loss and accuracy over the held-out examples, in eval mode."""
-    accelerator = accelerator or Accelerator(mixed_precision=step.mixed_precision)
-    model = task.loaded.module.to(accelerator.device).eval()
-    order = (
-        sorted(range(len(task.held_out)), key=lambda i: task.length(task.held_out[i]))
-        if task.length
-        else None
-    )
-    examples = [task.held_out[i] for i in order] if order else task.held_out
+def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
+    """Mean loss and accuracy over the held-out examples, in eval mode and in float32 whatever training uses."""
+    device = PartialState().device
+    model = task.loaded.module.to(device).eval()
+    # Examples of like length together: less padding. The sums do not depend on the order.
+    examples = sorted(task.held_out, key=task.length) if task.length else task.held_out
     loss = count = correct = 0
     with torch.no_grad():
         for first in range(0, len(examples), step.batch_size):
             batch = task.collate(list(examples[first : first + step.batch_size]))
-            with accelerator.autocast():
-                moved = {key: value.to(accelerator.device) for key, value in batch.items()}
-                logits, labels = task.predict(model, moved)
+            logits, labels = task.predict(model, {key: value.to(device) for key, value in batch.items()})
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
             correct += int((logits.argmax(-1) == labels).sum())
@@ -93,8 +88,10 @@ def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
     """What `train` would do, as plain data."""
     prunable, weights = _choose(step, task)
     return {
-        "method": step.method, "steps": _steps(step, task), "examples": len(task.train), "held_out": len(task.held_out),
-        "prunable_weights": sum(weight.numel() for weight in weights.values()), "prunable_tensors": len(weights),
+        "method": step.method, "steps": _steps(step, task), "examples": len(task.train),
+        "held_out": len(task.held_out),
+        "prunable_weights": sum(weight.numel() for weight in weights.values()),
+        "prunable_tensors": len(weights),
         "kept": kept_in_words(prunable), "fresh": list(task.loaded.new),
     }  # fmt: skip
 
@@ -106,11 +103,13 @@ def _steps(step: FinetuneStep, task: Task) -> int:
 def train(
     step: FinetuneStep, task: Task, on_step: Callable[[Progress], None], say: Callable[[str], None]
 ) -> Trained:
-    """Train `task` in place by the step's method. Raises NumericError on a loss or gradient that is not finite."""
+    """Train `task` in place by the step's method. Raises NumericError on a loss or gradient that is not
+    finite."""
     if step.threads:
         torch.set_num_threads(step.threads)
+    AcceleratorState._reset_state()  # one process may train twice, with another precision each time
     accelerator = Accelerator(mixed_precision=step.mixed_precision)
-    before = None if task.loaded.new else evaluate(step, task, accelerator)
+    before = None if task.loaded.new else evaluate(step, task)
     model = task.loaded.module
     prunable, weights = _choose(step, task)
     teacher = _teacher(step, task)
@@ -130,22 +129,28 @@ def train(
         "steps": float(steps), "sum_lr": control.sum_lr, "w_kill": control.w_kill,
         "lambda_p": control.base_lambda if control.decay else 0.0, "steering": control.steering,
     }  # fmt: skip
-    return Trained(task, prunable, before, evaluate(step, task, accelerator), facts)
+    return Trained(task, prunable, before, evaluate(step, task), facts)
 
 
 def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
     text = f"{steps} steps, method {step.method}, {len(control.weights)} tensors of {control.size:,} weights"
     if control.decay is None:
         return text
-    text += f", p {step.p:g}, lambda_p {control.base_lambda:.4g} (ours; the authors' {control.base_lambda / step.p:.4g})"
+    text += (
+        f", p {step.p:g}, lambda_p {control.base_lambda:.4g} (ours; the authors' "
+        f"{control.base_lambda / step.p:.4g})"
+    )
     if control.target is not None:
-        return f"{text}, decaying what is under the target's quantile for {control.cut_at} steps, then cut and recover"
+        return (
+            f"{text}, for {control.cut_at} steps on what is under the target's quantile, then cut and recover"
+        )
     return f"{text}, sum of learning rates {control.sum_lr:.4g}, w_kill {control.w_kill:.4g}"
 
 
 def _loop(
     step: FinetuneStep, task: Task, accelerator: Accelerator, model: nn.Module, optimizer: Any,
-    control: SparsityControl, teacher: nn.Module | None, rates: list[float], on_step: Callable[[Progress], None],
+    control: SparsityControl, teacher: nn.Module | None, rates: list[float],
+    on_step: Callable[[Progress], None],
 ) -> None:  # fmt: skip
     conditioning = getattr(accelerator.unwrap_model(model), "_lpsparse_conditioning", None)
     parameters = [param for param in model.parameters() if param.requires_grad]
@@ -207,7 +212,8 @@ def _loss(
 
 
 def _choose(step: FinetuneStep, task: Task) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
-    """Which tensors of OUT may be cut, and those that are trained here, by their name in OUT; frozen ones set."""
+    """Which tensors of OUT may be cut, and those that are trained here, by their name in OUT; frozen ones
+    set."""
     names = task.loaded.names
     for pattern in step.freeze:
         if not any(fnmatchcase(out, pattern) for out in names.values()):
@@ -285,7 +291,8 @@ def _batches(
 
 
 def batch_order(step: FinetuneStep, task: Task, epoch: int) -> list[list[int]]:
-    """Indices of each batch of an epoch; examples of like length share a batch where the task knows lengths."""
+    """Indices of each batch of an epoch; examples of like length share a batch where the task knows
+    lengths."""
     generator = torch.Generator().manual_seed(step.seed * 1_000_003 + epoch)
     order = torch.randperm(len(task.train), generator=generator).tolist()
     length = task.length

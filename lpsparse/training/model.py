@@ -1,6 +1,7 @@
 """From a checkpoint to a torch module and back: names, dtypes, heads. The weights are read by lpsparse alone.
 
-transformers gets a state dict, never a file: shard indexes, pickles and missing tensors are our own checks' matter.
+transformers gets a state dict, never a file: shard indexes, pickles and missing tensors are our own checks'
+matter.
 """
 
 import importlib
@@ -80,12 +81,13 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any]) -> Loaded:
     """The Hugging Face model of a checkpoint under an Auto class, in float32.
 
-    `changes` go into its config (labels, say). A base model may lack the head's tensors: they are made fresh and are
-    named in `new`; anything else that is missing or of another shape raises InputError.
+    `changes` go into its config (labels, say). A base model may lack the head's tensors: they are made fresh
+    and are named in `new`; anything else that is missing or of another shape raises InputError.
     """
     from transformers import AutoConfig
 
     read_config(checkpoint)
+    assert checkpoint.root is not None  # read_config found its config.json
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.root, local_files_only=True, trust_remote_code=False, **changes
@@ -110,7 +112,10 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
     lost = [name for name in missing if name.startswith(prefix)]
     if lost or info["mismatched_keys"]:
         names = ", ".join(lost or sorted(str(item[0]) for item in info["mismatched_keys"]))
-        what = f"{checkpoint.name}: {len(lost) or 'shapes of'} tensors do not fit {type(model).__name__}: {names[:200]}"
+        what = (
+            f"{checkpoint.name}: {len(lost) or 'shapes of'} tensors do not fit "
+            f"{type(model).__name__}: {names[:200]}"
+        )
         raise InputError(396, what, mend="check --task and config.json")
     names, notes = _names(model, {tensor.name for tensor in checkpoint.tensors}, missing)
     if missing:
@@ -142,7 +147,8 @@ def _names(model: nn.Module, source: set[str], missing: list[str]) -> tuple[dict
 
 
 def load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None = None) -> Loaded:
-    """The module that `model_fn` builds, with a bare state dict loaded into it in float32; every name must fit."""
+    """The module that `model_fn` builds, with a bare state dict loaded into it in float32; every name must
+    fit."""
     module = build(model_fn, folder)
     own = module.state_dict()
     prefix = "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
@@ -156,7 +162,10 @@ def load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None = Non
     state = {tensor.name.removeprefix(prefix): to_tensor(tensor) for tensor in checkpoint.tensors}
     for name, value in state.items():
         if value.shape != own[name].shape:
-            what = f"{checkpoint.name}: {name!r} is {tuple(value.shape)}, the module has {tuple(own[name].shape)}"
+            what = (
+                f"{checkpoint.name}: {name!r} is {tuple(value.shape)}, the module has "
+                f"{tuple(own[name].shape)}"
+            )
             raise InputError(398, what, mend="check --model-fn")
     module.load_state_dict(own | state)
     notes = ("prefix 'module.' looked through; it is kept in OUT",) if prefix else ()
@@ -196,7 +205,8 @@ def build(model_fn: str, folder: Path | None = None) -> nn.Module:
 
 
 def trained_checkpoint(source: Checkpoint, loaded: Loaded) -> Checkpoint:
-    """`source` with the module's tensors in place of its own: same files, dtypes and (unless a head is new) keys."""
+    """`source` with the module's tensors in place of its own: same files, dtypes and (unless a head is new)
+    keys."""
     values = {
         out: value for name, value in loaded.module.state_dict().items() if (out := loaded.names.get(name))
     }

@@ -2,9 +2,9 @@
 
     W_eff = diag(g) * V / ||V||_row          row = one output unit, g = the checkpoint's own row norms
 
-Differs from the paper: g is not 1, so that step 0 computes what the checkpoint computes. The gradient flows through
-the norm: dL/dv = (g / ||v||) * (I - v v^T / ||v||^2) dL/dw. Since every row is projected back to ||v|| = g after each
-step, V equals W_eff, and that gradient is the plain one without its part along the row.
+Differs from the paper: g is not 1, so that step 0 computes what the checkpoint computes. The gradient flows
+through the norm: dL/dv = (g / ||v||) * (I - v v^T / ||v||^2) dL/dw. Since every row is projected back to
+||v|| = g after each step, V equals W_eff, and that gradient is the plain one without its part along the row.
 """
 
 from collections.abc import Iterable
@@ -20,8 +20,9 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def as_rows(weight: Tensor, axis: int, groups: int = 1) -> Tensor:
     """A view or copy of `weight` as (output units, rest). `axis` is the output dimension.
 
-    axis 1 is transformers' Conv1D (in, out) and transposed convolutions (in, out / groups, ...), whose output unit is a
-    (group, channel) pair; axis -2 is a stack of experts (experts, out, in), one row an expert and output.
+    axis 1 is transformers' Conv1D (in, out) and transposed convolutions (in, out / groups, ...), whose
+    output unit is a (group, channel) pair; axis -2 is a stack of experts (experts, out, in), one row an
+    expert and output.
     """
     if axis == 0:
         return weight.reshape(weight.shape[0], -1)

