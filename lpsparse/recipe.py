@@ -193,6 +193,11 @@ class FinetuneStep(_DataStep):
     decay_share: float = Field(0.4, gt=0, le=1, description="Share of the steps in which weights go to "
         "zero, when a "
                                "target is set; the rest recovers.")  # fmt: skip
+    allocation: Literal["global", "lamp"] = Field(
+        "lamp",
+        description="How the target is shared among tensors: by magnitude over all, or by LAMP scores, which "
+        "spare tensors of small scale.",
+    )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
     epochs: float = Field(3.0, gt=0, description="Passes over the training data.")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lpsparse.recipe import FinetuneStep, resolve
-from lpsparse.training.control import SparsityControl, quantile, smallest_masks
+from lpsparse.training.control import SparsityControl, allocate, quantile, smallest_masks
 from lpsparse.training.decay import kill_magnitude
 
 
@@ -39,7 +39,7 @@ def drive(control: SparsityControl, optimizer: torch.optim.Optimizer, steps: int
 @pytest.mark.parametrize("count", [0, 1, 90, 181, 182])
 def test_masks_keep_all_but_exactly_the_smallest(count: int) -> None:
     weights: dict[str, Tensor] = dict(weights_of(1))
-    masks = smallest_masks(weights, count)
+    masks = smallest_masks(weights, allocate(weights, count, "global"))
     kept = torch.cat([weights[name].abs()[masks[name]] for name in weights])
     cut = torch.cat([weights[name].abs()[~masks[name]] for name in weights])
     assert len(cut) == count
@@ -48,9 +48,23 @@ def test_masks_keep_all_but_exactly_the_smallest(count: int) -> None:
 
 def test_ties_are_cut_by_tensor_name_then_position() -> None:
     weights: dict[str, Tensor] = {"b": torch.ones(3), "a": torch.ones(3)}
-    masks = smallest_masks(weights, 4)
+    masks = smallest_masks(weights, allocate(weights, 4, "global"))
     assert masks["a"].tolist() == [False, False, False]
     assert masks["b"].tolist() == [False, True, True]
+
+
+def test_lamp_scores_follow_their_definition_and_their_counts_add_up() -> None:
+    weights = weights_of(12)
+    with torch.no_grad():
+        weights["b"].mul_(0.01)  # a tensor of small scale
+    scores = {}
+    for name, weight in weights.items():
+        flat = weight.detach().flatten().double().tolist()
+        scores[name] = [x * x / sum(y * y for y in flat if abs(y) >= abs(x)) for x in flat]
+    smallest = sorted((score, name) for name in scores for score in scores[name])[:130]
+    wanted = {name: sum(owner == name for _, owner in smallest) for name in scores}
+    assert allocate(dict(weights), 130, "lamp") == wanted
+    assert allocate(dict(weights), 130, "global")["b"] == 91 > wanted["b"] > 0
 
 
 def test_the_quantile_equals_a_sort() -> None:
@@ -90,7 +104,9 @@ def test_keep_zeros_never_revives_a_zero() -> None:
 def test_auto_lambda_kills_up_to_the_quantile_it_aims_at() -> None:
     weights = weights_of(5)
     inner = torch.optim.SGD(list(weights.values()), lr=0.01)
-    control = SparsityControl(step_of(p=0.8, warmup=0), dict(weights), inner, [0.01] * 500)
+    control = SparsityControl(
+        step_of(p=0.8, warmup=0, allocation="global"), dict(weights), inner, [0.01] * 500
+    )
     assert control.w_kill == pytest.approx(quantile(weights.values(), 91), rel=1e-6)
     for t in range(500):  # no gradient at all: what dies is what the formula says
         control.before_step(t)
@@ -123,10 +139,10 @@ def test_with_a_target_only_weights_under_the_current_quantile_decay() -> None:
         weight.grad = torch.zeros_like(weight)
     inner.step()
     for name, weight in weights.items():
-        above = before[name].abs() >= control.threshold
+        above = before[name].abs() >= control.decay.below[id(weight)]
         assert torch.equal(weight[above], before[name][above])
         assert (weight[~above].abs() < before[name][~above].abs()).all()
-    assert 0 < control.threshold < control.aim
+        assert 0 < control.decay.below[id(weight)] < control.aim[name]
 
 
 def test_lambda_is_steered_down_when_weights_arrive_early_and_up_when_late() -> None:

@@ -65,7 +65,7 @@ def test_a_folder_with_one_oddly_named_file_is_opened(tmp_path: Path) -> None:
 
 
 def test_a_missing_path_is_told_with_the_nearest_name(tiny: Path) -> None:
-    rc, stdout, stderr = run_cli(["inspect", tiny.parent / "tyni"])
+    rc, stdout, stderr = run_cli(["inspect", tiny.parent / "tin"])
     assert (rc, stdout) == (3, "")
     assert stderr.splitlines()[1] == f"  mend: did you mean {tiny}?"
 
@@ -250,16 +250,11 @@ def test_a_whole_module_is_refused(tmp_path: Path) -> None:
     assert "refuses" in said and "weights_only" not in said
 
 
-def bomb(**changes: Any) -> torch.Tensor:
-    """A tensor that claims more than it stores."""
-    return torch.ones(1).expand(100_000, 100_000) if not changes else torch.ones(1)
-
-
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({"a": bomb()}, ["'a'", "10000000000 elements", "4 bytes"]),
-        ({"a": torch.empty(7, 13, device="meta")}, ["'a'"]),
+        ({"a": torch.ones(1).expand(100_000, 100_000)}, ["'a'", "10000000000 elements", "4 bytes"]),
+        ({"a": torch.empty(7, 13, device="meta")}, ["'a'", "without data"]),
         ({"a": torch.ones(7, dtype=torch.complex64)}, ["'a'", "complex64"]),
         ({"a": torch.eye(7).to_sparse()}, ["'a'", "sparse"]),
         ({"epoch": 7, "name": "net"}, ["no tensors", "epoch, name"]),
@@ -300,7 +295,7 @@ def test_a_torch_suffix_on_anything_else_is_refused(data: bytes, tmp_path: Path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_mutation_of_a_torch_file_opens_or_raises_input_error(
     zipped: bool, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

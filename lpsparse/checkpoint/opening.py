@@ -109,9 +109,9 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
     text = str(model)
     path = Path(text)
     if text.startswith("bundled:"):
-        bundled = Path(__file__).parents[1] / "bundled" / text.removeprefix("bundled:")
-        if bundled.parent.name == "bundled" and bundled.exists():
-            return bundled, text, None
+        folder = Path(__file__).parents[1] / "bundled"
+        if text.removeprefix("bundled:") in os.listdir(folder):
+            return folder / text.removeprefix("bundled:"), text, None
         raise InputError(326, f"{text}: nothing of that name is bundled", mend="try bundled:stories260k")
     if os.path.lexists(path):
         return path, path.resolve().name if path.exists() else path.name, None  # a link loop has no end

@@ -6,6 +6,7 @@ writer keeps it.
 """
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,24 +53,30 @@ def read_torch_file(path: Path) -> tuple[dict[str, tuple[str, Bits]], tuple[str,
 
 
 def _load(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.file_size > _MAX_ZIP_RATIO * max(member.compress_size, 1):
-                    what = (
-                        f"{path}: {member.filename!r} unpacks {member.compress_size} to "
-                        f"{member.file_size} bytes"
-                    )
-                    raise InputError(321, what, mend=_CONVERT)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            _refuse_bomb(path)
+        with warnings.catch_warnings(action="ignore"):  # torch speaks of pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (InputError, MemoryError):
+        raise
     except pickle.UnpicklingError:
         # Torch's own text advises switching the guard off; it is never passed on.
         what = f"{path}: holds Python objects that the restricted loader refuses; nothing was executed"
         raise InputError(322, what, mend=_CONVERT) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # a broken file makes the loader stumble over anything
         what = f"{path}: not a torch file that can be read ({type(error).__name__})"
         raise InputError(323, what, mend="download or copy the file again") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.file_size > _MAX_ZIP_RATIO * max(member.compress_size, 1):
+                what = (
+                    f"{path}: {member.filename!r} unpacks {member.compress_size} to {member.file_size} bytes"
+                )
+                raise InputError(321, what, mend=_CONVERT)
 
 
 def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
@@ -90,8 +97,10 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:
-    if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.is_quantized:
-        what = f"{path}: {name!r}: {tensor.dtype} {tensor.layout} cannot be written as safetensors"
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    if tensor.dtype not in _NAMES or not plain:
+        kind = "without data" if tensor.is_meta else tensor.layout
+        what = f"{path}: {name!r}: {tensor.dtype} {kind} cannot be written as safetensors"
         raise InputError(324, what, mend=_CONVERT)
     held = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > held:

@@ -40,10 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         _say_error(error.code, error.what, error.mend)
         _leave("", error.exit_code)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # no complaint when Python flushes at exit
-        _leave("", ExitCode.OK)
+        silence_stdout()
     except MemoryError:
         _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
         _leave("", ExitCode.RESOURCE)

@@ -43,23 +43,44 @@ def quantile(weights: Iterable[Tensor], count: int) -> float:
 
 
 @torch.no_grad()
-def smallest_masks(weights: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """True where a weight is kept, all but the `count` smallest magnitudes; ties by tensor name, then
-    position."""
-    threshold = quantile(weights.values(), count)
-    left = count - sum(int((w.abs() < threshold).sum()) for w in weights.values())
+def allocate(weights: dict[str, Tensor], count: int, method: str) -> dict[str, int]:
+    """How many of `count` zeros each tensor gets; ties by tensor name, then position. Exact in sum.
+
+    global: the smallest magnitudes wherever they are. lamp: the smallest scores w**2 / sum of the squares that
+    are not smaller in the same tensor (Lee et al. 2021, arXiv 2010.07611), which never empties a tensor whose
+    scale is merely small.
+    """
+    names = sorted(weights)
+    scores = [_lamp(weights[name]) if method == "lamp" else weights[name].abs().flatten() for name in names]
+    if count == 0:
+        return dict.fromkeys(names, 0)
+    threshold = torch.cat(scores).kthvalue(count).values
+    counts = {name: int((score < threshold).sum()) for name, score in zip(names, scores, strict=True)}
+    left = count - sum(counts.values())
+    for name, score in zip(names, scores, strict=True):
+        ties = min(left, int((score == threshold).sum()))
+        counts[name] += ties
+        left -= ties
+    return counts
+
+
+def _lamp(weight: Tensor) -> Tensor:
+    """LAMP scores in float64, one a weight, in the order of `weight`."""
+    squares, order = weight.detach().flatten().double().square().sort(stable=True)
+    rest = squares.flip(0).cumsum(0).flip(0)  # of itself and all that follow
+    scores = torch.empty_like(squares)
+    scores[order] = squares / rest.clamp(min=torch.finfo(torch.float64).tiny)
+    return scores
+
+
+@torch.no_grad()
+def smallest_masks(weights: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
+    """True where a weight is kept: all but the `counts` smallest magnitudes of each tensor, ties by position."""
     masks: dict[str, Tensor] = {}
-    for name in sorted(weights):
-        size = weights[name].abs()
-        cut = size < threshold
-        ties = (
-            (size == threshold).flatten().nonzero().flatten()[:left]
-            if count
-            else cut.new_zeros(0, dtype=torch.long)
-        )
-        cut.view(-1)[ties] = True
-        left -= len(ties)
-        masks[name] = ~cut
+    for name, weight in weights.items():
+        keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+        keep[weight.abs().flatten().sort(stable=True).indices[: counts[name]]] = False
+        masks[name] = keep.view(weight.shape)
     return masks
 
 
@@ -87,8 +108,9 @@ class SparsityControl:
         self.steering = 1.0
         self.decay: LpDecay | None = None
         self.lambda_p = 0.0
-        self.threshold = 0.0  # |w| under this is being decayed
-        self.aim = quantile(weights.values(), max(1, self._count(self.target or Decimal("0.5"))))
+        self.threshold = 0.0  # |w| under this is being decayed, in the tensor where it is highest
+        # The magnitudes at which each tensor would be cut now; without a target, at half of the weights.
+        self.aim = self._edges(max(1, self._count(self.target or Decimal("0.5"))))
         if step.method == "lp":
             self.base_lambda = self._base_lambda()
             self.decay = LpDecay(optimizer, p=step.p, lambda_p=0.0, params=weights.values())
@@ -109,13 +131,19 @@ class SparsityControl:
             return 0.0
         return kill_magnitude(self.step.p, self.base_lambda, self.sum_lr)
 
+    def _edges(self, count: int) -> dict[str, float]:
+        """The magnitude under which each tensor has its share of `count` weights; 0 where that is none."""
+        counts = allocate(self.weights, count, self.step.allocation)
+        return {name: quantile([weight], counts[name]) for name, weight in self.weights.items()}
+
     def _base_lambda(self) -> float:
         step = self.step
         if step.lambda_p == "auto":
             if step.p >= 2:
                 return 0.01  # no weight dies at p >= 2, so there is no budget to meet: a usual weight decay
             # An untouched weight is asked to die at the target's quantile, or without a target at the median.
-            budget = budget_lambda(step.p, self.aim, self.sum_lr) if self.aim > 0 else 0.0
+            magnitude = max(self.aim.values())
+            budget = budget_lambda(step.p, magnitude, self.sum_lr) if magnitude > 0 else 0.0
             return budget * (SELECTIVE if self.target is not None else 1.0)
         return step.lambda_p * (step.p if step.lambda_convention == "authors" else 1.0)
 
@@ -138,7 +166,8 @@ class SparsityControl:
         if self.target is not None and t >= self.cut_at:
             self.lambda_p = 0.0
         elif t >= self.cut_at:
-            self.decay.below = self.threshold = SETTLE_EDGE * self.w_kill
+            self.threshold = SETTLE_EDGE * self.w_kill
+            self.decay.below = {id(weight): self.threshold for weight in self.weights.values()}
             self.lambda_p = self.base_lambda * max(self.rates) / max(self.rates[t], 1e-9 * max(self.rates))
         else:
             if self.target is not None and t % REFRESH == 0:
@@ -148,8 +177,9 @@ class SparsityControl:
 
     def _steer(self, t: int) -> None:
         assert self.decay is not None
-        self.threshold = quantile(self.weights.values(), self._scheduled(t + REFRESH))
-        self.decay.below = self.threshold
+        edges = self._edges(self._scheduled(t + REFRESH))
+        self.threshold = max(edges.values())
+        self.decay.below = {id(self.weights[name]): edge for name, edge in edges.items()}
         arrived = self.near_zero()
         wanted = self._scheduled(max(0, t - REFRESH)) / self.size
         if t >= self.warmup and self.step.lambda_p == "auto":
@@ -159,8 +189,8 @@ class SparsityControl:
     @torch.no_grad()
     def near_zero(self) -> float:
         """Fraction of the prunable weights that are as good as zero."""
-        edge = NEAR_ZERO * self.aim
-        return sum(int((w.abs() <= edge).sum()) for w in self.weights.values()) / self.size
+        arrived = ((w.abs() <= NEAR_ZERO * self.aim[name]).sum() for name, w in self.weights.items())
+        return sum(int(count) for count in arrived) / self.size
 
     @torch.no_grad()
     def zeros(self) -> int:
@@ -192,7 +222,8 @@ class SparsityControl:
     def _cut(self, count: int) -> None:
         held = sum(int((~keep).sum()) for keep in self.masks.values())
         self._hold()
-        self.masks = smallest_masks(self.weights, max(count, held))
+        counts = allocate(self.weights, max(count, held), self.step.allocation)
+        self.masks = smallest_masks(self.weights, counts)
         self._hold()
         for name, keep in self.masks.items():
             state: dict[str, Any] = self.optimizer.state.get(self.weights[name], {})

@@ -80,7 +80,7 @@ class LpDecay:
             )
         chosen = None if params is None else {id(param) for param in params}
         self.optimizer = optimizer
-        self.below: float | None = None  # decay only weights under this magnitude
+        self.below: dict[int, float] | None = None  # id of a tensor -> decay only its weights under this
         self._ids: set[int] = set()
         self._old: dict[int, Tensor] = {}
         for group in optimizer.param_groups:
@@ -128,13 +128,14 @@ class LpDecay:
         for param, group in self._decayed():
             old = self._old.pop(id(param), None)
             if old is not None and param.grad is not None:
+                below = None if self.below is None else self.below.get(id(param), 0.0)
                 lp_(
                     param,
                     old,
                     lr=float(group["lr"]),
                     p=group["lp_p"],
                     lambda_p=group["lp_lambda"],
-                    below=self.below,
+                    below=below,
                 )
 
     def _loading(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

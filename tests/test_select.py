@@ -1,0 +1,407 @@
+"""The cut: exact counts, ties by name and position, magnitudes in the order of the floats, the band of --gap."""
+
+import math
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PRUNABLE, PRUNABLE_WEIGHTS, f32, tiny_arrays, tree_hash, write_safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors.numpy import load_file, save_file
+
+from lpsparse import prune
+from lpsparse.checkpoint.dtypes import DTYPES, infinity, key_of, magnitudes, value_of
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.errors import InputError, UsageError, VerdictError
+from lpsparse.pruning.plan import Plan, plan_prune
+from lpsparse.pruning.prunable import prunable
+from lpsparse.pruning.select import kth_smallest, target_count
+
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def codes(dtype: str) -> np.ndarray:
+    """Every bit pattern of the small dtypes; of the large ones zeros, infinities, NaN, subnormals and random ones."""
+    bits = DTYPES[dtype].bits
+    if bits <= 16:
+        return np.arange(2**bits, dtype=np.uint32).astype(DTYPES[dtype].storage)
+    draw = np.random.default_rng(13).integers(0, 2**bits, 2000, np.uint64, endpoint=False)
+    top = {32: 0x7F800000, 64: 0x7FF0000000000000}[bits]
+    edges = [0, 1, 2, top - 1, top, top + 1, 2 ** (bits - 1) - 1]
+    edges += [edge | 1 << (bits - 1) for edge in edges]
+    return np.concatenate([np.array(edges, np.uint64), draw]).astype(DTYPES[dtype].storage)
+
+
+def floats(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """What torch says that the bits mean, as float64."""
+    signed = raw.view(np.dtype(f"i{raw.itemsize}"))
+    return torch.from_numpy(signed.copy()).view(TORCH[dtype]).double().numpy()
+
+
+# Magnitudes
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", TORCH)
+def test_magnitude_keys_stand_for_the_absolute_values_torch_reads(dtype: str, wide: bool) -> None:
+    raw = codes(dtype)
+    keys, values = magnitudes(raw, dtype, wide=wide), np.abs(floats(raw, dtype))
+    finite = np.isfinite(values)
+    assert np.array_equal(keys < infinity(keys), finite)
+    assert np.array_equal(np.isinf(values), keys == infinity(keys))
+    assert keys.dtype == (np.uint64 if wide or dtype == "F64" else np.uint32)
+    assert np.array_equal(keys[finite].view(np.float64 if keys.itemsize == 8 else np.float32), values[finite])
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+def test_magnitude_order_is_float_order(dtype: str) -> None:
+    raw = codes(dtype)
+    values = np.abs(floats(raw, dtype))
+    keys = magnitudes(raw, dtype)[np.isfinite(values)]
+    order = np.argsort(values[np.isfinite(values)], kind="stable")
+    assert np.array_equal(np.argsort(keys, kind="stable"), order)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-46, 1e-45, 1e-3, 0.1, 1.0, 1 / 3, 65504.0, 3.4028234e38, 1e39, 1e308])
+def test_a_key_is_the_smallest_whose_magnitude_reaches_the_value(value: float, wide: bool) -> None:
+    key = key_of(value, wide=wide)
+    assert value_of(key, wide=wide) >= value
+    assert key == 0 or value_of(key - 1, wide=wide) < value
+
+
+# The k-th smallest
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), wide=st.booleans())
+def test_kth_smallest_is_what_a_sort_gives(data: st.DataObject, wide: bool) -> None:
+    kind, top = (np.uint64, 2**64 - 1) if wide else (np.uint32, 2**32 - 1)
+    few = st.sampled_from([0, 1, 7, 2**16 - 1, 2**16, 2**16 + 1, top // 2, top - 1, top])
+    shapes = hnp.array_shapes(max_dims=2, max_side=13)
+    blocks = data.draw(st.lists(hnp.arrays(kind, shapes, elements=few | st.integers(0, top)), min_size=1, max_size=4))
+    everything = np.sort(np.concatenate([block.ravel() for block in blocks]))
+    for k in {1, data.draw(st.integers(1, everything.size)), everything.size}:
+        assert kth_smallest(lambda: iter(blocks), k, wide=wide) == everything[k - 1]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "size", "zeros", "wanted"),
+    [
+        ("0.29", 100, 0, 29), ("0.57", 100, 0, 57), ("0.1", 7, 0, 0), ("0.7", 10, 0, 7), ("0.9", 10**15, 3, 9 * 10**14),
+        ("0", 100, 0, 0), ("1", 100, 0, 100), ("0.5", 91, 46, 46), ("0.5", 91, 45, 45), ("1e-9999999", 100, 0, 0),
+    ],
+)  # fmt: skip
+def test_the_target_is_the_floor_of_the_decimal_or_the_zeros_there(sparsity: str, size: int, zeros: int, wanted: int) -> None:  # fmt: skip
+    assert target_count(Decimal(sparsity), size, zeros) == wanted
+
+
+# Plans on files
+
+
+def checkpoint_of(folder: Path, arrays: dict[str, np.ndarray]) -> Checkpoint:
+    folder.mkdir(exist_ok=True)
+    save_file(arrays, folder / "model.safetensors")
+    return open_checkpoint(folder)
+
+
+def apply(plan: Plan, source: Checkpoint) -> dict[str, np.ndarray]:
+    """Raw bits of every tensor after the cut."""
+    found = {}
+    for tensor in source.tensors:
+        cut = plan.cut(tensor)
+        blocks = cut(tensor.blocks()) if cut else tensor.blocks()
+        parts = [block.ravel() for _, block in blocks]
+        found[tensor.name] = np.concatenate(parts).reshape(tensor.shape) if parts else tensor.read()
+    return found
+
+
+def zeros(arrays: dict[str, np.ndarray], names: tuple[str, ...] = PRUNABLE) -> int:
+    return sum(int(np.count_nonzero(arrays[name] == 0)) for name in names)
+
+
+@pytest.mark.parametrize("sparsity", ["0", "0.001", "0.29", "0.5", "0.57", "0.999", "1"])
+def test_a_global_cut_leaves_exactly_the_floor_of_zeros(sparsity: str, tiny: Path) -> None:
+    source = open_checkpoint(tiny)
+    plan = plan_prune(source, sparsity=Decimal(sparsity))
+    assert zeros(apply(plan, source)) == math.floor(Decimal(sparsity) * PRUNABLE_WEIGHTS)
+
+
+def test_a_float_from_python_is_read_as_the_decimal_it_shows(tmp_path: Path) -> None:
+    save_file({"a.weight": np.arange(1, 101, dtype=np.float32).reshape(10, 10)}, tmp_path / "m.safetensors")
+    for sparsity in (0.29, "0.29", Decimal("0.29")):
+        out = tmp_path / type(sparsity).__name__
+        assert prune(tmp_path / "m.safetensors", out, sparsity=sparsity).prunable.zeros == 29
+
+
+def test_a_global_cut_takes_the_smallest_of_all_tensors(tiny: Path) -> None:
+    source = open_checkpoint(tiny)
+    found = apply(plan_prune(source, sparsity=Decimal("0.7")), source)
+    every = np.concatenate([np.abs(tiny_arrays()[name].ravel()) for name in PRUNABLE])
+    kept = np.concatenate([found[name].ravel() != 0 for name in PRUNABLE])
+    assert every[~kept].max() < every[kept].min()
+
+
+@pytest.mark.parametrize("sparsity", ["0", "0.29", "0.5", "1"])
+def test_a_cut_by_tensor_is_exact_in_each(sparsity: str, tiny: Path) -> None:
+    source = open_checkpoint(tiny)
+    found = apply(plan_prune(source, sparsity=Decimal(sparsity), scope="tensor"), source)
+    assert {zeros(found, (name,)) for name in PRUNABLE} == {math.floor(Decimal(sparsity) * 91)}
+
+
+@pytest.mark.parametrize("sparsity", ["0", "0.29", "0.5", "1"])
+def test_a_cut_by_row_is_exact_in_each_and_takes_the_smallest(sparsity: str, tiny: Path) -> None:
+    source = open_checkpoint(tiny)
+    found = apply(plan_prune(source, sparsity=Decimal(sparsity), scope="row"), source)
+    for name in PRUNABLE:
+        values = np.abs(tiny_arrays()[name])
+        wanted = math.floor(Decimal(sparsity) * values.shape[1])
+        expected = np.argsort(values, axis=1, kind="stable")[:, :wanted]
+        assert np.array_equal(np.sort(expected, axis=1), np.argwhere(found[name] == 0)[:, 1].reshape(-1, wanted))
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+def test_zeros_already_there_count_and_are_never_fewer(scope: Any, tmp_path: Path) -> None:
+    array = np.random.default_rng(7).standard_normal((7, 13)).astype(np.float32)
+    array[:, :10] = 0
+    source = checkpoint_of(tmp_path / "m", {"a.weight": array})
+    assert zeros(apply(plan_prune(source, sparsity=Decimal("0.5"), scope=scope), source), ("a.weight",)) == 70
+    more = plan_prune(source, sparsity=Decimal("0.93"), scope=scope)
+    assert zeros(apply(more, source), ("a.weight",)) == 84
+
+
+def test_ties_go_by_tensor_name_then_position(tmp_path: Path) -> None:
+    ones = np.ones((7, 13), np.float32)
+    source = checkpoint_of(tmp_path / "m", {"b.weight": -ones, "a.weight": ones, "c.weight": ones / 2})
+    found = apply(plan_prune(source, sparsity=Decimal("0.4")), source)  # floor(0.4 * 273) = 109 = 91 + 18
+    assert zeros(found, ("c.weight",)) == 91
+    assert np.array_equal(np.flatnonzero(found["a.weight"] == 0), np.arange(18))
+    assert zeros(found, ("b.weight",)) == 0
+
+
+def test_ties_in_a_row_go_by_position(tmp_path: Path) -> None:
+    source = checkpoint_of(tmp_path / "m", {"a.weight": np.ones((7, 13), np.float32)})
+    found = apply(plan_prune(source, sparsity=Decimal("0.5"), scope="row"), source)["a.weight"]
+    assert np.array_equal(found == 0, np.tile(np.arange(13) < 6, (7, 1)))
+
+
+def test_ties_across_blocks_of_rows_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoint_of(tmp_path / "m", {"a.weight": np.ones((13, 7), np.float32)})
+    monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 3 * 7 * 4)
+    assert len(list(source.tensors[0].blocks())) == 5
+    found = apply(plan_prune(source, sparsity=Decimal("0.5")), source)["a.weight"]
+    assert np.array_equal(np.flatnonzero(found == 0), np.arange(45))
+
+
+@pytest.mark.parametrize("rule", [{"sparsity": 0.5}, {"sparsity": 0.5, "scope": "tensor"}, {"below": 0.5}])
+def test_the_result_does_not_depend_on_the_sharding(rule: dict[str, Any], tiny: Path, shards: Path, tmp_path: Path) -> None:  # fmt: skip
+    prune(tiny, tmp_path / "one", **rule)
+    prune(shards, tmp_path / "three", **rule)
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    parts = {name: a for path in (tmp_path / "three").glob("*.safetensors") for name, a in load_file(path).items()}
+    assert len(list((tmp_path / "three").glob("*.safetensors"))) == 3
+    assert whole.keys() == parts.keys()
+    assert all(whole[name].tobytes() == parts[name].tobytes() for name in whole)
+
+
+def test_the_same_tie_is_cut_whatever_the_shard_order(tmp_path: Path) -> None:
+    ones = {name: np.ones((7, 13), np.float32) for name in PRUNABLE}
+    cut = []
+    for folder, names in (("forward", PRUNABLE), ("backward", PRUNABLE[::-1])):
+        (tmp_path / folder).mkdir()
+        index = {}
+        for i, name in enumerate(names):
+            save_file({name: ones[name]}, tmp_path / folder / f"{i}.safetensors")
+            index[name] = f"{i}.safetensors"
+        path = tmp_path / folder / "model.safetensors.index.json"
+        path.write_text(str({"weight_map": index}).replace("'", '"'))
+        source = open_checkpoint(path)
+        cut.append(apply(plan_prune(source, sparsity=Decimal("0.3")), source))
+    assert all(np.array_equal(cut[0][name], cut[1][name]) for name in PRUNABLE)
+
+
+def test_minus_zero_counts_as_zero_and_becomes_plus_zero(tmp_path: Path) -> None:
+    array = np.full((7, 13), -0.0, np.float32)
+    array[:, 0] = -3
+    source = checkpoint_of(tmp_path / "m", {"a.weight": array, "kept.norm.weight": array})
+    for rule in ({"sparsity": Decimal("0.5")}, {"sparsity": Decimal("0.5"), "scope": "row"}, {"below": 1e-9}):
+        found = apply(plan_prune(source, **rule), source)
+        assert np.count_nonzero(found["a.weight"]) == 7  # the bits of -0.0 are not zero, those of +0.0 are
+        assert np.array_equal(found["kept.norm.weight"], array.view(np.uint32))
+
+
+def test_f32_and_f64_tensors_compare_in_one_cut(tmp_path: Path) -> None:
+    low = np.linspace(0.001, 0.1, 91).reshape(7, 13)
+    source = checkpoint_of(tmp_path / "m", {"a.weight": low.astype(np.float32) + 1, "b.weight": low})
+    plan = plan_prune(source, sparsity=Decimal("0.5"))
+    assert plan.wide
+    assert zeros(apply(plan, source), ("b.weight",)) == 91
+
+
+def test_the_threshold_reported_is_the_largest_magnitude_cut(tiny: Path) -> None:
+    source = open_checkpoint(tiny)
+    plan = plan_prune(source, sparsity=Decimal("0.5"))
+    every = np.sort(np.concatenate([np.abs(tiny_arrays()[name].ravel()) for name in PRUNABLE]))
+    assert plan.threshold == every[PRUNABLE_WEIGHTS // 2 - 1]
+
+
+# Below a threshold
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+def test_below_cuts_what_is_smaller_and_keeps_what_is_equal(dtype: str, tmp_path: Path) -> None:
+    raw = codes(dtype)
+    values = np.abs(floats(raw, dtype))
+    raw = np.resize(raw[np.isfinite(values)], (7, 13 * 13))
+    value = float(np.abs(floats(raw, dtype)[3, 5]))
+    write_safetensors(tmp_path / "m.safetensors", {"a.weight": (dtype, list(raw.shape), raw.tobytes())})
+    source = open_checkpoint(tmp_path / "m.safetensors")
+    for threshold in (value, math.nextafter(value, 0), math.nextafter(value, math.inf)):
+        found = apply(plan_prune(source, below=threshold), source)["a.weight"]
+        expected = np.where(np.abs(floats(raw, dtype)) < threshold, 0, raw)
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("below", "count"), [(0, 0), (-0.0, 0), (1e-300, 0), (1e39, 91), (1e308, 91)])
+def test_below_holds_at_the_ends_of_the_scale(below: float, count: int, tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"a.weight": f32(7, 13)})
+    assert prune(tmp_path / "m.safetensors", tmp_path / "out", below=below).prunable.zeros == count
+
+
+# The band
+
+
+def band_arrays(exact_zeros: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """A quarter of the weights at 1e-9..1e-7, the others at 1e-2..1: five decades of nothing between."""
+    draw = np.random.default_rng(29)
+    size, small = 31 * 37, 31 * 37 // 4
+    exponents = np.concatenate([draw.uniform(-9, -7, small), draw.uniform(-2, 0, size - small)])
+    values = draw.permutation(10.0**exponents * draw.choice([-1, 1], size)).astype(dtype)
+    values[np.argsort(np.abs(values))[:exact_zeros]] = 0
+    return {"a.weight": values.reshape(31, 37), "lm_head.weight": np.full((7, 13), 1e-5, dtype)}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("exact_zeros", [0, 100])
+def test_gap_finds_the_band_and_cuts_inside_it(exact_zeros: int, dtype: Any, tmp_path: Path) -> None:
+    arrays = band_arrays(exact_zeros, dtype)
+    source = checkpoint_of(tmp_path / "m", arrays)
+    plan = plan_prune(source, gap=True)
+    every = np.abs(arrays["a.weight"])
+    assert plan.band is not None and plan.threshold is not None
+    assert (plan.band.low, plan.band.high) == (every[every < 1e-5].max(), every[every > 1e-5].min())
+    assert (plan.band.below, plan.band.total) == (31 * 37 // 4, 31 * 37)
+    assert plan.threshold == pytest.approx(math.sqrt(plan.band.low * plan.band.high))
+    assert zeros(apply(plan, source), ("a.weight",)) == 31 * 37 // 4
+
+
+def test_gap_counts_exact_zeros_as_lying_below(tmp_path: Path) -> None:
+    source = checkpoint_of(tmp_path / "m", band_arrays(31 * 37 // 4))
+    plan = plan_prune(source, gap=True)
+    assert plan.band is not None
+    assert plan.band.low == 0
+    assert plan.band.below == 31 * 37 // 4
+    assert zeros(apply(plan, source), ("a.weight",)) == 31 * 37 // 4
+
+
+def gaussian() -> np.ndarray:
+    return np.random.default_rng(31).standard_normal((101, 103)).astype(np.float32)
+
+
+def scaled_tail(share: float) -> np.ndarray:
+    """A Gaussian whose smallest share is five decades smaller."""
+    values = gaussian()
+    smallest = np.argsort(np.abs(values), axis=None)[: math.ceil(share * values.size)]
+    values.reshape(-1)[smallest] *= np.float32(1e-5)
+    return values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [gaussian(), np.zeros((7, 13), np.float32), np.ones((7, 13), np.float32), scaled_tail(0.005)],
+    ids=["gaussian", "all zero", "all one", "too few below"],
+)
+def test_without_a_band_gap_fails_its_verdict_and_writes_nothing(values: np.ndarray, tmp_path: Path) -> None:
+    save_file({"a.weight": values}, tmp_path / "m.safetensors")
+    before = tree_hash(tmp_path)
+    with pytest.raises(VerdictError, match="no band of 2 decades") as failed:
+        prune(tmp_path / "m.safetensors", tmp_path / "out", gap=True)
+    assert int(failed.value.exit_code) == 1
+    assert tree_hash(tmp_path) == before
+
+
+def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path) -> None:
+    low, high = np.linspace(1, 2, 91), np.linspace(20, 40, 91)
+    source = checkpoint_of(tmp_path / "m", {"a.weight": np.stack([low, high]).astype(np.float32)})
+    with pytest.raises(VerdictError, match=r"1\.00 decades \(2 to 20\)"):
+        plan_prune(source, gap=True)
+
+
+# Which tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "yes", "reason"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", "F32", (7, 13), True, "matrix"),
+        ("features.0.weight", "BF16", (7, 3, 3, 3), True, "matrix"),
+        ("encoder.head_mix.weight", "F32", (7, 13), True, "matrix"),
+        ("model.embed_tokens.weight", "F32", (7, 13), False, "embedding"),
+        ("bert.embeddings.word_embeddings.weight", "F32", (7, 13), False, "embedding"),
+        ("transformer.wte.weight", "F32", (7, 13), False, "embedding"),
+        ("h.0.ln_1.weight", "F32", (7, 13), False, "normalisation"),
+        ("lm_head.weight", "F32", (7, 13), False, "output head"),
+        ("module.fc.weight", "F32", (7, 13), False, "output head"),
+        ("a.bias", "F32", (7,), False, "fewer than 2 dimensions"),
+        ("a.weight", "F32", (), False, "fewer than 2 dimensions"),
+        ("a.weight", "F32", (0, 7), False, "empty"),
+        ("a.weight", "I8", (7, 13), False, "I8 is not a float that can be pruned"),
+        ("a.weight", "F4", (7, 14), False, "F4 is not a float that can be pruned"),
+    ],
+)
+def test_names_shapes_and_dtypes_decide_what_is_kept(name: str, dtype: str, shape: tuple[int, ...], yes: bool, reason: str) -> None:  # fmt: skip
+    assert prunable(name, dtype, shape) == (yes, reason)
+
+
+def test_include_names_all_that_may_be_cut_and_exclude_wins(tiny: Path) -> None:
+    source = open_checkpoint(tiny)
+    include, exclude = ("*.weight", "layers.0.attn.bias"), ("layers.1.*",)
+    found = apply(plan_prune(source, sparsity=Decimal(1), include=include, exclude=exclude), source)
+    untouched = {name for name, array in tiny_arrays().items() if found[name].tobytes() == array.tobytes()}
+    assert untouched == {"layers.1.attn.weight", "layers.1.mlp.weight", "scale", "nothing.weight", "position_ids"}
+
+
+@pytest.mark.parametrize(("option", "flag"), [("include", "--include"), ("exclude", "--exclude")])
+def test_a_pattern_that_matches_nothing_names_the_nearest_tensor(option: str, flag: str, tiny: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        prune(tiny, tiny.parent / "out", sparsity=0.5, **{option: "layers.0.atn.weight"})
+    assert f"{flag} layers.0.atn.weight" in refused.value.what
+    assert refused.value.mend == "nearest tensor: layers.0.attn.weight"
+    assert not (tiny.parent / "out").exists()
+
+
+def test_when_every_tensor_is_kept_prune_says_so(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="no prunable tensor is left"):
+        prune(tiny, tiny.parent / "out", sparsity=0.5, exclude="*")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"])
+def test_nan_or_infinity_in_a_weight_names_the_tensor(value: float, dtype: str, tmp_path: Path) -> None:
+    raw = torch.full((7, 13), 0.5)
+    raw[3, 5] = raw[4, 4] = value if dtype != "F8_E4M3" else float("nan")
+    data = raw.to(TORCH[dtype]).view(torch.uint8).numpy().tobytes()
+    write_safetensors(tmp_path / "m.safetensors", {"a.weight": (dtype, [7, 13], data)})
+    rules: Iterator[dict[str, Any]] = iter([{"sparsity": Decimal("0.5")}, {"below": 0.5}, {"gap": True}])
+    for rule in rules:
+        with pytest.raises(InputError, match=r"'a\.weight': 2 values are NaN or Inf"):
+            plan_prune(open_checkpoint(tmp_path / "m.safetensors"), **rule)
