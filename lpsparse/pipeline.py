@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse import verbs
-from lpsparse.checkpoint.manifest import Manifest, digest, read_manifest
+from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, locate, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError, OutputError
@@ -56,15 +56,13 @@ def run(
     path = Path(recipe)
     read = read_recipe(path, overrides or {})
     done: list[Done] = []
-    current = read.model
     for i, name, step in planned(read, overrides or {}, path):
         say(f"[{i + 1}/{len(read.steps)}] {command_line(name, step)}")
-        if isinstance(step, _WRITES) and _is_finished(step, Path(current)):
+        if isinstance(step, _WRITES) and _is_finished(step):
             say(f"  finished already: {step.out}")
             done.append(Done(name, step, verbs.report(step.out), skipped=True))
         else:
             done.append(Done(name, step, execute(step, say, on_step)))
-        current = str(step.out) if isinstance(step, _WRITES) else current
     return done
 
 
@@ -85,7 +83,7 @@ def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[tupl
             settings["out"] = read.out / str(settings.get("out", f"{i + 1}-{name}"))
         if kind is ReportStep:
             settings.setdefault("base", read.model)
-        given = overrides_of(name, values, overrides)
+        given = {"model": settings.pop("model"), **overrides_of(name, values, overrides)}
         step = resolve(kind, given, settings, where=f"{path}: steps[{i}].{name}")
         step = _beside(step, path.parent)
         steps.append((i, name, step))
@@ -130,21 +128,25 @@ def passed(done: list[Done]) -> bool:
     )
 
 
-def _is_finished(step: Any, source: Path) -> bool:
+def _is_finished(step: Any) -> bool:
     """OUT holds the result of this very step on this very input, by its manifest and its files' hashes."""
     if not (step.out / MANIFEST).is_file():
         return False
     try:
         manifest = read_manifest(step.out)
         name = type(step).__name__.removesuffix("Step").lower()
-        whole = all(digest(step.out / record.name, step.out) == record for record in manifest.files)
-        return whole and manifest.recipe == {name: step.recorded()} and _same_source(manifest, source)
+        files = {path.relative_to(step.out).as_posix(): path for path in list_files(step.out)}
+        whole = all(
+            record.name in files and digest(files[record.name], step.out) == record
+            for record in manifest.files
+        )
+        return whole and manifest.recipe == {name: step.recorded()} and _same_source(manifest, step.model)
     except (InputError, OSError):
         return False
 
 
-def _same_source(manifest: Manifest, source: Path) -> bool:
-    opened: Checkpoint = open_checkpoint(str(source))
+def _same_source(manifest: Manifest, source: str) -> bool:
+    opened: Checkpoint = open_checkpoint(source)
     return tuple(digest(path, path.parent) for path in opened.files) == manifest.source.files
 
 

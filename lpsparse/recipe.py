@@ -4,7 +4,7 @@ Light on purpose: this module is imported by `--help`.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
@@ -189,6 +189,11 @@ class FinetuneStep(_DataStep):
         "MODEL's own "
                            "outputs; needs a MODEL with its head.")  # fmt: skip
     temperature: float = Field(2.0, gt=0, description="Softening of both outputs in --distill.")
+    distill_blocks: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of keeping every block's output near MODEL's own, as a relative squared error.",
+    )
     keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL.")
     decay_share: float = Field(0.4, gt=0, le=1, description="Share of the steps in which weights go to "
         "zero, when a "
@@ -247,10 +252,11 @@ class Recipe(BaseModel):
     model: str = _MODEL
     data: str | None = Field(None, description="Data of the steps that name none.")
     out: Path = Field(Path("lpsparse-run"), description="Folder that gets one folder a step.")
-    steps: tuple[dict[str, dict[str, Any]], ...] = Field(min_length=1)
+    steps: tuple[dict[str, dict[str, Any] | None], ...] = Field(min_length=1)
 
 
 S = TypeVar("S", bound=BaseModel)
+_MOST_NESTED = 20  # levels of YAML
 
 
 def flag(field: str) -> str:
@@ -282,7 +288,7 @@ def resolve(
 def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as field names: YAML may say lambda or target-sparsity."""
     aliases = {info.alias: name for name, info in kind.model_fields.items() if info.alias}
-    return {aliases.get(key, key.replace("-", "_")): value for key, value in values.items()}
+    return {aliases.get(key, str(key).replace("-", "_")): value for key, value in values.items()}
 
 
 def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseError:
@@ -318,15 +324,13 @@ def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
         raise UsageError(
             205, f"{path}: {path.stat().st_size} bytes is too large for a recipe", mend="shorten it"
         )
-    text = path.read_text(encoding="utf-8")
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UsageError(205, f"{path}: YAML aliases are not accepted", mend="write the value out")
+        text = path.read_text(encoding="utf-8")
+        _check_tokens(path, yaml.scan(text))
         table = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(
-            205, f"{path}: not valid YAML: {str(error).splitlines()[0]}", mend="mend the file"
-        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
+        why = str(error).splitlines()[0]
+        raise UsageError(205, f"{path}: not valid YAML: {why}", mend="mend the file") from None
     if not isinstance(table, dict):
         raise UsageError(205, f"{path}: not a table of keys", mend="start from a file under recipes/")
     top = {key: value for key, value in overrides.items() if "." not in key}
@@ -343,6 +347,18 @@ def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
     return recipe
 
 
+def _check_tokens(path: Path, tokens: Iterable[Any]) -> None:
+    """Refuse what makes a small file large (aliases) or its reader slow (nesting)."""
+    depth = 0
+    for token in tokens:
+        kind = type(token).__name__
+        if kind == "AliasToken":
+            raise UsageError(205, f"{path}: YAML aliases are not accepted", mend="write the value out")
+        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+        if depth > _MOST_NESTED:
+            raise UsageError(205, f"{path}: nested more than {_MOST_NESTED} deep", mend="mend the file")
+
+
 def overrides_of(name: str, values: Mapping[str, Any] | None, overrides: Mapping[str, str]) -> dict[str, str]:
     """The `--set` pairs meant for one step: `STEP.KEY` is for every step of that name, `OUT.KEY` for the one
     whose `out` is so called, and wins."""
@@ -356,7 +372,9 @@ def _prefixes(name: str, values: Mapping[str, Any] | None) -> list[str]:
     return [name, *([str(values["out"])] if values and "out" in values else [])]
 
 
-def _check_step(path: Path, i: int, step: dict[str, dict[str, Any]], overrides: Mapping[str, str]) -> None:
+def _check_step(
+    path: Path, i: int, step: dict[str, dict[str, Any] | None], overrides: Mapping[str, str]
+) -> None:
     where = f"{path}: steps[{i}]"
     if len(step) != 1:
         raise UsageError(

@@ -180,7 +180,8 @@ def verify_step(step: VerifyStep, say: Say = _silent) -> dict[str, Any]:
     listed = {record.name: record for record in manifest.files}
     present = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
     problems += [f"{name}: missing" for name in sorted(set(listed) - set(present))]
-    problems += [f"{name}: not in the manifest" for name in sorted(set(present) - set(listed))]
+    extra = [name for name in set(present) - set(listed) if name[0] != "."]  # .git, .cache: a download's own
+    problems += [f"{name}: not in the manifest" for name in sorted(extra)]
     for name in sorted(set(listed) & set(present)):
         found = digest(present[name], folder)
         if found != listed[name]:

@@ -56,7 +56,7 @@ def f32(*shape: int, seed: int = 0) -> Given:
 
 
 def tiny_arrays(seed: int = 0) -> dict[str, np.ndarray]:
-    """One of each: matrices, an embedding, a norm, a head, a bias, an integer buffer, a 0-d and an empty tensor."""
+    """Matrices, an embedding, a norm, a head, a bias, an integer buffer, a 0-d and an empty tensor."""
     draw = np.random.default_rng(seed)
     shapes = {
         "embed_tokens.weight": (11, 7), "layers.0.attn.weight": (7, 13), "layers.0.attn.bias": (7,),

@@ -102,8 +102,10 @@ def write_index(folder: Path, table: Any) -> Path:
 
 @pytest.mark.parametrize(
     "shard",
-    ["../one.safetensors", "sub/one.safetensors", "/etc/passwd", "C:\\x", "C:x", "\\\\host\\x", "a\\..\\b", "", ".", ".."]
-    + ["one.safetensors\0", 7, None, ["one.safetensors"]],
+    [
+        "../one.safetensors", "sub/one.safetensors", "/etc/passwd", "C:\\x", "C:x", "\\\\host\\x", "a\\..\\b",
+        "", ".", "..", "one.safetensors\0", 7, None, ["one.safetensors"],
+    ],
 )  # fmt: skip
 def test_an_index_cannot_point_outside_its_folder(shard: object, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
@@ -199,8 +201,8 @@ def test_strided_shared_tied_and_odd_shapes_are_written_out_in_full(tmp_path: Pa
     base = torch.arange(2 * 7 * 13, dtype=torch.float32)
     matrix = base[:91].view(7, 13)
     state = {
-        "transposed": matrix.t(), "every other": base[::2], "tail": base[91:], "tied": matrix, "tied too": matrix,
-        "scalar": torch.tensor(7.0), "empty": torch.empty(0, 7), "parameter": torch.nn.Parameter(matrix),
+        "transposed": matrix.t(), "every other": base[::2], "tail": base[91:],
+        "tied": matrix, "tied too": matrix, "scalar": torch.tensor(7.0), "empty": torch.empty(0, 7), "parameter": torch.nn.Parameter(matrix),
     }  # fmt: skip
     found = read_torch(save(tmp_path / "net.pt", state))
     assert found.keys() == state.keys()
@@ -263,7 +265,9 @@ def test_a_whole_module_is_refused(tmp_path: Path) -> None:
         ([torch.ones(7)], ["holds a list"]),
     ],
 )
-def test_a_torch_file_without_an_honest_table_of_tensors_is_refused(value: Any, words: list[str], tmp_path: Path) -> None:  # fmt: skip
+def test_a_torch_file_without_an_honest_table_of_tensors_is_refused(
+    value: Any, words: list[str], tmp_path: Path
+) -> None:
     said = refusal(save(tmp_path / "net.pt", value))
     assert [word for word in words if word not in said] == []
 
@@ -286,8 +290,11 @@ def test_an_empty_torch_file_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"x", b"not a torch file", b"<html>", b"version https://git-lfs.github.com/spec/v1", bytes(99), b"PK\x03\x04"]
-    + [b"PK\x05\x06" + bytes(18), b"PK\x05\x06" + b"\xff" * 16 + b"\0\0", b"\x80\x02.", b"\x80\x02u.", b"\x80\x02]."],
+    [
+        b"x", b"not a torch file", b"<html>", b"version https://git-lfs.github.com/spec/v1", bytes(99),
+        b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"PK\x05\x06" + b"\xff" * 16 + b"\0\0",
+        b"\x80\x02.", b"\x80\x02u.", b"\x80\x02].",
+    ],
 )  # fmt: skip
 def test_a_torch_suffix_on_anything_else_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes(data)
@@ -391,7 +398,9 @@ def test_the_bundled_model_opens_from_any_folder(tmp_path: Path) -> None:
 
 
 def test_a_remote_error_is_raised_in_python_too(tmp_path: Path) -> None:
-    code = "import sys, lpsparse\ntry: lpsparse.open('org/name')\nexcept lpsparse.LpsparseError as e: print(e.code)"
+    code = (
+        "import lpsparse\ntry: lpsparse.open('org/name')\nexcept lpsparse.LpsparseError as e: print(e.code)"
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

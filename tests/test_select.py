@@ -1,4 +1,4 @@
-"""The cut: exact counts, ties by name and position, magnitudes in the order of the floats, the band of --gap."""
+"""The cut: exact counts, ties by name and position, magnitudes in float order, the band of --gap."""
 
 import math
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ TORCH = {
 
 
 def codes(dtype: str) -> np.ndarray:
-    """Every bit pattern of the small dtypes; of the large ones zeros, infinities, NaN, subnormals and random ones."""
+    """Every bit pattern of the small dtypes; of the large ones the edges of every kind, and random ones."""
     bits = DTYPES[dtype].bits
     if bits <= 16:
         return np.arange(2**bits, dtype=np.uint32).astype(DTYPES[dtype].storage)
@@ -72,7 +72,9 @@ def test_magnitude_order_is_float_order(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("value", [0.0, -0.0, 1e-46, 1e-45, 1e-3, 0.1, 1.0, 1 / 3, 65504.0, 3.4028234e38, 1e39, 1e308])
+@pytest.mark.parametrize(
+    "value", [0.0, -0.0, 1e-46, 1e-45, 1e-3, 0.1, 1.0, 1 / 3, 65504.0, 3.4028234e38, 1e39, 1e308]
+)
 def test_a_key_is_the_smallest_whose_magnitude_reaches_the_value(value: float, wide: bool) -> None:
     key = key_of(value, wide=wide)
     assert value_of(key, wide=wide) >= value
@@ -88,7 +90,9 @@ def test_kth_smallest_is_what_a_sort_gives(data: st.DataObject, wide: bool) -> N
     kind, top = (np.uint64, 2**64 - 1) if wide else (np.uint32, 2**32 - 1)
     few = st.sampled_from([0, 1, 7, 2**16 - 1, 2**16, 2**16 + 1, top // 2, top - 1, top])
     shapes = hnp.array_shapes(max_dims=2, max_side=13)
-    blocks = data.draw(st.lists(hnp.arrays(kind, shapes, elements=few | st.integers(0, top)), min_size=1, max_size=4))
+    blocks = data.draw(
+        st.lists(hnp.arrays(kind, shapes, elements=few | st.integers(0, top)), min_size=1, max_size=4)
+    )
     everything = np.sort(np.concatenate([block.ravel() for block in blocks]))
     for k in {1, data.draw(st.integers(1, everything.size)), everything.size}:
         assert kth_smallest(lambda: iter(blocks), k, wide=wide) == everything[k - 1]
@@ -97,11 +101,14 @@ def test_kth_smallest_is_what_a_sort_gives(data: st.DataObject, wide: bool) -> N
 @pytest.mark.parametrize(
     ("sparsity", "size", "zeros", "wanted"),
     [
-        ("0.29", 100, 0, 29), ("0.57", 100, 0, 57), ("0.1", 7, 0, 0), ("0.7", 10, 0, 7), ("0.9", 10**15, 3, 9 * 10**14),
-        ("0", 100, 0, 0), ("1", 100, 0, 100), ("0.5", 91, 46, 46), ("0.5", 91, 45, 45), ("1e-9999999", 100, 0, 0),
+        ("0.29", 100, 0, 29), ("0.57", 100, 0, 57), ("0.1", 7, 0, 0), ("0.7", 10, 0, 7),
+        ("0.9", 10**15, 3, 9 * 10**14), ("0", 100, 0, 0), ("1", 100, 0, 100),
+        ("0.5", 91, 46, 46), ("0.5", 91, 45, 45), ("1e-9999999", 100, 0, 0),
     ],
 )  # fmt: skip
-def test_the_target_is_the_floor_of_the_decimal_or_the_zeros_there(sparsity: str, size: int, zeros: int, wanted: int) -> None:  # fmt: skip
+def test_the_target_is_the_floor_of_the_decimal_or_the_zeros_there(
+    sparsity: str, size: int, zeros: int, wanted: int
+) -> None:
     assert target_count(Decimal(sparsity), size, zeros) == wanted
 
 
@@ -166,7 +173,9 @@ def test_a_cut_by_row_is_exact_in_each_and_takes_the_smallest(sparsity: str, tin
         values = np.abs(tiny_arrays()[name])
         wanted = math.floor(Decimal(sparsity) * values.shape[1])
         expected = np.argsort(values, axis=1, kind="stable")[:, :wanted]
-        assert np.array_equal(np.sort(expected, axis=1), np.argwhere(found[name] == 0)[:, 1].reshape(-1, wanted))
+        assert np.array_equal(
+            np.sort(expected, axis=1), np.argwhere(found[name] == 0)[:, 1].reshape(len(values), wanted)
+        )
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
@@ -203,11 +212,15 @@ def test_ties_across_blocks_of_rows_are_counted_once(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("rule", [{"sparsity": 0.5}, {"sparsity": 0.5, "scope": "tensor"}, {"below": 0.5}])
-def test_the_result_does_not_depend_on_the_sharding(rule: dict[str, Any], tiny: Path, shards: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_the_result_does_not_depend_on_the_sharding(
+    rule: dict[str, Any], tiny: Path, shards: Path, tmp_path: Path
+) -> None:
     prune(tiny, tmp_path / "one", **rule)
     prune(shards, tmp_path / "three", **rule)
     whole = load_file(tmp_path / "one" / "model.safetensors")
-    parts = {name: a for path in (tmp_path / "three").glob("*.safetensors") for name, a in load_file(path).items()}
+    parts = {
+        name: a for path in (tmp_path / "three").glob("*.safetensors") for name, a in load_file(path).items()
+    }
     assert len(list((tmp_path / "three").glob("*.safetensors"))) == 3
     assert whole.keys() == parts.keys()
     assert all(whole[name].tobytes() == parts[name].tobytes() for name in whole)
@@ -291,7 +304,7 @@ def band_arrays(exact_zeros: int = 0, dtype: Any = np.float32) -> dict[str, np.n
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("exact_zeros", [0, 100])
+@pytest.mark.parametrize("exact_zeros", [0, 11])  # of 1,147: under 1 %
 def test_gap_finds_the_band_and_cuts_inside_it(exact_zeros: int, dtype: Any, tmp_path: Path) -> None:
     arrays = band_arrays(exact_zeros, dtype)
     source = checkpoint_of(tmp_path / "m", arrays)
@@ -368,7 +381,9 @@ def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path
         ("a.weight", "F4", (7, 14), False, "F4 is not a float that can be pruned"),
     ],
 )
-def test_names_shapes_and_dtypes_decide_what_is_kept(name: str, dtype: str, shape: tuple[int, ...], yes: bool, reason: str) -> None:  # fmt: skip
+def test_names_shapes_and_dtypes_decide_what_is_kept(
+    name: str, dtype: str, shape: tuple[int, ...], yes: bool, reason: str
+) -> None:
     assert prunable(name, dtype, shape) == (yes, reason)
 
 
@@ -377,7 +392,13 @@ def test_include_names_all_that_may_be_cut_and_exclude_wins(tiny: Path) -> None:
     include, exclude = ("*.weight", "layers.0.attn.bias"), ("layers.1.*",)
     found = apply(plan_prune(source, sparsity=Decimal(1), include=include, exclude=exclude), source)
     untouched = {name for name, array in tiny_arrays().items() if found[name].tobytes() == array.tobytes()}
-    assert untouched == {"layers.1.attn.weight", "layers.1.mlp.weight", "scale", "nothing.weight", "position_ids"}
+    assert untouched == {
+        "layers.1.attn.weight",
+        "layers.1.mlp.weight",
+        "scale",
+        "nothing.weight",
+        "position_ids",
+    }
 
 
 @pytest.mark.parametrize(("option", "flag"), [("include", "--include"), ("exclude", "--exclude")])

@@ -67,7 +67,10 @@ def magnitudes(raw: Bits, dtype: str, *, wide: bool = False) -> Bits:
         narrow = _e4m3_magnitudes()[raw]
     else:
         raise AssertionError(f"{dtype} has no order of magnitudes")
-    return narrow.view(np.float32).astype(np.float64).view(np.uint64) if wide else narrow
+    if not wide:
+        return narrow
+    with np.errstate(invalid="ignore"):  # a signalling NaN stays NaN
+        return narrow.view(np.float32).astype(np.float64).view(np.uint64)
 
 
 def infinity(keys: Bits) -> int:
@@ -77,9 +80,11 @@ def infinity(keys: Bits) -> int:
 
 def key_of(value: float, *, wide: bool) -> int:
     """Smallest key of a magnitude >= `value`: |x| < value exactly when its key is below this. value >= 0."""
+    value = abs(value)  # -0.0 too
     if wide:
         return int(np.float64(value).view(np.uint64))
-    narrow = np.float32(value)
+    with np.errstate(over="ignore"):  # beyond float32 everything finite is smaller
+        narrow = np.float32(value)
     if float(narrow) < value:
         narrow = np.nextafter(narrow, np.float32(np.inf))
     return int(narrow.view(np.uint32))

@@ -223,7 +223,11 @@ def _open_file(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...
     if path.suffix in TORCH_SUFFIXES:
         return _open_torch(path)
     header = read_header(path)
-    if header.metadata.get("lpsparse.layout") == "bitmask":
+    layout, version = (header.metadata.get(f"lpsparse.{key}") for key in ("layout", "format_version"))
+    if layout not in (None, "bitmask") or version not in (None, "1"):
+        what = f"{path}: layout {layout!r}, version {version!r}: written by a newer lpsparse"
+        raise InputError(336, what, mend="upgrade lpsparse")
+    if layout == "bitmask":
         return _open_bitmask(path, header), header.metadata, ()
     dense = [_dense(path, entry) for entry in header.entries]
     return dense, header.metadata, ()

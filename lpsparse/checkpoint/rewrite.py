@@ -65,6 +65,10 @@ def rewrite(
             for tensor in tensors
             if layout == "bitmask" and bitmask.pays(tensor.dtype, tensor.shape, counts[tensor.name].stored)
         }
+        taken = [t.name for t in tensors if layout == "bitmask" and bitmask.is_taken(t.name, packed)]
+        if taken:
+            what = f"{source.name}/{path.name}: {taken[0]!r}: this name belongs to the bitmask layout"
+            raise InputError(342, what, mend="keep this model dense, or rename the tensor")
         entries = [entry for t in tensors for entry in _entries(t, counts[t.name], t.name in packed)]
         metadata = {k: v for k, v in source.metadata[path.name].items() if not k.startswith("lpsparse.")}
         metadata.setdefault("format", "pt")  # transformers asks for it

@@ -25,7 +25,7 @@ REPORT = "report.json"
 CARD = "README.md"
 METRICS = "metrics.jsonl"
 OURS = (MANIFEST, REPORT, METRICS)  # of an earlier run on the source: never carried over
-_OWNER = ".lpsparse-owner.json"
+OWNER = ".lpsparse-owner.json"
 # Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
 _FOREIGN_WEIGHTS = (
     *WEIGHT_SUFFIXES,
@@ -47,9 +47,19 @@ Part = tuple[str, int, Bits]  # name, first storage unit, values
 def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overwrite: bool) -> None:
     """Refuse early what would fail late. Raises OutputError; nothing is touched but an interrupted
     exchange."""
+    if out.name in ("", ".."):
+        raise OutputError(401, f"{out}: exists already", mend="choose another OUT")
+    try:
+        os.lstat(out.with_name(out.name + ".partial"))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name too long, a folder closed to us
+        raise OutputError(404, f"{out}: {error.strerror}", mend="choose another OUT") from error
     old = out.with_name(out.name + ".old")
-    if old.exists() and not out.exists():
+    if (old / MANIFEST).is_file() and not os.path.lexists(out):
         old.rename(out)  # a run that died between the two renames of --overwrite
+    if overwrite and os.path.lexists(old) and not (old / MANIFEST).is_file():
+        raise OutputError(402, f"{old}: is in the way and not ours", mend="move it away")
     if out.is_symlink() or (out.exists() and not overwrite):
         raise OutputError(401, f"{out}: exists already", mend="choose another OUT, or --overwrite")
     if out.exists() and not (out / MANIFEST).is_file():
@@ -85,9 +95,10 @@ def output_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
     _take(partial)
     try:
         yield partial
-        (partial / _OWNER).unlink()
         fsync(partial)
         _exchange(partial, out, overwrite=overwrite)
+        (out / OWNER).unlink()  # not before: killed in between, nobody could tell that OUT.partial was ours
+        fsync(out)
         fsync(out.absolute().parent)
     except OSError as error:
         what = f"{error.filename or out}: {error.strerror or error}"
@@ -100,21 +111,29 @@ def output_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
 
 
 def _take(partial: Path) -> None:
-    owner = partial / _OWNER
-    if partial.exists():
-        if not owner.is_file():
-            raise StateError(701, f"{partial}: exists and is not ours", mend="move it away")
-        holder = json.loads(owner.read_text())
-        if holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"]):
-            shutil.rmtree(partial)  # left by a killed run; nothing in it was ever finished
-        else:
-            what = f"{partial}: process {holder['pid']} on {holder['host']} is writing it"
+    if os.path.lexists(partial):
+        host, pid = _holder(partial)
+        if host != socket.gethostname() or psutil.pid_exists(pid):
+            what = f"{partial}: process {pid} on {host} is writing it"
             raise StateError(702, what, mend="wait for it, or choose another OUT")
+        shutil.rmtree(partial)  # left by a killed run; nothing in it was ever finished
     try:
         partial.mkdir()
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        with (partial / OWNER).open("x") as file:
+            json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
     except OSError as error:
         raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
+
+
+def _holder(partial: Path) -> tuple[str, int]:
+    """Host and process that hold a `.partial`; process -1 when it died before it could say so."""
+    try:
+        holder = json.loads((partial / OWNER).read_text())
+        return str(holder["host"]), int(holder["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        if partial.is_dir() and not partial.is_symlink() and set(os.listdir(partial)) <= {OWNER}:
+            return socket.gethostname(), -1
+        raise StateError(701, f"{partial}: exists and is not ours", mend="move it away") from None
 
 
 def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:
@@ -199,6 +218,7 @@ def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
     left: list[str] = []
     root = source.root.resolve()
     used = {path.name for path in source.files}
+    ours = (source.root / MANIFEST).is_file()  # then README.md is our card, and the base's is README.base.md
     for path in sorted(source.root.rglob("*")):
         relative = path.relative_to(source.root)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts[:-1]):
@@ -209,9 +229,9 @@ def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
         elif path.suffix in _FOREIGN_WEIGHTS or path.name.endswith(
             (".safetensors.index.json", ".bin.index.json")
         ):
-            if path.name not in used and not path.name.endswith(".json"):
+            if relative.as_posix() not in used and not path.name.endswith(".json"):
                 left.append(relative.as_posix())
-        elif len(relative.parts) > 1 or path.name not in (*OURS, _OWNER):
+        elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, *((CARD,) if ours else ())):
             name = "README.base.md" if relative.as_posix() == CARD else relative.as_posix()
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)

@@ -1,6 +1,8 @@
 """Assemble the commands, and turn every failure into two lines and an exit code."""
 
 import sys
+from io import TextIOWrapper
+from traceback import print_exc
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     code: Any = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII still shows every name
     try:
         code = _app()(args=words, prog_name="lpsparse", standalone_mode=False)
         sys.stdout.flush()
@@ -36,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = ExitCode.INTERRUPT
     except LpsparseError as error:
         if debug:
-            raise
+            print_exc()
         _say_error(error.code, error.what, error.mend)
         _leave("", error.exit_code)
     except BrokenPipeError:
@@ -47,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         code = _usage(error)
         if code is None:
-            raise
+            print_exc()
+            code = ExitCode.BUG
     if code == ExitCode.INTERRUPT:  # Typer turns Ctrl-C inside a command into this code
         _leave("interrupted: the input is untouched, nothing is left at OUT", ExitCode.INTERRUPT)
     sys.exit(int(code) if isinstance(code, int) else 0)

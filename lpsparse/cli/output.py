@@ -28,7 +28,8 @@ def silence_stdout() -> None:
 
 
 def print_json(value: Any) -> None:
-    print_result(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    # ASCII: a tensor's name may hold characters that a terminal obeys.
+    print_result(json.dumps(value, indent=1, allow_nan=False))
 
 
 def teller(quiet: bool) -> Callable[[str], None]:

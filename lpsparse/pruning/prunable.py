@@ -53,10 +53,10 @@ def _matches(name: str, bare: str, patterns: tuple[str, ...]) -> bool:
 
 
 def choose(
-    tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...]
+    tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...], *, needed: bool = True
 ) -> dict[str, tuple[bool, str]]:
     """`prunable` of every tensor. Raises UsageError for a pattern that matches nothing, and when nothing is
-    left."""
+    left although something is `needed`."""
     table = {name: prunable(name, dtype, shape, include, exclude) for name, dtype, shape in tensors}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
@@ -64,7 +64,7 @@ def choose(
                 near = get_close_matches(pattern, list(table), n=1, cutoff=0.3)
                 mend = f"nearest tensor: {near[0]}" if near else "see the names with `lpsparse inspect`"
                 raise UsageError(210, f"{flag} {pattern}: matches no tensor", mend=mend)
-    if not any(yes for yes, _ in table.values()):
+    if needed and not any(yes for yes, _ in table.values()):
         raise UsageError(211, "no prunable tensor is left", mend="choose tensors with --include")
     return table
 

@@ -146,7 +146,7 @@ def prunable_of(
         }
         if all(tensor.name in known for tensor in checkpoint.tensors):
             return known
-    return choose(((t.name, t.dtype, t.shape) for t in checkpoint.tensors), include, exclude)
+    return choose(((t.name, t.dtype, t.shape) for t in checkpoint.tensors), include, exclude, needed=False)
 
 
 def _row(tensor: Tensor, counted: Count, prunable: bool, reason: str) -> TensorRow:

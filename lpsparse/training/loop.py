@@ -1,6 +1,5 @@
 """The training loop on accelerate, and measuring quality. One process and many are the same code."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lpsparse.pruning.prunable import choose, kept_in_words
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.conditioning import condition, fold
 from lpsparse.training.control import SparsityControl
+from lpsparse.training.distill import Teacher, make_teacher
 from lpsparse.training.model import quiet_transformers
 from lpsparse.training.tasks import TASKS
 from lpsparse.training.tasks.base import Task
@@ -112,7 +112,7 @@ def train(
     before = None if task.loaded.new else evaluate(step, task)
     model = task.loaded.module
     prunable, weights = _choose(step, task)
-    teacher = _teacher(step, task)
+    teacher = make_teacher(step, task)
     steps = _steps(step, task)
     say(kept_in_words(prunable))
     if step.condition == "rows" and weights:
@@ -124,6 +124,8 @@ def train(
     prepared, wrapped = accelerator.prepare(model, optimizer)
     _loop(step, task, accelerator, prepared, wrapped, control, teacher, rates, on_step)
     fold(model)
+    if teacher is not None:
+        teacher.close()
     control.after_step(steps)  # hold the mask through the last retraction
     facts = {
         "steps": float(steps), "sum_lr": control.sum_lr, "w_kill": control.w_kill,
@@ -149,7 +151,7 @@ def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
 
 def _loop(
     step: FinetuneStep, task: Task, accelerator: Accelerator, model: nn.Module, optimizer: Any,
-    control: SparsityControl, teacher: nn.Module | None, rates: list[float],
+    control: SparsityControl, teacher: Teacher | None, rates: list[float],
     on_step: Callable[[Progress], None],
 ) -> None:  # fmt: skip
     conditioning = getattr(accelerator.unwrap_model(model), "_lpsparse_conditioning", None)
@@ -165,7 +167,12 @@ def _loop(
         if task.augment is not None:
             batch = task.augment(batch, generator)
         with accelerator.autocast():
-            loss = _loss(step, task, model, teacher, batch)
+            logits, labels = task.predict(model, batch)
+            loss = (
+                nn.functional.cross_entropy(logits, labels)
+                if teacher is None
+                else teacher.loss(logits, labels, batch)
+            )
         accelerator.backward(loss)
         control.mask_gradients()
         norm = accelerator.clip_grad_norm_(parameters, step.clip or math.inf)
@@ -184,31 +191,6 @@ def _loop(
             facts = (rates[t], control.lambda_p, control.threshold, sparsity, control.near_zero())
             on_step(Progress(t + 1, len(rates), epoch, mean, *facts))
             losses.clear()
-
-
-def _teacher(step: FinetuneStep, task: Task) -> nn.Module | None:
-    """The model as it was loaded, to distil from; None when that is off."""
-    if step.distill == 0:
-        return None
-    if task.loaded.new:
-        what = f"--distill {step.distill:g}: the checkpoint has no head yet ({', '.join(task.loaded.new)})"
-        raise UsageError(245, what, mend="fine-tune it with --method dense first, or --distill 0")
-    return copy.deepcopy(task.loaded.module).eval().requires_grad_(False)
-
-
-def _loss(
-    step: FinetuneStep, task: Task, model: nn.Module, teacher: nn.Module | None, batch: Any
-) -> torch.Tensor:
-    """Cross-entropy, mixed with the divergence from the dense model's softened outputs (arXiv 1503.02531)."""
-    logits, labels = task.predict(model, batch)
-    loss = nn.functional.cross_entropy(logits, labels)
-    if teacher is None:
-        return loss
-    with torch.no_grad():
-        softened = nn.functional.log_softmax(task.predict(teacher, batch)[0] / step.temperature, -1)
-    student = nn.functional.log_softmax(logits / step.temperature, -1)
-    gap = nn.functional.kl_div(student, softened, log_target=True, reduction="batchmean")
-    return (1 - step.distill) * loss + step.distill * step.temperature**2 * gap
 
 
 def _choose(step: FinetuneStep, task: Task) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:

@@ -49,6 +49,12 @@ def pays(dtype: str, shape: tuple[int, ...], stored: int) -> bool:
     return packed < math.prod(shape) * DTYPES[dtype].bits // 8
 
 
+def is_taken(name: str, packed: set[str]) -> bool:
+    """Whether a dense tensor of this name, beside the `packed` ones, would be read as a part of a packed one."""
+    owner, _, part = name.rpartition(".")
+    return part == "bitmask" or (part in PARTS and owner in packed)
+
+
 def encode(block: Bits, stored_before: int) -> dict[str, Bits]:
     """The parts of a block of rows (rows, columns); `stored_before` values came from the rows before it."""
     mask = block != 0
@@ -107,6 +113,8 @@ def check(path: Path, name: str, entries: dict[str, Entry], read: Read) -> Packe
     if len(size.shape) != 1 or not 2 <= size.shape[0] <= 16 or size.dtype != "I64":
         raise refuse("its shape part is not int64 of 2 to 16 dimensions")
     shape = tuple(int(n) for n in read("shape", 0, size.shape[0]))
+    if math.prod(max(n, 1) for n in shape) >= 2**60:
+        raise refuse(f"shape {shape} has more than 2**60 values")
     rows, columns = shape[0], math.prod(shape[1:])
     if mask.dtype != "U8" or mask.shape != (rows, -(-columns // 8)):
         raise refuse(

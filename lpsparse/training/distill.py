@@ -1,0 +1,96 @@
+"""Distillation from the model as it was loaded: its outputs (Hinton et al. 2015, arXiv 1503.02531) and the outputs of
+its blocks (Romero et al. 2014, arXiv 1412.6550; same shapes here, so no regressor is needed).
+
+    loss = (1 - d) * CE + d * T**2 * KL(teacher / T || student / T) + b * mean over blocks of |h - h_t|**2 / |h_t|**2
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lpsparse.errors import UsageError
+from lpsparse.recipe import FinetuneStep
+from lpsparse.training.tasks.base import Batch, Task
+
+
+class Teacher:
+    """A frozen copy of the task's model, and the loss of a student against it. `d` and `b` come from the step."""
+
+    def __init__(self, step: FinetuneStep, task: Task) -> None:
+        self.step, self.task = step, task
+        self.model = copy.deepcopy(task.loaded.module).eval().requires_grad_(False)
+        self.theirs, self.ours = _Taps(), _Taps()
+        if step.distill_blocks:
+            self.theirs.attach(self.model)
+            self.ours.attach(task.loaded.module)
+            if not self.ours.handles:
+                what = "--distill-blocks: the model has no nn.ModuleList or nn.Sequential of blocks"
+                raise UsageError(246, what, mend="use --distill alone")
+
+    def loss(self, logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+        """The loss of the student's `logits`, whose forward pass on `batch` has just run."""
+        with torch.no_grad():
+            theirs, _ = self.task.predict(self.model, batch)
+        heat, share = self.step.temperature, self.step.distill
+        gap = functional.kl_div(
+            functional.log_softmax(logits / heat, -1), functional.log_softmax(theirs / heat, -1),
+            log_target=True, reduction="batchmean",
+        )  # fmt: skip
+        total = (1 - share) * functional.cross_entropy(logits, labels) + share * heat**2 * gap
+        return total + self.step.distill_blocks * self._blocks() if self.step.distill_blocks else total
+
+    def _blocks(self) -> Tensor:
+        pairs = zip(self.ours.take(), self.theirs.take(), strict=True)
+        return torch.stack([_relative(ours.float(), theirs.float()) for ours, theirs in pairs]).mean()
+
+    def close(self) -> None:
+        """Take the taps off the student."""
+        for handle in self.ours.handles:
+            handle.remove()
+
+
+def make_teacher(step: FinetuneStep, task: Task) -> Teacher | None:
+    """None when distillation is off. Raises UsageError for a checkpoint that has no head to learn from."""
+    if step.distill == 0 and step.distill_blocks == 0:
+        return None
+    if task.loaded.new:
+        what = f"--distill: the checkpoint has no head yet ({', '.join(task.loaded.new)})"
+        raise UsageError(245, what, mend="fine-tune it with --method dense first, or --distill 0")
+    return Teacher(step, task)
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours - theirs).square().mean() / theirs.square().mean().clamp(min=1e-12)
+
+
+class _Taps:
+    """Keeps the output of each block of the last forward pass."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self._outputs: list[Tensor] = []
+
+    def attach(self, model: nn.Module) -> None:
+        self.handles = [block.register_forward_hook(self._keep) for block in blocks(model)]
+
+    def _keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        self._outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def take(self) -> list[Tensor]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+def blocks(model: nn.Module) -> Iterable[nn.Module]:
+    """The repeated parts of a model: what lies in its outermost lists and holds two matrices or more."""
+    for module in model.children():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            for part in module:
+                if sum(param.ndim >= 2 for param in part.parameters()) >= 2:
+                    yield part
+        else:
+            yield from blocks(module)

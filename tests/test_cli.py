@@ -1,0 +1,517 @@
+"""The command line: two lines for an error, an exit code for a script, flags over environment over recipe."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PRUNABLE, PRUNABLE_WEIGHTS, Ran, cli_environment, run_cli, tree_hash, write_tiny
+from safetensors.numpy import save_file
+
+import lpsparse
+from lpsparse import ExitCode, pipeline, verify
+from lpsparse.cli import main
+from lpsparse.recipe import STEPS
+
+Cli = Callable[..., Ran]
+COMMANDS = (*STEPS, "inspect", "run", "demo")
+ERROR = re.compile(r"error\[LPS[0-9]{3}\]: \S.*\n  mend: \S.*\n")
+
+
+def failed(ran: Ran, rc: int) -> str:
+    """The two lines of an error, after checking that they are all there is."""
+    assert ran.rc == rc, ran.stderr
+    assert ran.stdout == ""
+    assert ERROR.fullmatch(ran.stderr), ran.stderr
+    return ran.stderr
+
+
+# Help and version
+
+
+def test_no_arguments_shows_the_help_and_exits_2(cli: Cli) -> None:
+    ran = cli()
+    assert ran.rc == 2
+    assert re.search(r"Start with:\n +lpsparse demo\n", ran.stdout + ran.stderr)
+
+
+def test_help_names_every_command_and_exit_code(cli: Cli) -> None:
+    ran = cli("--help")
+    assert (ran.rc, ran.stderr) == (0, "")
+    assert all(re.search(rf"^  {command} ", ran.stdout, re.M) for command in COMMANDS)
+    codes = " ".join(ran.stdout.split())
+    assert all(f"{int(code)} {code.name.lower()}" in codes for code in ExitCode)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, flag: str, cli: Cli) -> None:
+    ran = cli(command, flag)
+    assert (ran.rc, ran.stderr) == (0, "")
+    assert f"  lpsparse {command}" in ran.stdout
+
+
+@pytest.mark.parametrize("command", STEPS)
+def test_help_lists_every_setting_of_the_step(command: str, cli: Cli) -> None:
+    text = cli(command, "--help").stdout
+    for name, info in STEPS[command].model_fields.items():
+        flag = f"--{(info.alias or name).replace('_', '-')}"
+        assert (name.upper() if name in ("model", "out", "base") else flag) in text
+
+
+def test_version_is_the_packages_own(cli: Cli) -> None:
+    assert cli("--version") == (0, f"lpsparse {lpsparse.__version__}\n", "")
+
+
+@pytest.mark.slow
+def test_help_answers_quickly() -> None:
+    def seconds(*words: str) -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *words], env=cli_environment(), capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    bare = min(seconds("-c", "") for _ in range(3))
+    assert min(seconds("-m", "lpsparse", "--help") for _ in range(3)) < max(0.5, 20 * bare)
+
+
+# What a person types wrong
+
+
+def test_an_unknown_flag_names_the_nearest(tiny: Path, cli: Cli) -> None:
+    said = failed(cli("prune", tiny, "out", "--sparsty", "0.5"), 2)
+    assert "--sparsty" in said and "--sparsity" in said
+
+
+def test_an_unknown_command_names_the_nearest(cli: Cli) -> None:
+    said = failed(cli("prun", "a", "b"), 2)
+    assert "prun" in said and "see `lpsparse --help`" in said
+
+
+@pytest.mark.parametrize("command", ["prune", "pack", "unpack", "report", "verify", "inspect", "run"])
+def test_a_command_without_its_model_shows_its_help_and_exits_2(command: str, cli: Cli) -> None:
+    ran = cli(command)
+    assert ran.rc == 2 and f"Usage: lpsparse {command}" in ran.stdout + ran.stderr
+
+
+def test_a_missing_out_is_named(tiny: Path, cli: Cli) -> None:
+    assert "OUT" in failed(cli("prune", tiny), 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--sparsity", "1.5"), ["--sparsity", "1.5", "less than or equal to 1", "0..1"]),
+        (("--sparsity", "-0.1"), ["--sparsity", "-0.1", "0..1"]),
+        (("--sparsity", "50%"), ["--sparsity", "50%", "fractions are 0..1"]),
+        (("--sparsity", "nan"), ["--sparsity", "nan"]),
+        (("--sparsity", "inf"), ["--sparsity", "inf"]),
+        (("--sparsity", ""), ["--sparsity"]),
+        (("--below", "-1"), ["--below", "-1"]),
+        (("--below", "nan"), ["--below", "nan"]),
+        (("--below", "inf"), ["--below", "inf"]),
+        (("--below", "small"), ["--below", "small"]),
+        (("--sparsity", "0.5", "--below", "1"), ["--sparsity, --below"]),
+        (("--sparsity", "0.5", "--gap"), ["--sparsity, --gap"]),
+        ((), ["--sparsity, --below, --gap", "got none"]),
+        (("--below", "1", "--scope", "row"), ["--scope row", "--sparsity"]),
+        (("--sparsity", "0.5", "--scope", "layer"), ["--scope", "'layer'", "'tensor'"]),
+        (("--sparsity", "0.5", "--layout", "zip"), ["--layout", "'zip'", "'bitmask'"]),
+        (("--sparsity",), ["--sparsity"]),
+        (("--sparsity", "0.5", "surplus"), ["surplus"]),
+        (("--sparsity", "0.5", "--include", "layers.0.atn.weight"), ["nearest tensor: layers.0.attn.weight"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_named_with_what_is_allowed(
+    flags: tuple[str, ...], words: list[str], tiny: Path, cli: Cli
+) -> None:
+    before = tree_hash(tiny.parent)
+    said = failed(cli("prune", tiny, tiny.parent / "out", *flags), 2)
+    assert [word for word in words if word not in said] == []
+    assert tree_hash(tiny.parent) == before
+
+
+ERRORS: dict[str, tuple[tuple[str, ...], int]] = {
+    "missing model": (("inspect", "gone.safetensors"), 3),
+    "missing folder": (("verify", "gone"), 3),
+    "no manifest": (("verify", "tiny"), 3),
+    "empty folder": (("report", "empty"), 3),
+    "out exists": (("prune", "tiny", "empty", "--sparsity", "0.5"), 4),
+    "no parent": (("pack", "tiny", "a/b"), 4),
+    "no band": (("prune", "tiny", "out", "--gap"), 1),
+    "offline": (("inspect", "org/name"), 8),
+    "missing recipe": (("run", "gone.yaml"), 3),
+    "set without value": (("run", "gone.yaml", "--set", "x"), 2),
+    "demo into a folder": (("demo", "empty"), 4),
+}
+
+
+@pytest.mark.parametrize(("arguments", "rc"), ERRORS.values(), ids=ERRORS.keys())
+def test_every_error_is_two_lines_and_a_code_and_leaves_no_trace(
+    arguments: tuple[str, ...], rc: int, tiny: Path
+) -> None:
+    (tiny.parent / "empty").mkdir()
+    before = tree_hash(tiny.parent)
+    failed(run_cli(list(arguments), cwd=tiny.parent, HF_HOME=str(tiny.parent.parent / "hf")), rc)
+    assert tree_hash(tiny.parent) == before
+
+
+def test_debug_shows_the_traceback_and_keeps_the_code(tmp_path: Path) -> None:
+    ran = run_cli(["inspect", tmp_path / "gone", "--debug"])
+    assert ran.rc == 3
+    assert "Traceback" in ran.stderr and "LPS327" in ran.stderr
+
+
+def test_a_bug_shows_its_traceback_and_exits_70(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("lpsparse.verbs.inspect_step", broken)
+    with pytest.raises(SystemExit) as left:
+        main(["inspect", "anything"])
+    assert left.value.code == ExitCode.BUG
+    assert "ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+# Output
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    arrays = {f"layers.{i}.weight": np.zeros((7, 13), np.float32) for i in range(3000)}
+    save_file(arrays, tmp_path / "m.safetensors")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lpsparse", "inspect", str(tmp_path / "m.safetensors")],
+        env=cli_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    with process.stdout, process.stderr:
+        assert process.stdout.readline().startswith(b"m.safetensors: dense")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (("inspect", "tiny", "--json"), "prunable_weights"), (("report", "tiny", "--json", "-"), "prunable"),
+        (("prune", "tiny", "out", "--sparsity", "0.5", "--json"), "prunable"),
+        (("pack", "tiny", "out", "--json"), "bytes"),
+        (("verify", "made", "--json"), "ok"), (("unpack", "made", "out", "--json"), "all"),
+    ],
+)  # fmt: skip
+def test_json_is_one_object_alone_on_stdout(
+    arguments: tuple[str, ...], key: str, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lpsparse.prune(tiny, tiny.parent / "made", sparsity=0.5)
+    monkeypatch.chdir(tiny.parent)
+    ran = cli(*arguments)
+    assert ran.rc == 0
+    assert key in json.loads(ran.stdout)
+    assert "{" not in ran.stderr
+
+
+def test_quiet_says_nothing_but_the_result(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5", "--quiet")
+    assert (ran.rc, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("tiny: 182 of 364")
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": None, "COLUMNS": None}, {"LC_ALL": "C", "LANG": "C"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
+        {"HOME": None}, {"HOME": "/nonexistent"}, {"TZ": "Asia/Kathmandu"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_any_environment_gives_plain_text_and_the_same_bytes(
+    env: dict[str, str | None], tmp_path: Path
+) -> None:
+    arrays = {"größe.模型" + "x" * 99 + ".weight": np.arange(91, dtype=np.float32).reshape(7, 13)}
+    save_file(arrays, tmp_path / "m.safetensors")
+    ran = run_cli(["prune", tmp_path / "m.safetensors", tmp_path / "out", "--sparsity", "0.5"], **env)
+    assert ran.rc == 0
+    assert "\x1b" not in ran.stdout + ran.stderr
+    lpsparse.prune(tmp_path / "m.safetensors", tmp_path / "here", sparsity=0.5)
+    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "here")
+    shown = run_cli(["report", tmp_path / "out"], **env)
+    assert shown.rc == 0 and "weight" in shown.stdout
+
+
+# Precedence
+
+
+def pruned(cli: Cli, tiny: Path, *flags: str) -> int:
+    ran = cli("prune", tiny, tiny.parent / "out", "--dry-run", "--json", *flags)
+    assert ran.rc == 0, ran.stderr
+    return json.loads(ran.stdout)["prunable"]["zeros"]
+
+
+def test_a_setting_from_the_environment_is_used_and_a_flag_wins(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPSPARSE_SPARSITY", "0.25")
+    assert pruned(cli, tiny) == PRUNABLE_WEIGHTS // 4
+    assert pruned(cli, tiny, "--sparsity", "0.75") == 3 * PRUNABLE_WEIGHTS // 4
+
+
+def test_a_wrong_setting_in_the_environment_is_refused(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPSPARSE_SPARSITY", "most")
+    assert "--sparsity 'most'" in failed(cli("prune", tiny, "out"), 2)
+
+
+def test_patterns_from_the_environment_are_separated_by_commas(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPSPARSE_EXCLUDE", "layers.0.*, layers.1.mlp.weight")
+    assert pruned(cli, tiny, "--sparsity", "1") == 91
+    assert pruned(cli, tiny, "--sparsity", "1", "--exclude", "layers.0.*") == 182
+
+
+def test_a_switch_can_be_turned_off_again(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LPSPARSE_GAP", "1")
+    assert "--sparsity, --gap" in failed(cli("prune", tiny, tiny.parent / "out", "--sparsity", "0.5"), 2)
+    assert pruned(cli, tiny, "--sparsity", "0.5", "--no-gap") == 182
+
+
+# Recipes
+
+
+RECIPE = """
+version: 1
+model: tiny
+out: made
+steps:
+  - prune: {sparsity: 0.8, out: sparse}
+  - pack: {out: packed}
+  - verify: {}
+  - report: {min_sparsity: 0.7}
+"""
+
+
+@pytest.fixture
+def recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tiny.parent)
+    (tiny.parent / "r.yaml").write_text(RECIPE)
+    return tiny.parent / "r.yaml"
+
+
+BROKEN: dict[str, tuple[str | bytes, list[str]]] = {
+    "empty": ("", ["not a table of keys"]),
+    "a list": ("- prune", ["not a table of keys"]),
+    "not yaml": ("model: [", ["not valid YAML"]),
+    "binary": (b"\xff\xfe\0\0", ["not valid YAML"]),
+    "not utf-8": (b"model: \xff", ["not valid YAML"]),
+    "object tag": ("model: !!python/object/apply:os.system ['touch x']", ["not valid YAML", "python/object"]),
+    "a date that is none": ("model: 2024-99-99", ["not valid YAML"]),
+    "nested": ("model: " + "[" * 500_000, ["nested more than 20 deep"]),
+    "alias": ("model: &a x\nout: *a", ["aliases"]),
+    "alias bomb": ("a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]", ["aliases"]),
+    "no steps": ("model: tiny", ["steps"]),
+    "steps empty": ("model: tiny\nsteps: []", ["steps"]),
+    "no model": ("steps: [verify: {}]", ["model is needed"]),
+    "misspelt key": (RECIPE.replace("out: made", "uot: made"), ["'uot'", "did you mean out?"]),
+    "misspelt setting": (RECIPE.replace("{sparsity", "{sparsty"), ["[0].prune", "'sparsty'", "did you mean sparsity?"]),
+    "unknown step": (RECIPE.replace("- pack", "- pakc"), ["steps[1]", "'pakc'", "did you mean pack?"]),
+    "two steps in one": (RECIPE.replace("  - pack: {out: packed}", "    pack: {}"), ["[0]", "prune, pack"]),
+    "step without name": (RECIPE.replace("- verify: {}", "- {}"), ["steps[2]"]),
+    "wrong value": (RECIPE.replace("0.8", "80"), ["steps[0].prune", "sparsity", "80"]),
+    "text for a number": (RECIPE.replace("0.8", "most"), ["sparsity", "'most'"]),
+    "number for a key": ("1: 2\n" + RECIPE, ["'1'"]),
+    "wrong version": (RECIPE.replace("version: 1", "version: 99"), ["version"]),
+    "two rules": (RECIPE.replace("0.8", "0.8, gap: true"), ["--sparsity, --gap"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_recipe_is_refused_by_file_and_key_before_any_step(
+    text: str | bytes, words: list[str], recipe: Path, cli: Cli
+) -> None:
+    recipe.write_bytes(text.encode() if isinstance(text, str) else text)
+    before = tree_hash(recipe.parent)
+    started = time.perf_counter()
+    said = failed(cli("run", "r.yaml"), 2)
+    assert time.perf_counter() - started < 2
+    assert [word for word in ["r.yaml", *words] if word not in said] == []
+    assert tree_hash(recipe.parent) == before
+
+
+def test_a_recipe_too_large_to_be_one_is_refused(recipe: Path, cli: Cli) -> None:
+    recipe.write_text("#" * 1_000_001)
+    assert "too large" in failed(cli("run", "r.yaml"), 2)
+
+
+def test_a_missing_recipe_or_a_folder_in_its_place_exits_3(recipe: Path, cli: Cli) -> None:
+    for name in ("gone.yaml", "tiny"):
+        assert name in failed(cli("run", name), 3)
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("sparsity", ["--set sparsity", "KEY=VALUE"]), ("uot=x", ["'uot'", "did you mean out?"]),
+        ("prune.sparsty=0.5", ["'sparsty'", "did you mean sparsity?"]),
+        ("prune.sparsity=2", ["sparsity", "2"]),
+        ("prun.sparsity=0.5", ["prun.sparsity", "prune"]), ("eval.batch_size=7", ["eval.batch_size"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_set_is_refused_not_ignored(pair: str, words: list[str], recipe: Path, cli: Cli) -> None:
+    said = failed(cli("run", "r.yaml", "--set", pair), 2)
+    assert [word for word in words if word not in said] == []
+    assert not (recipe.parent / "made").exists()
+
+
+def test_a_recipe_runs_each_step_on_the_result_of_the_one_before(recipe: Path) -> None:
+    ran = run_cli(["run", "r.yaml", "--set", "prune.sparsity=0.9"], cwd=recipe.parent)
+    assert ran.rc == 0, ran.stderr
+    assert "[1/4] lpsparse prune tiny made/sparse --sparsity 0.9" in ran.stderr
+    assert "[2/4] lpsparse pack made/sparse made/packed" in ran.stderr
+    assert "[4/4] lpsparse report made/packed tiny --min-sparsity 0.7" in ran.stderr
+    assert verify(recipe.parent / "made" / "sparse")["ok"]
+    manifest = json.loads((recipe.parent / "made" / "packed" / "lpsparse.json").read_text())
+    assert (manifest["source"]["name"], manifest["layout"]) == ("sparse", "bitmask")
+    assert sum(t["zeros"] for t in manifest["tensors"] if t["name"] in PRUNABLE) == int(
+        0.9 * PRUNABLE_WEIGHTS
+    )
+
+
+def test_the_commands_a_recipe_shows_do_what_the_recipe_does(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    (recipe.parent / "made").mkdir()
+    shown = [
+        line.split("] lpsparse ")[1]
+        for line in cli("run", "r.yaml").stderr.splitlines()
+        if "] lpsparse " in line
+    ]
+    before = tree_hash(recipe.parent / "made")
+    (recipe.parent / "made").rename(recipe.parent / "first")
+    (recipe.parent / "made").mkdir()
+    assert [cli(*line.split()).rc for line in shown] == [0, 0, 0, 0]
+    assert tree_hash(recipe.parent / "made") == before
+
+
+def test_json_of_a_run_holds_the_result_of_every_step(recipe: Path, cli: Cli) -> None:
+    ran = cli("run", "r.yaml", "--json", "--quiet")
+    steps = json.loads(ran.stdout)["steps"]
+    assert [each["step"] for each in steps] == ["prune", "pack", "verify", "report"]
+    assert steps[2]["result"]["ok"] and steps[3]["result"]["base"]["name"] == "tiny"
+    assert ran.stderr == ""
+
+
+def test_a_budget_that_fails_makes_the_run_exit_1_with_everything_written(recipe: Path, cli: Cli) -> None:
+    ran = cli("run", "r.yaml", "--set", "report.min_sparsity=0.95")
+    assert ran.rc == 1 and "FAILED" in ran.stdout
+    assert verify(recipe.parent / "made" / "packed")["ok"]
+
+
+def finished(ran: Ran) -> list[str]:
+    assert ran.rc == 0, ran.stderr
+    return re.findall(r"finished already: (\S+)", ran.stderr)
+
+
+def test_a_second_run_skips_what_is_finished_and_changes_nothing(recipe: Path, cli: Cli) -> None:
+    assert finished(cli("run", "r.yaml")) == []
+    before = tree_hash(recipe.parent)
+    assert finished(cli("run", "r.yaml")) == ["made/sparse", "made/packed"]
+    assert tree_hash(recipe.parent) == before
+
+
+OVERWRITE = ["--set", "prune.overwrite=true", "--set", "pack.overwrite=true"]
+
+
+def test_a_changed_setting_makes_its_step_and_the_later_ones_run_again(recipe: Path, cli: Cli) -> None:
+    cli("run", "r.yaml")
+    first = tree_hash(recipe.parent / "made")
+    assert finished(cli("run", "r.yaml", "--set", "prune.sparsity=0.9", *OVERWRITE)) == []
+    second = tree_hash(recipe.parent / "made")
+    assert first["sparse/model.safetensors"] != second["sparse/model.safetensors"]
+    assert first["packed/lpsparse.safetensors"] != second["packed/lpsparse.safetensors"]
+    assert finished(cli("run", "r.yaml", "--set", "prune.sparsity=0.9")) == ["made/sparse", "made/packed"]
+
+
+def test_a_changed_input_makes_every_step_run_again(recipe: Path, cli: Cli) -> None:
+    cli("run", "r.yaml")
+    first = tree_hash(recipe.parent / "made")
+    (recipe.parent / "tiny").rename(recipe.parent / "before")
+    write_tiny(recipe.parent / "tiny", seed=1)
+    assert finished(cli("run", "r.yaml", *OVERWRITE)) == []
+    assert tree_hash(recipe.parent / "made")["sparse/model.safetensors"] != first["sparse/model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete"])
+def test_a_damaged_result_is_not_taken_for_finished(damage: str, recipe: Path, cli: Cli) -> None:
+    cli("run", "r.yaml")
+    file = recipe.parent / "made" / "sparse" / "model.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + b"\x01") if damage == "flip" else file.unlink()
+    assert finished(cli("run", "r.yaml", *OVERWRITE)) == ["made/packed"]
+    assert file.read_bytes() == before
+
+
+def test_without_overwrite_a_result_of_other_settings_is_kept_and_refused(recipe: Path, cli: Cli) -> None:
+    cli("run", "r.yaml")
+    before = tree_hash(recipe.parent)
+    ran = cli("run", "r.yaml", "--set", "prune.sparsity=0.9")
+    assert ran.rc == 4
+    assert "made/sparse: exists already" in ran.stderr.splitlines()[-2]
+    assert tree_hash(recipe.parent) == before
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
+def test_a_manifest_that_points_outside_is_not_taken_for_finished(name: str, recipe: Path, cli: Cli) -> None:
+    cli("run", "r.yaml")
+    manifest = recipe.parent / "made" / "sparse" / "lpsparse.json"
+    table = json.loads(manifest.read_text())
+    table["files"][0]["name"] = name
+    manifest.write_text(json.dumps(table))
+    ran = cli("run", "r.yaml")
+    assert ran.rc == 4 and "Traceback" not in ran.stderr
+
+
+def test_a_step_may_name_a_model_of_its_own(recipe: Path, cli: Cli) -> None:
+    write_tiny(recipe.parent / "other", seed=1)
+    recipe.write_text(RECIPE.replace("pack: {out: packed}", "pack: {out: packed, model: other}"))
+    recipe.write_text(recipe.read_text().replace("min_sparsity: 0.7", ""))
+    assert finished(cli("run", "r.yaml")) == []
+    manifest = json.loads((recipe.parent / "made" / "packed" / "lpsparse.json").read_text())
+    assert manifest["source"]["name"] == "other"
+    assert finished(cli("run", "r.yaml")) == ["made/sparse", "made/packed"]
+
+
+def test_a_step_without_settings_needs_no_braces(recipe: Path, cli: Cli) -> None:
+    recipe.write_text(RECIPE.replace("verify: {}", "verify:"))
+    assert cli("run", "r.yaml").rc == 0
+
+
+def test_the_environment_sets_a_recipes_settings_but_set_wins(
+    recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPSPARSE_SPARSITY", "0.5")
+    done = pipeline.run("r.yaml")
+    assert done[0].step.model_dump(mode="json")["sparsity"] == "0.5"
+    done = pipeline.run("r.yaml", {"prune.sparsity": "0.9", "out": "second"})
+    assert done[0].step.model_dump(mode="json")["sparsity"] == "0.9"
+
+
+def test_a_model_in_the_environment_starts_the_chain_and_does_not_break_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(recipe.parent / "other", seed=1)
+    monkeypatch.setenv("LPSPARSE_MODEL", "other")
+    done = pipeline.run("r.yaml")
+    assert [getattr(each.step, "model", None) for each in done] == [
+        "other",
+        "made/sparse",
+        "made/packed",
+        "made/packed",
+    ]

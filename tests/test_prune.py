@@ -1,0 +1,468 @@
+"""`lpsparse prune` from end to end: OUT is whole or absent, and nothing but the chosen weights changes."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    PRUNABLE,
+    PRUNABLE_WEIGHTS,
+    Ran,
+    cli_environment,
+    f32,
+    run_cli,
+    tiny_arrays,
+    tree_hash,
+    write_safetensors,
+    write_sidecars,
+)
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
+
+from lpsparse import prune, verify
+from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
+
+Cli = Callable[..., Ran]
+
+
+# What comes out
+
+
+@pytest.fixture(scope="session")
+def pruned_minilm(minilm: Path) -> tuple[Path, Path, dict[str, str]]:
+    """MiniLM, MiniLM at 0.8, and the hashes of the input before."""
+    before = tree_hash(minilm)
+    prune(minilm, minilm.parent / "sparse", sparsity=0.8)
+    return minilm, minilm.parent / "sparse", before
+
+
+def test_a_real_model_gets_exactly_the_zeros_asked_for_and_no_other_change(
+    pruned_minilm: tuple[Path, Path, Any],
+) -> None:
+    dense = load_file(pruned_minilm[0] / "model.safetensors")
+    sparse = load_file(pruned_minilm[1] / "model.safetensors")
+    manifest = json.loads((pruned_minilm[1] / "lpsparse.json").read_text())
+    cut = [record["name"] for record in manifest["tensors"] if record["prunable"]]
+    weights = sum(dense[name].size for name in cut)
+    assert len(cut) == 37 and weights == 10_764_288
+    assert (
+        sum(int(np.count_nonzero(sparse[name] == 0)) for name in cut)
+        == math.floor(0.8 * weights)
+        == 8_611_430
+    )
+    assert sparse.keys() == dense.keys()
+    for name, array in sparse.items():
+        changed = array.view(np.uint8) != dense[name].view(np.uint8)
+        assert name in cut or not changed.any()
+        assert not array.view(np.uint8)[changed].any()  # what changed is +0.0
+
+
+def test_the_input_is_not_touched(pruned_minilm: tuple[Path, Path, dict[str, str]]) -> None:
+    assert tree_hash(pruned_minilm[0]) == pruned_minilm[2]
+    assert not list(pruned_minilm[0].parent.glob("*.partial"))
+
+
+def test_sidecars_are_copied_byte_for_byte(pruned_minilm: tuple[Path, Path, dict[str, str]]) -> None:
+    _, out, before = pruned_minilm
+    after = tree_hash(out)
+    new = {"README.md", "README.base.md", "lpsparse.json", "report.json", "model.safetensors"}
+    assert {name: after[name] for name in after if name not in new} == {
+        name: before[name] for name in before if name not in new
+    }
+    assert after.keys() == before.keys() | new
+    assert after["README.base.md"] == before["README.md"] != after["README.md"]
+
+
+def test_report_card_and_manifest_say_what_was_done(pruned_minilm: tuple[Path, Path, Any]) -> None:
+    out = pruned_minilm[1]
+    manifest = json.loads((out / "lpsparse.json").read_text())
+    report = json.loads((out / "report.json").read_text())
+    assert manifest["recipe"]["prune"]["sparsity"] == "0.8"
+    assert report["prunable"]["zeros"] == 8_611_430
+    assert "8,611,430 of 10,764,288 (80.00 %)" in (out / "README.md").read_text()
+    assert {file["name"] for file in manifest["files"]} == {
+        name for name, kind in tree_hash(out).items() if kind != "dir"
+    } - {"lpsparse.json"}
+
+
+def test_neither_paths_nor_names_of_this_machine_are_written(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    for name in ("lpsparse.json", "report.json", "README.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert str(tmp_path) not in text and socket.gethostname() not in text
+
+
+def test_the_command_line_and_python_write_the_same_bytes_twice(tiny: Path, tmp_path: Path) -> None:
+    ran = run_cli(["prune", tiny, tmp_path / "first", "--sparsity", "0.29"], PYTHONHASHSEED="1")
+    prune(tiny, tmp_path / "second", sparsity=0.29)
+    assert ran.rc == 0
+    assert tree_hash(tmp_path / "first") == tree_hash(tmp_path / "second")
+
+
+def test_the_command_line_says_what_it_keeps_and_what_comes_next(
+    tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5")
+    assert ran.rc == 0
+    assert ran.stdout.startswith("tiny: 182 of 364 prunable weights are zero (50.00 %)")
+    assert "4 tensors prunable; kept: " in ran.stderr and "1 embedding" in ran.stderr
+    assert f"next: lpsparse report {tmp_path / 'out'} {tiny}" in ran.stderr
+
+
+def test_weights_in_foreign_formats_stay_behind_and_are_named(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    foreign = ("pytorch_model.bin", "onnx/model.onnx", "tf_model.h5", "model.gguf", "onnx/model.safetensors")
+    (tiny / "onnx").mkdir()
+    for name in foreign:
+        (tiny / name).write_bytes(b"weights")
+    ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5")
+    assert not any((tmp_path / "out" / name).exists() for name in foreign)
+    (left,) = (line for line in ran.stderr.splitlines() if line.startswith("left behind: "))
+    assert set(left.removeprefix("left behind: ").split(", ")) == set(foreign)
+    assert json.loads((tmp_path / "out" / "lpsparse.json").read_text())["notes"] == [left]
+
+
+def test_links_out_of_the_folder_and_hidden_folders_stay_behind(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (tiny / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (tiny / ".git").mkdir()
+    (tiny / ".git" / "config").write_text("x")
+    ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5")
+    assert "link.txt (a link out of the folder)" in ran.stderr
+    assert not {"link.txt", ".git"} & set(os.listdir(tmp_path / "out"))
+
+
+def test_what_cannot_be_cut_passes_through_unharmed(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=1)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, array in tiny_arrays().items():
+        expected = np.zeros_like(array) if name in PRUNABLE else array
+        assert found[name].shape == array.shape
+        assert found[name].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_every_float_dtype_is_cut_in_its_own_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.randn(31, 37, generator=torch.Generator().manual_seed(3)).to(dtype)
+    buffers = {
+        "mask": torch.tensor([[True, False]]),
+        "steps": torch.tensor(7),
+        "none": torch.empty(0, 7, dtype=dtype),
+    }
+    save_torch({"a.weight": values, **buffers}, tmp_path / "m.safetensors")
+    prune(tmp_path / "m.safetensors", tmp_path / "out", sparsity=0.71)
+    found = load_torch(tmp_path / "out" / "m.safetensors")
+    kept = found["a.weight"].double() != 0
+    assert int((~kept).sum()) == math.floor(0.71 * 31 * 37)
+    assert torch.equal(found["a.weight"].double()[kept], values.double()[kept])
+    assert values.double().abs()[kept].min() >= values.double().abs()[~kept].max()
+    assert all(
+        torch.equal(found[name].to(torch.int8), value.to(torch.int8)) for name, value in buffers.items()
+    )
+
+
+def test_a_torch_file_comes_out_as_safetensors_with_its_own_names(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"module.a.weight": torch.ones(7, 13)}, "epoch": 3}, tmp_path / "net.th")
+    prune(tmp_path / "net.th", tmp_path / "out", sparsity=0.5)
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "README.md",
+        "lpsparse.json",
+        "model.safetensors",
+        "report.json",
+    ]
+    assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["module.a.weight"]
+    notes = json.loads((tmp_path / "out" / "lpsparse.json").read_text())["notes"]
+    assert notes == ["tensors taken from 'state_dict'; dropped beside it: epoch"]
+
+
+def test_shards_stay_shards_with_an_index_of_their_own(shards: Path, tmp_path: Path) -> None:
+    prune(shards, tmp_path / "out", sparsity=0.5)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    old = json.loads((shards / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict(sorted(old["weight_map"].items()))
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in tiny_arrays().values())
+    assert verify(tmp_path / "out")["ok"]
+
+
+def test_pruning_what_lpsparse_wrote_keeps_the_base_card(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "once", sparsity=0.5)
+    prune(tmp_path / "once", tmp_path / "twice", sparsity=0.7)
+    assert (tmp_path / "twice" / "README.base.md").read_bytes() == (tiny / "README.md").read_bytes()
+    assert sorted(tree_hash(tmp_path / "once")) == sorted(tree_hash(tmp_path / "twice"))
+
+
+def test_a_dry_run_measures_the_cut_and_writes_nothing(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    before = tree_hash(tmp_path)
+    ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.29", "--dry-run", "--json")
+    assert ran.rc == 0 and "dry run: nothing is written" in ran.stderr
+    assert json.loads(ran.stdout)["prunable"]["zeros"] == math.floor(0.29 * PRUNABLE_WEIGHTS)
+    assert tree_hash(tmp_path) == before
+
+
+# What is refused, with nothing left behind
+
+
+def refused(model: Path, out: Path, **options: Any) -> LpsparseError:
+    """The refusal of a prune that leaves every file below OUT's parent as it was."""
+    root = out.absolute().parent if out.absolute().parent.is_dir() else model.parent
+    before = tree_hash(root)
+    with pytest.raises(LpsparseError) as error:
+        prune(model, out, **({"sparsity": 0.5} | options))
+    assert tree_hash(root) == before
+    return error.value
+
+
+def test_an_out_that_exists_is_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("folder", "file", "link"):
+        error = refused(tiny, tmp_path / name)
+        assert (int(error.exit_code), "exists already" in error.what) == (4, True)
+
+
+@pytest.mark.parametrize("where", [".", "..", "/", ""])
+def test_the_folder_we_are_in_is_no_out(where: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tiny.parent / "empty").mkdir()
+    monkeypatch.chdir(tiny.parent / "empty")
+    before = tree_hash(tiny.parent)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            prune(tiny, where, sparsity=0.5, overwrite=overwrite)
+    assert tree_hash(tiny.parent) == before
+
+
+def test_an_out_inside_the_model_is_refused(tiny: Path) -> None:
+    assert "inside the input" in refused(tiny, tiny / "out").what
+    assert "inside the input" in refused(tiny, tiny / "extra" / "out").what
+
+
+def test_overwriting_the_model_with_its_own_result_is_refused(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    for model in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        error = refused(model, tmp_path / "out", overwrite=True)
+        assert (int(error.exit_code), error.code) == (4, "LPS405")
+
+
+def test_an_out_without_a_parent_is_refused_with_the_command_that_makes_it(
+    tiny: Path, tmp_path: Path
+) -> None:
+    error = refused(tiny, tmp_path / "a" / "b")
+    assert int(error.exit_code) == 4
+    assert error.mend == f"mkdir -p {tmp_path / 'a'}"
+
+
+def test_an_out_with_too_long_a_name_is_refused(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("prune", tiny, tmp_path / ("o" * 300), "--sparsity", "0.5")
+    assert ran.rc == 4
+    assert ran.stderr.splitlines()[-2].startswith("error[LPS4")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [PRUNABLE[0], "norm.weight"])
+def test_nan_or_infinity_anywhere_names_the_tensor(name: str, value: float, tmp_path: Path) -> None:
+    array = np.ones((7, 13), np.float32)
+    array[6, 12] = value
+    given = {PRUNABLE[1]: f32(7, 13), name: ("F32", [7, 13], array.tobytes())}
+    write_safetensors(tmp_path / "m.safetensors", given)
+    error = refused(tmp_path / "m.safetensors", tmp_path / "out")
+    assert isinstance(error, InputError)
+    assert f"m.safetensors: {name!r}: 1 values are NaN or Inf" in error.what
+
+
+def test_a_disk_too_small_is_refused_before_the_first_byte(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    error = refused(tiny, tmp_path / "out")
+    assert int(error.exit_code) == 4 and "1000 are free" in error.what
+
+
+def test_a_full_disk_while_writing_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    code = (  # a file-size limit, as a full disk: every larger write fails with EFBIG
+        "import resource, signal, sys; from lpsparse.cli import main;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); main(sys.argv[1:])"
+    )
+    arguments = ["prune", tiny, tmp_path / "out", "--sparsity", "0.5"]
+    before = tree_hash(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], env=cli_environment(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert "File too large" in done.stderr.splitlines()[-2]
+    assert tree_hash(tmp_path) == before
+
+
+# Overwriting
+
+
+def test_overwrite_replaces_what_lpsparse_wrote(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    prune(tiny, tmp_path / "out", sparsity=0.7, overwrite=True)
+    prune(tiny, tmp_path / "fresh", sparsity=0.7)
+    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "fresh")
+    assert sorted(os.listdir(tmp_path)) == ["fresh", "out", "tiny"]
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "folder of a person", "file"])
+def test_overwrite_touches_nothing_that_lpsparse_did_not_write(kind: str, tiny: Path, tmp_path: Path) -> None:
+    if kind == "file":
+        (tmp_path / "out").write_text("mine")
+    else:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("mine") if "person" in kind else None
+    error = refused(tiny, tmp_path / "out", overwrite=True)
+    assert (int(error.exit_code), error.code) == (4, "LPS402")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_persons_own_folder_called_out_old_is_left_alone(
+    overwrite: bool, tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "thesis.txt").write_text("mine")
+    if overwrite:
+        assert "out.old" in refused(tiny, tmp_path / "out", overwrite=True).what
+    else:
+        prune(tiny, tmp_path / "out", sparsity=0.5)
+    assert (tmp_path / "out.old" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_that_died_between_the_two_renames_is_put_back(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    before = tree_hash(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "out.old")
+    with pytest.raises(OutputError, match="exists already"):
+        prune(tiny, tmp_path / "out", sparsity=0.7)
+    assert tree_hash(tmp_path / "out") == before
+
+
+def test_a_failed_overwrite_leaves_the_old_result(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    array = np.full((7, 13), np.nan, np.float32)
+    write_safetensors(tmp_path / "m.safetensors", {"a.weight": ("F32", [7, 13], array.tobytes())})
+    assert int(refused(tmp_path / "m.safetensors", tmp_path / "out", overwrite=True).exit_code) == 3
+
+
+# Runs that died, and runs that live
+
+
+def leave_partial(folder: Path, pid: int, host: str | None = None) -> Path:
+    partial = folder / "out.partial"
+    partial.mkdir()
+    owner = {"pid": pid, "host": host or socket.gethostname()}
+    (partial / ".lpsparse-owner.json").write_text(json.dumps(owner))
+    (partial / "model.safetensors").write_bytes(bytes(91))
+    return partial
+
+
+def dead_pid() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def test_the_left_over_of_a_dead_process_is_cleaned(tiny: Path, tmp_path: Path) -> None:
+    leave_partial(tmp_path, dead_pid())
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    assert sorted(os.listdir(tmp_path)) == ["out", "tiny"]
+    assert verify(tmp_path / "out")["ok"]
+
+
+@pytest.mark.parametrize("owner", [None, "", '{"pid": '])
+def test_a_process_that_died_before_it_could_sign_is_cleaned_up_too(
+    owner: str | None, tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    if owner is not None:
+        (tmp_path / "out.partial" / ".lpsparse-owner.json").write_text(owner)
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    assert sorted(os.listdir(tmp_path)) == ["out", "tiny"]
+
+
+def test_an_out_that_a_living_process_writes_is_refused(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    leave_partial(tmp_path, os.getpid())
+    before = tree_hash(tmp_path)
+    ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5")
+    assert ran.rc == 7
+    assert f"process {os.getpid()} on {socket.gethostname()}" in ran.stderr
+    assert tree_hash(tmp_path) == before
+
+
+def test_an_out_that_another_machine_may_be_writing_is_refused(tiny: Path, tmp_path: Path) -> None:
+    leave_partial(tmp_path, dead_pid(), host="elsewhere")
+    assert isinstance(refused(tiny, tmp_path / "out"), StateError)
+
+
+def test_a_persons_own_folder_called_out_partial_is_left_alone(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    assert isinstance(refused(tiny, tmp_path / "out"), StateError)
+
+
+def start(model: Path, out: Path, delay: float) -> subprocess.Popen[bytes]:
+    """A prune in a process of its own, `delay` seconds after it began to write; or ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lpsparse", "prune", str(model), str(out), "--sparsity", "0.8"],
+        env=cli_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    partial = out.with_name(f"{out.name}.partial")
+    while not partial.exists() and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(delay)
+    return process
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_out_absent_or_whole_and_the_next_one_succeeds(
+    minilm: Path, tmp_path: Path
+) -> None:
+    left = []
+    for delay in np.random.default_rng(41).uniform(0, 0.5, 8):
+        process = start(minilm, tmp_path / "out", delay)
+        process.kill()
+        process.communicate()
+        left.append((tmp_path / "out.partial").exists())
+        if (tmp_path / "out").exists():
+            assert verify(tmp_path / "out")["ok"]
+            shutil.rmtree(tmp_path / "out")
+    assert any(left)  # some were killed while they wrote
+    assert run_cli(["prune", minilm, tmp_path / "out", "--sparsity", "0.8"]).rc == 0
+    assert verify(tmp_path / "out")["ok"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_ctrl_c_leaves_nothing_and_exits_130(minilm: Path, tmp_path: Path) -> None:
+    process = start(minilm, tmp_path / "out", 0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted" in stderr and b"Traceback" not in stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_sidecars_of_every_name_arrive(tmp_path: Path) -> None:
+    write_sidecars(tmp_path / "Ünï cödé 模型")
+    for name in ("metrics.jsonl", "report.json", "lpsparse.json.bak", "a b\tc.txt", ".gitattributes"):
+        (tmp_path / "Ünï cödé 模型" / name).write_text(name)
+    write_safetensors(tmp_path / "Ünï cödé 模型" / "model.safetensors", {"a.weight": f32(7, 13)})
+    prune(tmp_path / "Ünï cödé 模型", tmp_path / "aus gang", sparsity=0.5)
+    found = set(os.listdir(tmp_path / "aus gang"))
+    assert {"lpsparse.json.bak", "a b\tc.txt", ".gitattributes", "extra", "README.base.md"} <= found
+    assert "metrics.jsonl" not in found  # an earlier run's
+    assert verify(tmp_path / "aus gang")["ok"]

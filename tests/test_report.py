@@ -1,0 +1,400 @@
+"""The proof: counts equal numpy's, verify sees every change, nothing from a checkpoint rules the terminal."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PRUNABLE, Given, Ran, f32, run_cli, tiny_arrays, write_safetensors
+from safetensors.numpy import load_file, save_file
+
+from lpsparse import pack, prune, report, verify
+from lpsparse.errors import InputError
+from lpsparse.reporting.card import escape
+from lpsparse.reporting.measure import Report
+from lpsparse.reporting.table import render
+from lpsparse.reporting.text import clean, columns, shorten, size
+
+Cli = Callable[..., Ran]
+
+
+@pytest.fixture
+def sparse(tiny: Path) -> Path:
+    prune(tiny, tiny.parent / "sparse", sparsity=0.8)
+    return tiny.parent / "sparse"
+
+
+# Counting
+
+
+def test_every_count_equals_numpys(sparse: Path) -> None:
+    arrays = load_file(sparse / "model.safetensors")
+    found = report(sparse)
+    for row in found.tensors:
+        array = arrays[row.name]
+        assert (row.weights, row.shape, row.dense_bytes) == (array.size, array.shape, array.nbytes)
+        assert row.zeros == np.count_nonzero(array == 0)
+        assert row.sparsity == (row.zeros / row.weights if row.weights else 0)
+    assert [row.name for row in found.tensors if row.prunable] == sorted(PRUNABLE)
+
+
+def test_the_three_denominators_are_kept_apart(tmp_path: Path) -> None:
+    half = np.arange(7 * 13, dtype=np.float16).reshape(7, 13) % 2  # 46 zeros
+    one = np.zeros((1, 13), np.int64)
+    save_file({"a.weight": half, "norm.weight": half, "steps": one}, tmp_path / "m.safetensors")
+    found = report(tmp_path / "m.safetensors")
+    assert (found.prunable.weights, found.prunable.zeros) == (91, 46)
+    assert (found.all.weights, found.all.zeros) == (2 * 91 + 13, 2 * 46 + 13)
+    assert (found.bytes.dense_bytes, found.bytes.zero_bytes) == (2 * 182 + 104, 2 * 92 + 104)
+    assert found.prunable.sparsity == 46 / 91
+    assert found.all.sparsity == 105 / 195
+    assert found.bytes.zero_share == 288 / 468
+    assert found.bytes.file_bytes == (tmp_path / "m.safetensors").stat().st_size
+
+
+def test_zeros_of_either_sign_count(tmp_path: Path) -> None:
+    array = np.array([[0.0, -0.0, 1.0]], np.float32)
+    save_file({"a.weight": array}, tmp_path / "m.safetensors")
+    assert report(tmp_path / "m.safetensors").prunable.zeros == 2
+
+
+def test_a_foreign_file_is_reported_and_compared_with_its_base(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    arrays = tiny_arrays() | {PRUNABLE[0]: np.zeros((7, 13), np.float32)}
+    save_file(arrays, tmp_path / "theirs.safetensors")
+    ran = cli("report", tmp_path / "theirs.safetensors", tiny)
+    assert ran.rc == 0
+    assert ran.stdout.startswith("theirs.safetensors: 91 of 364 prunable weights are zero (25.00 %)")
+    assert "came from      tiny: " in ran.stdout and "sparsity 0.00 %" in ran.stdout
+
+
+def test_the_report_on_a_folder_uses_the_choice_of_its_manifest(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=1, include="lm_head.weight")
+    assert (report(tmp_path / "out").prunable.weights, report(tmp_path / "out").prunable.zeros) == (77, 77)
+    assert report(tmp_path / "out", include="layers.0.*").prunable.zeros == 0
+
+
+def test_a_model_with_nothing_to_cut_is_still_reported_inspected_and_packed(tmp_path: Path, cli: Cli) -> None:
+    save_file({"norm.weight": np.ones(7, np.float32)}, tmp_path / "m.safetensors")
+    assert cli("inspect", tmp_path / "m.safetensors").rc == 0
+    assert cli("report", tmp_path / "m.safetensors").stdout.startswith("m.safetensors: 0 of 0 prunable")
+    assert cli("pack", tmp_path / "m.safetensors", tmp_path / "packed").rc == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_are_reported_by_the_name_of_their_tensor(
+    value: float, tmp_path: Path, cli: Cli
+) -> None:
+    array = np.ones((7, 13), np.float32)
+    array[1, 2:5] = value
+    save_file({"a.weight": array, "b.weight": np.ones((7, 13), np.float32)}, tmp_path / "m.safetensors")
+    ran = cli("report", tmp_path / "m.safetensors")
+    assert ran.rc == 0 and "NaN or Inf in  a.weight\n" in ran.stdout
+    found = json.loads(cli("report", tmp_path / "m.safetensors", "--json", "-").stdout)
+    assert found["nonfinite_tensors"] == ["a.weight"]
+    assert [row["nonfinite"] for row in found["tensors"]] == [3, 0]
+
+
+def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path, cli: Cli) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {})
+    for command in (["report"], ["inspect"], ["prune", tmp_path / "out", "--sparsity", "0.5"]):
+        ran = cli(command[0], tmp_path / "m.safetensors", *command[1:])
+        assert ran.rc == 3 and "holds no tensors" in ran.stderr
+
+
+# JSON
+
+
+def test_json_to_stdout_or_a_file_is_the_report_that_out_holds(
+    sparse: Path, tmp_path: Path, cli: Cli
+) -> None:
+    ran = cli("report", sparse, "--json", "-")
+    shown = Report.model_validate(json.loads(ran.stdout))
+    assert cli("report", sparse, "--json", tmp_path / "r.json").rc == 0
+    assert Report.model_validate(json.loads((tmp_path / "r.json").read_text())) == shown
+    kept = Report.model_validate(json.loads((sparse / "report.json").read_text()))
+    assert shown == kept.model_copy(update={"model": "sparse"})
+    assert kept.model == "tiny"
+
+
+def test_json_into_a_folder_that_is_not_there_is_an_output_error(
+    sparse: Path, tmp_path: Path, cli: Cli
+) -> None:
+    for where in (tmp_path / "gone" / "r.json", tmp_path):
+        assert cli("report", sparse, "--json", where).rc == 4
+
+
+# Budgets
+
+
+@pytest.mark.parametrize(
+    ("flags", "rc"),
+    [
+        (("--min-sparsity", "0.79"), 0), (("--min-sparsity", "0.81"), 1), (("--max-bytes", "10000000"), 0),
+        (("--max-bytes", "100"), 1), (("--min-sparsity", "0.5", "--max-bytes", "100"), 1),
+        (("--max-quality-drop", "1"), 1), (("--min-sparsity", "1.5"), 2), (("--max-bytes", "-1"), 2),
+    ],
+)  # fmt: skip
+def test_budgets_decide_the_exit_code(flags: tuple[str, ...], rc: int, sparse: Path, cli: Cli) -> None:
+    ran = cli("report", sparse, *flags)
+    assert ran.rc == rc
+    assert ("FAILED" in ran.stdout, "budgets failed" in ran.stdout) == (rc == 1, rc == 1)
+    assert ("all budgets met" in ran.stdout) == (rc == 0)
+
+
+def test_a_budget_met_exactly_passes(sparse: Path, cli: Cli) -> None:
+    found = report(sparse)
+    flags = ("--min-sparsity", repr(found.prunable.sparsity), "--max-bytes", found.bytes.file_bytes)
+    ran = cli("report", sparse, *flags, "--json", "-")
+    assert ran.rc == 0
+    budgets = json.loads(ran.stdout)["budgets"]
+    assert [(each["name"], each["passed"]) for each in budgets] == [
+        ("min-sparsity", True),
+        ("max-bytes", True),
+    ]
+    assert cli("report", sparse, "--max-bytes", found.bytes.file_bytes - 1, "--json", "-").rc == 1
+
+
+# Verify
+
+
+def test_fresh_output_of_every_layout_verifies(sparse: Path, shards: Path, tmp_path: Path) -> None:
+    prune(shards, tmp_path / "sharded", sparsity=0.5)
+    for name in ("sparse", "sharded"):
+        pack(tmp_path / name, tmp_path / f"{name}-packed")
+        for folder in (tmp_path / name, tmp_path / f"{name}-packed"):
+            found = verify(folder)
+            assert (found["ok"], found["problems"], found["tensors"]) == (True, [], 11)
+
+
+def flip_a_byte(folder: Path, name: str, at: int) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[at] ^= 1
+    (folder / name).write_bytes(bytes(data))
+
+
+def zero_a_page(folder: Path, name: str) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[-400:-100] = bytes(300)
+    (folder / name).write_bytes(bytes(data))
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    table = json.loads((folder / "lpsparse.json").read_text())
+    change(table)
+    (folder / "lpsparse.json").write_text(json.dumps(table))
+
+
+def edit_tensor(folder: Path, **changes: Any) -> None:
+    edit_manifest(folder, lambda table: table["tensors"][0].update(changes))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped bit in a weight": (lambda f: flip_a_byte(f, "model.safetensors", -9), "model.safetensors: "),
+    "flipped bit in the header": (lambda f: flip_a_byte(f, "model.safetensors", 20), "model.safetensors: "),
+    "flipped bit in a sidecar": (lambda f: flip_a_byte(f, "config.json", 0), "config.json: "),
+    "flipped bit in a dot file": (lambda f: flip_a_byte(f, ".gitattributes", 0), ".gitattributes: "),
+    "zeroed page": (lambda f: zero_a_page(f, "model.safetensors"), "zeros, the manifest has"),
+    "truncated": (lambda f: os.truncate(f / "model.safetensors", 3000), "truncated"),
+    "deleted weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: missing"),
+    "deleted sidecar": (lambda f: (f / "extra" / "vocab.txt").unlink(), "extra/vocab.txt: missing"),
+    "extra file": (lambda f: (f / "new.py").touch(), "new.py: not in the manifest"),
+    "extra checkpoint": (lambda f: shutil.copy(f / "model.safetensors", f / "lpsparse.safetensors"), "two check"),
+    "edited zeros": (lambda f: edit_tensor(f, zeros=7), "the manifest has 7"),
+    "edited shape": (lambda f: edit_tensor(f, shape=[7]), "I64 (7,)"),
+    "tensor unlisted": (lambda f: edit_manifest(f, lambda m: m["tensors"].pop()), "tensor not in"),
+    "tensor invented": (lambda f: edit_tensor(f, name="x"), "x: tensor missing"),
+    "edited hash": (lambda f: edit_manifest(f, lambda m: m["files"][0].update(sha256="0" * 64)), "sha256"),
+    "file unlisted": (lambda f: edit_manifest(f, lambda m: m["files"].pop()), "not in the manifest"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_verify_fails_on_any_change_and_names_it(
+    damage: Callable[[Path], object], words: str, tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    (tiny / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    assert verify(tmp_path / "out")["ok"]
+    damage(tmp_path / "out")
+    ran = cli("verify", tmp_path / "out")
+    assert ran.rc == 1 and ": FAILED: " in ran.stdout
+    assert words in ran.stderr
+    found = json.loads(cli("verify", tmp_path / "out", "--json", "--quiet").stdout)
+    assert not found["ok"] and any(words in problem for problem in found["problems"])
+
+
+def test_a_downloads_own_hidden_files_do_not_fail_verify(sparse: Path) -> None:
+    (sparse / ".cache" / "huggingface").mkdir(parents=True)
+    (sparse / ".cache" / "huggingface" / "x.metadata").touch()
+    (sparse / ".DS_Store").touch()
+    assert verify(sparse)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no lpsparse.json"), ("", "not valid JSON"), ("{}", "lpsparse.json: lpsparse"),
+        ("[]", "lpsparse.json"), ('{"format_version": 99}', "format_version"), ('{"a": 1, "a": 2}', "duplicate key"),
+        ("[" * 5000, "nested"),
+    ],
+)  # fmt: skip
+def test_verify_without_a_readable_manifest_exits_3(
+    text: str | None, words: str, sparse: Path, cli: Cli
+) -> None:
+    (sparse / "lpsparse.json").unlink()
+    if text is not None:
+        (sparse / "lpsparse.json").write_text(text)
+    ran = cli("verify", sparse)
+    assert ran.rc == 3 and words in ran.stderr
+
+
+@pytest.mark.parametrize("model", ["gone", "model.safetensors"])
+def test_verify_wants_a_folder(model: str, tiny: Path, cli: Cli) -> None:
+    assert cli("verify", tiny / model).rc == 3
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "extra/../../secret"])
+def test_a_manifest_cannot_make_verify_read_outside_the_folder(
+    name: str, sparse: Path, tmp_path: Path, cli: Cli
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    edit_manifest(
+        sparse, lambda m: m["files"][0].update(name=name, size=6, sha256=sha_of(tmp_path / "secret"))
+    )
+    ran = cli("verify", sparse)
+    assert ran.rc == 1
+    assert f"{name}: missing" in ran.stderr
+
+
+def sha_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Hostile names
+
+
+NAMES = {
+    "ansi": "\x1b[2J\x1b[31mred", "newline": "a\nerror[LPS000]: fake", "return": "a\rb", "bell": "a\x07b",
+    "c1": "a\x9b31mb", "bidi": "a\u202ebin\u202c", "nul": "a\0b", "script": "<script>alert(1)</script>",
+    "markdown": "[x](http://x) `x` |x|", "formula": "=cmd|' /C calc'!A0", "path": "../../x",
+}  # fmt: skip
+FORBIDDEN = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+def test_a_hostile_tensor_name_never_rules_the_terminal_and_stays_itself(
+    name: str, tmp_path: Path, cli: Cli
+) -> None:
+    given: dict[str, Given] = {f"{name}.weight": f32(7, 13), f"{name}.bias": f32(7)}
+    write_safetensors(tmp_path / "m.safetensors", given)
+    commands = (
+        ("inspect", "m.safetensors"), ("inspect", "m.safetensors", "--json"), ("report", "m.safetensors"),
+        ("report", "m.safetensors", "--json", "-"), ("prune", "m.safetensors", "out", "--sparsity", "0.5"),
+        ("verify", "out"), ("pack", "out", "packed"), ("prune", "m.safetensors", "o", "--gap"),
+        ("prune", "m.safetensors", "o", "--sparsity", "1", "--exclude", "zzz"),
+    )  # fmt: skip
+    for command, *rest in commands:
+        paths = ("m.safetensors", "out", "packed", "o")
+        ran = cli(command, *(tmp_path / word if word in paths else word for word in rest))
+        assert not FORBIDDEN.search(ran.stdout + ran.stderr)
+        assert "\nerror[LPS000]" not in ran.stdout + ran.stderr
+    assert set(load_file(tmp_path / "out" / "m.safetensors")) == set(given)
+    assert sorted(os.listdir(tmp_path)) == ["m.safetensors", "out", "packed"]
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "=cmd", "a](x) |b| `c`", "a\nb: c"])
+def test_a_hostile_model_name_is_escaped_in_the_card(name: str, tmp_path: Path) -> None:
+    name = name.replace("/", "\u2215")
+    (tmp_path / name).mkdir()
+    write_safetensors(tmp_path / name / "model.safetensors", {f"{name}.weight": f32(7, 13)})
+    prune(tmp_path / name, tmp_path / "out", sparsity=0.5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    body = card.split("---\n")[2]
+    assert "<script>" not in card and (name not in body or name == "=cmd")
+    assert f"# {escape(name)}, made sparse" in card
+    base = next(line for line in card.splitlines() if line.startswith("base_model: "))
+    assert json.loads(base.removeprefix("base_model: ")) == name
+
+
+@pytest.mark.parametrize("text", ["plain name-1.weight", "Ünï 模型"])
+def test_printable_text_is_shown_as_it_is(text: str) -> None:
+    assert clean(text) == text
+
+
+def test_a_damaged_file_of_hostile_names_is_told_in_clean_lines(tmp_path: Path, cli: Cli) -> None:
+    array = np.full((7, 13), np.nan, np.float32)
+    given: dict[str, Given] = {"\x1b[31m\nred": ("F32", [7, 13], array.tobytes())}
+    write_safetensors(tmp_path / "m.safetensors", given)
+    ran = cli("prune", tmp_path / "m.safetensors", tmp_path / "out", "--sparsity", "0.5")
+    assert ran.rc == 3 and len(ran.stderr.splitlines()) == 2
+    assert not FORBIDDEN.search(ran.stderr)
+
+
+def test_a_name_of_a_million_letters_does_not_fill_the_terminal(tmp_path: Path, cli: Cli) -> None:
+    given: dict[str, Given] = {"x" * 1_000_000: ("F32", [7, 13], bytes(4)), "y": f32(7, 13)}
+    write_safetensors(tmp_path / "m.safetensors", given)
+    ran = cli("inspect", tmp_path / "m.safetensors")
+    assert ran.rc == 3 and len(ran.stderr) < 3000
+
+
+# The table
+
+
+@pytest.mark.parametrize("columns_", ["20", "80", "1", "0", "junk", "100000"])
+def test_a_terminal_of_any_width_works(columns_: str, sparse: Path) -> None:
+    for arguments in (["report", sparse], ["inspect", sparse]):
+        ran = run_cli([*arguments], COLUMNS=columns_)
+        assert (ran.rc, ran.stderr) == (0, "")
+
+
+def test_at_80_columns_every_line_of_the_tensor_table_fits(tmp_path: Path) -> None:
+    given = {
+        f"model.layers.{i}.self_attention.query_key_value.{'long_' * i}weight": f32(101, 13)
+        for i in range(13)
+    }
+    write_safetensors(tmp_path / "m.safetensors", given)
+    ran = run_cli(["report", tmp_path / "m.safetensors"], COLUMNS="80")
+    table = ran.stdout.split("\n\n")[-1].splitlines()
+    assert len(table) == 14
+    assert max(map(len, table)) <= 80
+    assert {len(line) for line in table[1:]} == {max(map(len, table))}
+
+
+def test_a_long_table_shows_the_largest_tensors_and_says_how_many_more(tmp_path: Path) -> None:
+    given = {f"t{i:02d}.weight": f32(7, i) for i in range(1, 60)}
+    write_safetensors(tmp_path / "m.safetensors", given)
+    lines = render(report(tmp_path / "m.safetensors"), 80).splitlines()
+    assert lines[-1] == "... and 19 smaller tensors (all are in --json)"
+    assert [line.split()[0] for line in lines[-41:-1]] == [f"t{i:02d}.weight" for i in range(20, 60)]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (90_868_376, "90.87 MB"), (2.5e12, "2.50 TB")],
+)
+def test_sizes_are_decimal_and_name_their_unit(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize("width", range(3, 30))
+def test_a_shortened_name_has_the_width_and_keeps_both_ends(width: int) -> None:
+    name = "model.layers.0.weight"
+    short = shorten(name, width)
+    assert len(short) == min(width, len(name))
+    assert (short[0], short[-1]) == ("m", "t")
+
+
+def test_columns_line_up() -> None:
+    lines = columns(("name", "n"), [("a", "1"), ("a long name", "1,000")], 80)
+    assert lines == ["name             n", "a                1", "a long name  1,000"]
+
+
+def test_the_error_of_a_missing_model_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        report(tmp_path / "gone")
