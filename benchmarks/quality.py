@@ -3,9 +3,10 @@
     python benchmarks/quality.py recipes/resnet20-cifar10.yaml --seeds 0,1,2 --sparsity 0.8 \
         --set model=resnet20-12fca82f.th --set data=./cifar10 ...
 
-Runs the recipe's steps up to its last fine-tune once (the dense model), then that fine-tune for every method, sparsity
-and seed with everything else equal, and measures each result on the recipe's `eval` split. Finished runs are reused,
-so an interrupted table goes on where it stopped. Prints Markdown; writes OUT/quality.json.
+Runs the recipe's steps up to its last fine-tune once (the dense model), then that fine-tune for every
+method, sparsity and seed with everything else equal, and measures each result on the recipe's `eval` split.
+Finished runs are reused, so an interrupted table goes on where it stopped. Prints Markdown; writes
+OUT/quality.json.
 """
 
 import argparse

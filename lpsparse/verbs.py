@@ -285,7 +285,8 @@ def finetune_step(
         chosen = {
             t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors
         }
-        return _finish(step, source, folder, chosen, say, counts, (quality,), task.sidecars)
+        notes = (*task.loaded.notes, trained.facts)
+        return _finish(step, source, folder, chosen, say, counts, (quality,), task.sidecars, notes)
 
 
 def _open(model: str, say: Say) -> Checkpoint:
@@ -312,21 +313,21 @@ def _writing(
     with output_folder(step.out, overwrite=step.overwrite) as folder:
 
         def finish(counts: dict[str, Count], quality: tuple[Quality, ...]) -> Report:
-            return _finish(step, source, folder, chosen, say, counts, quality, None)
+            return _finish(step, source, folder, chosen, say, counts, quality)
 
         yield folder, finish
 
 
 def _finish(
     step: Step, source: Checkpoint, folder: Path, chosen: Chosen, say: Say, counts: dict[str, Count],
-    quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None,
+    quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None = None, notes: tuple[str, ...] = (),
 ) -> Report:  # fmt: skip
     """Sidecars, then everything read back and compared with what was meant, then report, card and
     manifest."""
     left = copy_sidecars(source, folder)
     if sidecars is not None:
         sidecars(folder)
-    notes = (*source.notes, *((f"left behind: {', '.join(left)}",) if left else ()))
+    notes = (*source.notes, *notes, *((f"left behind: {', '.join(left)}",) if left else ()))
     if left:
         say(notes[-1])
     found = measure(open_checkpoint(folder), chosen, name=source.name, quality=quality)

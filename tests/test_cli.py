@@ -322,7 +322,8 @@ BROKEN: dict[str, tuple[str | bytes, list[str]]] = {
     "steps empty": ("model: tiny\nsteps: []", ["steps"]),
     "no model": ("steps: [verify: {}]", ["model is needed"]),
     "misspelt key": (RECIPE.replace("out: made", "uot: made"), ["'uot'", "did you mean out?"]),
-    "misspelt setting": (RECIPE.replace("{sparsity", "{sparsty"), ["[0].prune", "'sparsty'", "did you mean sparsity?"]),
+    "misspelt setting": (RECIPE.replace("{sparsity", "{sparsty"), ["[0].prune", "'sparsty'", "did you "
+        "mean sparsity?"]),
     "unknown step": (RECIPE.replace("- pack", "- pakc"), ["steps[1]", "'pakc'", "did you mean pack?"]),
     "two steps in one": (RECIPE.replace("  - pack: {out: packed}", "    pack: {}"), ["[0]", "prune, pack"]),
     "step without name": (RECIPE.replace("- verify: {}", "- {}"), ["steps[2]"]),

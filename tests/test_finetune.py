@@ -41,7 +41,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_position_embeddings=64
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
@@ -236,7 +237,7 @@ def test_a_label_outside_the_models_set_is_named_with_its_row(
 
 def test_an_image_label_outside_the_classes_is_refused(net: dict, tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", x=np.zeros((3, 8, 8, 3), np.uint8), y=np.array([0, 1, 9]))
-    with pytest.raises(LpsparseError, match="label 9 .* outside the model's 4 classes"):
+    with pytest.raises(LpsparseError, match=r"label 9 .* outside the model's 4 classes"):
         lpsparse.finetune(out=tmp_path / "out", **{**net, "data": str(tmp_path / "bad.npz")})
 
 

@@ -202,7 +202,8 @@ def test_strided_shared_tied_and_odd_shapes_are_written_out_in_full(tmp_path: Pa
     matrix = base[:91].view(7, 13)
     state = {
         "transposed": matrix.t(), "every other": base[::2], "tail": base[91:],
-        "tied": matrix, "tied too": matrix, "scalar": torch.tensor(7.0), "empty": torch.empty(0, 7), "parameter": torch.nn.Parameter(matrix),
+        "tied": matrix, "tied too": matrix, "scalar": torch.tensor(7.0), "empty": torch.empty(0, 7),
+        "parameter": torch.nn.Parameter(matrix),
     }  # fmt: skip
     found = read_torch(save(tmp_path / "net.pt", state))
     assert found.keys() == state.keys()

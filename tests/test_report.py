@@ -204,7 +204,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "deleted weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: missing"),
     "deleted sidecar": (lambda f: (f / "extra" / "vocab.txt").unlink(), "extra/vocab.txt: missing"),
     "extra file": (lambda f: (f / "new.py").touch(), "new.py: not in the manifest"),
-    "extra checkpoint": (lambda f: shutil.copy(f / "model.safetensors", f / "lpsparse.safetensors"), "two check"),
+    "extra checkpoint": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "lpsparse.safetensors"), "two check"
+    ),
     "edited zeros": (lambda f: edit_tensor(f, zeros=7), "the manifest has 7"),
     "edited shape": (lambda f: edit_tensor(f, shape=[7]), "I64 (7,)"),
     "tensor unlisted": (lambda f: edit_manifest(f, lambda m: m["tensors"].pop()), "tensor not in"),
@@ -240,7 +242,8 @@ def test_a_downloads_own_hidden_files_do_not_fail_verify(sparse: Path) -> None:
     ("text", "words"),
     [
         (None, "no lpsparse.json"), ("", "not valid JSON"), ("{}", "lpsparse.json: lpsparse"),
-        ("[]", "lpsparse.json"), ('{"format_version": 99}', "format_version"), ('{"a": 1, "a": 2}', "duplicate key"),
+        ("[]", "lpsparse.json"), ('{"format_version": 99}', "format_version"),
+        ('{"a": 1, "a": 2}', "duplicate key"),
         ("[" * 5000, "nested"),
     ],
 )  # fmt: skip

@@ -114,7 +114,8 @@ def _by_offset(entry: Entry) -> tuple[int, int, str]:
 
 
 def unique_json(text: bytes | str) -> Any:
-    """Parsed JSON in UTF-8 in which no object repeats a key. Raises ValueError (RecursionError becomes one too)."""
+    """Parsed JSON in UTF-8 in which no object repeats a key. Raises ValueError (RecursionError becomes one
+    too)."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(items)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lpsparse import __version__
+from lpsparse.cli.output import silence_stdout
 from lpsparse.errors import ExitCode, LpsparseError
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.

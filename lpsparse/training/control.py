@@ -27,9 +27,9 @@ REFRESH = 10  # steps between quantiles
 SELECTIVE = 20.0
 MOST_STEERING = 10.0
 STEER = 1.15
-# Without a target, p < 1 empties a band of magnitudes, but weights on their way through it freeze there as the
-# learning rate ends. So the run ends by letting only those fall that are far under w_kill already, at full
-# strength.
+# Without a target, p < 1 empties a band of magnitudes, but weights on their way through it freeze there as
+# the learning rate ends. So the run ends by letting only those fall that are far under w_kill already, at
+# full strength.
 SETTLE_SHARE = 0.15
 SETTLE_EDGE = 0.25  # of w_kill
 NEAR_ZERO = 0.05  # of the starting threshold: what lies below this has arrived, as far as a cut can tell
@@ -46,9 +46,9 @@ def quantile(weights: Iterable[Tensor], count: int) -> float:
 def allocate(weights: dict[str, Tensor], count: int, method: str) -> dict[str, int]:
     """How many of `count` zeros each tensor gets; ties by tensor name, then position. Exact in sum.
 
-    global: the smallest magnitudes wherever they are. lamp: the smallest scores w**2 / sum of the squares that
-    are not smaller in the same tensor (Lee et al. 2021, arXiv 2010.07611), which never empties a tensor whose
-    scale is merely small.
+    global: the smallest magnitudes wherever they are. lamp: the smallest scores w**2 / sum of the squares
+    that are not smaller in the same tensor (Lee et al. 2021, arXiv 2010.07611), which never empties a tensor
+    whose scale is merely small.
     """
     names = sorted(weights)
     scores = [_lamp(weights[name]) if method == "lamp" else weights[name].abs().flatten() for name in names]
@@ -75,7 +75,8 @@ def _lamp(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def smallest_masks(weights: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
-    """True where a weight is kept: all but the `counts` smallest magnitudes of each tensor, ties by position."""
+    """True where a weight is kept: all but the `counts` smallest magnitudes of each tensor, ties by
+    position."""
     masks: dict[str, Tensor] = {}
     for name, weight in weights.items():
         keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)

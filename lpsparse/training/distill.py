@@ -1,7 +1,8 @@
-"""Distillation from the model as it was loaded: its outputs (Hinton et al. 2015, arXiv 1503.02531) and the outputs of
-its blocks (Romero et al. 2014, arXiv 1412.6550; same shapes here, so no regressor is needed).
+"""Distillation from the model as it was loaded: its outputs (Hinton et al. 2015, arXiv 1503.02531) and the
+outputs of its blocks (Romero et al. 2014, arXiv 1412.6550; same shapes here, so no regressor is needed).
 
-    loss = (1 - d) * CE + d * T**2 * KL(teacher / T || student / T) + b * mean over blocks of |h - h_t|**2 / |h_t|**2
+    loss = (1 - d) * CE + d * T**2 * KL(teacher / T || student / T) + b * mean over blocks of |h - h_t|**2 /
+    |h_t|**2
 """
 
 import copy
@@ -18,7 +19,8 @@ from lpsparse.training.tasks.base import Batch, Task
 
 
 class Teacher:
-    """A frozen copy of the task's model, and the loss of a student against it. `d` and `b` come from the step."""
+    """A frozen copy of the task's model, and the loss of a student against it. `d` and `b` come from the
+    step."""
 
     def __init__(self, step: FinetuneStep, task: Task) -> None:
         self.step, self.task = step, task

@@ -57,7 +57,7 @@ class Trained:
     prunable: dict[str, tuple[bool, str]]  # name in OUT -> whether, and why
     before: Measured | None  # None: the head is fresh
     after: Measured
-    facts: dict[str, float]  # lambda_p, w_kill, sum_lr, steps
+    facts: str  # steps, lambda_p, sum of learning rates, w_kill, in words
 
 
 def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
@@ -68,7 +68,8 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
 
 
 def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
-    """Mean loss and accuracy over the held-out examples, in eval mode and in float32 whatever training uses."""
+    """Mean loss and accuracy over the held-out examples, in eval mode and in float32 whatever training
+    uses."""
     device = PartialState().device
     model = task.loaded.module.to(device).eval()
     # Examples of like length together: less padding. The sums do not depend on the order.
@@ -107,7 +108,8 @@ def train(
     finite."""
     if step.threads:
         torch.set_num_threads(step.threads)
-    AcceleratorState._reset_state()  # one process may train twice, with another precision each time
+    # One process may train twice, with another precision each time; accelerate has no public name for this.
+    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     accelerator = Accelerator(mixed_precision=step.mixed_precision)
     before = None if task.loaded.new else evaluate(step, task)
     model = task.loaded.module
@@ -120,17 +122,14 @@ def train(
     optimizer = _optimizer(step, model, weights)
     rates = [step.lr * _schedule(t, steps, step.warmup) for t in range(steps)]
     control = SparsityControl(step, weights, optimizer, rates)
-    say(_in_words(step, control, steps))
+    facts = _in_words(step, control, steps)
+    say(facts)
     prepared, wrapped = accelerator.prepare(model, optimizer)
     _loop(step, task, accelerator, prepared, wrapped, control, teacher, rates, on_step)
     fold(model)
     if teacher is not None:
         teacher.close()
     control.after_step(steps)  # hold the mask through the last retraction
-    facts = {
-        "steps": float(steps), "sum_lr": control.sum_lr, "w_kill": control.w_kill,
-        "lambda_p": control.base_lambda if control.decay else 0.0, "steering": control.steering,
-    }  # fmt: skip
     return Trained(task, prunable, before, evaluate(step, task), facts)
 
 

@@ -50,7 +50,8 @@ def pays(dtype: str, shape: tuple[int, ...], stored: int) -> bool:
 
 
 def is_taken(name: str, packed: set[str]) -> bool:
-    """Whether a dense tensor of this name, beside the `packed` ones, would be read as a part of a packed one."""
+    """Whether a dense tensor of this name, beside the `packed` ones, would be read as a part of a packed
+    one."""
     owner, _, part = name.rpartition(".")
     return part == "bitmask" or (part in PARTS and owner in packed)
 
