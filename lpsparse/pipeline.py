@@ -55,9 +55,23 @@ def run(
     """
     path = Path(recipe)
     read = read_recipe(path, overrides or {})
+    steps = planned(read, overrides or {}, path)
+    fresh = not read.out.exists()
+    try:
+        read.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(404, f"{read.out}: {error.strerror}", mend="choose another out") from error
+    try:
+        return _run(steps, say, on_step)
+    finally:
+        if fresh and read.out.is_dir() and not any(read.out.iterdir()):
+            read.out.rmdir()  # a first step that failed leaves nothing behind
+
+
+def _run(steps: list[tuple[int, str, Step]], say: Say, on_step: Callable[[Any], None]) -> list[Done]:
     done: list[Done] = []
-    for i, name, step in planned(read, overrides or {}, path):
-        say(f"[{i + 1}/{len(read.steps)}] {command_line(name, step)}")
+    for i, name, step in steps:
+        say(f"[{i + 1}/{len(steps)}] {command_line(name, step)}")
         if isinstance(step, _WRITES) and _is_finished(step):
             say(f"  finished already: {step.out}")
             done.append(Done(name, step, verbs.report(step.out), skipped=True))
@@ -104,8 +118,6 @@ def _beside(step: Step, folder: Path) -> Step:
 
 def execute(step: Step, say: Say, on_step: Callable[[Any], None]) -> Report | dict[str, Any]:
     """One step, by its kind."""
-    if isinstance(step, (FinetuneStep, PruneStep, PackStep, UnpackStep)):
-        step.out.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(step, FinetuneStep):
         return verbs.finetune_step(step, say, on_step)
     if isinstance(step, PruneStep):
@@ -129,18 +141,17 @@ def passed(done: list[Done]) -> bool:
 
 
 def _is_finished(step: Any) -> bool:
-    """OUT holds the result of this very step on this very input, by its manifest and its files' hashes."""
+    """OUT holds the result of this very step on this very input and data, by its manifest and its hashes."""
     if not (step.out / MANIFEST).is_file():
         return False
     try:
         manifest = read_manifest(step.out)
-        name = type(step).__name__.removesuffix("Step").lower()
         files = {path.relative_to(step.out).as_posix(): path for path in list_files(step.out)}
         whole = all(
             record.name in files and digest(files[record.name], step.out) == record
             for record in manifest.files
         )
-        return whole and manifest.recipe == {name: step.recorded()} and _same_source(manifest, step.model)
+        return whole and manifest.recipe == verbs.recorded(step) and _same_source(manifest, step.model)
     except (InputError, OSError):
         return False
 

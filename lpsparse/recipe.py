@@ -199,7 +199,7 @@ class FinetuneStep(_DataStep):
         "zero, when a "
                                "target is set; the rest recovers.")  # fmt: skip
     allocation: Literal["global", "lamp"] = Field(
-        "lamp",
+        "global",
         description="How the target is shared among tensors: by magnitude over all, or by LAMP scores, which "
         "spare tensors of small scale.",
     )

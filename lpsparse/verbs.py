@@ -341,9 +341,18 @@ def _finish(
     record = source_of(source)
     base_card = (folder / "README.base.md").exists()
     write_text(folder / CARD, card.render(found, record, quality, base_card=base_card))
-    name = type(step).__name__.removesuffix("Step").lower()
-    write_manifest(
-        folder, record, {name: step.recorded()}, tensor_records(found), found.layout, quality, notes
-    )  # fmt: skip
+    write_manifest(folder, record, recorded(step), tensor_records(found), found.layout, quality, notes)
     fsync(folder)
     return found
+
+
+def recorded(step: Step) -> dict[str, Any]:
+    """What the manifest says made OUT: the step's settings, and the hashes of the data that it read."""
+    settings = step.recorded()
+    if isinstance(step, FinetuneStep):
+        from lpsparse.training.data import digests
+
+        settings["data"] = digests(step.data, step.split)
+        if step.eval_data or step.eval_split:
+            settings["eval_data"] = digests(step.eval_data or step.data, step.eval_split or "validation")
+    return {type(step).__name__.removesuffix("Step").lower(): settings}

@@ -1,4 +1,4 @@
-"""Distillation: the loss is its formula, the teacher stays as it was, blocks are the repeated parts of a model."""
+"""Distillation: the loss is its formula, and blocks are the repeated parts of a model."""
 
 from dataclasses import replace
 

@@ -321,3 +321,20 @@ def test_ctrl_c_in_training_exits_130_and_leaves_nothing(tmp_path: Path) -> None
     _, stderr = run.communicate(timeout=60)
     assert (run.returncode, "interrupted" in stderr, "Traceback" in stderr) == (130, True, False), stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_trains_again_when_its_data_changed_and_not_otherwise(tmp_path: Path) -> None:
+    text = (Path(lpsparse.__file__).parent / "bundled/shakespeare/train.txt").read_text()
+    data, recipe = tmp_path / "text.txt", tmp_path / "recipe.yaml"
+    settings = "{task: causal-lm, max_length: 16, batch_size: 4, steps: 2, target_sparsity: 0.5}"
+    recipe.write_text(f"model: bundled:stories260k\nsteps:\n  - finetune: {settings}\n  - report: {{}}\n")
+    skipped = []
+    for part in (text[:3000], text[:3000], text[3000:6000]):
+        data.write_text(part)
+        if len(skipped) == 2:  # OUT is another model now: it is not overwritten unasked
+            with pytest.raises(LpsparseError, match="exists already"):
+                lpsparse.run(recipe, {"data": str(data), "out": str(tmp_path / "out")})
+        else:
+            done = lpsparse.run(recipe, {"data": str(data), "out": str(tmp_path / "out")})
+            skipped.append(done[0].skipped)
+    assert skipped == [False, True]

@@ -1,6 +1,6 @@
 """The commands that are one step and one verb each: what is shown of the result."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -8,8 +8,10 @@ from lpsparse import recipe
 from lpsparse.cli.options import add_command
 from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
 from lpsparse.errors import ExitCode
-from lpsparse.reporting import table, text
-from lpsparse.reporting.measure import Report
+from lpsparse.reporting import text
+
+if TYPE_CHECKING:  # numpy comes with it, which --help can do without
+    from lpsparse.reporting.measure import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -35,17 +37,21 @@ _EVAL = """\
   lpsparse eval sparse --data text.txt --task causal-lm --json"""
 
 
-def show_report(report: Report, *, as_json: bool) -> None:
+def show_report(report: "Report", *, as_json: bool) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
+        from lpsparse.reporting import table
+
         print_result(table.render(report, width()))
 
 
-def _wrote(step: Any, report: Report, *, as_json: bool, quiet: bool) -> None:
+def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
+    from lpsparse.reporting import table
+
     print_result(table.render(report, width()).partition("\n\ntensor")[0])
     if not step.dry_run:
         teller(quiet)(f"wrote {step.out}; next: lpsparse report {step.out} {step.model}")
@@ -68,10 +74,10 @@ def _finetune(step: recipe.FinetuneStep, as_json: bool, quiet: bool) -> None:
 
     with TrainingBar(quiet) as bar:
         found = finetune_step(step, teller(quiet), bar.update)
-    if isinstance(found, Report):
-        _wrote(step, found, as_json=as_json, quiet=quiet)
-    else:
+    if isinstance(found, dict):
         _facts(found, as_json=as_json)
+    else:
+        _wrote(step, found, as_json=as_json, quiet=quiet)
 
 
 def _facts(found: dict[str, Any], *, as_json: bool) -> None:

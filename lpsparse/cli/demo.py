@@ -1,15 +1,17 @@
 """`lpsparse demo`: the main job on a bundled model, offline, with a rival at the same training budget."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
 from lpsparse.errors import ExitCode, OutputError
 from lpsparse.recipe import FinetuneStep, read_recipe
-from lpsparse.reporting.measure import Report
 from lpsparse.reporting.text import columns, size
+
+if TYPE_CHECKING:
+    from lpsparse.reporting.measure import Report
 
 RECIPE = Path(__file__).parents[1] / "bundled" / "demo.yaml"
 _HELP = """Run finetune, prune and report on a bundled model, offline; exit 1 below its bounds.
@@ -61,7 +63,7 @@ def _rival(steps: list[tuple[int, str, Any]]) -> FinetuneStep:
     return sparse.model_copy(update={"method": "gradual", "out": sparse.out.parent / "magnitude"})
 
 
-def _row(name: str, report: Report) -> dict[str, Any]:
+def _row(name: str, report: "Report") -> dict[str, Any]:
     quality = report.quality[0]
     return {
         "model": name, quality.metric: quality.after, "zeros": report.prunable.zeros,

@@ -78,7 +78,7 @@ class TrainingBar:
         if self.quiet:
             return
         facts = (
-            f"loss {progress.loss:.4f}  lr {progress.lr:.2e}  lambda {progress.lambda_p:.2e}  "
+            f"loss {progress.loss:.4f}  lr {progress.lr:.1e}  lambda {progress.lambda_p:.1e}  "
             f"zero {100 * progress.sparsity:.1f} %"
         )
         if self.live:
@@ -96,7 +96,7 @@ class TrainingBar:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (MofNCompleteColumn(), BarColumn(bar_width=16), TextColumn("{task.description}"))
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=8), TextColumn("{task.description}"))
             self._bar = Progress(
                 *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
             )

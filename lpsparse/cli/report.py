@@ -8,7 +8,6 @@ from lpsparse.cli.commands import show_report
 from lpsparse.cli.output import print_json, print_result, teller, width
 from lpsparse.errors import ExitCode, OutputError
 from lpsparse.recipe import ReportStep, resolve
-from lpsparse.reporting import table
 
 _HELP = """Measure sparsity and bytes from the files alone; exit 1 when a budget fails.
 
@@ -44,6 +43,7 @@ def report(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages.")] = False,
 ) -> None:  # fmt: skip
     from lpsparse.checkpoint.writer import write_json
+    from lpsparse.reporting import table
     from lpsparse.verbs import report_step
 
     given = {

@@ -1,14 +1,15 @@
 """`lpsparse run RECIPE.yaml`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
 from lpsparse.errors import ExitCode, UsageError
-from lpsparse.reporting import table
-from lpsparse.reporting.measure import Report
+
+if TYPE_CHECKING:
+    from lpsparse.reporting.measure import Report
 
 _HELP = """Run the steps of a recipe; each step's output is the next one's input, finished steps are skipped.
 
@@ -52,13 +53,15 @@ def overrides(pairs: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def as_data(result: Report | dict[str, Any]) -> Any:
-    return result.model_dump(mode="json") if isinstance(result, Report) else result
+def as_data(result: "Report | dict[str, Any]") -> Any:
+    return result if isinstance(result, dict) else result.model_dump(mode="json")
 
 
-def summary(name: str, result: Report | dict[str, Any]) -> str:
+def summary(name: str, result: "Report | dict[str, Any]") -> str:
     """One line for a step; the whole table for a report."""
-    if isinstance(result, Report):
+    if not isinstance(result, dict):
+        from lpsparse.reporting import table
+
         text = table.render(result, width())
         return text if name == "report" else f"{name}: {text.splitlines()[0]}"
     facts = (

@@ -1,6 +1,7 @@
 """Rows from files: text, tables and images, each row with the place that an error can name."""
 
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -52,6 +53,18 @@ def find(data: str, split: str) -> tuple[list[Path], slice, str]:
         return [path], part, split
     files = _in_folder(path, match[1])
     return files, part, split
+
+
+def digests(data: str, split: str) -> dict[str, str]:
+    """File name -> sha256 of what a split reads, so that a result says which data made it."""
+    found: dict[str, str] = {}
+    for path in find(data, split)[0]:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                with file.open("rb") as stream:
+                    name = file.relative_to(path.parent).as_posix()
+                    found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _locate(data: str) -> Path:
