@@ -126,7 +126,7 @@ def _nearest_mend(path: Path) -> str:
 
     beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, beside, n=1)
-    return f"did you mean {path.parent / near[0]}?" if near else "check the path"
+    return f"did you mean {path.parent / near[0]}?" if near else "check the path (`run`: --set model=PATH)"
 
 
 def _find_weights(folder: Path) -> Path:

@@ -1,0 +1,57 @@
+"""The demo, as a person runs it: offline, from any folder, ending in a table, a report and a verdict."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lpsparse
+
+
+def demo(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    # A proxy that nothing listens on: whatever tries the network fails at once.
+    env = {
+        **os.environ,
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "HF_HOME": str(folder),
+    }
+    env.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "lpsparse", "demo", *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_demo_ends_in_a_table_and_a_report_and_meets_its_bounds(tmp_path: Path) -> None:
+    ran = demo(tmp_path, "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    dense, magnitude, ours = found["table"]
+    assert (dense["zeros"], ours["zeros"], magnitude["zeros"]) == (0, 158_592, 158_592)
+    assert ours["sparsity"] >= 0.7 and ours["bitmask_bytes"] < 0.5 * ours["dense_bytes"]
+    assert 0 < ours["loss"] - dense["loss"] <= 0.15  # the bound of its recipe
+    commands = [
+        line for line in ran.stderr.splitlines() if "lpsparse finetune" in line or "lpsparse prune" in line
+    ]
+    assert len(commands) == 4 and all("bundled:" in line or "lpsparse-demo" in line for line in commands)
+    assert (tmp_path / found["report"]).is_file() and lpsparse.verify(tmp_path / "lpsparse-demo/sparse")["ok"]
+    again = demo(tmp_path)
+    assert again.returncode == 4 and "exists already" in again.stderr
+
+
+def test_a_missed_bound_is_a_verdict_with_exit_1(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    settings = "task: causal-lm, split: 'train[:9000]', eval_split: 'validation[:4000]', max_length: 32"
+    recipe.write_text(
+        "model: bundled:stories260k\ndata: bundled:shakespeare\nsteps:\n"
+        f"  - finetune: {{{settings}, method: one-shot, target_sparsity: 0.9, steps: 1, lr: 1e-9}}\n"
+        "  - prune: {sparsity: 0.9}\n"
+        "  - report: {min_sparsity: 0.9, max_quality_drop: 0.01}\n"
+    )
+    command = [sys.executable, "-m", "lpsparse", "run", str(recipe), "--set", f"out={tmp_path / 'out'}"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 1, ran.stderr
+    assert "1 of 2 budgets failed" in ran.stdout and "max-quality-drop" in ran.stdout

@@ -1,0 +1,38 @@
+"""The README's tree is the architecture document: it names every file, and no file that is not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE = README.partition("## The house")[2]
+
+
+def test_the_tree_names_every_module_and_nothing_else() -> None:
+    named = set(re.findall(r"\b([a-z_]+\.py)\b", TREE))
+    found = {path.name for path in (ROOT / "lpsparse").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert named == found
+
+
+def test_every_recipe_and_document_that_the_readme_names_is_there() -> None:
+    named = re.findall(r"`(recipes/[\w.-]+|lpsparse/bundled/[\w.-]+)`|\((docs/[\w.-]+)\)", README)
+    assert len(named) >= 6
+    assert [name for pair in named for name in pair if name and not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_valid_and_fails_early_with_a_mend_when_its_model_is_not_here(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lpsparse import ExitCode, LpsparseError, pipeline
+    from lpsparse.recipe import read_recipe
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    read = read_recipe(recipe, {})
+    try:
+        assert len(pipeline.planned(read, {}, recipe)) == len(read.steps)
+    except LpsparseError as error:
+        assert error.exit_code in (ExitCode.REMOTE, ExitCode.INPUT) and error.mend
