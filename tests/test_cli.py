@@ -1,6 +1,7 @@
 """The command line: two lines for an error, an exit code for a script, flags over environment over recipe."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -196,6 +197,20 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["inspect", "tiny"], ["report", "tiny", "--json", "-"]]
+)
+def test_a_reader_that_was_never_there_is_no_error_either(arguments: list[str], tiny: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "lpsparse", *arguments], cwd=tiny.parent, env=cli_environment(),
+        stdout=writing, stderr=subprocess.PIPE, timeout=60,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_a_hostile_file_is_refused_by_what_is_wrong_with_it(
     started = time.perf_counter()
     with pytest.raises(InputError) as refused:
         read_header(path)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 5  # the bound for any bad input, on a busy machine too
     said = f"{refused.value.what} {refused.value.mend}"
     assert str(path) in said
     assert [word for word in words if word not in said] == []

@@ -218,6 +218,7 @@ def test_a_tensor_stays_dense_where_packing_does_not_pay(tiny: Path, tmp_path: P
         ("F32", (7, 13), 0, True), ("F32", (7, 13), 69, True), ("F32", (7, 13), 70, False),
         ("F32", (91,), 0, False), ("F32", (), 0, False), ("F32", (0, 13), 0, False),
         ("I64", (7, 13), 0, False), ("BOOL", (101, 103), 0, False),
+        ("F16", (7, 13), 47, True), ("F16", (7, 13), 48, False),  # 182 bytes either way
     ],
 )  # fmt: skip
 def test_packing_pays_when_its_four_parts_are_fewer_bytes(
@@ -294,6 +295,19 @@ LIES: dict[str, dict[str, Given | None]] = {
     "offsets missing": {"row_offsets": None},
     "shape missing": {"shape": None},
 }  # fmt: skip
+
+
+IN_THE_VALUES = ("a bit too many", "a bit too few", "a bit in another row", "values too many")
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_about_sizes_is_seen_before_any_value_is_read(lie: str, tmp_path: Path) -> None:
+    path = packed_file(tmp_path, None, **LIES[lie])
+    if lie in IN_THE_VALUES:
+        assert [tensor.name for tensor in open_checkpoint(path).tensors] == ["w"]
+    else:
+        with pytest.raises(InputError, match=r"'w'"):
+            open_checkpoint(path)
 
 
 @pytest.mark.parametrize("changes", LIES.values(), ids=LIES.keys())

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             print_exc()
         _say_error(error.code, error.what, error.mend)
         _leave("", error.exit_code)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # nobody reads on; SystemExit is how Typer takes it
         silence_stdout()
     except MemoryError:
         _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
