@@ -56,7 +56,9 @@ def find_band(keys: Callable[[], Iterator[Bits]], *, wide: bool) -> tuple[Band |
         return None, None
     runs = sorted(runs, key=lambda run: -_width(*run, shift, wide))[:8]
     bands = [_exact(keys, a, b, shift, int(cumulative[a]), total, wide) for a, b in runs]
-    best = max(bands, key=lambda band: band.decades)
+    # Between zeros and the smallest weight there is room without end, and nothing to cut: it counts only when
+    # no band lies between two weights.
+    best = max(bands, key=lambda band: (band.low > 0 and band.decades >= MIN_DECADES, band.decades))
     return (best, None) if best.decades >= MIN_DECADES else (None, best)
 
 

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -69,9 +70,9 @@ def digests(data: str, split: str) -> dict[str, str]:
 
 def _locate(data: str) -> Path:
     if data.startswith("bundled:"):
-        path = Path(__file__).parents[1] / "bundled" / data.removeprefix("bundled:")
-        if path.exists() and path.parent.name == "bundled":
-            return path
+        folder = Path(__file__).parents[1] / "bundled"
+        if data.removeprefix("bundled:") in os.listdir(folder):
+            return folder / data.removeprefix("bundled:")
         raise InputError(370, f"{data}: nothing of that name is bundled", mend="try bundled:shakespeare")
     path = Path(data)
     if path.exists():
