@@ -124,6 +124,15 @@ def run_cli(args: list[object], *, cwd: Path | None = None, **env: str | None) -
     return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+# A runner in the background has Ctrl-C switched off, and its children inherit that: they are started with it on.
+LISTENING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lpsparse.cli import main
+main()
+"""
+
+
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """A command in this process: the same as `run_cli`, without the half second to start."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import LISTENING
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
@@ -311,7 +312,7 @@ def test_ctrl_c_in_training_exits_130_and_leaves_nothing(tmp_path: Path) -> None
         "32",
     ]
     run = subprocess.Popen(
-        [sys.executable, "-m", "lpsparse", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", LISTENING, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     metrics = tmp_path / "out.partial" / "metrics.jsonl"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    LISTENING,
     PRUNABLE,
     PRUNABLE_WEIGHTS,
     Ran,
@@ -418,7 +419,7 @@ def test_a_persons_own_folder_called_out_partial_is_left_alone(tiny: Path, tmp_p
 def start(model: Path, out: Path, delay: float) -> subprocess.Popen[bytes]:
     """A prune in a process of its own, `delay` seconds after it began to write; or ended."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lpsparse", "prune", str(model), str(out), "--sparsity", "0.8"],
+        [sys.executable, "-c", LISTENING, "prune", str(model), str(out), "--sparsity", "0.8"],
         env=cli_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     partial = out.with_name(f"{out.name}.partial")
