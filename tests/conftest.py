@@ -124,7 +124,7 @@ def run_cli(args: list[object], *, cwd: Path | None = None, **env: str | None) -
     return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-# A runner in the background has Ctrl-C switched off, and its children inherit that: they are started with it on.
+# A runner in the background has Ctrl-C switched off and its children inherit that, so they switch it on.
 LISTENING = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
