@@ -19,7 +19,7 @@ _HELP = """Run finetune, prune and report on a bundled model, offline; exit 1 be
 \b
 Examples:
   lpsparse demo
-  lpsparse demo /tmp/try --json"""
+  lpsparse demo try --json"""
 
 
 def register(app: typer.Typer) -> None:
