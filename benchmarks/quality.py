@@ -18,7 +18,8 @@ from typing import Any
 from lpsparse import pipeline, verbs
 from lpsparse.cli.output import TrainingBar
 from lpsparse.cli.run import overrides
-from lpsparse.recipe import EvalStep, FinetuneStep, read_recipe
+from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.recipe_file import read_recipe
 
 
 def main() -> None:

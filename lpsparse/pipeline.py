@@ -1,6 +1,6 @@
 """Run a recipe: each step's output is the next one's input; finished steps are skipped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ from lpsparse.recipe import (
     FinetuneStep,
     PackStep,
     PruneStep,
-    Recipe,
     ReportStep,
     Step,
     UnpackStep,
     VerifyStep,
-    overrides_of,
-    read_recipe,
+    flag,
     resolve,
 )  # fmt: skip
+from lpsparse.recipe_file import Recipe, overrides_of, read_recipe
 from lpsparse.reporting.measure import Report
 
 Say = Callable[[str], None]
@@ -47,12 +46,22 @@ def run(
     say: Say = lambda _: None,
     on_step: Callable[[Any], None] = lambda _: None,
 ) -> list[Done]:
-    """Run every step of a recipe file; `overrides` are `--set` pairs such as {"model": ...,
-    "prune.sparsity": ...}.
+    """Run every step of a recipe file;
+    `overrides` are `--set` pairs such as {"model": ..., "prune.sparsity": ...}.
 
     Raises what the steps raise. A verdict (budget, verification) does not stop the later steps: look at the
     results.
     """
+    return list(run_each(recipe, overrides, say, on_step))
+
+
+def run_each(
+    recipe: str | Path,
+    overrides: Mapping[str, str] | None = None,
+    say: Say = lambda _: None,
+    on_step: Callable[[Any], None] = lambda _: None,
+) -> Iterator[Done]:
+    """`run`, giving each step's result as soon as it is there."""
     path = Path(recipe)
     read = read_recipe(path, overrides or {})
     steps = planned(read, overrides or {}, path)
@@ -62,22 +71,20 @@ def run(
     except OSError as error:
         raise OutputError(404, f"{read.out}: {error.strerror}", mend="choose another out") from error
     try:
-        return _run(steps, say, on_step)
+        yield from _run(steps, say, on_step)
     finally:
         if fresh and read.out.is_dir() and not any(read.out.iterdir()):
             read.out.rmdir()  # a first step that failed leaves nothing behind
 
 
-def _run(steps: list[tuple[int, str, Step]], say: Say, on_step: Callable[[Any], None]) -> list[Done]:
-    done: list[Done] = []
+def _run(steps: list[tuple[int, str, Step]], say: Say, on_step: Callable[[Any], None]) -> Iterator[Done]:
     for i, name, step in steps:
         say(f"[{i + 1}/{len(steps)}] {command_line(name, step)}")
         if isinstance(step, _WRITES) and _is_finished(step):
             say(f"  finished already: {step.out}")
-            done.append(Done(name, step, verbs.report(step.out), skipped=True))
+            yield Done(name, step, verbs.report(step.out), skipped=True)
         else:
-            done.append(Done(name, step, execute(step, say, on_step)))
-    return done
+            yield Done(name, step, execute(step, say, on_step))
 
 
 def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[tuple[int, str, Step]]:
@@ -164,8 +171,6 @@ def _same_source(manifest: Manifest, source: str) -> bool:
 def command_line(name: str, step: Step) -> str:
     """The command that a person would type for this step."""
     import shlex
-
-    from lpsparse.recipe import flag
 
     fields = type(step).model_fields
     positional = [

@@ -4,7 +4,7 @@ Light on purpose: this module is imported by `--help`.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from lpsparse.errors import InputError, LpsparseError, UsageError
+from lpsparse.errors import LpsparseError, UsageError
 
 Task = Literal["causal-lm", "text-classification", "image-classification"]
 
@@ -26,11 +26,13 @@ def _listed(value: Any) -> Any:
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
-_INCLUDE = Field((), description="Glob over tensor names that may be cut; repeatable. Default: every "
-    "matrix that is "
-                 "no embedding, norm or output head.")  # fmt: skip
+_INCLUDE = Field(
+    (),
+    description="Glob over tensor names that may be cut; repeatable. Default: every matrix that is no "
+    "embedding, norm or output head.",
+)
 _EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatable, wins over --include.")
-_MODEL = Field(description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
+MODEL = Field(description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
 _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
@@ -50,14 +52,17 @@ class Step(BaseModel):
 class PruneStep(Step):
     """Cut the smallest weights to exact zeros."""
 
-    model: str = _MODEL
+    model: str = MODEL
     out: Path = _OUT
-    sparsity: Decimal | None = Field(None, ge=0, le=1, description="Fraction of the prunable weights "
-        "that is zero "
-                                     "afterwards, 0..1, met exactly within each scope.")  # fmt: skip
+    sparsity: Decimal | None = Field(
+        None, ge=0, le=1,
+        description="Fraction of the prunable weights that is zero afterwards, 0..1, met exactly within "
+        "each scope.",
+    )  # fmt: skip
     below: float | None = Field(None, ge=0, description="Cut every |w| below this.")
     gap: bool = Field(
-        False, description="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none."
+        False,
+        description="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none.",
     )
     scope: Literal["global", "tensor", "row"] = Field("global", description="Where --sparsity holds.")
     include: Patterns = _INCLUDE
@@ -82,7 +87,7 @@ class PruneStep(Step):
 class PackStep(Step):
     """Store zeros as no bytes, losslessly."""
 
-    model: str = _MODEL
+    model: str = MODEL
     out: Path = _OUT
     layout: Literal["bitmask"] = Field("bitmask", description="How the result is stored.")
     overwrite: bool = _OVERWRITE
@@ -92,7 +97,7 @@ class PackStep(Step):
 class UnpackStep(Step):
     """Turn a packed model back into an ordinary dense one, bit for bit."""
 
-    model: str = _MODEL
+    model: str = MODEL
     out: Path = _OUT
     overwrite: bool = _OVERWRITE
     dry_run: bool = _DRY_RUN
@@ -101,48 +106,56 @@ class UnpackStep(Step):
 class VerifyStep(Step):
     """Check that a folder is what its manifest says: files, hashes, zeros, finiteness."""
 
-    model: str = _MODEL
+    model: str = MODEL
 
 
 class InspectStep(Step):
     """Say what a checkpoint holds, from its headers alone."""
 
-    model: str = _MODEL
+    model: str = MODEL
 
 
 class ReportStep(Step):
     """Measure sparsity and bytes from the files, and check budgets."""
 
-    model: str = _MODEL
+    model: str = MODEL
     base: str | None = Field(None, description="The checkpoint it came from, to compare with.")
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
     min_sparsity: float | None = Field(
-        None, ge=0, le=1, description="Budget: least sparsity of prunable weights."
-    )
+        None, ge=0, le=1,
+        description="Budget: least sparsity of prunable weights.",
+    )  # fmt: skip
     max_bytes: int | None = Field(None, ge=0, description="Budget: most bytes of the weight files.")
-    max_quality_drop: float | None = Field(None, ge=0, description="Budget: most that the quality "
-        "recorded by "
-                                           "finetune may fall, in the metric's own unit.")  # fmt: skip
+    max_quality_drop: float | None = Field(
+        None, ge=0,
+        description="Budget: most that the quality recorded by finetune may fall, in the metric's own unit.",
+    )  # fmt: skip
 
 
 class _DataStep(Step):
     """What finetune and eval share: the task and its data."""
 
-    model: str = _MODEL
+    model: str = MODEL
     task: Task = Field(description="What the model does.")
     split: str = Field(
-        "train", description="Part of DATA to use: file stem or name, with an optional [from:to]."
+        "train",
+        description="Part of DATA to use: file stem or name, with an optional [from:to].",
     )
-    text_field: str | None = Field(None, description="Column of the text. Default: text or sentence; in "
-        "a table of "
-                                   "two columns without a heading, the one that is no label.")  # fmt: skip
+    text_field: str | None = Field(
+        None,
+        description="Column of the text. Default: text or sentence; in a table of two columns without a "
+        "heading, the one that is no label.",
+    )
     label_field: str | None = Field(None, description="Column of the label. Default: label.")
-    max_length: int = Field(128, ge=2, description="Tokens a text is cut at (classification) or a block has "
-                            "(causal-lm).")  # fmt: skip
-    model_fn: str | None = Field(None, description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the "
-        "torch module "
-                                 "of a bare state dict.")  # fmt: skip
+    max_length: int = Field(
+        128, ge=2,
+        description="Tokens a text is cut at (classification) or a block has (causal-lm).",
+    )  # fmt: skip
+    model_fn: str | None = Field(
+        None,
+        description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the torch module of a bare state dict.",
+    )
     mean: Floats = Field((0.5,), description="Mean of each image channel, on 0..1, comma separated.")
     std: Floats = Field((0.5,), description="Standard deviation of each image channel, likewise.")
     batch_size: int = Field(32, ge=1, description="Rows, images or blocks a step (all processes together).")
@@ -153,8 +166,11 @@ class EvalStep(_DataStep):
     """Measure a model's quality on data."""
 
     data: str = Field(description="File or folder of data, or hub data set id.")
-    split: str = Field("validation", description="Part of DATA to use: file stem or name, with an optional "
-                       "[from:to]; validation also finds dev.")  # fmt: skip
+    split: str = Field(
+        "validation",
+        description="Part of DATA to use: file stem or name, with an optional [from:to]; validation also "
+        "finds dev.",
+    )
 
 
 class FinetuneStep(_DataStep):
@@ -165,43 +181,57 @@ class FinetuneStep(_DataStep):
     eval_data: str | None = Field(None, description="Held-out data. Default: DATA.")
     eval_split: str | None = Field(None, description="Held-out part. Default: a share of --split, set aside.")
     eval_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of --split set aside when no --eval-split."
-    )
+        0.1, gt=0, lt=1,
+        description="Share of --split set aside when no --eval-split.",
+    )  # fmt: skip
     method: Literal["lp", "gradual", "one-shot", "dense"] = Field(
-        "lp", description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning and "
-            "one-shot "
-        "magnitude with masked training; or not at all.")  # fmt: skip
-    target_sparsity: Decimal | None = Field(None, ge=0, lt=1, description="Fraction of the prunable "
-        "weights that is "
-                                            "zero in OUT, exactly. Default: no cut.")  # fmt: skip
+        "lp",
+        description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning and one-shot "
+        "magnitude with masked training; or not at all.",
+    )
+    target_sparsity: Decimal | None = Field(
+        None, ge=0, lt=1,
+        description="Fraction of the prunable weights that is zero in OUT, exactly. Default: no cut.",
+    )  # fmt: skip
     p: float = Field(0.8, gt=0, description="Exponent of the norm; below 1 weights reach exact zero.")
     lambda_p: float | Literal["auto"] = Field(
-        "auto", alias="lambda", description="Strength of the decay (ours: the authors' lambda times p); "
-            "auto takes "
-        "it from the sum of learning rates.")  # fmt: skip
+        "auto", alias="lambda",
+        description="Strength of the decay (ours: the authors' lambda times p); auto takes it from the sum "
+        "of learning rates.",
+    )  # fmt: skip
     lambda_convention: Literal["ours", "authors"] = Field(
-        "ours", description="How a number in --lambda is meant."
+        "ours",
+        description="How a number in --lambda is meant.",
     )
-    condition: Literal["none", "rows"] = Field("rows", description="Weight conditioning: rows keep the "
-        "norm that "
-                                               "they have in the checkpoint.")  # fmt: skip
-    distill: float = Field(0.0, ge=0, le=1, description="Share of the loss that is the divergence from "
-        "MODEL's own "
-                           "outputs; needs a MODEL with its head.")  # fmt: skip
+    condition: Literal["none", "rows"] = Field(
+        "rows",
+        description="Weight conditioning: rows keep the norm that they have in the checkpoint.",
+    )
+    distill: float = Field(
+        0.0, ge=0, le=1,
+        description="Share of the loss that is the divergence from MODEL's own outputs; needs a MODEL with "
+        "its head.",
+    )  # fmt: skip
     temperature: float = Field(2.0, gt=0, description="Softening of both outputs in --distill.")
     distill_blocks: float = Field(
-        0.0,
-        ge=0,
+        0.0, ge=0,
         description="Weight of keeping every block's output near MODEL's own, as a relative squared error.",
-    )
+    )  # fmt: skip
+    r_drop: float = Field(
+        0.0, ge=0,
+        description="Weight of the divergence between two passes with dropout (R-Drop's alpha): helps where "
+        "labelled data is short, at twice the time.",
+    )  # fmt: skip
     keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL.")
-    decay_share: float = Field(0.4, gt=0, le=1, description="Share of the steps in which weights go to "
-        "zero, when a "
-                               "target is set; the rest recovers.")  # fmt: skip
+    decay_share: float = Field(
+        0.4, gt=0, le=1,
+        description="Share of the steps in which weights go to zero, when a target is set; the rest "
+        "recovers.",
+    )  # fmt: skip
     allocation: Literal["global", "lamp"] = Field(
         "global",
-        description="How the target is shared among tensors: by magnitude over all, or by LAMP scores, which "
-        "spare tensors of small scale.",
+        description="How the target is shared among tensors: by magnitude over all, or by LAMP scores, "
+        "which spare tensors of small scale.",
     )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
@@ -211,11 +241,13 @@ class FinetuneStep(_DataStep):
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which lr and lambda rise.")
     weight_decay: float = Field(
-        0.0, ge=0, description="Ordinary decay of the tensors that L_p decay leaves alone."
+        0.0, ge=0,
+        description="Ordinary decay of the tensors that L_p decay leaves alone.",
+    )  # fmt: skip
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no",
+        description="Arithmetic of the forward pass; the weights stay in fp32 masters.",
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Arithmetic of the forward "
-        "pass; the "
-                                                           "weights stay in fp32 masters.")  # fmt: skip
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is no clipping.")
     freeze: Patterns = Field((), description="Glob over tensor names that are not trained; repeatable.")
     augment: Literal["none", "crop-flip"] = Field("none", description="Random changes of training images.")
@@ -243,20 +275,7 @@ STEPS: dict[str, type[Step]] = {
 }  # fmt: skip
 
 
-class Recipe(BaseModel):
-    """A list of steps; each step's output is the next one's input."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    version: Literal[1] = 1
-    model: str = _MODEL
-    data: str | None = Field(None, description="Data of the steps that name none.")
-    out: Path = Field(Path("lpsparse-run"), description="Folder that gets one folder a step.")
-    steps: tuple[dict[str, dict[str, Any] | None], ...] = Field(min_length=1)
-
-
 S = TypeVar("S", bound=BaseModel)
-_MOST_NESTED = 20  # levels of YAML
 
 
 def flag(field: str) -> str:
@@ -310,87 +329,4 @@ def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseErr
     allowed = first["msg"].replace("Input should be", "must be")
     return UsageError(
         201, f"{prefix}{shown} {first['input']!r}: {allowed}", mend="fractions are 0..1; see --help"
-    )
-
-
-def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
-    """A checked recipe file, with `--set key=value` applied. Raises UsageError naming file, key and nearest
-    key."""
-    import yaml
-
-    if not path.is_file():
-        raise InputError(360, f"{path}: no such recipe", mend="give a YAML file, such as recipes/demo.yaml")
-    if path.stat().st_size > 1_000_000:
-        raise UsageError(
-            205, f"{path}: {path.stat().st_size} bytes is too large for a recipe", mend="shorten it"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_tokens(path, yaml.scan(text))
-        table = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
-        why = str(error).splitlines()[0]
-        raise UsageError(205, f"{path}: not valid YAML: {why}", mend="mend the file") from None
-    if not isinstance(table, dict):
-        raise UsageError(205, f"{path}: not a table of keys", mend="start from a file under recipes/")
-    top = {key: value for key, value in overrides.items() if "." not in key}
-    recipe = resolve(Recipe, top, table, where=str(path))  # pyright: ignore[reportUnknownArgumentType]
-    for i, step in enumerate(recipe.steps):
-        _check_step(path, i, step, overrides)
-    known = [word for step in recipe.steps for word in _prefixes(*next(iter(step.items())))]
-    for key in overrides:
-        prefix = key.partition(".")[0]
-        if "." in key and prefix not in known:
-            near = get_close_matches(prefix, known, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"steps are {', '.join(dict.fromkeys(known))}"
-            raise UsageError(208, f"--set {key}: the recipe has no step {prefix!r}", mend=mend)
-    return recipe
-
-
-def _check_tokens(path: Path, tokens: Iterable[Any]) -> None:
-    """Refuse what makes a small file large (aliases) or its reader slow (nesting)."""
-    depth = 0
-    for token in tokens:
-        kind = type(token).__name__
-        if kind == "AliasToken":
-            raise UsageError(205, f"{path}: YAML aliases are not accepted", mend="write the value out")
-        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
-        if depth > _MOST_NESTED:
-            raise UsageError(205, f"{path}: nested more than {_MOST_NESTED} deep", mend="mend the file")
-
-
-def overrides_of(name: str, values: Mapping[str, Any] | None, overrides: Mapping[str, str]) -> dict[str, str]:
-    """The `--set` pairs meant for one step: `STEP.KEY` is for every step of that name, `OUT.KEY` for the one
-    whose `out` is so called, and wins."""
-    given: dict[str, str] = {}
-    for prefix in _prefixes(name, values):
-        given |= {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(f"{prefix}.")}
-    return given
-
-
-def _prefixes(name: str, values: Mapping[str, Any] | None) -> list[str]:
-    return [name, *([str(values["out"])] if values and "out" in values else [])]
-
-
-def _check_step(
-    path: Path, i: int, step: dict[str, dict[str, Any] | None], overrides: Mapping[str, str]
-) -> None:
-    where = f"{path}: steps[{i}]"
-    if len(step) != 1:
-        raise UsageError(
-            206, f"{where}: one step name is needed, got {', '.join(step) or 'none'}", mend="split it"
-        )
-    name, values = next(iter(step.items()))
-    if name not in STEPS:
-        near = get_close_matches(name, STEPS, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"known steps: {', '.join(STEPS)}"
-        raise UsageError(202, f"{where}: unknown step {name!r}", mend=mend)
-    given = overrides_of(name, values, overrides)
-    known = {info.alias or key for key, info in STEPS[name].model_fields.items()}
-    filled = {"model": "-", "out": "-", "data": "-"}
-    resolve(
-        STEPS[name],
-        given,
-        {k: v for k, v in filled.items() if k in known} | (values or {}),
-        f"{where}.{name}",
     )

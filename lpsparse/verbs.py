@@ -1,16 +1,16 @@
-"""One function a command: a checkpoint in, a verified checkpoint or a report out. The command line calls
-only these.
+"""One function a command: a checkpoint in, a verified checkpoint or a report out.
+The command line calls only these.
 
 Torch is imported where training begins, nowhere else.
 """
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from lpsparse.checkpoint.manifest import Quality, digest, list_files, read_manifest, source_of, write_manifest
+from lpsparse.checkpoint.manifest import Quality, source_of, write_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.rewrite import Count, count, rewrite
 from lpsparse.checkpoint.writer import (
@@ -40,6 +40,7 @@ from lpsparse.recipe import (
     resolve,
 )  # fmt: skip
 from lpsparse.reporting import card
+from lpsparse.reporting.check import check_folder
 from lpsparse.reporting.measure import (
     Report,
     check_budgets,
@@ -59,8 +60,8 @@ def _silent(_: Any) -> None:
 
 
 def prune(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Cut the smallest weights of `model` to exact zeros and write `out`. Options: fields of
-    recipe.PruneStep."""
+    """Cut the smallest weights of `model` to exact zeros and write `out`.
+    Options: fields of recipe.PruneStep."""
     return prune_step(resolve(PruneStep, {"model": str(model), "out": out, **options}))
 
 
@@ -170,47 +171,13 @@ def report_step(step: ReportStep, say: Say = _silent) -> Report:
 
 
 def verify_step(step: VerifyStep, say: Say = _silent) -> dict[str, Any]:
-    """Files, hashes, zero counts and finiteness against the manifest. Raises InputError without a
-    manifest."""
     folder = Path(step.model)
     if not folder.is_dir():
         raise InputError(327, f"{folder}: no such folder", mend="give a folder that lpsparse wrote")
-    manifest = read_manifest(folder)
-    problems: list[str] = []
-    listed = {record.name: record for record in manifest.files}
-    present = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
-    problems += [f"{name}: missing" for name in sorted(set(listed) - set(present))]
-    extra = [name for name in set(present) - set(listed) if name[0] != "."]  # .git, .cache: a download's own
-    problems += [f"{name}: not in the manifest" for name in sorted(extra)]
-    for name in sorted(set(listed) & set(present)):
-        found = digest(present[name], folder)
-        if found != listed[name]:
-            problems.append(f"{name}: {found.size} bytes, sha256 {found.sha256[:12]}, the manifest has "
-                            f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
-    problems += _tensor_problems(folder, manifest.tensors)
-    for problem in problems:
+    found = check_folder(folder)
+    for problem in found["problems"]:
         say(problem)
-    return {"ok": not problems, "files": len(listed), "tensors": len(manifest.tensors), "problems": problems}
-
-
-def _tensor_problems(folder: Path, records: tuple[Any, ...]) -> Iterator[str]:
-    try:
-        checkpoint = open_checkpoint(folder)
-        counts = {tensor.name: (tensor, count(tensor, tensor.blocks())) for tensor in checkpoint.tensors}
-    except InputError as error:
-        yield error.what
-        return
-    for record in records:
-        tensor, counted = counts.pop(record.name, (None, None))
-        if tensor is None or counted is None:
-            yield f"{record.name}: tensor missing"
-        elif (tensor.dtype, tensor.shape) != (record.dtype, record.shape):
-            yield f"{record.name}: {tensor.dtype} {tensor.shape}, expected {record.dtype} {record.shape}"
-        elif counted.zeros != record.zeros:
-            yield f"{record.name}: {counted.zeros} zeros, the manifest has {record.zeros}"
-        elif counted.nonfinite and record.finite:
-            yield f"{record.name}: {counted.nonfinite} values are NaN or Inf"
-    yield from (f"{name}: tensor not in the manifest" for name in counts)
+    return found
 
 
 def inspect_step(step: InspectStep, say: Say = _silent) -> dict[str, Any]:
@@ -322,8 +289,8 @@ def _finish(
     step: Step, source: Checkpoint, folder: Path, chosen: Chosen, say: Say, counts: dict[str, Count],
     quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None = None, notes: tuple[str, ...] = (),
 ) -> Report:  # fmt: skip
-    """Sidecars, then everything read back and compared with what was meant, then report, card and
-    manifest."""
+    """Sidecars, then everything read back and compared
+    with what was meant, then report, card and manifest."""
     left = copy_sidecars(source, folder)
     if sidecars is not None:
         sidecars(folder)

@@ -1,5 +1,5 @@
-"""The house of design section 4: imports point one way, heavy packages keep to their rooms, only cli
-speaks."""
+"""The house of design section 4: imports point one way,
+heavy packages keep to their rooms, only cli speaks."""
 
 import ast
 import json

@@ -87,8 +87,8 @@ def read_header(path: Path) -> Header:
 
 
 def check_regular(path: Path) -> int:
-    """Size in bytes of a regular, readable file; a FIFO, folder, dangling link or unreadable file is
-    refused."""
+    """Size in bytes of a regular, readable file; a FIFO,
+    folder, dangling link or unreadable file is refused."""
     try:
         info = path.stat()
         if stat.S_ISREG(info.st_mode):
@@ -114,8 +114,8 @@ def _by_offset(entry: Entry) -> tuple[int, int, str]:
 
 
 def unique_json(text: bytes | str) -> Any:
-    """Parsed JSON in UTF-8 in which no object repeats a key. Raises ValueError (RecursionError becomes one
-    too)."""
+    """Parsed JSON in UTF-8 in which no object repeats a key.
+    Raises ValueError (RecursionError becomes one too)."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(items)

@@ -99,8 +99,8 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder that lpsparse wrote. Raises InputError when absent, broken or of another
-    version."""
+    """The manifest of a folder that lpsparse wrote.
+    Raises InputError when absent, broken or of another version."""
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(

@@ -1,5 +1,5 @@
-"""Open a checkpoint: find its weight files, check them, and give its tensors as blocks of rows. Reads no
-weights yet.
+"""Open a checkpoint: find its weight files, check them,
+and give its tensors as blocks of rows. Reads no weights yet.
 
 Whatever the source (Hugging Face folder, one safetensors file, torch file, index, hub id, bitmask folder),
 what comes out is the same: named tensors of raw bits, read a few megabytes at a time.
@@ -82,8 +82,8 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open MODEL: a folder, a weight file, an `*.index.json`, `bundled:NAME` or a hub id
-    `org/name[@revision]`.
+    """Open MODEL: a folder, a weight file, an `*.index.json`,
+    `bundled:NAME` or a hub id `org/name[@revision]`.
 
     Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached.
     """

@@ -1,5 +1,5 @@
-"""The one loop of every command that writes a checkpoint: read a block, cut it (or not), encode it, write
-it."""
+"""The one loop of every command that writes a checkpoint:
+read a block, cut it (or not), encode it, write it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ def check_finite(where: str, tensor: Tensor, keys: Bits) -> None:
 def rewrite(
     source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None], layout: str
 ) -> dict[str, Count]:
-    """Write `source` into `folder` in `layout` (dense or bitmask), applying `cut`; what was written, by
-    tensor.
+    """Write `source` into `folder` in `layout` (dense or bitmask),
+    applying `cut`; what was written, by tensor.
 
     Decides nothing. Keeps the source's sharding. Raises InputError on NaN or Inf in any float tensor.
     """

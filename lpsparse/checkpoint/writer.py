@@ -1,5 +1,5 @@
-"""Write a checkpoint so that OUT is either absent or whole: sibling folder, fsync, re-open, manifest last,
-rename.
+"""Write a checkpoint so that OUT is either absent or whole:
+sibling folder, fsync, re-open, manifest last, rename.
 
 A half-written safetensors file is valid and looks wonderfully sparse, so nothing is trusted until it was
 read back.
@@ -45,8 +45,8 @@ Part = tuple[str, int, Bits]  # name, first storage unit, values
 
 
 def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overwrite: bool) -> None:
-    """Refuse early what would fail late. Raises OutputError; nothing is touched but an interrupted
-    exchange."""
+    """Refuse early what would fail late. Raises OutputError;
+    nothing is touched but an interrupted exchange."""
     if out.name in ("", ".."):
         raise OutputError(401, f"{out}: exists already", mend="choose another OUT")
     try:
@@ -61,7 +61,11 @@ def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overw
     if overwrite and os.path.lexists(old) and not (old / MANIFEST).is_file():
         raise OutputError(402, f"{old}: is in the way and not ours", mend="move it away")
     if out.is_symlink() or (out.exists() and not overwrite):
-        raise OutputError(401, f"{out}: exists already", mend="choose another OUT, or --overwrite")
+        raise OutputError(
+            401,
+            f"{out}: exists already",
+            mend="choose another OUT, or --overwrite (overwrite: true in a recipe)",
+        )
     if out.exists() and not (out / MANIFEST).is_file():
         raise OutputError(
             402, f"{out}: --overwrite replaces only what lpsparse wrote", mend="choose another OUT"
@@ -188,8 +192,8 @@ def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], pa
 
 
 def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:
-    """Source weight file -> file in OUT. Packed files never carry a name that an ordinary loader looks
-    for."""
+    """Source weight file -> file in OUT.
+    Packed files never carry a name that an ordinary loader looks for."""
     names = [path.name for path in source.files]
     if packed:
         if len(names) == 1:

@@ -122,8 +122,10 @@ def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
         )
         for each in found["tensors"]
     ]  # fmt: skip
-    files = ", ".join(f"{text.clean(f['name'])} ({text.size(f['bytes'])})" for f in found["files"])
-    print_result(f"{text.clean(found['model'])}: {found['layout']}, {files}")
+    names = ", ".join(text.clean(file["name"]) for file in found["files"])
+    files = names if len(found["files"]) == 1 else f"{len(found['files'])} files"
+    size = text.size(sum(file["bytes"] for file in found["files"]))
+    print_result(f"{text.clean(found['model'])}: {found['layout']}, {files} ({size})")
     print_result(f"{found['weights']:,} weights, {found['prunable_weights']:,} of them prunable\n")
     print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())))
 

@@ -1,5 +1,11 @@
 """`lpsparse demo`: the main job on a bundled model, offline, with a rival at the same training budget."""
 
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,7 +13,8 @@ import typer
 
 from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
 from lpsparse.errors import ExitCode, OutputError
-from lpsparse.recipe import FinetuneStep, read_recipe
+from lpsparse.recipe import FinetuneStep
+from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.text import columns, size
 
 if TYPE_CHECKING:
@@ -31,20 +38,33 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages and no progress.")] = False,
 ) -> None:
-    from lpsparse import pipeline
-    from lpsparse.verbs import finetune_step
+    from lpsparse import pipeline, verbs
 
     if folder.exists():
         raise OutputError(401, f"{folder}: exists already", mend="remove it, or give another DIR")
     say = teller(quiet)
     changes = {"out": str(folder)}
-    with TrainingBar(quiet) as bar:
-        done = pipeline.run(RECIPE, changes, say, bar.update)
-        rival = _rival(pipeline.planned(read_recipe(RECIPE, changes), changes, RECIPE))
-        say(f"[the rival] {pipeline.command_line('finetune', rival)}")
-        beside = finetune_step(rival, say, bar.update)
+    rival = _rival(pipeline.planned(read_recipe(RECIPE, changes), changes, RECIPE))
+    command = pipeline.command_line("finetune", rival)
+    done: list[pipeline.Done] = []
+    with TrainingBar(quiet) as bar, _children() as children:
+        for each in pipeline.run_each(RECIPE, changes, say, bar.update):
+            done.append(each)
+            if (
+                str(getattr(each.step, "out", "")) == rival.model
+            ):  # each trains on one thread: two fill two cores
+                say(f"[the rival, beside] {command}")
+                words = [sys.executable, "-m", *shlex.split(command), "--quiet", "--json"]
+                children.append(subprocess.Popen(words, stdout=subprocess.DEVNULL))
+        for child in children:
+            if child.wait() != 0:  # it has said why, on the same stderr
+                raise typer.Exit(child.returncode)
     by_name = {Path(str(getattr(each.step, "out", each.name))).name: each.result for each in done}
-    reports: dict[str, Any] = {"dense": by_name["dense"], "magnitude": beside, "lpsparse": by_name["sparse"]}
+    reports: dict[str, Any] = {
+        "dense": by_name["dense"],
+        "magnitude": verbs.report(rival.out),
+        "lpsparse": by_name["sparse"],
+    }
     rows = [_row(name, report) for name, report in reports.items()]
     final = by_name["report"]
     if as_json:
@@ -61,6 +81,19 @@ def _rival(steps: list[tuple[int, str, Any]]) -> FinetuneStep:
     """Gradual magnitude pruning with everything else as in the recipe's sparse fine-tune."""
     sparse = next(step for _, name, step in steps if name == "finetune" and step.target_sparsity is not None)
     return sparse.model_copy(update={"method": "gradual", "out": sparse.out.parent / "magnitude"})
+
+
+@contextmanager
+def _children() -> Generator[list[subprocess.Popen[bytes]]]:
+    """Processes that do not outlive us: an interrupt is passed on, so that they clean up too."""
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        yield children
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)
+            child.wait()
 
 
 def _row(name: str, report: "Report") -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""A command's options are its step's fields: names, help, defaults and checks are written once, in
-`recipe`."""
+"""A command's options are its step's fields: names, help,
+defaults and checks are written once, in `recipe`."""
 
 import inspect
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""What a person sees: results on stdout, everything else on stderr; bars on a terminal, plain lines
-elsewhere."""
+"""What a person sees: results on stdout, everything else on stderr;
+bars on a terminal, plain lines elsewhere."""
 
 import json
 import os
@@ -51,8 +51,8 @@ def width() -> int:
 
 
 class TrainingBar:
-    """Progress of a training run: a bar on a terminal, a line every 15 seconds elsewhere. Give `update` to a
-    verb."""
+    """Progress of a training run: a bar on a terminal,
+    a line every 15 seconds elsewhere. Give `update` to a verb."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet

@@ -1,5 +1,5 @@
-"""Decide what to cut, as plain data: one threshold and a share of its ties for each tensor. Writes
-nothing."""
+"""Decide what to cut, as plain data: one threshold and
+a share of its ties for each tensor. Writes nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -55,8 +55,8 @@ def _matches(name: str, bare: str, patterns: tuple[str, ...]) -> bool:
 def choose(
     tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...], *, needed: bool = True
 ) -> dict[str, tuple[bool, str]]:
-    """`prunable` of every tensor. Raises UsageError for a pattern that matches nothing, and when nothing is
-    left although something is `needed`."""
+    """`prunable` of every tensor. Raises UsageError for a pattern that matches nothing,
+    and when nothing is left although something is `needed`."""
     table = {name: prunable(name, dtype, shape, include, exclude) for name, dtype, shape in tensors}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:

@@ -1,5 +1,5 @@
-"""Exact selection by magnitude over any number of weights, in constant memory. Sources: radix select
-(textbook).
+"""Exact selection by magnitude over any number of weights,
+in constant memory. Sources: radix select (textbook).
 
 Keys are the integers of `checkpoint.dtypes.magnitudes`: their order is the order of magnitudes.
 """
@@ -40,8 +40,8 @@ def kth_smallest(keys: Callable[[], Iterator[Bits]], k: int, *, wide: bool) -> i
 
 
 def cut_smallest(block: Bits, keys: Bits, threshold: int, ties: int) -> int:
-    """Set to +0 in place what is below `threshold`, and the first `ties` that equal it; how many ties were
-    cut."""
+    """Set to +0 in place what is below `threshold`,
+    and the first `ties` that equal it; how many ties were cut."""
     kind = keys.dtype.type
     equal = np.flatnonzero(keys.ravel() == kind(threshold))[:ties]
     block[keys < kind(threshold)] = 0

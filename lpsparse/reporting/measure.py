@@ -1,5 +1,5 @@
-"""Measure a checkpoint from its files, in one streaming pass: the source of every view and of every
-budget."""
+"""Measure a checkpoint from its files, in one streaming pass:
+the source of every view and of every budget."""
 
 from collections.abc import Callable
 from math import prod
@@ -109,8 +109,8 @@ def measure(
     quality: tuple[Quality, ...] = (),
     cut: Callable[[Tensor], Cut | None] = lambda _: None,
 ) -> Report:
-    """Count every value of every tensor. `chosen` says what is prunable; by default the names and patterns
-    do.
+    """Count every value of every tensor.
+    `chosen` says what is prunable; by default the names and patterns do.
 
     With `cut`, what would be left after it is counted (a dry run).
     """
@@ -138,8 +138,8 @@ def measure(
 def prunable_of(
     checkpoint: Checkpoint, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
 ) -> dict[str, tuple[bool, str]]:
-    """What the manifest says is prunable, when lpsparse wrote the folder and no pattern is given; else the
-    rule."""
+    """What the manifest says is prunable, when lpsparse wrote
+    the folder and no pattern is given; else the rule."""
     if checkpoint.root is not None and (checkpoint.root / MANIFEST).is_file() and not include and not exclude:
         known = {
             record.name: (record.prunable, record.reason) for record in read_manifest(checkpoint.root).tensors

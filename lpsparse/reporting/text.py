@@ -1,5 +1,5 @@
-"""Text for people: cleaned, sized and shortened. Standard library only, so that an error message costs
-nothing."""
+"""Text for people: cleaned, sized and shortened.
+Standard library only, so that an error message costs nothing."""
 
 
 def clean(text: str) -> str:

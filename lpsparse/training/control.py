@@ -75,8 +75,8 @@ def _lamp(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def smallest_masks(weights: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
-    """True where a weight is kept: all but the `counts` smallest magnitudes of each tensor, ties by
-    position."""
+    """True where a weight is kept: all but the `counts`
+    smallest magnitudes of each tensor, ties by position."""
     masks: dict[str, Tensor] = {}
     for name, weight in weights.items():
         keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
@@ -86,8 +86,8 @@ def smallest_masks(weights: dict[str, Tensor], counts: dict[str, int]) -> dict[s
 
 
 class SparsityControl:
-    """Drives one run. Call `before_step`, then the optimizer, then `after_step`, once for each optimizer
-    step."""
+    """Drives one run. Call `before_step`, then the optimizer,
+    then `after_step`, once for each optimizer step."""
 
     def __init__(
         self,

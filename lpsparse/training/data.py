@@ -214,8 +214,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_images(files: list[Path], part: slice, label_field: str | None) -> Images:
-    """Images and labels of an .npz (x, y), a parquet table (img or image, label) or a folder with a folder a
-    class."""
+    """Images and labels of an .npz (x, y), a parquet table (img or image,
+    label) or a folder with a folder a class."""
     path = files[0]
     if path.is_dir():
         images = _image_folder(path)

@@ -61,8 +61,8 @@ def budget_lambda(p: float, magnitude: float, sum_lr: float) -> float:
 
 
 class LpDecay:
-    """Decoupled L_p weight decay for any torch optimizer, attached by step hooks: go on calling
-    optimizer.step().
+    """Decoupled L_p weight decay for any torch optimizer,
+    attached by step hooks: go on calling optimizer.step().
 
     `params` are the tensors to decay; by default all of 2 or more dimensions. p, lambda_p and the convention
     live in the optimizer's param_groups (`lp_p`, `lp_lambda`), hence in its state dict. Runs once per real

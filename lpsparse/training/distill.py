@@ -19,8 +19,8 @@ from lpsparse.training.tasks.base import Batch, Task
 
 
 class Teacher:
-    """A frozen copy of the task's model, and the loss of a student against it. `d` and `b` come from the
-    step."""
+    """A frozen copy of the task's model, and the loss of a student against it.
+    `d` and `b` come from the step."""
 
     def __init__(self, step: FinetuneStep, task: Task) -> None:
         self.step, self.task = step, task

@@ -19,6 +19,7 @@ from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.conditioning import condition, fold
 from lpsparse.training.control import SparsityControl
 from lpsparse.training.distill import Teacher, make_teacher
+from lpsparse.training.loss import batch_loss, check_dropout
 from lpsparse.training.model import quiet_transformers
 from lpsparse.training.tasks import TASKS
 from lpsparse.training.tasks.base import Task
@@ -68,8 +69,8 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
 
 
 def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
-    """Mean loss and accuracy over the held-out examples, in eval mode and in float32 whatever training
-    uses."""
+    """Mean loss and accuracy over the held-out examples,
+    in eval mode and in float32 whatever training uses."""
     device = PartialState().device
     model = task.loaded.module.to(device).eval()
     # Examples of like length together: less padding. The sums do not depend on the order.
@@ -104,8 +105,8 @@ def _steps(step: FinetuneStep, task: Task) -> int:
 def train(
     step: FinetuneStep, task: Task, on_step: Callable[[Progress], None], say: Callable[[str], None]
 ) -> Trained:
-    """Train `task` in place by the step's method. Raises NumericError on a loss or gradient that is not
-    finite."""
+    """Train `task` in place by the step's method.
+    Raises NumericError on a loss or gradient that is not finite."""
     if step.threads:
         torch.set_num_threads(step.threads)
     # One process may train twice, with another precision each time; accelerate has no public name for this.
@@ -114,6 +115,7 @@ def train(
     before = None if task.loaded.new else evaluate(step, task)
     model = task.loaded.module
     prunable, weights = _choose(step, task)
+    check_dropout(step, model)
     teacher = make_teacher(step, task)
     steps = _steps(step, task)
     say(kept_in_words(prunable))
@@ -166,12 +168,7 @@ def _loop(
         if task.augment is not None:
             batch = task.augment(batch, generator)
         with accelerator.autocast():
-            logits, labels = task.predict(model, batch)
-            loss = (
-                nn.functional.cross_entropy(logits, labels)
-                if teacher is None
-                else teacher.loss(logits, labels, batch)
-            )
+            loss = batch_loss(step, task, model, batch, teacher)
         accelerator.backward(loss)
         control.mask_gradients()
         norm = accelerator.clip_grad_norm_(parameters, step.clip or math.inf)
@@ -193,8 +190,8 @@ def _loop(
 
 
 def _choose(step: FinetuneStep, task: Task) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
-    """Which tensors of OUT may be cut, and those that are trained here, by their name in OUT; frozen ones
-    set."""
+    """Which tensors of OUT may be cut, and those that are
+    trained here, by their name in OUT; frozen ones set."""
     names = task.loaded.names
     for pattern in step.freeze:
         if not any(fnmatchcase(out, pattern) for out in names.values()):
@@ -272,8 +269,8 @@ def _batches(
 
 
 def batch_order(step: FinetuneStep, task: Task, epoch: int) -> list[list[int]]:
-    """Indices of each batch of an epoch; examples of like length share a batch where the task knows
-    lengths."""
+    """Indices of each batch of an epoch;
+    examples of like length share a batch where the task knows lengths."""
     generator = torch.Generator().manual_seed(step.seed * 1_000_003 + epoch)
     order = torch.randperm(len(task.train), generator=generator).tolist()
     length = task.length

@@ -147,8 +147,8 @@ def _names(model: nn.Module, source: set[str], missing: list[str]) -> tuple[dict
 
 
 def load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None = None) -> Loaded:
-    """The module that `model_fn` builds, with a bare state dict loaded into it in float32; every name must
-    fit."""
+    """The module that `model_fn` builds, with a bare state
+    dict loaded into it in float32; every name must fit."""
     module = build(model_fn, folder)
     own = module.state_dict()
     prefix = "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
@@ -205,8 +205,8 @@ def build(model_fn: str, folder: Path | None = None) -> nn.Module:
 
 
 def trained_checkpoint(source: Checkpoint, loaded: Loaded) -> Checkpoint:
-    """`source` with the module's tensors in place of its own: same files, dtypes and (unless a head is new)
-    keys."""
+    """`source` with the module's tensors in place of its own:
+    same files, dtypes and (unless a head is new) keys."""
     values = {
         out: value for name, value in loaded.module.state_dict().items() if (out := loaded.names.get(name))
     }

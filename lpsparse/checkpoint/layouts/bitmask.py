@@ -50,8 +50,8 @@ def pays(dtype: str, shape: tuple[int, ...], stored: int) -> bool:
 
 
 def is_taken(name: str, packed: set[str]) -> bool:
-    """Whether a dense tensor of this name, beside the `packed` ones, would be read as a part of a packed
-    one."""
+    """Whether a dense tensor of this name, beside the `packed` ones,
+    would be read as a part of a packed one."""
     owner, _, part = name.rpartition(".")
     return part == "bitmask" or (part in PARTS and owner in packed)
 
@@ -85,8 +85,8 @@ class Packed:
         return self.shape[0]
 
     def decode(self, first: int, last: int) -> Bits:
-        """Rows first..last as (rows, columns) of raw bits. Raises InputError when mask and values
-        disagree."""
+        """Rows first..last as (rows, columns) of raw bits.
+        Raises InputError when mask and values disagree."""
         width = -(-self.columns // 8)
         bits = self.read("bitmask", first * width, (last - first) * width).reshape(last - first, width)
         mask = np.unpackbits(bits, axis=1, count=self.columns, bitorder="little").view(bool)
@@ -101,8 +101,8 @@ class Packed:
 
 
 def check(path: Path, name: str, entries: dict[str, Entry], read: Read) -> Packed:
-    """Check that the four parts agree, before anything of the weight's size is allocated. Raises
-    InputError."""
+    """Check that the four parts agree, before anything of
+    the weight's size is allocated. Raises InputError."""
 
     def refuse(why: str) -> InputError:
         return InputError(340, f"{path}: {name!r}: {why}", mend="pack the model again")

@@ -1,5 +1,5 @@
-"""Weight conditioning: one file a method, one line here. `condition` attaches one to a model, `fold` removes
-it.
+"""Weight conditioning: one file a method, one line here.
+`condition` attaches one to a model, `fold` removes it.
 
 A conditioned weight W_eff = f(V) is kept projected so that V = W_eff at every step; the tensor in the model
 is then always the effective weight, and what is left of the reparametrisation is its gradient. So no
@@ -34,8 +34,8 @@ def condition(model: nn.Module, method: str = "rows", names: Iterable[str] | Non
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Finish conditioning: rows exactly at their norm, hooks gone, keys and shapes as before. Returns
-    `model`."""
+    """Finish conditioning: rows exactly at their norm,
+    hooks gone, keys and shapes as before. Returns `model`."""
     conditioning = getattr(model, "_lpsparse_conditioning", None)
     if isinstance(conditioning, RowConditioning):
         conditioning.remove()

@@ -75,8 +75,8 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _crop_flip(batch: Batch, generator: torch.Generator) -> Batch:
-    """Shift by up to 4 pixels and mirror, each image on its own; what comes in from outside is the mean
-    (0)."""
+    """Shift by up to 4 pixels and mirror, each image on its own;
+    what comes in from outside is the mean (0)."""
     x = batch["x"]
     count, _, height, width = x.shape
     padded = nn.functional.pad(x, (_PAD,) * 4)

@@ -1,5 +1,5 @@
-"""text-classification: a Hugging Face folder with a sequence classification head, old or fresh. Metric:
-accuracy."""
+"""text-classification: a Hugging Face folder with a sequence
+classification head, old or fresh. Metric: accuracy."""
 
 import json
 from pathlib import Path
@@ -56,8 +56,8 @@ def _rows(step: FinetuneStep | EvalStep) -> tuple[list[Row], list[Row]]:
 
 
 def _labels(rows: list[Row], config: dict[str, Any], checkpoint: Checkpoint, *, training: bool) -> list[str]:
-    """Label names by id: the checkpoint's own where the rows fit them, else the training rows' in sorted
-    order."""
+    """Label names by id: the checkpoint's own where the rows fit them,
+    else the training rows' in sorted order."""
     table = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     known = [str(table[key]) for key in sorted(table, key=int)]
     seen = sorted({str(row.label) for row in rows}, key=lambda text: (not text.isdigit(), text.zfill(9)))

@@ -1,0 +1,124 @@
+"""Recipes in YAML: a file in, checked steps out. A small file is never let become a large or slow one."""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lpsparse.errors import InputError, UsageError
+from lpsparse.recipe import MODEL, STEPS, resolve
+
+_MOST_NESTED = 20  # levels of YAML
+
+
+class Recipe(BaseModel):
+    """A list of steps; each step's output is the next one's input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    version: Literal[1] = 1
+    model: str = MODEL
+    data: str | None = Field(None, description="Data of the steps that name none.")
+    out: Path = Field(Path("lpsparse-run"), description="Folder that gets one folder a step.")
+    steps: tuple[dict[str, dict[str, Any] | None], ...] = Field(min_length=1)
+
+
+def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
+    """A checked recipe file, with `--set key=value` applied.
+    Raises UsageError naming file, key and nearest key."""
+    import yaml
+
+    if not path.is_file():
+        raise InputError(360, f"{path}: no such recipe", mend="give a YAML file, such as recipes/demo.yaml")
+    if path.stat().st_size > 1_000_000:
+        raise UsageError(
+            205, f"{path}: {path.stat().st_size} bytes is too large for a recipe", mend="shorten it"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        _check_tokens(path, yaml.scan(text))
+        _check_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        table = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
+        why = str(error).splitlines()[0]
+        raise UsageError(205, f"{path}: not valid YAML: {why}", mend="mend the file") from None
+    if not isinstance(table, dict):
+        raise UsageError(205, f"{path}: not a table of keys", mend="start from a file under recipes/")
+    top = {key: value for key, value in overrides.items() if "." not in key}
+    recipe = resolve(Recipe, top, table, where=str(path))  # pyright: ignore[reportUnknownArgumentType]
+    for i, step in enumerate(recipe.steps):
+        _check_step(path, i, step, overrides)
+    known = [word for step in recipe.steps for word in _prefixes(*next(iter(step.items())))]
+    for key in overrides:
+        prefix = key.partition(".")[0]
+        if "." in key and prefix not in known:
+            near = get_close_matches(prefix, known, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"steps are {', '.join(dict.fromkeys(known))}"
+            raise UsageError(208, f"--set {key}: the recipe has no step {prefix!r}", mend=mend)
+    return recipe
+
+
+def _check_tokens(path: Path, tokens: Iterable[Any]) -> None:
+    """Refuse what makes a small file large (aliases) or its reader slow (nesting)."""
+    depth = 0
+    for token in tokens:
+        kind = type(token).__name__
+        if kind == "AliasToken":
+            raise UsageError(205, f"{path}: YAML aliases are not accepted", mend="write the value out")
+        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+        if depth > _MOST_NESTED:
+            raise UsageError(205, f"{path}: nested more than {_MOST_NESTED} deep", mend="mend the file")
+
+
+def _check_keys(path: Path, node: Any) -> None:
+    """Refuse a key that stands twice in a table: YAML would quietly take the last."""
+    seen: set[str] = set()
+    for entry in getattr(node, "value", None) or ():
+        if isinstance(entry, tuple):  # of a table; a list has its nodes themselves
+            key, value = cast("tuple[Any, Any]", entry)
+            if isinstance(key.value, str) and key.value in seen:
+                line = key.start_mark.line + 1
+                raise UsageError(205, f"{path}: line {line}: {key.value!r} stands twice", mend="keep one")
+            seen.add(str(key.value))
+            _check_keys(path, value)
+        elif not isinstance(entry, str):
+            _check_keys(path, entry)
+
+
+def overrides_of(name: str, values: Mapping[str, Any] | None, overrides: Mapping[str, str]) -> dict[str, str]:
+    """The `--set` pairs meant for one step: `STEP.KEY` is for every step of that name,
+    `OUT.KEY` for the one whose `out` is so called, and wins."""
+    given: dict[str, str] = {}
+    for prefix in _prefixes(name, values):
+        given |= {k.partition(".")[2]: v for k, v in overrides.items() if k.startswith(f"{prefix}.")}
+    return given
+
+
+def _prefixes(name: str, values: Mapping[str, Any] | None) -> list[str]:
+    return [name, *([str(values["out"])] if values and "out" in values else [])]
+
+
+def _check_step(
+    path: Path, i: int, step: dict[str, dict[str, Any] | None], overrides: Mapping[str, str]
+) -> None:
+    where = f"{path}: steps[{i}]"
+    if len(step) != 1:
+        raise UsageError(
+            206, f"{where}: one step name is needed, got {', '.join(step) or 'none'}", mend="split it"
+        )
+    name, values = next(iter(step.items()))
+    if name not in STEPS:
+        near = get_close_matches(name, STEPS, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"known steps: {', '.join(STEPS)}"
+        raise UsageError(202, f"{where}: unknown step {name!r}", mend=mend)
+    given = overrides_of(name, values, overrides)
+    known = {info.alias or key for key, info in STEPS[name].model_fields.items()}
+    filled = {"model": "-", "out": "-", "data": "-"}
+    resolve(
+        STEPS[name],
+        given,
+        {k: v for k, v in filled.items() if k in known} | (values or {}),
+        f"{where}.{name}",
+    )
