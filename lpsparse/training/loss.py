@@ -1,7 +1,7 @@
 """The loss of one batch: cross entropy or distillation, with R-Drop over either.
 
 R-Drop (Liang et al. 2021, arXiv 2106.14448, section 2): each example passes twice through the model, with
-dropout of its own, and the two predictions P1, P2 are to agree. Halved here, so that the scale of the loss stays:
+dropout of its own, and the two predictions P1, P2 are to agree. Halved here; the scale of the loss stays:
     loss = mean over both passes + a / 2 * (KL(P1 || P2) + KL(P2 || P1)) / 2
 """
 
