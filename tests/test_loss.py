@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_distill import batch_of, step_of, task_of
+from test_distill import Net, batch_of, step_of, task_of
 from torch import nn
 from torch.nn import functional
 
@@ -36,13 +36,20 @@ def test_r_drop_is_the_mean_loss_of_two_passes_and_half_alpha_of_their_disagreem
 
 
 def test_r_drop_goes_with_distillation() -> None:
-    net, batch = net_of().eval(), batch_of()  # no dropout: only the teacher's part is left
+    torch.manual_seed(6)
+    net, batch = Net().eval(), batch_of()  # no dropout: only the teacher's part is left
     task = task_of(net)
-    step = step_of(r_drop=3.0, distill=0.5)
-    torch.testing.assert_close(
-        batch_loss(step, task, net, batch, make_teacher(step, task)),
-        batch_loss(step_of(distill=0.5), task, net, batch, make_teacher(step, task)),
-    )
+    options = {"distill": 0.5, "distill_blocks": 2.0}
+    teachers = [make_teacher(step_of(**options), task_of(net)) for _ in range(2)]
+    with torch.no_grad():
+        net.layers[1][0].weight.mul_(8.0)  # drift off, so that every term counts
+    found = batch_loss(step_of(r_drop=3.0, **options), task, net, batch, teachers[0])
+    for teacher in teachers:
+        assert teacher is not None
+        teacher.ours.take()
+    plain = batch_loss(step_of(**options), task, net, batch, teachers[1])
+    torch.testing.assert_close(found, plain)
+    assert plain > functional.cross_entropy(net(batch["x"]), batch["y"]) / 2 + 0.01
 
 
 @pytest.mark.parametrize("net", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0))])

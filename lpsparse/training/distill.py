@@ -33,21 +33,24 @@ class Teacher:
                 what = "--distill-blocks: the model has no nn.ModuleList or nn.Sequential of blocks"
                 raise UsageError(246, what, mend="use --distill alone")
 
-    def loss(self, logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
-        """The loss of the student's `logits`, whose forward pass on `batch` has just run."""
+    def loss(self, logits: Tensor, labels: Tensor, batch: Batch, passes: int = 1) -> Tensor:
+        """The loss of the student's `logits`,
+        whose forward pass on `batch`, repeated `passes` times, has just run."""
         with torch.no_grad():
             theirs, _ = self.task.predict(self.model, batch)
+        theirs = torch.cat([theirs] * passes)
         heat, share = self.step.temperature, self.step.distill
         gap = functional.kl_div(
             functional.log_softmax(logits / heat, -1), functional.log_softmax(theirs / heat, -1),
             log_target=True, reduction="batchmean",
         )  # fmt: skip
         total = (1 - share) * functional.cross_entropy(logits, labels) + share * heat**2 * gap
-        return total + self.step.distill_blocks * self._blocks() if self.step.distill_blocks else total
+        return total + self.step.distill_blocks * self._blocks(passes) if self.step.distill_blocks else total
 
-    def _blocks(self) -> Tensor:
+    def _blocks(self, passes: int) -> Tensor:
         pairs = zip(self.ours.take(), self.theirs.take(), strict=True)
-        return torch.stack([_relative(ours.float(), theirs.float()) for ours, theirs in pairs]).mean()
+        errors = [_relative(ours.float(), torch.cat([theirs.float()] * passes)) for ours, theirs in pairs]
+        return torch.stack(errors).mean()
 
     def close(self) -> None:
         """Take the taps off the student."""

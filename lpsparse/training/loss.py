@@ -19,13 +19,13 @@ def batch_loss(
     step: FinetuneStep, task: Task, model: nn.Module, batch: Batch, teacher: Teacher | None
 ) -> Tensor:
     """The scalar loss of `model` on `batch`, whose values have the example as their first dimension."""
-    if step.r_drop:
-        batch = {key: torch.cat([value, value]) for key, value in batch.items()}
-    logits, labels = task.predict(model, batch)
+    passes = 2 if step.r_drop else 1
+    repeated = {key: torch.cat([value] * passes) for key, value in batch.items()}
+    logits, labels = task.predict(model, repeated)
     if teacher is None:
         loss = functional.cross_entropy(logits, labels)
     else:
-        loss = teacher.loss(logits, labels, batch)
+        loss = teacher.loss(logits, labels, batch, passes)
     return loss + step.r_drop / 2 * disagreement(*logits.chunk(2)) if step.r_drop else loss
 
 
