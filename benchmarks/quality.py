@@ -38,7 +38,7 @@ def main() -> None:
     sparse = next(step for step in reversed(steps) if isinstance(step, FinetuneStep))
     evaluation = next(step for step in reversed(steps) if isinstance(step, EvalStep))
     for step in steps[: steps.index(sparse)]:
-        if isinstance(step, FinetuneStep) and not (step.out / "lpsparse.json").exists():
+        if isinstance(step, FinetuneStep):
             train(step)
     rows = [measured("dense", "", None, evaluation.model_copy(update={"model": sparse.model}))]
     wanted = arguments.sparsity.split(",") if arguments.sparsity else [str(sparse.target_sparsity)]
@@ -54,12 +54,13 @@ def run(sparse: FinetuneStep, evaluation: EvalStep, method: str, sparsity: str, 
     out = sparse.out.parent / "quality" / f"{method}-{sparsity}-{seed}"
     values = {**sparse.model_dump(), "method": method, "target_sparsity": sparsity, "seed": seed, "out": out}
     step = FinetuneStep.model_validate(values, by_name=True)
-    if not (out / "lpsparse.json").exists():
-        train(step)
+    train(step)
     return measured(method, sparsity, seed, evaluation.model_copy(update={"model": str(out)}))
 
 
 def train(step: FinetuneStep) -> None:
+    if pipeline.is_finished(step):  # by these settings, on this data
+        return
     step.out.parent.mkdir(parents=True, exist_ok=True)
     with TrainingBar(quiet=False) as bar:
         verbs.finetune_step(step, print, bar.update)

@@ -80,7 +80,7 @@ def run_each(
 def _run(steps: list[tuple[int, str, Step]], say: Say, on_step: Callable[[Any], None]) -> Iterator[Done]:
     for i, name, step in steps:
         say(f"[{i + 1}/{len(steps)}] {command_line(name, step)}")
-        if isinstance(step, _WRITES) and _is_finished(step):
+        if isinstance(step, _WRITES) and is_finished(step):
             say(f"  finished already: {step.out}")
             yield Done(name, step, verbs.report(step.out), skipped=True)
         else:
@@ -100,11 +100,11 @@ def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[tupl
         settings: dict[str, Any] = {"model": current, **(values or {})}
         if "data" in kind.model_fields and read.data is not None:
             settings.setdefault("data", read.data)
-        if "out" in kind.model_fields:
-            settings["out"] = read.out / str(settings.get("out", f"{i + 1}-{name}"))
         if kind is ReportStep:
             settings.setdefault("base", read.model)
         given = {"model": settings.pop("model"), **overrides_of(name, values, overrides)}
+        if "out" in kind.model_fields:
+            given["out"] = read.out / str(given.get("out", settings.get("out", f"{i + 1}-{name}")))
         step = resolve(kind, given, settings, where=f"{path}: steps[{i}].{name}")
         step = _beside(step, path.parent)
         steps.append((i, name, step))
@@ -147,7 +147,7 @@ def passed(done: list[Done]) -> bool:
     )
 
 
-def _is_finished(step: Any) -> bool:
+def is_finished(step: Any) -> bool:
     """OUT holds the result of this very step on this very input and data, by its manifest and its hashes."""
     if not (step.out / MANIFEST).is_file():
         return False

@@ -145,7 +145,7 @@ class _DataStep(Step):
     text_field: str | None = Field(
         None,
         description="Column of the text. Default: text or sentence; in a table of two columns without a "
-        "heading, the one that is no label.",
+        "heading, the first.",
     )
     label_field: str | None = Field(None, description="Column of the label. Default: label.")
     max_length: int = Field(
@@ -160,6 +160,12 @@ class _DataStep(Step):
     std: Floats = Field((0.5,), description="Standard deviation of each image channel, likewise.")
     batch_size: int = Field(32, ge=1, description="Rows, images or blocks a step (all processes together).")
     seed: int = Field(0, ge=0, description="Seed of data order, new heads and dropout.")
+
+    @model_validator(mode="after")
+    def _channels(self) -> Self:
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError("--mean and --std need as many values, --std above 0")
+        return self
 
 
 class EvalStep(_DataStep):
@@ -194,7 +200,7 @@ class FinetuneStep(_DataStep):
         description="Fraction of the prunable weights that is zero in OUT, exactly. Default: no cut.",
     )  # fmt: skip
     p: float = Field(0.8, gt=0, description="Exponent of the norm; below 1 weights reach exact zero.")
-    lambda_p: float | Literal["auto"] = Field(
+    lambda_p: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", alias="lambda",
         description="Strength of the decay (ours: the authors' lambda times p); auto takes it from the sum "
         "of learning rates.",
@@ -250,7 +256,11 @@ class FinetuneStep(_DataStep):
     )
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is no clipping.")
     freeze: Patterns = Field((), description="Glob over tensor names that are not trained; repeatable.")
-    augment: Literal["none", "crop-flip"] = Field("none", description="Random changes of training images.")
+    augment: Literal["none", "crop-flip", "noise"] = Field(
+        "none",
+        description="Random changes of the training data: crop-flip of images; noise in texts, where tokens "
+        "are masked or exchanged (best with --distill).",
+    )
     log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
     threads: int | None = Field(None, ge=1, description="CPU threads. Default: torch's choice.")
     overwrite: bool = _OVERWRITE
@@ -264,8 +274,6 @@ class FinetuneStep(_DataStep):
             raise ValueError(f"--method {self.method} needs --target-sparsity")
         if self.method == "dense" and self.target_sparsity is not None:
             raise ValueError("--method dense cannot meet a --target-sparsity")
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
-            raise ValueError("--mean and --std need as many values, --std above 0")
         return self
 
 
@@ -294,7 +302,8 @@ def resolve(
     environment: dict[str, Any] = {
         name: os.environ[key]
         for name in names
-        if (key := "LPSPARSE_" + flag(name)[2:].replace("-", "_").upper()) in os.environ
+        if (issubclass(kind, Step) or name in ("model", "data"))  # a recipe's own other keys have no flags
+        and (key := "LPSPARSE_" + flag(name)[2:].replace("-", "_").upper()) in os.environ
         and kind.model_fields[name].annotation is not Path
     }
     merged = {**_canonical(kind, recipe or {}), **environment, **_canonical(kind, given)}
@@ -313,7 +322,8 @@ def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, An
 def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseError:
     first = error.errors()[0]
     key = (
-        ".".join(str(part) for part in first["loc"] if part not in ("float", "literal['auto']")) or "options"
+        ".".join(str(part) for part in first["loc"] if part not in ("constrained-float", "literal['auto']"))
+        or "options"
     )
     prefix = f"{where}: " if where else ""
     if first["type"] == "extra_forbidden":
@@ -327,6 +337,5 @@ def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseErr
         what = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
         return UsageError(204, f"{prefix}{what}", mend="see --help")
     allowed = first["msg"].replace("Input should be", "must be")
-    return UsageError(
-        201, f"{prefix}{shown} {first['input']!r}: {allowed}", mend="fractions are 0..1; see --help"
-    )
+    mend = "fractions are 0..1, such as 0.8" if "sparsity" in key else "see --help"
+    return UsageError(201, f"{prefix}{shown} {first['input']!r}: {allowed}", mend=mend)

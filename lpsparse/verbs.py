@@ -46,6 +46,7 @@ from lpsparse.reporting.measure import (
     check_budgets,
     compare,
     measure,
+    own_manifest,
     own_quality,
     prunable_of,
     tensor_records,
@@ -137,7 +138,7 @@ def prune_step(step: PruneStep, say: Say = _silent) -> Report:
         same = all(
             counts[t.name].zeros == count(t, t.blocks()).zeros for t in source.tensors if chosen[t.name][0]
         )
-        quality = own_quality(source.root)
+        quality = own_quality(source)
         if quality and not same:
             say(
                 "quality recorded in MODEL is left out: the cut changed weights; measure again with "
@@ -156,14 +157,16 @@ def pack_step(step: PackStep | UnpackStep, say: Say = _silent) -> Report:
     with _writing(step, source, chosen, say) as (folder, finish):
         layout = step.layout if isinstance(step, PackStep) else "dense"
         counts = rewrite(source, folder, lambda _: None, layout)
-        return finish(counts, own_quality(source.root))
+        return finish(counts, own_quality(source))
 
 
 def report_step(step: ReportStep, say: Say = _silent) -> Report:
     checkpoint = _open(step.model, say)
-    found = measure(
-        checkpoint, include=step.include, exclude=step.exclude, quality=own_quality(checkpoint.root)
-    )  # fmt: skip
+    quality = own_quality(checkpoint)
+    manifest = own_manifest(checkpoint)
+    if manifest is not None and manifest.quality and not quality:
+        say("the weights are not those that the manifest describes: the quality in it is left out")
+    found = measure(checkpoint, include=step.include, exclude=step.exclude, quality=quality)
     if step.base is not None:
         base = _open(step.base, say)
         found = compare(found, measure(base, include=step.include, exclude=step.exclude))
@@ -223,17 +226,18 @@ def finetune_step(
 ) -> Report | dict[str, Any]:
     """Train and write. With dry_run: {"steps", "prunable_weights", ...} and nothing written."""
     source = _open(step.model, say)
-    check_output(step.out, source, 2 * _bytes(source), overwrite=step.overwrite or step.dry_run)
+    overwrite = step.overwrite or step.dry_run
+    check_output(step.out, source, 2 * _bytes(source), overwrite=overwrite, reads=_data_files(step))
     from lpsparse.training.loop import plan_training, prepare, train
     from lpsparse.training.model import trained_checkpoint
 
     if step.dry_run:
         say("dry run: nothing is written")
         return plan_training(step, prepare(step, source))
+    task = prepare(step, source)
+    for note in task.loaded.notes:
+        say(note)
     with output_folder(step.out, overwrite=step.overwrite) as folder:
-        task = prepare(step, source)
-        for note in task.loaded.notes:
-            say(note)
         with (folder / METRICS).open("w", encoding="utf-8") as log:
 
             def record(progress: Any) -> None:
@@ -254,6 +258,12 @@ def finetune_step(
         }
         notes = (*task.loaded.notes, trained.facts)
         return _finish(step, source, folder, chosen, say, counts, (quality,), task.sidecars, notes)
+
+
+def _data_files(step: FinetuneStep) -> list[Path]:
+    """What a fine-tune reads beside MODEL, as far as it is local."""
+    named = [step.data, step.eval_data or "", (step.model_fn or "").rpartition(":")[0]]
+    return [Path(text) for text in named if text and Path(text).exists()]
 
 
 def _open(model: str, say: Say) -> Checkpoint:

@@ -335,3 +335,30 @@ def test_a_recipe_trains_again_when_its_data_changed_and_not_otherwise(tmp_path:
             done = lpsparse.run(recipe, {"data": str(data), "out": str(tmp_path / "out")})
             skipped.append(done[0].skipped)
     assert skipped == [False, True]
+
+
+def test_noise_masks_or_exchanges_words_only_and_follows_its_generator(tiny_bert: Path, table: Path) -> None:
+    from lpsparse.checkpoint.opening import open_checkpoint
+    from lpsparse.recipe import FinetuneStep, resolve
+    from lpsparse.training.loop import prepare
+    from lpsparse.training.tasks.base import Task
+
+    def prepared(augment: str) -> Task:
+        given = {"model": str(tiny_bert), "out": "o", "data": str(table), "task": "text-classification"}
+        step = resolve(FinetuneStep, {**given, "augment": augment})
+        return prepare(step, open_checkpoint(tiny_bert))
+
+    task = prepared("noise")
+    assert task.augment is not None
+    batch = task.collate(list(task.train) * 20)
+    noisy, again = (task.augment(batch, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(noisy["input_ids"], again["input_ids"])
+    changed = noisy["input_ids"] != batch["input_ids"]
+    words = (batch["input_ids"] > 103) & batch["attention_mask"].bool()  # 0 to 103 are special or unused
+    assert not (changed & ~words).any()
+    assert 0.09 < float(changed[words].float().mean()) < 0.15  # some are exchanged for themselves
+    masked = (noisy["input_ids"] == 103) & words
+    assert 0.06 < float(masked[words].float().mean()) < 0.09
+    assert torch.equal(noisy["labels"], batch["labels"])
+    with pytest.raises(LpsparseError, match="crop-flip is not for --task text-classification"):
+        prepared("crop-flip")

@@ -34,6 +34,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from lpsparse import prune, verify
+from lpsparse.checkpoint.writer import REPLACED
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
 
 Cli = Callable[..., Ran]
@@ -347,10 +348,39 @@ def test_a_persons_own_folder_called_out_old_is_left_alone(
 def test_a_run_that_died_between_the_two_renames_is_put_back(tiny: Path, tmp_path: Path) -> None:
     prune(tiny, tmp_path / "out", sparsity=0.5)
     before = tree_hash(tmp_path / "out")
+    (tmp_path / "out" / REPLACED).touch()  # what an exchange does first
     (tmp_path / "out").rename(tmp_path / "out.old")
     with pytest.raises(OutputError, match="exists already"):
         prune(tiny, tmp_path / "out", sparsity=0.7)
     assert tree_hash(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_backup_called_out_old_that_lpsparse_wrote_is_nobodys_to_move_or_delete(
+    overwrite: bool, tiny: Path, tmp_path: Path
+) -> None:
+    prune(tiny, tmp_path / "out.old", sparsity=0.5)
+    before = tree_hash(tmp_path / "out.old")
+    prune(tiny, tmp_path / "out", sparsity=0.7)
+    if overwrite:
+        assert refused(tiny, tmp_path / "out", overwrite=True).code == "LPS402"
+    assert tree_hash(tmp_path / "out.old") == before and verify(tmp_path / "out")["ok"]
+
+
+def test_overwriting_twice_leaves_one_result_and_no_mark(tiny: Path, tmp_path: Path) -> None:
+    for sparsity in (0.5, 0.6, 0.7):
+        prune(tiny, tmp_path / "out", sparsity=sparsity, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny"]
+    assert not (tmp_path / "out" / REPLACED).exists() and verify(tmp_path / "out")["ok"]
+
+
+def test_one_shard_of_one_comes_out_under_the_name_that_loaders_look_for(tiny: Path, tmp_path: Path) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    (tiny / "model.safetensors").rename(tiny / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(tiny / shard), shard)}
+    (tiny / "model.safetensors.index.json").write_text(json.dumps(index))
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_a_failed_overwrite_leaves_the_old_result(tiny: Path, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 from lpsparse.errors import RemoteError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".tar", ".json", ".yaml", ".yml")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".tar")
+_FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".yaml", ".yml")
 _IGNORED = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.tflite", "*.mlmodel", "onnx/*", "openvino/*"]
 
 
 def is_hub_id(text: str) -> bool:
     """Whether `org/name[@revision]` could be meant; a name that ends like a weight file is a path."""
-    return HUB_ID.fullmatch(text) is not None and not text.lower().endswith(_WEIGHT_SUFFIXES)
+    return HUB_ID.fullmatch(text) is not None and not text.lower().endswith(_FILE_SUFFIXES)
 
 
 def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder") -> tuple[Path, str]:
@@ -39,8 +40,17 @@ def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder
             folder = snapshot(local=True)
         except LocalEntryNotFoundError:
             folder = snapshot(local=False)
+        if kind == "model" and not _has_weights(folder):  # another program may have fetched the config alone
+            folder = snapshot(local=False)
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"{text}: the {kind} is not in the local cache and the hub gave none ({reason[:120]})"
         raise RemoteError(801, what, mend=f"check id and network, or give {replace_with}") from error
+    if kind == "model" and not _has_weights(folder):
+        what = f"{text}: the local cache holds a part of it without weights, or it has none"
+        raise RemoteError(802, what, mend=f"go online, check the id, or give {replace_with}")
     return folder, folder.name
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir())

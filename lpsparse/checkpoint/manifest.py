@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lpsparse import __version__
 from lpsparse.checkpoint.header import unique_json
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, write_json
+from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, write_json
 from lpsparse.errors import InputError
 
 
@@ -76,7 +76,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
 
 def list_files(folder: Path) -> list[Path]:
     """The files of OUT that are hashed: all but the manifest, the metrics and our own mark."""
-    unhashed = {folder / name for name in (MANIFEST, METRICS, OWNER)}
+    unhashed = {folder / name for name in (MANIFEST, METRICS, OWNER, REPLACED)}
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in unhashed]
 
 

@@ -93,7 +93,11 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
         what = f"{path}: holds a {type(value).__name__}, not a table of tensors"
         raise InputError(320, what, mend="save a state dict")
     table = cast("Mapping[Any, Any]", value)
-    return {str(name): item for name, item in table.items()}, notes
+    named = {str(name): item for name, item in table.items()}
+    if len(named) < len(table):
+        what = f"{path}: {len(table) - len(named)} names stand twice when written as text"
+        raise InputError(320, what, mend="save a state dict with text for names")
+    return named, notes
 
 
 def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:

@@ -8,6 +8,7 @@ read back.
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from collections.abc import Generator, Iterable
@@ -26,6 +27,9 @@ CARD = "README.md"
 METRICS = "metrics.jsonl"
 OURS = (MANIFEST, REPORT, METRICS)  # of an earlier run on the source: never carried over
 OWNER = ".lpsparse-owner.json"
+REPLACED = (
+    ".lpsparse-replaced"  # in an OUT that is being exchanged: only such an OUT.old is put back or deleted
+)
 # Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
 _FOREIGN_WEIGHTS = (
     *WEIGHT_SUFFIXES,
@@ -44,9 +48,13 @@ Named = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 Part = tuple[str, int, Bits]  # name, first storage unit, values
 
 
-def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overwrite: bool) -> None:
-    """Refuse early what would fail late. Raises OutputError;
-    nothing is touched but an interrupted exchange."""
+def check_output(
+    out: Path, source: Checkpoint, need_bytes: int, *, overwrite: bool, reads: Iterable[Path] = ()
+) -> None:
+    """Refuse early what would fail late; `reads` are inputs beside `source`.
+
+    Raises OutputError; nothing is touched but an interrupted exchange, which is undone.
+    """
     if out.name in ("", ".."):
         raise OutputError(401, f"{out}: exists already", mend="choose another OUT")
     try:
@@ -56,10 +64,11 @@ def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overw
     except OSError as error:  # a name too long, a folder closed to us
         raise OutputError(404, f"{out}: {error.strerror}", mend="choose another OUT") from error
     old = out.with_name(out.name + ".old")
-    if (old / MANIFEST).is_file() and not os.path.lexists(out):
+    if (old / REPLACED).is_file() and not os.path.lexists(out):
         old.rename(out)  # a run that died between the two renames of --overwrite
-    if overwrite and os.path.lexists(old) and not (old / MANIFEST).is_file():
-        raise OutputError(402, f"{old}: is in the way and not ours", mend="move it away")
+        (out / REPLACED).unlink()
+    if overwrite and os.path.lexists(old) and not (old / REPLACED).is_file():
+        raise OutputError(402, f"{old}: is in the way of --overwrite", mend="move it away")
     if out.is_symlink() or (out.exists() and not overwrite):
         raise OutputError(
             401,
@@ -75,14 +84,13 @@ def check_output(out: Path, source: Checkpoint | None, need_bytes: int, *, overw
         raise OutputError(403, f"{parent}: no such folder", mend=f"mkdir -p {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(404, f"{parent}: no permission to write here", mend="choose another OUT")
-    if source is not None:
-        inputs = {path.resolve() for path in source.files}
-        folder = source.root.resolve() if source.root else None
-        target = out.resolve()
-        if folder is not None and (target == folder or folder in target.parents):
-            raise OutputError(405, f"{out}: lies inside the input", mend="choose an OUT outside MODEL")
-        if any(target == path or target in path.parents for path in inputs):
-            raise OutputError(405, f"{out}: holds the input", mend="choose another OUT")
+    inputs = {path.resolve() for path in (*source.files, *reads)}
+    folder = source.root.resolve() if source.root else None
+    target = out.resolve()
+    if folder is not None and (target == folder or folder in target.parents):
+        raise OutputError(405, f"{out}: lies inside the input", mend="choose an OUT outside MODEL")
+    if any(target == path or target in path.parents for path in inputs):
+        raise OutputError(405, f"{out}: holds the input", mend="choose another OUT")
     free = shutil.disk_usage(parent).free
     if need_bytes * 1.05 > free:
         what = f"{out}: needs {need_bytes} bytes, {free} are free"
@@ -119,7 +127,7 @@ def _take(partial: Path) -> None:
         host, pid = _holder(partial)
         if host != socket.gethostname() or psutil.pid_exists(pid):
             what = f"{partial}: process {pid} on {host} is writing it"
-            raise StateError(702, what, mend="wait for it, or choose another OUT")
+            raise StateError(702, what, mend="wait for it, or delete it if that run is dead")
         shutil.rmtree(partial)  # left by a killed run; nothing in it was ever finished
     try:
         partial.mkdir()
@@ -143,9 +151,10 @@ def _holder(partial: Path) -> tuple[str, int]:
 def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = out.with_name(out.name + ".old")
     if overwrite and out.exists():
-        if old.exists():
+        if (old / REPLACED).is_file():
             shutil.rmtree(old)
-        out.rename(old)
+        (out / REPLACED).touch()
+        out.rename(old)  # an OSError where a folder that is not ours has come to stand there
         partial.rename(out)
         shutil.rmtree(old)
     else:
@@ -201,8 +210,10 @@ def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:
         return {name: f"lpsparse-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
     if len(names) > 1:
         return {name: f"model-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
-    keep = names[0].endswith(".safetensors") and names[0] != "lpsparse.safetensors"
-    return {names[0]: names[0] if keep else "model.safetensors"}
+    if not names[0].endswith(".safetensors") or names[0] == "lpsparse.safetensors":
+        return {names[0]: "model.safetensors"}
+    # One shard of one needs an index to be found; without its number it is found by its name.
+    return {names[0]: re.sub(r"-0+1-of-0+1(?=\.safetensors$)", "", names[0])}
 
 
 def write_index(folder: Path, stem: str, weight_map: dict[str, str], total_bytes: int) -> None:
@@ -235,7 +246,7 @@ def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
         ):
             if relative.as_posix() not in used and not path.name.endswith(".json"):
                 left.append(relative.as_posix())
-        elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, *((CARD,) if ours else ())):
+        elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, REPLACED, *((CARD,) if ours else ())):
             name = "README.base.md" if relative.as_posix() == CARD else relative.as_posix()
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
@@ -246,6 +257,29 @@ def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
 def write_json(path: Path, value: object) -> None:
     """JSON with a fixed form, durable: the same value gives the same bytes; NaN is refused."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_report_file(path: Path, models: Iterable[str | None]) -> None:
+    """Raises OutputError where a report would replace a part of a checkpoint."""
+    target = path.resolve()
+    inputs = [Path(model).resolve() for model in models if model is not None]
+    inside = any(each == target or (each.is_dir() and each in target.parents) for each in inputs)
+    if inside or (target.parent / MANIFEST).exists():
+        raise OutputError(405, f"{path}: lies inside a checkpoint", mend="choose a file outside of it")
+    if path.exists() and (not path.is_file() or path.suffix in _FOREIGN_WEIGHTS):
+        raise OutputError(401, f"{path}: exists and is no report", mend="choose another file, such as x.json")
+
+
+def write_beside(path: Path, value: object) -> None:
+    """`write_json` so that `path` is never half a file. Raises OutputError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write_json(partial, value)
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(409, f"{path}: {error.strerror}", mend="choose another file") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

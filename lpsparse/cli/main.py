@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             print_exc()
             code = ExitCode.BUG
     if code == ExitCode.INTERRUPT:  # Typer turns Ctrl-C inside a command into this code
-        _leave("interrupted: the input is untouched, nothing is left at OUT", ExitCode.INTERRUPT)
+        _leave("interrupted: the input is untouched, no half-written OUT is left", ExitCode.INTERRUPT)
     sys.exit(int(code) if isinstance(code, int) else 0)
 
 

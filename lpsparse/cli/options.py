@@ -87,7 +87,9 @@ def _metavar(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         inner = [part for part in get_args(annotation) if part is not type(None)]
         return "|".join(dict.fromkeys(_metavar(part) for part in inner))
-    if get_origin(annotation) in (Annotated, tuple):
+    if get_origin(annotation) is Annotated:
+        return _metavar(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
         return "NUMBERS"
     names = {"int": "INTEGER", "float": "NUMBER", "Decimal": "NUMBER", "Path": "PATH", "str": "TEXT"}
     return names.get(cast("type", annotation).__name__, "TEXT")

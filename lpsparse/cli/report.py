@@ -1,12 +1,13 @@
 """`lpsparse report`: the one command whose --json takes a file."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lpsparse.cli.commands import show_report
 from lpsparse.cli.output import print_json, print_result, teller, width
-from lpsparse.errors import ExitCode, OutputError
+from lpsparse.errors import ExitCode
 from lpsparse.recipe import ReportStep, resolve
 
 _HELP = """Measure sparsity and bytes from the files alone; exit 1 when a budget fails.
@@ -42,7 +43,7 @@ def report(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages.")] = False,
 ) -> None:  # fmt: skip
-    from lpsparse.checkpoint.writer import write_json
+    from lpsparse.checkpoint.writer import check_report_file, write_beside
     from lpsparse.reporting import table
     from lpsparse.verbs import report_step
 
@@ -51,16 +52,13 @@ def report(
         "max_bytes": max_bytes, "max_quality_drop": max_quality_drop,
     }  # fmt: skip
     step = resolve(ReportStep, {key: value for key, value in given.items() if value not in (None, [])})
+    if json_file not in (None, "-"):
+        check_report_file(Path(json_file), (model, base))
     found = report_step(step, teller(quiet))
     if json_file == "-":
         print_json(found.model_dump(mode="json"))
     elif json_file is not None:
-        from pathlib import Path
-
-        try:
-            write_json(Path(json_file), found.model_dump(mode="json"))
-        except OSError as error:
-            raise OutputError(409, f"{json_file}: {error.strerror}", mend="choose another file") from error
+        write_beside(Path(json_file), found.model_dump(mode="json"))
         print_result(table.render(found, width()))
     else:
         show_report(found, as_json=False)

@@ -8,11 +8,15 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.errors import UsageError
 
 # Kept by default: they are small or every output depends on them, and pruning them costs the most quality.
-_EMBEDDINGS = ("*embed*", "*wte.*", "*wpe.*", "*position_ids*")
+_EMBEDDINGS = (
+    "*embed*", "*wte.*", "*wpe.*", "*position_ids*", "shared.weight", "*.shared.weight",
+    "*relative_attention_bias.*",
+)  # fmt: skip
 _NORMS = ("*norm*", "*.ln_*", "ln_*", "*.bn?.*", "bn?.*")
 _HEADS = (
-    "lm_head.*", "*.lm_head.*", "classifier.*", "*.classifier.*", "score.*", "head.*", "fc.*", "cls.*",
-    "qa_outputs.*", "embed_out.*", "output.weight",
+    "lm_head.*", "*.lm_head.*", "classifier.*", "*.classifier.*", "score.*", "head.*", "heads.head.*", "fc.*",
+    "model.fc.*", "linear.weight", "cls.*", "qa_outputs.*", "embed_out.*", "output.weight", "proj_out.weight",
+    "output_layer.weight", "*.output_layer.weight", "*vocab_projector.*",
 )  # fmt: skip
 KEPT = {"embedding": _EMBEDDINGS, "normalisation": _NORMS, "output head": _HEADS}
 

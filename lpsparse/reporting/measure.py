@@ -3,14 +3,13 @@ the source of every view and of every budget."""
 
 from collections.abc import Callable
 from math import prod
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.manifest import Quality, TensorRecord, read_manifest
+from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, Tensor
 from lpsparse.checkpoint.rewrite import Count, Cut, count
 from lpsparse.checkpoint.writer import MANIFEST
@@ -140,10 +139,9 @@ def prunable_of(
 ) -> dict[str, tuple[bool, str]]:
     """What the manifest says is prunable, when lpsparse wrote
     the folder and no pattern is given; else the rule."""
-    if checkpoint.root is not None and (checkpoint.root / MANIFEST).is_file() and not include and not exclude:
-        known = {
-            record.name: (record.prunable, record.reason) for record in read_manifest(checkpoint.root).tensors
-        }
+    manifest = own_manifest(checkpoint)
+    if manifest is not None and not include and not exclude:
+        known = {record.name: (record.prunable, record.reason) for record in manifest.tensors}
         if all(tensor.name in known for tensor in checkpoint.tensors):
             return known
     return choose(((t.name, t.dtype, t.shape) for t in checkpoint.tensors), include, exclude, needed=False)
@@ -232,6 +230,17 @@ def tensor_records(report: Report) -> tuple[TensorRecord, ...]:
     )  # fmt: skip
 
 
-def own_quality(folder: Path | None) -> tuple[Quality, ...]:
-    """Quality that lpsparse recorded in a folder it wrote; none elsewhere."""
-    return read_manifest(folder).quality if folder is not None and (folder / MANIFEST).is_file() else ()
+def own_manifest(checkpoint: Checkpoint) -> Manifest | None:
+    """What lpsparse wrote about a folder; None elsewhere."""
+    folder = checkpoint.root
+    return read_manifest(folder) if folder is not None and (folder / MANIFEST).is_file() else None
+
+
+def own_quality(checkpoint: Checkpoint) -> tuple[Quality, ...]:
+    """Quality that was recorded of these very weights, by their hashes; none where there is no record."""
+    manifest = own_manifest(checkpoint)
+    if manifest is None or checkpoint.root is None:
+        return ()
+    files = {record.name: record for record in manifest.files}
+    same = all(digest(path, checkpoint.root) == files.get(path.name) for path in checkpoint.files)
+    return manifest.quality if same else ()

@@ -1,4 +1,4 @@
-"""The report on a terminal: plain text that fits 80 columns, or fewer, and says what each figure is of."""
+"""The report on a terminal: for 80 columns (its tables fit fewer); it says what each figure is of."""
 
 from lpsparse.reporting.measure import Report, quality_drop
 from lpsparse.reporting.text import clean, columns, size

@@ -51,9 +51,9 @@ def allocate(weights: dict[str, Tensor], count: int, method: str) -> dict[str, i
     whose scale is merely small.
     """
     names = sorted(weights)
-    scores = [_lamp(weights[name]) if method == "lamp" else weights[name].abs().flatten() for name in names]
-    if count == 0:
+    if count == 0 or not names:
         return dict.fromkeys(names, 0)
+    scores = [_lamp(weights[name]) if method == "lamp" else weights[name].abs().flatten() for name in names]
     threshold = torch.cat(scores).kthvalue(count).values
     counts = {name: int((score < threshold).sum()) for name, score in zip(names, scores, strict=True)}
     left = count - sum(counts.values())
@@ -110,8 +110,9 @@ class SparsityControl:
         self.decay: LpDecay | None = None
         self.lambda_p = 0.0
         self.threshold = 0.0  # |w| under this is being decayed, in the tensor where it is highest
-        # The magnitudes at which each tensor would be cut now; without a target, at half of the weights.
-        self.aim = self._edges(max(1, self._count(self.target or Decimal("0.5"))))
+        # The magnitudes at which each tensor would be cut now; without a target, at half of what is not zero.
+        half = self.start + (self.size - self.start) // 2
+        self.aim = self._edges(max(1, half if self.target is None else self._count(self.target)))
         if step.method == "lp":
             self.base_lambda = self._base_lambda()
             self.decay = LpDecay(optimizer, p=step.p, lambda_p=0.0, params=weights.values())
@@ -191,7 +192,7 @@ class SparsityControl:
     def near_zero(self) -> float:
         """Fraction of the prunable weights that are as good as zero."""
         arrived = ((w.abs() <= NEAR_ZERO * self.aim[name]).sum() for name, w in self.weights.items())
-        return sum(int(count) for count in arrived) / self.size
+        return sum(int(count) for count in arrived) / max(1, self.size)
 
     @torch.no_grad()
     def zeros(self) -> int:

@@ -2,11 +2,13 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,20 @@ def find(data: str, split: str) -> tuple[list[Path], slice, str]:
     if path.is_file():
         _check_suffix(path)
         return [path], part, split
-    files = _in_folder(path, match[1])
-    return files, part, split
+    if not path.is_dir():
+        raise InputError(371, f"{data}: neither a file nor a folder", mend="write the data to a file first")
+    return _in_folder(path, match[1]), part, split
+
+
+def check_apart(data: str, split: str, held_data: str, held_split: str) -> None:
+    """Raises UsageError when what is held out would be read from the rows that train."""
+    (files, part, _), (held, held_part, _) = find(data, split), find(held_data, held_split)
+    if [path.resolve() for path in files] != [path.resolve() for path in held]:
+        return
+    ends = [float("inf") if each.stop is None else each.stop for each in (part, held_part)]
+    if max(part.start or 0, held_part.start or 0) < min(ends):
+        what = f"{held[0]}: {held_split!r} holds rows that {split!r} trains on"
+        raise UsageError(231, what, mend="give another --eval-split or --eval-data, or neither")
 
 
 def digests(data: str, split: str) -> dict[str, str]:
@@ -118,6 +132,7 @@ def read_text(files: list[Path], part: slice, text_field: str | None) -> str:
 
 
 def _decode(path: Path) -> str:
+    """The text of a file; its line ends are \n."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -130,14 +145,23 @@ def read_rows(
     files: list[Path], part: slice, text_field: str | None, label_field: str | None, *, labelled: bool = True
 ) -> list[Row]:
     """The rows of a table. Raises InputError naming file:line for a bad row, and for a table without rows."""
-    rows = [row for path in files for row in _table(path, text_field, label_field, labelled)][part]
+    asked = tuple(name for name in (text_field, label_field) if name is not None)
+    rows = [row for path in files for row in _table(path, text_field, label_field, asked, labelled)][part]
     if not rows:
         raise InputError(376, f"{files[0]}: no rows in it", mend="give a file with rows")
+    if labelled and len({row.label for row in rows}) > max(2, len({row.text for row in rows})):
+        what = f"{files[0]}: more different labels than texts: are the columns the other way round?"
+        raise InputError(380, what, mend="name the columns in a first line: text and label")
     return rows
 
 
-def _table(path: Path, text_field: str | None, label_field: str | None, labelled: bool) -> Iterator[Row]:
-    readers = {".jsonl": _jsonl, ".csv": _separated, ".tsv": _separated, ".parquet": _parquet}
+def _table(
+    path: Path, text_field: str | None, label_field: str | None, asked: tuple[str, ...], labelled: bool
+) -> Iterator[Row]:
+    readers = {
+        ".jsonl": _jsonl, ".parquet": _parquet,
+        ".csv": lambda path: _separated(path, asked), ".tsv": lambda path: _separated(path, asked),
+    }  # fmt: skip
     if path.suffix not in readers:
         raise InputError(
             372, f"{path}: not a table ({', '.join(_TABLES)})", mend="give rows with text and label"
@@ -161,7 +185,7 @@ def _field(where: str, fields: dict[str, Any], asked: str | None, usual: tuple[s
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_decode(path).splitlines(), 1):
+    for number, line in enumerate(_decode(path).split("\n"), 1):
         if line.strip():
             try:
                 value = json.loads(line)
@@ -174,18 +198,19 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, value
 
 
-def _separated(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of .csv or .tsv. Without a heading, a table of two columns is text and label."""
+def _separated(path: Path, asked: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of .csv or .tsv. The first is a heading when it holds a name that was `asked` for or a usual one;
+    a table of two columns without a heading is text and label."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    reader = csv.reader(_decode(path).splitlines(), strict=True, **options)
+    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True, **options)
     heading: list[str] | None = None
     try:
         for row in reader:
             if not row:
                 continue
             if heading is None:
-                named = any(name in row for name in (*_TEXTS, *_LABELS)) or len(row) != 2
+                named = any(name in row for name in (*asked, *_TEXTS, *_LABELS)) or len(row) != 2
                 heading = row if named else ["text", "label"]
                 if named:
                     continue
@@ -235,7 +260,7 @@ def _npz(path: Path) -> Images:
     try:
         with np.load(path, allow_pickle=False) as table:
             x, y = table["x"], table["y"]
-    except (ValueError, OSError, KeyError, EOFError) as error:
+    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(
             384, f"{path.name}: no arrays x and y to read: {error}", mend="save x and y"
         ) from None
@@ -254,10 +279,11 @@ def _pillow() -> Any:
 
 
 def _open_image(where: str, file: Any) -> NDArray[np.uint8]:
+    pillow = _pillow()
     try:
-        with _pillow().open(file) as image:
+        with pillow.open(file) as image:
             return np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
         raise InputError(386, f"{where}: not an image: {error}", mend="mend or drop the file") from None
 
 
@@ -270,20 +296,22 @@ def _stack(where: str, images: list[NDArray[np.uint8]], labels: list[int]) -> Im
 
 
 def _image_folder(folder: Path) -> Images:
-    """Classes are the folder names in sorted order."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    """Classes are the folder names in sorted order; what is hidden is not looked at."""
+    classes = _visible(path for path in folder.iterdir() if path.is_dir())
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     for label, group in enumerate(classes):
-        for file in sorted(path for path in group.iterdir() if path.is_file()):
+        for file in _visible(path for path in group.iterdir() if path.is_file()):
             images.append(_open_image(f"{group.name}/{file.name}", file))
             labels.append(label)
     return _stack(str(folder), images, labels)
 
 
-def _image_rows(files: list[Path], label_field: str | None) -> Images:
-    from io import BytesIO
+def _visible(paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if not path.name.startswith("."))
 
+
+def _image_rows(files: list[Path], label_field: str | None) -> Images:
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     for path in files:
@@ -297,6 +325,6 @@ def _image_rows(files: list[Path], label_field: str | None) -> Images:
                 or not isinstance(label, int)
             ):
                 raise InputError(377, f"{where}: image or label is missing", mend="mend or drop the row")
-            images.append(_open_image(where, BytesIO(cell["bytes"])))
+            images.append(_open_image(where, io.BytesIO(cell["bytes"])))
             labels.append(label)
     return _stack(files[0].name, images, labels)

@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from lpsparse.errors import UsageError
 
 FLUSH = 1e-30
+_SETTINGS = ("lp_p", "lp_lambda", "lp_convention")  # keys in the optimizer's param_groups
 CONVENTION = "ours"  # penalty (lambda_p / p) * ||w||_p^p; the authors' code means lambda * ||w||_p^p
 
 
@@ -28,11 +29,13 @@ def lp_factor(w: Tensor, lr: float, p: float, lambda_p: float) -> Tensor:
     size = w.abs()
     if p == 2:
         return torch.full_like(size, 1 / (1 + q))
-    large = 1 / (1 + q * size.clamp(min=1.0 if p < 2 else 0.0).pow(p - 2))
     if p > 2:
-        return large
+        return 1 / (1 + q * size.pow(p - 2))
     power = size.pow(2 - p)
-    return torch.where(size > 1, large, power / (power + q))
+    small = power / (power + q)
+    if not (size > 1).any():  # the usual case, and pow is what takes the time
+        return small
+    return torch.where(size > 1, 1 / (1 + q * size.clamp(min=1.0).pow(p - 2)), small)
 
 
 def lp_(v: Tensor, w: Tensor, *, lr: float, p: float, lambda_p: float, below: float | None = None) -> Tensor:
@@ -84,7 +87,7 @@ class LpDecay:
         self._ids: set[int] = set()
         self._old: dict[int, Tensor] = {}
         for group in optimizer.param_groups:
-            group.update(lp_p=p, lp_lambda=lambda_p, lp_convention=CONVENTION)
+            group.update(zip(_SETTINGS, (p, lambda_p, CONVENTION), strict=True))
             for param in group["params"]:
                 if (param.ndim >= 2) if chosen is None else (id(param) in chosen):
                     self._check(param)
@@ -125,6 +128,12 @@ class LpDecay:
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        overflow: Any = getattr(
+            optimizer, "found_inf", None
+        )  # a fused optimizer leaves the skipping to itself
+        if overflow is not None and float(overflow):
+            self._old.clear()
+            return
         for param, group in self._decayed():
             old = self._old.pop(id(param), None)
             if old is not None and param.grad is not None:
@@ -138,13 +147,18 @@ class LpDecay:
                     below=below,
                 )
 
-    def _loading(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def _loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """The state to load, with our settings where it was saved without them."""
+        groups: list[dict[str, Any]] = []
         for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=False):
+            groups.append({key: group[key] for key in _SETTINGS} | saved)
             if saved.get("lp_p", group["lp_p"]) != group["lp_p"]:
                 text = (
                     f"state was saved with p = {saved['lp_p']}, this decay was made with p = {group['lp_p']}"
                 )
                 warnings.warn(f"{text}; the saved one is used", stacklevel=3)
+        groups += state["param_groups"][len(groups) :]  # too many: torch says so
+        return {**state, "param_groups": groups}
 
 
 class LpAdamW(AdamW):

@@ -18,12 +18,14 @@ from lpsparse.pruning.prunable import choose, kept_in_words
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.conditioning import condition, fold
 from lpsparse.training.control import SparsityControl
+from lpsparse.training.data import check_apart
 from lpsparse.training.distill import Teacher, make_teacher
 from lpsparse.training.loss import batch_loss, check_dropout
 from lpsparse.training.model import quiet_transformers
 from lpsparse.training.tasks import TASKS
 from lpsparse.training.tasks.base import Task
 
+AUGMENT = {"image-classification": "crop-flip", "text-classification": "noise"}
 _POOL = 32  # batches whose examples are sorted by length together
 
 
@@ -65,7 +67,16 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     """Model and data of a step, checked; a fresh head and the data order follow from the seed."""
     quiet_transformers()
     torch.manual_seed(step.seed)
-    return TASKS[step.task](step, checkpoint)
+    if isinstance(step, FinetuneStep) and (step.eval_data or step.eval_split):
+        check_apart(step.data, step.split, step.eval_data or step.data, step.eval_split or "validation")
+    if isinstance(step, FinetuneStep) and step.augment not in ("none", AUGMENT.get(step.task)):
+        what = f"--augment {step.augment} is not for --task {step.task}"
+        raise UsageError(249, what, mend=f"use --augment {AUGMENT.get(step.task, 'none')}")
+    try:
+        return TASKS[step.task](step, checkpoint)
+    except OSError as error:
+        what = f"{error.filename or step.data}: {error.strerror or error}"
+        raise InputError(371, what, mend="check the data and its permissions") from error
 
 
 def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
@@ -83,6 +94,9 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
             correct += int((logits.argmax(-1) == labels).sum())
+    if not math.isfinite(loss):
+        what = f"loss {loss} over {count} {task.unit} held out"
+        raise NumericError(502, what, mend="look for NaN or Inf with `lpsparse report`")
     return Measured(loss / count, count, correct / count if task.metric == "accuracy" else None)
 
 
@@ -111,7 +125,7 @@ def train(
         torch.set_num_threads(step.threads)
     # One process may train twice, with another precision each time; accelerate has no public name for this.
     AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
-    accelerator = Accelerator(mixed_precision=step.mixed_precision)
+    accelerator = _accelerator(step)
     before = None if task.loaded.new else evaluate(step, task)
     model = task.loaded.module
     prunable, weights = _choose(step, task)
@@ -132,7 +146,17 @@ def train(
     if teacher is not None:
         teacher.close()
     control.after_step(steps)  # hold the mask through the last retraction
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # or it would be measured under autocast
+    task.loaded.round_to_storage()
     return Trained(task, prunable, before, evaluate(step, task), facts)
+
+
+def _accelerator(step: FinetuneStep) -> Accelerator:
+    try:
+        return Accelerator(mixed_precision=step.mixed_precision)
+    except (ValueError, ImportError) as error:  # accelerate's own check of the device
+        what = f"--mixed-precision {step.mixed_precision}: {str(error).strip().splitlines()[0]}"
+        raise UsageError(248, what, mend="use bf16 or no") from None
 
 
 def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
@@ -171,10 +195,11 @@ def _loop(
             loss = batch_loss(step, task, model, batch, teacher)
         accelerator.backward(loss)
         control.mask_gradients()
-        norm = accelerator.clip_grad_norm_(parameters, step.clip or math.inf)
+        norm = float(accelerator.clip_grad_norm_(parameters, step.clip or math.inf) or 0)
         losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]) or (norm is not None and not math.isfinite(float(norm))):
-            what = f"step {t + 1} of {len(rates)}: loss {losses[-1]}, gradient norm {float(norm or 0)}"
+        # A loss scaler (fp16) skips a step whose gradients overflow and goes on with a smaller scale.
+        if not math.isfinite(losses[-1]) or (accelerator.scaler is None and not math.isfinite(norm)):
+            what = f"step {t + 1} of {len(rates)}: loss {losses[-1]}, gradient norm {norm}"
             raise NumericError(501, what, mend="lower --lr; nothing was written, the input is untouched")
         optimizer.step()
         optimizer.zero_grad()
@@ -182,7 +207,7 @@ def _loop(
             conditioning.retract()
         control.after_step(t)
         if (t + 1) % step.log_every == 0 or t + 1 == len(rates):
-            sparsity = control.zeros() / control.size
+            sparsity = control.zeros() / max(1, control.size)
             mean = sum(losses) / len(losses)
             facts = (rates[t], control.lambda_p, control.threshold, sparsity, control.near_zero())
             on_step(Progress(t + 1, len(rates), epoch, mean, *facts))
@@ -207,6 +232,8 @@ def _choose(step: FinetuneStep, task: Task) -> tuple[dict[str, tuple[bool, str]]
             weights[out] = param
     if not any(param.requires_grad for param in task.loaded.module.parameters()):
         raise UsageError(212, "--freeze leaves nothing to train", mend="freeze less")
+    if not weights and step.method != "dense":
+        raise UsageError(211, "no prunable tensor is left to train", mend="freeze less, or --method dense")
     empty = sorted(out for out, weight in weights.items() if not weight.any())
     if empty and step.method == "lp":
         raise InputError(

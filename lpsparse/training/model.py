@@ -4,13 +4,11 @@ transformers gets a state dict, never a file: shard indexes, pickles and missing
 matter.
 """
 
-import importlib
-import importlib.util
 import json
-import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,15 @@ from torch import Tensor, nn
 from lpsparse.checkpoint import opening
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.opening import Blocks, Checkpoint
-from lpsparse.errors import InputError, UsageError
+from lpsparse.errors import InputError
+from lpsparse.training.model_fn import build
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_LEGACY = {".weight": ".gamma", ".bias": ".beta"}  # BERT's first checkpoints name their LayerNorm so
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -38,6 +38,17 @@ class Loaded:
     names: dict[str, str]  # name in the module -> name in OUT
     new: tuple[str, ...]  # names in OUT of tensors that the checkpoint lacks (a fresh head)
     notes: tuple[str, ...]
+    origin: dict[str, str] = field(default_factory=dict[str, str])  # name in OUT -> name in the checkpoint
+    dtypes: dict[str, str] = field(default_factory=dict[str, str])  # name in OUT -> storage dtype of a float
+
+    @torch.no_grad()
+    def round_to_storage(self) -> None:
+        """Give every float the value that its storage dtype will hold,
+        so that what is measured is what is written."""
+        state = self.module.state_dict()
+        for name, out in self.names.items():
+            if out in self.dtypes:
+                state[name].copy_(state[name].to(TORCH_DTYPES[self.dtypes[out]]))
 
 
 def to_tensor(tensor: opening.Tensor) -> Tensor:
@@ -71,11 +82,24 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise InputError(392, f"{path}: not valid JSON: {error}", mend="download it again") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(392, f"{path}: names no model_type", mend="give a Hugging Face folder")
-    if "auto_map" in config:
-        raise InputError(
-            393, f"{path}: asks for code of its own (auto_map), which is never run", mend="see --model-fn"
-        )
+    for key, value in _entries(config):
+        if key == "auto_map" or (key.endswith("_implementation") and not str(value).isidentifier()):
+            what = f"{path}: asks for code of its own ({key}), which is never run"
+            raise InputError(393, what, mend="see --model-fn")
+        if key == "quantization_config":
+            raise InputError(
+                393, f"{path}: is quantised, which cannot be trained", mend="dequantise it first"
+            )
     return config
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every key of a config and of the configs inside it that has a value."""
+    for key, value in config.items():
+        if value is not None:
+            yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any]) -> Loaded:
@@ -92,21 +116,27 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
         config = AutoConfig.from_pretrained(
             checkpoint.root, local_files_only=True, trust_remote_code=False, **changes
         )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(
-            394, f"{checkpoint.name}: config.json: {first}", mend="upgrade transformers"
-        ) from None
-    state = {tensor.name: to_tensor(tensor).to(_training_dtype(tensor)) for tensor in checkpoint.tensors}
+    except Exception as error:  # a broken config makes transformers stumble over anything
+        what = f"{checkpoint.name}: config.json: {first_line(error)}"
+        raise InputError(394, what, mend="mend config.json, or upgrade transformers") from None
+    # A wrapper's prefix is looked through, and stays in OUT.
+    wrapper = "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
+    state = {
+        tensor.name.removeprefix(wrapper): to_tensor(tensor).to(_training_dtype(tensor))
+        for tensor in checkpoint.tensors
+    }
+    keys = set(state)
     try:
         with torch.device("meta"):
             family = type(auto.from_config(config))  # the class alone: an Auto class takes no state dict
         model, info = family.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
-    except (ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(395, f"{checkpoint.name}: {first}", mend="check --task and the checkpoint") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        what = f"{checkpoint.name}: {first_line(error)}"
+        raise InputError(395, what, mend="check --task, config.json and the checkpoint") from None
     prefix = f"{model.base_model_prefix}."
     missing = sorted(info["missing_keys"])
     lost = [name for name in missing if name.startswith(prefix)]
@@ -117,33 +147,71 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
             f"{type(model).__name__}: {names[:200]}"
         )
         raise InputError(396, what, mend="check --task and config.json")
-    names, notes = _names(model, {tensor.name for tensor in checkpoint.tensors}, missing)
+    sources = _sources(model, keys)
+    _refuse_untraced(checkpoint, model, {*sources, *missing})
+    # The source's own keys; the class's own where the class adds a head, so that it finds them all.
+    names = {
+        name: name if missing else wrapper + sources[name]
+        for name in model.state_dict()
+        if name in sources or name in missing
+    }
+    origin = {names[name]: wrapper + key for name, key in sources.items()}
+    left = sorted(key for key in keys - set(sources.values()) if not key.endswith("position_ids"))
+    notes = [f"carried over, not part of {type(model).__name__}: {', '.join(left[:5])}"] if left else []
+    if wrapper:
+        notes.append(f"prefix {wrapper!r} looked through" + ("" if missing else "; it is kept in OUT"))
     if missing:
         notes.append(f"fresh head: {', '.join(missing)}")
-    return Loaded(model, names, tuple(missing), tuple(notes))
+    return Loaded(model, names, tuple(missing), tuple(notes), origin, _dtypes(checkpoint, origin, missing))
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error of another library."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _training_dtype(tensor: opening.Tensor) -> torch.dtype:
     return torch.float32 if DTYPES[tensor.dtype].is_float else TORCH_DTYPES[tensor.dtype]
 
 
-def _names(model: nn.Module, source: set[str], missing: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Module name -> name in OUT: the source's own key, or the class's own where the class adds a head."""
+def _sources(model: nn.Module, source: set[str]) -> dict[str, str]:
+    """Module name -> the checkpoint's key of it:
+    the same, without or with the base model's prefix, or a legacy one."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names: dict[str, str] = {}
+    found: dict[str, str] = {}
     used: set[str] = set()
     for name in model.state_dict():
-        bare = name.removeprefix(prefix)
-        key = next((key for key in (name, bare, prefix + name) if key in source), None)
+        near = [name, name.removeprefix(prefix), prefix + name]
+        for new, old in _LEGACY.items():
+            near += [key.removesuffix(new) + old for key in near[:3] if key.endswith(f"LayerNorm{new}")]
+        key = next((key for key in near if key in source), None)
         if key is not None and key not in used:
             used.add(key)
-            names[name] = name if missing else key
-        elif name in missing:
-            names[name] = name
-    left = sorted(source - used)
-    trained = [name for name in left if not name.endswith("position_ids")]
-    notes = [f"carried over, not part of {type(model).__name__}: {', '.join(trained[:5])}"] if trained else []
-    return names, notes
+            found[name] = key
+    return found
+
+
+def _refuse_untraced(checkpoint: Checkpoint, model: nn.Module, known: set[str]) -> None:
+    """A parameter that transformers made of tensors with other names
+    (renamed, fused) would be trained and then lost: raises InputError."""
+    names: dict[int, list[str]] = {}  # a tied parameter has several
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    lost = sorted(group[0] for group in names.values() if known.isdisjoint(group))
+    if lost:
+        what = (
+            f"{checkpoint.name}: transformers renames or fuses {len(lost)} tensors ({', '.join(lost)[:160]})"
+        )
+        raise InputError(396, what, mend="save it with this version of transformers, then use that")
+
+
+def _dtypes(checkpoint: Checkpoint, origin: dict[str, str], new: list[str]) -> dict[str, str]:
+    """Storage dtype of each float in OUT: its own; of a fresh head, the one that most tensors have."""
+    floats = {tensor.name: tensor.dtype for tensor in checkpoint.tensors if DTYPES[tensor.dtype].is_float}
+    known = {out: floats[key] for out, key in origin.items() if key in floats}
+    if not new:
+        return known
+    return known | dict.fromkeys(new, Counter(floats.values()).most_common(1)[0][0])
 
 
 def load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None = None) -> Loaded:
@@ -169,39 +237,8 @@ def load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None = Non
             raise InputError(398, what, mend="check --model-fn")
     module.load_state_dict(own | state)
     notes = ("prefix 'module.' looked through; it is kept in OUT",) if prefix else ()
-    return Loaded(module.float(), names, (), notes)
-
-
-def build(model_fn: str, folder: Path | None = None) -> nn.Module:
-    """Call MODULE:CALLABLE or FILE.py:CALLABLE, which the person at the terminal named, not a checkpoint."""
-    where, _, name = model_fn.rpartition(":")
-    if not where or not name:
-        raise UsageError(
-            240, f"--model-fn {model_fn!r}: not MODULE:CALLABLE or FILE.py:CALLABLE", mend="see --help"
-        )
-    try:
-        if where.endswith(".py"):
-            path = Path(where) if folder is None or Path(where).exists() else folder / where
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            if spec is None or spec.loader is None or not path.is_file():
-                raise UsageError(241, f"--model-fn: {where}: no such file", mend="check the path")
-            code = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(code)
-        else:
-            sys.path.insert(0, "")
-            try:
-                code = importlib.import_module(where)
-            finally:
-                sys.path.remove("")
-        function: Callable[[], Any] = getattr(code, name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(241, f"--model-fn {model_fn!r}: {error}", mend="check module and name") from None
-    module = function()
-    if not isinstance(module, nn.Module):
-        raise UsageError(
-            242, f"--model-fn {model_fn!r}: gave a {type(module).__name__}", mend="return a torch module"
-        )
-    return module
+    origin = {name: name for name in names.values()}
+    return Loaded(module.float(), names, (), notes, origin, _dtypes(checkpoint, origin, []))
 
 
 def trained_checkpoint(source: Checkpoint, loaded: Loaded) -> Checkpoint:
@@ -210,21 +247,13 @@ def trained_checkpoint(source: Checkpoint, loaded: Loaded) -> Checkpoint:
     values = {
         out: value for name, value in loaded.module.state_dict().items() if (out := loaded.names.get(name))
     }
-    by_source = {_source_key(out, source): out for out in values if out not in loaded.new}
-    floats = [tensor.dtype for tensor in source.tensors if DTYPES[tensor.dtype].is_float]
+    by_source = {key: out for out, key in loaded.origin.items()}
     tensors = [_replaced(tensor, by_source.get(tensor.name), values) for tensor in source.tensors]
     last = source.files[-1].name
-    for name in loaded.new:
-        dtype = max(set(floats), key=floats.count)
-        tensors.append(_from_training(name, dtype, last, values[name]))
+    tensors += [_from_training(name, loaded.dtypes[name], last, values[name]) for name in loaded.new]
     return Checkpoint(
         source.name, source.root, source.files, tuple(tensors), source.metadata, source.revision
     )
-
-
-def _source_key(out: str, source: Checkpoint) -> str:
-    keys = {tensor.name for tensor in source.tensors}
-    return next((key for key in (out, out.partition(".")[2]) if key in keys), out)
 
 
 def _replaced(tensor: opening.Tensor, out: str | None, values: dict[str, Tensor]) -> opening.Tensor:

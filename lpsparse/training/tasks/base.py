@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError
-from lpsparse.training.model import Loaded
+from lpsparse.training.model import Loaded, first_line
 
 Batch = dict[str, Tensor]
 
@@ -52,11 +52,9 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(
-            389, f"{checkpoint.name}: no tokenizer: {first[:160]}", mend="add tokenizer.json"
-        ) from None
+    except Exception as error:  # a broken file makes transformers stumble over anything
+        what = f"{checkpoint.name}: no tokenizer: {first_line(error)}"
+        raise InputError(389, what, mend="add or mend tokenizer.json") from None
 
 
 def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:

@@ -24,7 +24,11 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
         raise InputError(396, what, mend="check --task")
     model: Any = loaded.module
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], checkpoint.name)
-    length = min(step.max_length, getattr(model.config, "max_position_embeddings", step.max_length))
+    most: Any = getattr(model.config, "max_position_embeddings", None)
+    length = min(step.max_length, most) if isinstance(most, int) else step.max_length
+    if length < 2:
+        what = f"{checkpoint.name}: config.json: max_position_embeddings is {most}"
+        raise InputError(392, what, mend="mend config.json")
     train = _blocks(tokenizer, train_text, length, step.data) if train_text else []
     held = _blocks(tokenizer, held_text, length, step.data)
     return Task(loaded, train, held, _collate, _predict, metric="loss", unit="tokens")

@@ -2,6 +2,7 @@
 classification head, old or fresh. Metric: accuracy."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import Row, find, read_rows
 from lpsparse.training.model import load_transformer, read_config
 from lpsparse.training.tasks.base import Batch, Task, check_vocabulary, hold_out, tokenizer_of
+
+NOISE = 0.15  # share of the tokens that --augment noise replaces
 
 
 def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
@@ -33,12 +36,12 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
         raise InputError(399, what, mend="fine-tune it first")
     model: Any = loaded.module
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], checkpoint.name)
-    if model.config.pad_token_id is None and tokenizer.pad_token_id is not None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    pad = model.config.pad_token_id = _padding(tokenizer, config, checkpoint)
     encode = _encoder(tokenizer, labels, step.max_length)
     return Task(
-        loaded, encode(train), encode(held), _collate(tokenizer), _predict, metric="accuracy", unit="rows",
+        loaded, encode(train), encode(held), _collate(pad), _predict, metric="accuracy", unit="rows",
         length=lambda example: len(example[0]), sidecars=lambda folder: _write_labels(folder, model),
+        augment=_noise(tokenizer) if isinstance(step, FinetuneStep) and step.augment == "noise" else None,
     )  # fmt: skip
 
 
@@ -58,21 +61,37 @@ def _rows(step: FinetuneStep | EvalStep) -> tuple[list[Row], list[Row]]:
 def _labels(rows: list[Row], config: dict[str, Any], checkpoint: Checkpoint, *, training: bool) -> list[str]:
     """Label names by id: the checkpoint's own where the rows fit them,
     else the training rows' in sorted order."""
-    table = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    known = [str(table[key]) for key in sorted(table, key=int)]
-    seen = sorted({str(row.label) for row in rows}, key=lambda text: (not text.isdigit(), text.zfill(9)))
-    if all(label in known or (label.isdigit() and int(label) < len(known)) for label in seen):
+    known = _known_labels(config, checkpoint)
+    seen = sorted({str(row.label) for row in rows}, key=lambda text: (not _is_number(text), text.zfill(9)))
+    if all(label in _ids(known) for label in seen):
         return known
     has_head = any(tensor.name.startswith(("classifier.", "score.")) for tensor in checkpoint.tensors)
     if training and not has_head:
         return seen
-    bad = next(row for row in rows if row.label not in known and not _is_id(row.label, known))
+    bad = next(row for row in rows if row.label not in _ids(known))
     what = f"{bad.where}: label {bad.label!r} is outside the model's set ({', '.join(known[:8])})"
     raise InputError(400, what, mend="mend the row, or start from a checkpoint without a head")
 
 
-def _is_id(label: str | None, known: list[str]) -> bool:
-    return label is not None and label.isdigit() and int(label) < len(known)
+def _known_labels(config: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
+    """The names in config.json by their ids, which count from 0."""
+    table = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(table, dict) or set(table) != {str(i) for i in range(len(table))}:
+        what = f"{checkpoint.name}: config.json: id2label is no table of ids from 0"
+        raise InputError(392, what, mend="mend config.json")
+    return [str(table[str(i)]) for i in range(len(table))]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _ids(labels: list[str]) -> dict[str | None, int]:
+    """Id of each label: by name, and by number where no name is a number itself."""
+    ids: dict[str | None, int] = (
+        {} if any(map(_is_number, labels)) else {str(i): i for i in range(len(labels))}
+    )
+    return ids | {name: i for i, name in enumerate(labels)}
 
 
 def _changes(labels: list[str]) -> dict[str, Any]:
@@ -81,7 +100,7 @@ def _changes(labels: list[str]) -> dict[str, Any]:
 
 
 def _encoder(tokenizer: Any, labels: list[str], max_length: int) -> Any:
-    ids = {str(i): i for i in range(len(labels))} | {name: i for i, name in enumerate(labels)}
+    ids = _ids(labels)
 
     def encode(rows: list[Row]) -> list[tuple[list[int], int]]:
         for row in rows:
@@ -90,14 +109,21 @@ def _encoder(tokenizer: Any, labels: list[str], max_length: int) -> Any:
                 raise InputError(400, what, mend="mend or drop the row")
         texts = [row.text for row in rows]
         tokens = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
-        return [(token_ids, ids[str(row.label)]) for token_ids, row in zip(tokens, rows, strict=True)]
+        return [(token_ids, ids[row.label]) for token_ids, row in zip(tokens, rows, strict=True)]
 
     return encode
 
 
-def _collate(tokenizer: Any) -> Any:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+def _padding(tokenizer: Any, config: dict[str, Any], checkpoint: Checkpoint) -> int:
+    """The token that fills short rows up: the model's own, the tokenizer's, or the end of text."""
+    for token in (config.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int) and 0 <= token < len(tokenizer):
+            return token
+    what = f"{checkpoint.name}: neither model nor tokenizer has a padding or end-of-text token"
+    raise InputError(389, what, mend="set pad_token_id in config.json")
 
+
+def _collate(pad: int) -> Any:
     def collate(examples: list[tuple[list[int], int]]) -> Batch:
         width = max(len(tokens) for tokens, _ in examples)
         ids = torch.full((len(examples), width), pad)  # (batch, tokens)
@@ -108,6 +134,26 @@ def _collate(tokenizer: Any) -> Any:
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([y for _, y in examples])}
 
     return collate
+
+
+def _noise(tokenizer: Any) -> Callable[[Batch, torch.Generator], Batch]:
+    """Some tokens become the mask (where the tokenizer has one) or another token of the batch, half and half:
+    new inputs for a teacher to label (as TinyBERT's augmentation: Jiao et al. 2020, arXiv 1909.10351)."""
+    special = torch.tensor(sorted(tokenizer.all_special_ids))
+    mask = tokenizer.mask_token_id
+
+    def augment(batch: Batch, generator: torch.Generator) -> Batch:
+        ids = batch["input_ids"]  # (batch, tokens)
+        words = ~torch.isin(ids, special.to(ids.device)) & batch["attention_mask"].bool()
+        pool = ids[words] if words.any() else ids.flatten()
+        draw = torch.randint(0, len(pool), ids.shape, generator=generator).to(ids.device)
+        chance = torch.rand(ids.shape, generator=generator).to(ids.device)
+        noisy = torch.where(words & (chance < NOISE), pool[draw], ids)
+        if mask is not None:
+            noisy = torch.where(words & (chance < NOISE / 2), mask, noisy)
+        return {**batch, "input_ids": noisy}
+
+    return augment
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +169,7 @@ def _write_labels(folder: Path, model: Any) -> None:
     changed = {
         "architectures": [type(model).__name__], "id2label": table,
         "label2id": {name: int(i) for i, name in table.items()},
-        "problem_type": "single_label_classification",
+        "problem_type": "single_label_classification", "pad_token_id": model.config.pad_token_id,
     }  # fmt: skip
     if any(config.get(key) != value for key, value in changed.items()):
         write_json(path, config | changed)
