@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[1]
 PRUNABLE = ("layers.0.attn.weight", "layers.0.mlp.weight", "layers.1.attn.weight", "layers.1.mlp.weight")
 PRUNABLE_WEIGHTS = 4 * 7 * 13
 
+BUNDLED = ROOT / "lpsparse" / "bundled" / "stories260k"
+LM = {
+    "task": "causal-lm",
+    "data": "bundled:shakespeare",
+    "eval_split": "validation[:4000]",
+    "split": "train[:9000]",
+}
+SMALL = {**LM, "max_length": 32, "batch_size": 8, "steps": 12, "lr": 1e-3, "log_every": 4}
 ROWS = [("a fine and moving film", "good"), ("dull , empty and far too long", "bad")] * 20
 NET = """
 from torch import nn

@@ -521,6 +521,19 @@ def test_the_environment_sets_a_recipes_settings_but_set_wins(
     assert done[0].step.model_dump(mode="json")["sparsity"] == "0.9"
 
 
+def test_the_environment_reaches_the_steps_and_not_the_recipes_own_keys(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("STEPS", "VERSION"):
+        monkeypatch.setenv(f"LPSPARSE_{name}", "5")
+    assert len(pipeline.run("r.yaml")) == 4
+
+
+def test_an_out_given_by_set_lies_under_the_recipes_out(recipe: Path) -> None:
+    pipeline.run("r.yaml", {"sparse.out": "other"})
+    assert sorted(path.name for path in (recipe.parent / "made").iterdir()) == ["other", "packed"]
+
+
 def test_a_model_in_the_environment_starts_the_chain_and_does_not_break_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,3 +177,32 @@ def test_p_and_lambda_live_in_the_state_dict_and_another_p_warns() -> None:
     with pytest.warns(UserWarning, match=r"p = 0\.5.*p = 0\.8"):
         second.load_state_dict(state)
     assert second.param_groups[0]["lp_lambda"] == 0.25
+
+
+def test_the_state_of_a_plain_optimizer_can_be_loaded_under_the_decay() -> None:
+    model = model_of(3)
+    plain = torch.optim.AdamW(model.parameters(), lr=0.1)
+    saved = plain.state_dict()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.2)
+    LpDecay(optimizer, p=0.5, lambda_p=0.3)
+    optimizer.load_state_dict(saved)
+    one_backward(model, 3)
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["lp_p"], group["lp_lambda"]) == (0.1, 0.5, 0.3)
+    assert "lp_p" not in saved["param_groups"][0]  # the caller's own table is left as it was
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_loss_scaler_skips_decays_nothing(fused: bool) -> None:
+    model = model_of(4).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, fused=fused)
+    LpDecay(optimizer, p=0.8, lambda_p=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [param.detach().clone() for param in model.parameters()]
+    for value, moves in ((float("inf"), False), (1.0, True)):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.full((2, 7), value)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == moves

@@ -12,19 +12,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import LISTENING, ROWS
+from conftest import BUNDLED, LISTENING, ROWS, SMALL
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-
-BUNDLED = Path(lpsparse.__file__).parent / "bundled" / "stories260k"
-LM = {
-    "task": "causal-lm",
-    "data": "bundled:shakespeare",
-    "eval_split": "validation[:4000]",
-    "split": "train[:9000]",
-}
-SMALL = {**LM, "max_length": 32, "batch_size": 8, "steps": 12, "lr": 1e-3, "log_every": 4}
+from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.pruning.plan import plan_prune
 
 
 def test_finetune_meets_the_target_exactly_and_writes_the_inputs_keys_shapes_and_dtypes(
@@ -83,7 +76,20 @@ def test_p_below_one_leaves_a_band_that_gap_cuts_in_and_the_checkpoint_has_none(
     options = {**SMALL, "steps": 60, "p": 0.5, "lr": 2e-3, "condition": "none"}
     lpsparse.finetune("bundled:stories260k", tmp_path / "out", **options)
     pruned = lpsparse.prune(tmp_path / "out", tmp_path / "cut", gap=True)
-    assert pruned.prunable.sparsity > 0.01
+    band = plan_prune(open_checkpoint(tmp_path / "out"), gap=True).band
+    assert band is not None and band.decades >= 2
+    assert pruned.prunable.zeros == band.below >= 0.01 * band.total
+    cut = safetensors.torch.load_file(tmp_path / "cut/model.safetensors")
+    left = [cut[row.name] for row in pruned.tensors if row.prunable]
+    assert min(float(value[value != 0].abs().min()) for value in left) == band.high
+    dense = {
+        "task": "causal-lm",
+        "data": "bundled:shakespeare",
+        "split": "validation[:4000]",
+        "max_length": 32,
+    }
+    before, after = (lpsparse.evaluate(tmp_path / name, **dense)["loss"] for name in ("out", "cut"))
+    assert after == pytest.approx(before, abs=0.01)  # what lies under the band carries nothing
     with pytest.raises(LpsparseError, match="no band") as caught:
         lpsparse.prune("bundled:stories260k", tmp_path / "no", gap=True)
     assert caught.value.exit_code == ExitCode.VERDICT and not (tmp_path / "no").exists()
@@ -222,7 +228,6 @@ def test_a_recipe_trains_again_when_its_data_changed_and_not_otherwise(tmp_path:
 
 
 def test_noise_masks_or_exchanges_words_only_and_follows_its_generator(tiny_bert: Path, table: Path) -> None:
-    from lpsparse.checkpoint.opening import open_checkpoint
     from lpsparse.recipe import FinetuneStep, resolve
     from lpsparse.training.loop import prepare
     from lpsparse.training.tasks.base import Task

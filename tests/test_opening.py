@@ -408,3 +408,16 @@ def test_a_remote_error_is_raised_in_python_too(tmp_path: Path) -> None:
     )
     assert done.stdout == "LPS801\n"
     assert RemoteError.exit_code == ExitCode.REMOTE
+
+
+def test_a_cache_without_weights_is_a_matter_of_the_hub_and_exits_8(tmp_path: Path) -> None:
+    home = hub_cache(tmp_path / "hf")
+    (home / "hub/models--org--name/snapshots" / COMMIT / "model.safetensors").unlink()
+    rc, stdout, stderr = run_cli(["inspect", "org/name"], cwd=tmp_path, HF_HOME=str(home))
+    assert (rc, stdout) == (ExitCode.REMOTE, "") and "without weights" in stderr
+
+
+def test_two_keys_that_are_one_as_text_are_refused(tmp_path: Path) -> None:
+    torch.save({1: torch.ones(3), "1": torch.zeros(3)}, tmp_path / "net.pt")
+    with pytest.raises(LpsparseError, match="stand twice"):
+        open_checkpoint(tmp_path / "net.pt")

@@ -401,3 +401,33 @@ def test_columns_line_up() -> None:
 def test_the_error_of_a_missing_model_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         report(tmp_path / "gone")
+
+
+def test_quality_is_of_the_weights_it_was_measured_on_and_of_no_others(tiny: Path, tmp_path: Path) -> None:
+    from conftest import BUNDLED, SMALL
+
+    from lpsparse import finetune
+
+    finetune(BUNDLED, tmp_path / "out", target_sparsity="0.5", **SMALL)
+    assert report(tmp_path / "out", max_quality_drop=9).passed
+    state = load_file(tmp_path / "out/model.safetensors")
+    save_file(
+        {name: np.zeros_like(value) for name, value in state.items()}, tmp_path / "out/model.safetensors"
+    )
+    found = report(tmp_path / "out", max_quality_drop=9)
+    assert found.quality == () and not found.passed and found.budgets[0].value is None
+    assert pack(tmp_path / "out", tmp_path / "packed").quality == ()
+
+
+def test_a_report_is_written_over_no_part_of_a_checkpoint(sparse: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copyfile(sparse / "model.safetensors", tmp_path / "lone.safetensors")
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    lone, loose = tmp_path / "lone.safetensors", tmp_path / "lone.bin"
+    loose.write_bytes(b"weights")
+    for model, target in (
+        (sparse, sparse / "model.safetensors"), (sparse, sparse / "report.json"), (lone, lone),
+        (sparse, sparse / "new.json"), (lone, sparse / "new.json"), (sparse, lone), (sparse, loose),
+    ):  # fmt: skip
+        ran = cli("report", model, "--json", target)
+        assert ran.rc == 4 and len(ran.stderr.strip().splitlines()) == 2, target
+    assert {path: path.read_bytes() for path in before} == before and not (sparse / "new.json").exists()

@@ -377,6 +377,21 @@ def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path
         ("h.0.ln_1.weight", "F32", (7, 13), False, "normalisation"),
         ("lm_head.weight", "F32", (7, 13), False, "output head"),
         ("module.fc.weight", "F32", (7, 13), False, "output head"),
+        ("shared.weight", "F32", (7, 13), False, "embedding"),  # T5
+        ("model.shared.weight", "F32", (7, 13), False, "embedding"),  # BART
+        (
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            "F32",
+            (7, 13),
+            False,
+            "embedding",
+        ),
+        ("heads.head.weight", "F32", (7, 13), False, "output head"),  # torchvision's ViT
+        ("linear.weight", "F32", (7, 13), False, "output head"),
+        ("encoder.0.linear.weight", "F32", (7, 13), True, "matrix"),
+        ("proj_out.weight", "F32", (7, 13), False, "output head"),  # Whisper
+        ("transformer.output_layer.weight", "F32", (7, 13), False, "output head"),
+        ("vocab_projector.weight", "F32", (7, 13), False, "output head"),  # DistilBERT
         ("a.bias", "F32", (7,), False, "fewer than 2 dimensions"),
         ("a.weight", "F32", (), False, "fewer than 2 dimensions"),
         ("a.weight", "F32", (0, 7), False, "empty"),
