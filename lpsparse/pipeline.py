@@ -82,7 +82,13 @@ def _run(steps: list[tuple[int, str, Step]], say: Say, on_step: Callable[[Any], 
         say(f"[{i + 1}/{len(steps)}] {command_line(name, step)}")
         if isinstance(step, _WRITES) and is_finished(step):
             say(f"  finished already: {step.out}")
-            yield Done(name, step, verbs.report(step.out), skipped=True)
+            named = read_manifest(step.out).source.name
+            result = verbs.report(step.out).model_copy(update={"model": named})
+            yield Done(name, step, result, skipped=True)
+        elif isinstance(step, _WRITES) and (step.out / MANIFEST).is_file() and not step.overwrite:
+            what = f"{step.out}: holds what other settings, data or another input made"
+            mend = f"choose another --set out=FOLDER, or replace it: --set {name}.overwrite=true"
+            raise OutputError(401, what, mend=mend)
         else:
             yield Done(name, step, execute(step, say, on_step))
 

@@ -262,7 +262,11 @@ class FinetuneStep(_DataStep):
         "are masked or exchanged (best with --distill).",
     )
     log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
-    threads: int | None = Field(None, ge=1, description="CPU threads. Default: torch's choice.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads. Default: torch's choice; 1 is fastest for a tiny language model.",
+    )
     overwrite: bool = _OVERWRITE
     dry_run: bool = _DRY_RUN
 
@@ -289,6 +293,17 @@ S = TypeVar("S", bound=BaseModel)
 def flag(field: str) -> str:
     """The command line's name of a field."""
     return "--lambda" if field == "lambda_p" else "--" + field.replace("_", "-")
+
+
+def check_environment() -> None:
+    """Raises UsageError for an LPSPARSE_ variable that sets nothing."""
+    fields = {flag(name) for kind in (*STEPS.values(), InspectStep) for name in kind.model_fields}
+    known = sorted("LPSPARSE_" + name[2:].replace("-", "_").upper() for name in fields)
+    for key in os.environ:
+        if key.startswith("LPSPARSE_") and key not in known:
+            near = get_close_matches(key, known, n=1)
+            mend = f"did you mean {near[0]}?" if near else "unset it; settings are named as the flags are"
+            raise UsageError(209, f"{key}: sets nothing", mend=mend)
 
 
 def resolve(
@@ -337,5 +352,7 @@ def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseErr
         what = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
         return UsageError(204, f"{prefix}{what}", mend="see --help")
     allowed = first["msg"].replace("Input should be", "must be")
+    if key == "lambda" or key == "lambda_p":
+        allowed = "must be auto or a number from 0"
     mend = "fractions are 0..1, such as 0.8" if "sparsity" in key else "see --help"
     return UsageError(201, f"{prefix}{shown} {first['input']!r}: {allowed}", mend=mend)

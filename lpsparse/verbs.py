@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from lpsparse.checkpoint.manifest import Quality, source_of, write_manifest
+from lpsparse.checkpoint.manifest import Quality, own_manifest, source_of, write_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.rewrite import Count, count, rewrite
 from lpsparse.checkpoint.writer import (
@@ -46,7 +46,6 @@ from lpsparse.reporting.measure import (
     check_budgets,
     compare,
     measure,
-    own_manifest,
     own_quality,
     prunable_of,
     tensor_records,
@@ -116,8 +115,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def prune_step(step: PruneStep, say: Say = _silent) -> Report:
     source = _open(step.model, say)
-    if not step.dry_run:
-        check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
+    check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
     plan = plan_prune(
         source, sparsity=step.sparsity, below=step.below, gap=step.gap, scope=step.scope,
         include=step.include, exclude=step.exclude,
@@ -127,7 +125,8 @@ def prune_step(step: PruneStep, say: Say = _silent) -> Report:
     if plan.band is not None:
         band = plan.band
         below = f"{band.below:,} of {band.total:,} weights below"
-        say(f"band from {band.low:.3g} to {band.high:.3g} ({band.decades:.1f} decades), {below}")
+        wide = f" ({band.decades:.1f} decades)" if band.low > 0 else ": nothing between exact zeros and that"
+        say(f"band from {band.low:.3g} to {band.high:.3g}{wide}, {below}")
     if plan.threshold is not None:
         say(f"threshold {plan.threshold:.6g}")
     if step.dry_run:
@@ -135,6 +134,9 @@ def prune_step(step: PruneStep, say: Say = _silent) -> Report:
         return measure(source, chosen, cut=plan.cut)
     with _writing(step, source, chosen, say) as (folder, finish):
         counts = rewrite(source, folder, plan.cut, step.layout)
+        whole = [t.name for t in source.tensors if chosen[t.name][0] and counts[t.name].zeros == t.size]
+        if whole:
+            say(f"nothing is left of {', '.join(whole[:4])} ({len(whole)} tensors); --exclude would keep it")
         same = all(
             counts[t.name].zeros == count(t, t.blocks()).zeros for t in source.tensors if chosen[t.name][0]
         )
@@ -150,10 +152,10 @@ def prune_step(step: PruneStep, say: Say = _silent) -> Report:
 def pack_step(step: PackStep | UnpackStep, say: Say = _silent) -> Report:
     source = _open(step.model, say)
     chosen = prunable_of(source)
+    check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
     if step.dry_run:
         say("dry run: nothing is written")
         return measure(source, chosen)
-    check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
     with _writing(step, source, chosen, say) as (folder, finish):
         layout = step.layout if isinstance(step, PackStep) else "dense"
         counts = rewrite(source, folder, lambda _: None, layout)
@@ -205,17 +207,16 @@ def inspect_step(step: InspectStep, say: Say = _silent) -> dict[str, Any]:
 
 def evaluate_step(step: EvalStep, say: Say = _silent) -> dict[str, Any]:
     source = _open(step.model, say)
+    from lpsparse.training.data import find
     from lpsparse.training.loop import evaluate as measure_quality
     from lpsparse.training.loop import prepare
 
     task = prepare(step, source)
     measured = measure_quality(step, task)
+    split = find(step.data, step.split)[2]
     found: dict[str, Any] = {
-        "model": source.name,
-        "task": step.task,
-        "split": step.split,
-        "loss": measured.loss,
-    }
+        "model": source.name, "task": step.task, "split": split, "loss": measured.loss
+    }  # fmt: skip
     if measured.accuracy is not None:
         found["accuracy"] = measured.accuracy
     return found | {task.unit: measured.count}
@@ -226,8 +227,7 @@ def finetune_step(
 ) -> Report | dict[str, Any]:
     """Train and write. With dry_run: {"steps", "prunable_weights", ...} and nothing written."""
     source = _open(step.model, say)
-    overwrite = step.overwrite or step.dry_run
-    check_output(step.out, source, 2 * _bytes(source), overwrite=overwrite, reads=_data_files(step))
+    check_output(step.out, source, 2 * _bytes(source), overwrite=step.overwrite, reads=_data_files(step))
     from lpsparse.training.loop import plan_training, prepare, train
     from lpsparse.training.model import trained_checkpoint
 

@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PRUNABLE, PRUNABLE_WEIGHTS, Ran, cli_environment, run_cli, tree_hash, write_tiny
+from conftest import (
+    PRUNABLE,
+    PRUNABLE_WEIGHTS,
+    Ran,
+    cli_environment,
+    f32,
+    run_cli,
+    tree_hash,
+    write_safetensors,
+    write_tiny,
+)
 from safetensors.numpy import save_file
 
 import lpsparse
@@ -481,8 +491,13 @@ def test_without_overwrite_a_result_of_other_settings_is_kept_and_refused(recipe
     before = tree_hash(recipe.parent)
     ran = cli("run", "r.yaml", "--set", "prune.sparsity=0.9")
     assert ran.rc == 4
-    assert "made/sparse: exists already" in ran.stderr.splitlines()[-2]
+    assert "made/sparse: holds what other settings" in ran.stderr.splitlines()[-2]
     assert tree_hash(recipe.parent) == before
+    words = ["--set", "prune.sparsity=0.9"]
+    for _ in ("prune", "pack"):  # what each error asks for
+        words += ran.stderr.partition("replace it: ")[2].split()
+        ran = cli("run", "r.yaml", *words)
+    assert ran.rc == 0
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
@@ -546,3 +561,34 @@ def test_a_model_in_the_environment_starts_the_chain_and_does_not_break_it(
         "made/packed",
         "made/packed",
     ]
+
+
+def test_a_rerun_says_of_each_step_what_the_first_run_said(recipe: Path, cli: Cli) -> None:
+    first, again = cli("run", "r.yaml"), cli("run", "r.yaml")
+    assert (first.rc, first.stdout) == (again.rc, again.stdout) == (0, first.stdout)
+    assert "finished already" in again.stderr and "finished already" not in first.stderr
+
+
+def test_a_variable_that_sets_nothing_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LPSPARSE_SPARSTY", "0.8")
+    said = failed(cli("prune", "m", "out", "--below", "1"), 2)
+    assert "LPSPARSE_SPARSTY" in said and "did you mean LPSPARSE_SPARSITY?" in said
+
+
+def test_a_flag_without_its_value_points_to_its_commands_help(cli: Cli) -> None:
+    assert "see `lpsparse report --help`" in failed(cli("report", "m", "--json"), 2)
+
+
+def test_names_are_whole_in_a_pipe_and_a_remark_gives_way_before_a_name(tiny: Path, cli: Cli) -> None:
+    long = "encoder.layer.4.intermediate.attention.output.dense.and.more.of.it.weight"
+    write_safetensors(tiny / "model.safetensors", {f"{long}{i}": f32(7, 13) for i in range(3)})
+    for command in ("inspect", "report"):
+        assert all(f"{long}{i} " in cli(command, tiny).stdout for i in range(3))
+    narrow = run_cli(["inspect", str(tiny)], cwd=tiny, COLUMNS="60").stdout.splitlines()[3:]
+    assert all(len(line) <= 60 for line in narrow)
+
+
+def test_importing_shows_the_functions_and_nothing_else() -> None:
+    import lpsparse
+
+    assert dir(lpsparse) == sorted(lpsparse.__all__) and "prune" in dir(lpsparse)

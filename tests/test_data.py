@@ -247,3 +247,10 @@ def test_mean_and_std_are_checked_by_eval_too() -> None:
         resolve(EvalStep, {"model": "m", "data": "d", "task": "image-classification", "std": "0"})
     with pytest.raises(LpsparseError, match="as many values"):
         resolve(FinetuneStep, {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "std": "1,1"})
+
+
+def test_a_single_file_is_called_by_its_name_and_an_empty_range_is_refused(table: Path) -> None:
+    assert find(str(table), "validation[3:]")[2] == "rows.jsonl[3:]"
+    with pytest.raises(LpsparseError, match="is nothing") as caught:
+        find(str(table), "train[5:3]")
+    assert caught.value.exit_code == ExitCode.USAGE

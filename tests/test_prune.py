@@ -497,3 +497,15 @@ def test_sidecars_of_every_name_arrive(tmp_path: Path) -> None:
     assert {"lpsparse.json.bak", "a b\tc.txt", ".gitattributes", "extra", "README.base.md"} <= found
     assert "metrics.jsonl" not in found  # an earlier run's
     assert verify(tmp_path / "aus gang")["ok"]
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "out").mkdir()
+    assert cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5", "--dry-run").rc == 4
+
+
+def test_a_tensor_of_which_nothing_is_left_is_named(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    arrays = tiny_arrays() | {PRUNABLE[1]: tiny_arrays()[PRUNABLE[1]] * 1e-6}
+    save_torch({name: torch.from_numpy(array) for name, array in arrays.items()}, tiny / "model.safetensors")
+    said = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5").stderr
+    assert f"nothing is left of {PRUNABLE[1]}" in said and PRUNABLE[0] not in said

@@ -86,6 +86,16 @@ def test_a_model_with_nothing_to_cut_is_still_reported_inspected_and_packed(tmp_
     assert cli("pack", tmp_path / "m.safetensors", tmp_path / "packed").rc == 0
 
 
+@pytest.mark.parametrize("sparsity", ["0.8", "0.7", "0.123456789", "1", "0"])
+def test_what_prune_left_meets_the_budget_of_the_same_number(
+    sparsity: str, tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    prune(tiny, tmp_path / "out", sparsity=sparsity)  # 364 weights: no whole number of zeros
+    assert cli("report", tmp_path / "out", "--min-sparsity", sparsity).rc == 0
+    if sparsity not in ("1", "0"):
+        assert cli("report", tmp_path / "out", "--min-sparsity", str(float(sparsity) + 0.003)).rc == 1
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_infinity_are_reported_by_the_name_of_their_tensor(
     value: float, tmp_path: Path, cli: Cli
@@ -321,8 +331,21 @@ def test_a_hostile_model_name_is_escaped_in_the_card(name: str, tmp_path: Path) 
     body = card.split("---\n")[2]
     assert "<script>" not in card and (name not in body or name == "=cmd")
     assert f"# {escape(name)}, made sparse" in card
-    base = next(line for line in card.splitlines() if line.startswith("base_model: "))
-    assert json.loads(base.removeprefix("base_model: ")) == name
+    assert "base_model" not in card.split("---\n")[1]  # a name of the hub alone may stand there
+
+
+def test_a_card_names_the_model_that_the_chain_began_with(tmp_path: Path) -> None:
+    hub = tmp_path / "hf/hub/models--org--name"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs/main").write_text("0" * 40)
+    (hub / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    write_safetensors(hub / "snapshots" / ("0" * 40) / "model.safetensors", {"a.weight": f32(7, 13)})
+    for words in (["prune", "org/name", "one", "--sparsity", "0.5"], ["pack", "one", "two"]):
+        assert run_cli(words, cwd=tmp_path, HF_HOME=str(tmp_path / "hf")).rc == 0
+    for out in ("one", "two"):
+        card = (tmp_path / out / "README.md").read_text()
+        assert 'base_model: "org/name"\nbase_model_relation: finetune\ntags' in card
+        assert "# org/name, made sparse" in card
 
 
 @pytest.mark.parametrize("text", ["plain name-1.weight", "Ünï 模型"])

@@ -49,6 +49,7 @@ class Source(_Record):
     name: str
     revision: str | None
     files: tuple[FileRecord, ...]
+    base: str  # the model that the chain of steps began with
 
 
 class Manifest(_Record):
@@ -71,7 +72,15 @@ def digest(path: Path, root: Path) -> FileRecord:
 
 def source_of(checkpoint: Checkpoint) -> Source:
     files = tuple(digest(path, path.parent) for path in checkpoint.files)
-    return Source(name=checkpoint.name, revision=checkpoint.revision, files=files)
+    earlier = own_manifest(checkpoint)
+    base = checkpoint.name if earlier is None else earlier.source.base
+    return Source(name=checkpoint.name, revision=checkpoint.revision, files=files, base=base)
+
+
+def own_manifest(checkpoint: Checkpoint) -> "Manifest | None":
+    """What lpsparse wrote about a folder; None elsewhere."""
+    folder = checkpoint.root
+    return read_manifest(folder) if folder is not None and (folder / MANIFEST).is_file() else None
 
 
 def list_files(folder: Path) -> list[Path]:

@@ -69,11 +69,8 @@ def rewrite(
         if taken:
             what = f"{source.name}/{path.name}: {taken[0]!r}: this name belongs to the bitmask layout"
             raise InputError(342, what, mend="keep this model dense, or rename the tensor")
-        entries = [entry for t in tensors for entry in _entries(t, counts[t.name], t.name in packed)]
-        metadata = {k: v for k, v in source.metadata[path.name].items() if not k.startswith("lpsparse.")}
-        metadata.setdefault("format", "pt")  # transformers asks for it
-        if layout == "bitmask":
-            metadata |= {"lpsparse.layout": "bitmask", "lpsparse.format_version": "1"}
+        entries = [entry for t in tensors for entry in entries_of(t, counts[t.name], t.name in packed)]
+        metadata = metadata_of(source, path.name, layout)
         parts = (part for t in tensors for part in _parts(t, streams[t.name](), t.name in packed))
         write_tensors(folder / names[path.name], entries, metadata, parts)
         weight_map |= {name: names[path.name] for name, _, _ in entries}
@@ -98,7 +95,17 @@ def _finite(source: Checkpoint, tensor: Tensor) -> Blocks:
         yield row, block
 
 
-def _entries(tensor: Tensor, counted: Count, packed: bool) -> list[Named]:
+def metadata_of(source: Checkpoint, file: str, layout: str) -> dict[str, str]:
+    """What the header of a weight file says in `layout`: the source's own, and how to read it."""
+    metadata = {k: v for k, v in source.metadata[file].items() if not k.startswith("lpsparse.")}
+    metadata.setdefault("format", "pt")  # transformers asks for it
+    if layout == "bitmask":
+        metadata |= {"lpsparse.layout": "bitmask", "lpsparse.format_version": "1"}
+    return metadata
+
+
+def entries_of(tensor: Tensor, counted: Count, packed: bool) -> list[Named]:
+    """The entries of a weight file that hold a tensor: itself, or the parts of the bitmask layout."""
     if packed:
         return bitmask.stored_shapes(tensor.name, tensor.dtype, tensor.shape, counted.stored)
     return [(tensor.name, tensor.dtype, tensor.shape)]

@@ -175,6 +175,28 @@ def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], pa
 
     Memory is one part. Every byte must be given exactly once: less is our own bug and asserts.
     """
+    text, offsets, position = _header(tensors, metadata)
+    written = 0
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, first, values in parts:
+            start, itemsize = offsets[name]
+            file.seek(8 + len(text) + start + first * itemsize)
+            file.write(values.tobytes())
+            written += values.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    assert written == position, f"{path.name}: {written} of {position} bytes were given"
+
+
+def file_size(tensors: list[Named], metadata: dict[str, str]) -> int:
+    """Bytes of the file that `write_tensors` would write."""
+    text, _, position = _header(tensors, metadata)
+    return 8 + len(text) + position
+
+
+def _header(tensors: list[Named], metadata: dict[str, str]) -> tuple[bytes, dict[str, tuple[int, int]], int]:
+    """The header, (offset, bytes of a storage unit) of each tensor after it, and the bytes of them all."""
     ordered = sorted(
         tensors, key=lambda item: (-DTYPES[item[1]].bits, item[0])
     )  # aligned, as the reference writer
@@ -187,17 +209,7 @@ def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], pa
     table = ({"__metadata__": dict(sorted(metadata.items()))} if metadata else {}) | header
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    written = 0
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, first, values in parts:
-            start, itemsize = offsets[name]
-            file.seek(8 + len(text) + start + first * itemsize)
-            file.write(values.tobytes())
-            written += values.nbytes
-        file.flush()
-        os.fsync(file.fileno())
-    assert written == position, f"{path.name}: {written} of {position} bytes were given"
+    return text, offsets, position
 
 
 def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:

@@ -102,7 +102,8 @@ def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
             f"{step.model}: ok: {found['files']} files and {found['tensors']} tensors are as written"
         )
     else:
-        print_result(f"{step.model}: FAILED: {len(found['problems'])} differences from the manifest")
+        count = len(found["problems"])
+        print_result(f"{step.model}: FAILED: {count} difference{'s' * (count > 1)} from the manifest")
     if not found["ok"]:
         raise typer.Exit(ExitCode.VERDICT)
 

@@ -10,6 +10,7 @@ import typer
 from lpsparse import __version__
 from lpsparse.cli.output import silence_stdout
 from lpsparse.errors import ExitCode, LpsparseError
+from lpsparse.recipe import check_environment
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII still shows every name
     try:
+        check_environment()
         code = _app()(args=words, prog_name="lpsparse", standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
         _leave("", ExitCode.RESOURCE)
     except Exception as error:
-        code = _usage(error)
+        code = _usage(error, words)
         if code is None:
             print_exc()
             code = ExitCode.BUG
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(int(code) if isinstance(code, int) else 0)
 
 
-def _usage(error: Exception) -> int | None:
+def _usage(error: Exception, words: list[str]) -> int | None:
     """Exit code of a mistake on the command line (Typer's own errors), None for a bug."""
     message: Any = getattr(error, "format_message", None)
     if type(error).__name__ in ("Abort", "Exit"):
@@ -71,7 +73,7 @@ def _usage(error: Exception) -> int | None:
         sys.stderr.write(f"{message()}\n")
         return ExitCode.USAGE
     context: Any = getattr(error, "ctx", None)
-    where = getattr(context, "command_path", "lpsparse")
+    where = getattr(context, "command_path", None) or " ".join(["lpsparse", *words[:1]])
     _say_error("LPS200", " ".join(str(message()).split()), f"see `{where} --help`")
     return ExitCode.USAGE
 

@@ -44,10 +44,10 @@ def teller(quiet: bool) -> Callable[[str], None]:
 
 
 def width() -> int:
-    """Columns of the terminal; 100 where there is none, so that files are not cut."""
-    return (
-        shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    )
+    """Columns of the terminal; no limit where there is none, so that names in files and pipes are whole."""
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return shutil.get_terminal_size((100, 24)).columns
+    return 100_000
 
 
 class TrainingBar:

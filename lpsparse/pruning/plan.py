@@ -149,5 +149,7 @@ def _band(units: _Units) -> Band:
             f"{units.source.name}: no band of 2 decades among {sum(t.size for t in units.tensors)} "
             f"weights: {seen}"
         )
-        raise VerdictError(101, what, mend="fine-tune with p < 1 first, or give --sparsity or --below")
+        raise VerdictError(
+            101, what, mend="fine-tune with p < 1 first (or for more steps), or give --sparsity or --below"
+        )
     return band

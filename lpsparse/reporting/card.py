@@ -5,6 +5,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from lpsparse import __version__
+from lpsparse.checkpoint.hub import is_hub_id
 from lpsparse.checkpoint.manifest import Quality, Source
 from lpsparse.reporting.measure import Report
 
@@ -18,7 +19,12 @@ def render(report: Report, source: Source, quality: tuple[Quality, ...], *, base
     environment.filters["md"] = escape
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        report=report, source=source, quality=quality, base_card=base_card, version=__version__
+        report=report,
+        source=source,
+        quality=quality,
+        base_card=base_card,
+        version=__version__,
+        on_hub=is_hub_id(source.base),
     )
 
 

@@ -2,17 +2,18 @@
 the source of every view and of every budget."""
 
 from collections.abc import Callable
-from math import prod
+from decimal import Decimal
+from math import floor
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, read_manifest
+from lpsparse.checkpoint.manifest import Quality, TensorRecord, digest, own_manifest
 from lpsparse.checkpoint.opening import Checkpoint, Tensor
-from lpsparse.checkpoint.rewrite import Count, Cut, count
-from lpsparse.checkpoint.writer import MANIFEST
+from lpsparse.checkpoint.rewrite import Count, Cut, count, entries_of, metadata_of
+from lpsparse.checkpoint.writer import Named, file_size
 from lpsparse.pruning.prunable import choose
 
 
@@ -51,7 +52,7 @@ class Bytes(_Record):
     dense_bytes: int  # tensors alone, stored densely
     zero_bytes: int  # bytes of exact zeros when stored densely
     zero_share: float  # zero_bytes / dense_bytes
-    bitmask_bytes: int  # tensors alone, in the bitmask layout
+    bitmask_bytes: int  # weight files in the bitmask layout, as `pack` writes them
 
 
 class Base(_Record):
@@ -115,12 +116,17 @@ def measure(
     """
     if chosen is None:
         chosen = prunable_of(checkpoint, include, exclude)
-    rows, packed_bytes = [], 0
+    rows: list[TensorRow] = []
+    stored: dict[str, list[Named]] = {path.name: [] for path in checkpoint.files}  # in the bitmask layout
     for tensor in checkpoint.tensors:
         apply = cut(tensor)
         counted = count(tensor, apply(tensor.blocks()) if apply else tensor.blocks())
         rows.append(_row(tensor, counted, *chosen[tensor.name]))
-        packed_bytes += _packed_bytes(tensor, counted)
+        pays = bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
+        stored[tensor.file] += entries_of(tensor, counted, pays)
+    packed_bytes = sum(
+        file_size(entries, metadata_of(checkpoint, file, "bitmask")) for file, entries in stored.items()
+    )
     rule = (
         f"exact zeros of either sign; prunable are {sum(row.prunable for row in rows)} of "
         f"{len(rows)} tensors; "
@@ -153,13 +159,6 @@ def _row(tensor: Tensor, counted: Count, prunable: bool, reason: str) -> TensorR
         reason=reason, weights=tensor.size, zeros=counted.zeros, sparsity=_ratio(counted.zeros, tensor.size),
         nonfinite=counted.nonfinite, stored_bytes=tensor.stored_bytes, dense_bytes=tensor.nbytes,
     )  # fmt: skip
-
-
-def _packed_bytes(tensor: Tensor, counted: Count) -> int:
-    if not bitmask.pays(tensor.dtype, tensor.shape, counted.stored):
-        return tensor.nbytes
-    parts = bitmask.stored_shapes(tensor.name, tensor.dtype, tensor.shape, counted.stored)
-    return sum(DTYPES[dtype].bits // 8 * prod(shape) for _, dtype, shape in parts)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -195,10 +194,10 @@ def check_budgets(
     """`report` with a verdict for each budget given; a quality that nobody recorded fails its budget."""
     budgets: list[Budget] = []
     if min_sparsity is not None:
-        value = report.prunable.sparsity
-        budgets.append(
-            Budget(name="min-sparsity", limit=min_sparsity, value=value, passed=value >= min_sparsity)
-        )
+        share = report.prunable
+        asked = floor(Decimal(str(min_sparsity)) * share.weights)  # as many as `prune --sparsity` would leave
+        passed = share.zeros >= asked
+        budgets.append(Budget(name="min-sparsity", limit=min_sparsity, value=share.sparsity, passed=passed))
     if max_bytes is not None:
         size = report.bytes.file_bytes
         budgets.append(Budget(name="max-bytes", limit=max_bytes, value=size, passed=size <= max_bytes))
@@ -228,12 +227,6 @@ def tensor_records(report: Report) -> tuple[TensorRecord, ...]:
         )
         for row in report.tensors
     )  # fmt: skip
-
-
-def own_manifest(checkpoint: Checkpoint) -> Manifest | None:
-    """What lpsparse wrote about a folder; None elsewhere."""
-    folder = checkpoint.root
-    return read_manifest(folder) if folder is not None and (folder / MANIFEST).is_file() else None
 
 
 def own_quality(checkpoint: Checkpoint) -> tuple[Quality, ...]:

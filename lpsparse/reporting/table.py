@@ -44,7 +44,8 @@ def _totals(report: Report) -> list[str]:
     for quality in report.quality:
         before = "no head yet" if quality.before is None else f"{quality.before:.4f}"
         drop = quality_drop(quality)
-        worse = "" if drop is None else f" ({'worse' if drop > 0 else 'better'} by {abs(drop):.4f})"
+        word = "worse by" if drop and drop > 0 else "better by"
+        worse = "" if drop is None else f" ({word} {abs(drop):.4f})" if drop else " (unchanged)"
         lines.append(
             f"  {quality.metric:<14} {before} -> {quality.after:.4f}{worse}, {quality.rows:,} of "
             f"{clean(quality.split)}"
@@ -57,9 +58,13 @@ def _totals(report: Report) -> list[str]:
 def _budgets(report: Report, width: int) -> list[str]:
     body = []
     for budget in report.budgets:
-        value = "not recorded" if budget.value is None else f"{budget.value:,.6g}"
-        body.append((budget.name, f"{budget.limit:,.6g}", value, "ok" if budget.passed else "FAILED"))
+        value = "not recorded" if budget.value is None else _figure(budget.value)
+        body.append((budget.name, _figure(budget.limit), value, "ok" if budget.passed else "FAILED"))
     return columns(("budget", "limit", "value", "verdict"), body, width)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
 
 
 def _tensors(report: Report, width: int) -> list[str]:
@@ -69,7 +74,7 @@ def _tensors(report: Report, width: int) -> list[str]:
         (
             clean(row.name), row.dtype, f"{row.weights:,}", f"{100 * row.sparsity:.1f} %",
             size(row.stored_bytes),
-            "cut" if row.prunable else "kept",
+            "prunable" if row.prunable else "kept",
         )
         for row in kept
     ]  # fmt: skip

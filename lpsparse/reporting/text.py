@@ -25,12 +25,15 @@ def shorten(name: str, width: int) -> str:
 
 
 def columns(head: tuple[str, ...], body: list[tuple[str, ...]], width: int) -> list[str]:
-    """Aligned columns: the first to the left and shortened to fit, the others to the right."""
+    """Aligned columns: the first to the left, the others to the right.
+    To fit, first the last column is shortened (a remark), then the first (a name)."""
     widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    widths[0] = max(8, min(widths[0], width - sum(widths[1:]) - 2 * (len(head) - 1)))
+    for i in (-1, 0):
+        over = sum(widths) + 2 * (len(head) - 1) - width
+        widths[i] = max(min(8, widths[i]), widths[i] - max(0, over))
     lines: list[str] = []
     for row in (head, *body):
         cells = [shorten(row[0], widths[0]).ljust(widths[0])]
-        cells += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        cells += [shorten(cell, w).rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return lines

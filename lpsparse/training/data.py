@@ -31,7 +31,7 @@ class Row:
 
 
 def find(data: str, split: str) -> tuple[list[Path], slice, str]:
-    """The files of one split, the part that is asked for, and the split's name in words.
+    """The files of one split, the part that is asked for, and in words what is read: split or file, and part.
 
     DATA is a file (then it is its only split), a folder with a file a split, `bundled:NAME` or a hub data
     set id.
@@ -40,10 +40,14 @@ def find(data: str, split: str) -> tuple[list[Path], slice, str]:
     if match is None:
         raise UsageError(230, f"split {split!r}: not NAME or NAME[from:to]", mend="such as test[1000:]")
     part = slice(int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
+    if part.stop is not None and part.stop <= (part.start or 0):
+        raise UsageError(
+            230, f"split {split!r}: from {part.start or 0} to {part.stop} is nothing", mend="give from < to"
+        )
     path = _locate(data)
     if path.is_file():
         _check_suffix(path)
-        return [path], part, split
+        return [path], part, path.name + split[len(match[1]) :]
     if not path.is_dir():
         raise InputError(371, f"{data}: neither a file nor a folder", mend="write the data to a file first")
     return _in_folder(path, match[1]), part, split

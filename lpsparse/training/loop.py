@@ -171,7 +171,15 @@ def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
         return (
             f"{text}, for {control.cut_at} steps on what is under the target's quantile, then cut and recover"
         )
-    return f"{text}, sum of learning rates {control.sum_lr:.4g}, w_kill {control.w_kill:.4g}"
+    if step.p >= 2:
+        return f"{text}; with p of 2 or more no weight reaches zero by itself: give a --target-sparsity"
+    text += f", sum of learning rates {control.sum_lr:.4g}, w_kill {control.w_kill:.4g}"
+    if step.p >= 1:
+        return text
+    settling = steps - control.cut_at
+    return (
+        f"{text}; in the last {settling} steps what is far under w_kill falls, its lambda rising as lr ends"
+    )
 
 
 def _loop(
