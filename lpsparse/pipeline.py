@@ -20,11 +20,10 @@ from lpsparse.recipe import (
     Step,
     UnpackStep,
     VerifyStep,
-    flag,
-    resolve,
-)  # fmt: skip
+)
 from lpsparse.recipe_file import Recipe, overrides_of, read_recipe
 from lpsparse.reporting.measure import Report
+from lpsparse.settings import flag, resolve  # fmt: skip
 
 Say = Callable[[str], None]
 _WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)

@@ -3,16 +3,11 @@
 Light on purpose: this module is imported by `--help`.
 """
 
-import os
-from collections.abc import Mapping
 from decimal import Decimal
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from lpsparse.errors import LpsparseError, UsageError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Task = Literal["causal-lm", "text-classification", "image-classification"]
 
@@ -285,74 +280,3 @@ STEPS: dict[str, type[Step]] = {
     "finetune": FinetuneStep, "prune": PruneStep, "pack": PackStep, "unpack": UnpackStep,
     "eval": EvalStep, "report": ReportStep, "verify": VerifyStep,
 }  # fmt: skip
-
-
-S = TypeVar("S", bound=BaseModel)
-
-
-def flag(field: str) -> str:
-    """The command line's name of a field."""
-    return "--lambda" if field == "lambda_p" else "--" + field.replace("_", "-")
-
-
-def check_environment() -> None:
-    """Raises UsageError for an LPSPARSE_ variable that sets nothing."""
-    fields = {flag(name) for kind in (*STEPS.values(), InspectStep) for name in kind.model_fields}
-    known = sorted("LPSPARSE_" + name[2:].replace("-", "_").upper() for name in fields)
-    for key in os.environ:
-        if key.startswith("LPSPARSE_") and key not in known:
-            near = get_close_matches(key, known, n=1)
-            mend = f"did you mean {near[0]}?" if near else "unset it; settings are named as the flags are"
-            raise UsageError(209, f"{key}: sets nothing", mend=mend)
-
-
-def resolve(
-    kind: type[S], given: Mapping[str, Any], recipe: Mapping[str, Any] | None = None, where: str = ""
-) -> S:
-    """A checked step: what was given (flags) over LPSPARSE_* over the recipe over the defaults.
-
-    Raises UsageError naming the flag or key, the value and what is allowed.
-    """
-    names = {name: info.alias or name for name, info in kind.model_fields.items()}
-    environment: dict[str, Any] = {
-        name: os.environ[key]
-        for name in names
-        if (issubclass(kind, Step) or name in ("model", "data"))  # a recipe's own other keys have no flags
-        and (key := "LPSPARSE_" + flag(name)[2:].replace("-", "_").upper()) in os.environ
-        and kind.model_fields[name].annotation is not Path
-    }
-    merged = {**_canonical(kind, recipe or {}), **environment, **_canonical(kind, given)}
-    try:
-        return kind.model_validate(merged, by_name=True, by_alias=True)
-    except ValidationError as error:
-        raise _explain(error, list(names.values()), where) from None
-
-
-def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys as field names: YAML may say lambda or target-sparsity."""
-    aliases = {info.alias: name for name, info in kind.model_fields.items() if info.alias}
-    return {aliases.get(key, str(key).replace("-", "_")): value for key, value in values.items()}
-
-
-def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseError:
-    first = error.errors()[0]
-    key = (
-        ".".join(str(part) for part in first["loc"] if part not in ("constrained-float", "literal['auto']"))
-        or "options"
-    )
-    prefix = f"{where}: " if where else ""
-    if first["type"] == "extra_forbidden":
-        near = get_close_matches(key, keys, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(keys))}"
-        return UsageError(202, f"{prefix}unknown key {key!r}", mend=mend)
-    shown = key if where else flag(key)
-    if first["type"] == "missing":
-        return UsageError(203, f"{prefix}{shown} is needed", mend=f"give {shown}")
-    if first["type"] == "value_error":
-        what = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
-        return UsageError(204, f"{prefix}{what}", mend="see --help")
-    allowed = first["msg"].replace("Input should be", "must be")
-    if key == "lambda" or key == "lambda_p":
-        allowed = "must be auto or a number from 0"
-    mend = "fractions are 0..1, such as 0.8" if "sparsity" in key else "see --help"
-    return UsageError(201, f"{prefix}{shown} {first['input']!r}: {allowed}", mend=mend)

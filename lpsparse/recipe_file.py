@@ -8,7 +8,8 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from lpsparse.errors import InputError, UsageError
-from lpsparse.recipe import MODEL, STEPS, resolve
+from lpsparse.recipe import MODEL, STEPS
+from lpsparse.settings import resolve
 
 _MOST_NESTED = 20  # levels of YAML
 

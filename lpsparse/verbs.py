@@ -37,8 +37,7 @@ from lpsparse.recipe import (
     Step,
     UnpackStep,
     VerifyStep,
-    resolve,
-)  # fmt: skip
+)
 from lpsparse.reporting import card
 from lpsparse.reporting.check import check_folder
 from lpsparse.reporting.measure import (
@@ -50,6 +49,7 @@ from lpsparse.reporting.measure import (
     prunable_of,
     tensor_records,
 )  # fmt: skip
+from lpsparse.settings import resolve  # fmt: skip
 
 Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]

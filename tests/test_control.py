@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lpsparse.recipe import FinetuneStep, resolve
+from lpsparse.recipe import FinetuneStep
+from lpsparse.settings import resolve
 from lpsparse.training.control import SparsityControl, allocate, quantile, smallest_masks
 from lpsparse.training.decay import kill_magnitude
 

@@ -10,7 +10,8 @@ import pytest
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.recipe import EvalStep, FinetuneStep, resolve
+from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.settings import resolve
 from lpsparse.training.data import Row, check_apart, find, read_rows
 from lpsparse.training.images import read_images
 from lpsparse.training.tasks.text_classification import prepare

@@ -228,7 +228,8 @@ def test_a_recipe_trains_again_when_its_data_changed_and_not_otherwise(tmp_path:
 
 
 def test_noise_masks_or_exchanges_words_only_and_follows_its_generator(tiny_bert: Path, table: Path) -> None:
-    from lpsparse.recipe import FinetuneStep, resolve
+    from lpsparse.recipe import FinetuneStep
+    from lpsparse.settings import resolve
     from lpsparse.training.loop import prepare
     from lpsparse.training.tasks.base import Task
 

@@ -17,13 +17,14 @@ HEAVY = {"torch", "transformers", "accelerate"}
 MAY_IMPORT = {
     "errors": set(),
     "recipe": {"errors"},
-    "recipe_file": {"recipe", "errors"},
+    "settings": {"recipe", "errors"},
+    "recipe_file": {"settings", "recipe", "errors"},
     "checkpoint": {"errors"},
     "pruning": {"checkpoint", "errors"},
     "training": {"pruning", "checkpoint", "recipe", "errors"},
     "reporting": {"checkpoint", "errors", "pruning.prunable"},  # the rule of what counts is one rule
     "integrations": {"training", "checkpoint", "recipe", "errors"},
-    "verbs": {"training", "pruning", "reporting", "checkpoint", "recipe", "errors"},
+    "verbs": {"training", "pruning", "reporting", "checkpoint", "settings", "recipe", "errors"},
     "pipeline": {
         "verbs",
         "training",
@@ -31,6 +32,7 @@ MAY_IMPORT = {
         "reporting",
         "checkpoint",
         "recipe_file",
+        "settings",
         "recipe",
         "errors",
     },
@@ -42,6 +44,7 @@ MAY_IMPORT = {
         "reporting",
         "checkpoint",
         "recipe_file",
+        "settings",
         "recipe",
         "errors",
     },

@@ -50,9 +50,8 @@ def demo(
     with TrainingBar(quiet) as bar, _children() as children:
         for each in pipeline.run_each(RECIPE, changes, say, bar.update):
             done.append(each)
-            if (
-                str(getattr(each.step, "out", "")) == rival.model
-            ):  # each trains on one thread: two fill two cores
+            # Each trains on one thread: two fill two cores.
+            if str(getattr(each.step, "out", "")) == rival.model:
                 say(f"[the rival, beside] {command}")
                 words = [sys.executable, "-m", *shlex.split(command), "--quiet", "--json"]
                 children.append(subprocess.Popen(words, stdout=subprocess.DEVNULL))
@@ -60,9 +59,10 @@ def demo(
             if child.wait() != 0:  # it has said why, on the same stderr
                 raise typer.Exit(child.returncode)
     by_name = {Path(str(getattr(each.step, "out", each.name))).name: each.result for each in done}
+    magnitude = verbs.report(rival.out)
     reports: dict[str, Any] = {
         "dense": by_name["dense"],
-        "magnitude": verbs.report(rival.out),
+        "magnitude": magnitude,
         "lpsparse": by_name["sparse"],
     }
     rows = [_row(name, report) for name, report in reports.items()]

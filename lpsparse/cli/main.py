@@ -10,7 +10,7 @@ import typer
 from lpsparse import __version__
 from lpsparse.cli.output import silence_stdout
 from lpsparse.errors import ExitCode, LpsparseError
-from lpsparse.recipe import check_environment
+from lpsparse.settings import check_environment
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 

@@ -8,7 +8,8 @@ import typer
 from lpsparse.cli.commands import show_report
 from lpsparse.cli.output import print_json, print_result, teller, width
 from lpsparse.errors import ExitCode
-from lpsparse.recipe import ReportStep, resolve
+from lpsparse.recipe import ReportStep
+from lpsparse.settings import resolve
 
 _HELP = """Measure sparsity and bytes from the files alone; exit 1 when a budget fails.
 
