@@ -14,8 +14,9 @@ PACKAGE = ROOT / "lpsparse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "accelerate"}
 # Room -> the rooms it may import from; its own is understood, and the root's version number is everyone's.
+VERBS_MAY = {"training", "pruning", "reporting", "checkpoint", "settings", "recipe", "errors"}
 MAY_IMPORT = {
-    "errors": set(),
+    "errors": set[str](),
     "recipe": {"errors"},
     "settings": {"recipe", "errors"},
     "recipe_file": {"settings", "recipe", "errors"},
@@ -24,32 +25,11 @@ MAY_IMPORT = {
     "training": {"pruning", "checkpoint", "recipe", "errors"},
     "reporting": {"checkpoint", "errors", "pruning.prunable"},  # the rule of what counts is one rule
     "integrations": {"training", "checkpoint", "recipe", "errors"},
-    "verbs": {"training", "pruning", "reporting", "checkpoint", "settings", "recipe", "errors"},
-    "pipeline": {
-        "verbs",
-        "training",
-        "pruning",
-        "reporting",
-        "checkpoint",
-        "recipe_file",
-        "settings",
-        "recipe",
-        "errors",
-    },
-    "cli": {
-        "pipeline",
-        "verbs",
-        "training",
-        "pruning",
-        "reporting",
-        "checkpoint",
-        "recipe_file",
-        "settings",
-        "recipe",
-        "errors",
-    },
+    "verbs": VERBS_MAY,
+    "pipeline": VERBS_MAY | {"verbs", "recipe_file"},
+    "cli": VERBS_MAY | {"verbs", "recipe_file", "pipeline"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": set[str](),
     "distributed": {"errors"},
 }
 

@@ -34,7 +34,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from lpsparse import prune, verify
-from lpsparse.checkpoint.writer import REPLACED
+from lpsparse.checkpoint.writer import OWNER, REPLACED, remove_ours
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
 
 Cli = Callable[..., Ran]
@@ -509,3 +509,28 @@ def test_a_tensor_of_which_nothing_is_left_is_named(tiny: Path, tmp_path: Path, 
     save_torch({name: torch.from_numpy(array) for name, array in arrays.items()}, tiny / "model.safetensors")
     said = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5").stderr
     assert f"nothing is left of {PRUNABLE[1]}" in said and PRUNABLE[0] not in said
+
+
+@pytest.mark.parametrize("mark", [OWNER, REPLACED])
+def test_a_deletion_that_is_cut_short_leaves_the_mark_that_the_folder_is_ours(
+    mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out.partial"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.json", mark, "z.json", "sub/b"):
+        (folder / name).write_text("{}")
+    unlink, left = Path.unlink, [1]
+
+    def killed_later(path: Path, missing_ok: bool = False) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed_later)
+    with pytest.raises(KeyboardInterrupt):
+        remove_ours(folder, mark)
+    assert (folder / mark).exists()
+    monkeypatch.undo()
+    remove_ours(folder, mark)
+    assert not folder.exists()

@@ -119,7 +119,7 @@ def output_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
         ) from error
     finally:
         if partial.exists():
-            shutil.rmtree(partial)
+            remove_ours(partial, OWNER)
 
 
 def _take(partial: Path) -> None:
@@ -128,7 +128,7 @@ def _take(partial: Path) -> None:
         if host != socket.gethostname() or psutil.pid_exists(pid):
             what = f"{partial}: process {pid} on {host} is writing it"
             raise StateError(702, what, mend="wait for it, or delete it if that run is dead")
-        shutil.rmtree(partial)  # left by a killed run; nothing in it was ever finished
+        remove_ours(partial, OWNER)  # left by a killed run; nothing in it was ever finished
     try:
         partial.mkdir()
         with (partial / OWNER).open("x") as file:
@@ -152,13 +152,23 @@ def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = out.with_name(out.name + ".old")
     if overwrite and out.exists():
         if (old / REPLACED).is_file():
-            shutil.rmtree(old)
+            remove_ours(old, REPLACED)
         (out / REPLACED).touch()
         out.rename(old)  # an OSError where a folder that is not ours has come to stand there
         partial.rename(out)
-        shutil.rmtree(old)
+        remove_ours(old, REPLACED)
     else:
         partial.rename(out)
+
+
+def remove_ours(folder: Path, mark: str) -> None:
+    """Delete a folder of ours, the mark that it is ours last: killed in between, it can still be told."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != mark:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def fsync(path: Path) -> None:
