@@ -19,10 +19,15 @@ def flag(field: str) -> str:
     return "--lambda" if field == "lambda_p" else "--" + field.replace("_", "-")
 
 
+def variable(field: str) -> str:
+    """The environment's name of a field."""
+    return "LPSPARSE_" + flag(field)[2:].replace("-", "_").upper()
+
+
 def check_environment() -> None:
     """Raises UsageError for an LPSPARSE_ variable that sets nothing."""
-    fields = {flag(name) for kind in (*STEPS.values(), InspectStep) for name in kind.model_fields}
-    known = sorted("LPSPARSE_" + name[2:].replace("-", "_").upper() for name in fields)
+    kinds = (*STEPS.values(), InspectStep)
+    known = sorted({variable(name) for kind in kinds for name in kind.model_fields})
     for key in os.environ:
         if key.startswith("LPSPARSE_") and key not in known:
             near = get_close_matches(key, known, n=1)
@@ -39,10 +44,10 @@ def resolve(
     """
     names = {name: info.alias or name for name, info in kind.model_fields.items()}
     environment: dict[str, Any] = {
-        name: os.environ[key]
+        name: os.environ[variable(name)]
         for name in names
         if (issubclass(kind, Step) or name in ("model", "data"))  # a recipe's own other keys have no flags
-        and (key := "LPSPARSE_" + flag(name)[2:].replace("-", "_").upper()) in os.environ
+        and variable(name) in os.environ
         and kind.model_fields[name].annotation is not Path
     }
     merged = {**_canonical(kind, recipe or {}), **environment, **_canonical(kind, given)}

@@ -519,18 +519,17 @@ def test_a_deletion_that_is_cut_short_leaves_the_mark_that_the_folder_is_ours(
     (folder / "sub").mkdir(parents=True)
     for name in ("a.json", mark, "z.json", "sub/b"):
         (folder / name).write_text("{}")
-    unlink, left = Path.unlink, [1]
+    rmtree = shutil.rmtree
 
-    def killed_later(path: Path, missing_ok: bool = False) -> None:
-        if not left:
+    def killed_at_the_end(path: Path) -> None:
+        if path == folder:
             raise KeyboardInterrupt
-        left.pop()
-        unlink(path, missing_ok)
+        rmtree(path)
 
-    monkeypatch.setattr(Path, "unlink", killed_later)
+    monkeypatch.setattr(shutil, "rmtree", killed_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         remove_ours(folder, mark)
-    assert (folder / mark).exists()
+    assert [path.name for path in folder.iterdir()] == [mark]
     monkeypatch.undo()
     remove_ours(folder, mark)
     assert not folder.exists()

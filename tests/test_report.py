@@ -442,6 +442,15 @@ def test_quality_is_of_the_weights_it_was_measured_on_and_of_no_others(tiny: Pat
     assert pack(tmp_path / "out", tmp_path / "packed").quality == ()
 
 
+def test_writing_a_report_leaves_a_persons_file_beside_it_alone(
+    sparse: Path, tmp_path: Path, cli: Cli
+) -> None:
+    (tmp_path / "r.json.partial").write_text("mine")
+    assert cli("report", sparse, "--json", tmp_path / "r.json").rc == 0
+    assert (tmp_path / "r.json.partial").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.glob("*r.json*")) == ["r.json", "r.json.partial"]
+
+
 def test_a_report_is_written_over_no_part_of_a_checkpoint(sparse: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copyfile(sparse / "model.safetensors", tmp_path / "lone.safetensors")
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}

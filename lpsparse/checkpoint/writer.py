@@ -294,7 +294,7 @@ def check_report_file(path: Path, models: Iterable[str | None]) -> None:
 
 def write_beside(path: Path, value: object) -> None:
     """`write_json` so that `path` is never half a file. Raises OutputError."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a name that nobody else's file has
     try:
         write_json(partial, value)
         partial.replace(path)
