@@ -185,10 +185,10 @@ class FinetuneStep(_DataStep):
         0.1, gt=0, lt=1,
         description="Share of --split set aside when no --eval-split.",
     )  # fmt: skip
-    method: Literal["lp", "gradual", "one-shot", "dense"] = Field(
+    method: Literal["lp", "gradual", "one-shot", "l1", "dwf", "rigl", "dense"] = Field(
         "lp",
-        description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning and one-shot "
-        "magnitude with masked training; or not at all.",
+        description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning, one-shot with "
+        "masked training, L1 prox, deep weight factorisation, RigL's regrowth; or not at all.",
     )
     target_sparsity: Decimal | None = Field(
         None, ge=0, lt=1,
@@ -204,10 +204,46 @@ class FinetuneStep(_DataStep):
         "ours",
         description="How a number in --lambda is meant.",
     )
-    condition: Literal["none", "rows"] = Field(
-        "rows",
-        description="Weight conditioning: rows keep the norm that they have in the checkpoint.",
+    p_start: float | None = Field(
+        None, gt=0,
+        description="Exponent at the start of the decay phase, from where it goes linearly to --p. Default: "
+        "--p throughout.",
+    )  # fmt: skip
+    lambda_2: float = Field(0.0, ge=0, description="Ridge beside the L_p decay (elastic net); 0 is none.")
+    selective: bool = Field(
+        True,
+        description="With a target, decay only the weights that the current target would cut.",
     )
+    cautious: bool = Field(False, description="Decay only where the step itself moves a weight towards zero.")
+    prox: Literal["pwd", "irl1"] = Field(
+        "pwd",
+        description="The decay's step: the paper's division, or the reweighted L1 threshold.",
+    )
+    score: Literal["auto", "magnitude", "fisher"] = Field(
+        "auto",
+        description="What says which weights go: |w|, or |w| times the root of AdamW's average squared "
+        "gradient (the rise of the loss without it). auto: fisher for --method lp, unless the model has "
+        "batch normalisation or another optimizer.",
+    )
+    masked_forward: bool = Field(
+        True,
+        description="In the decay phase, leave what is to go out of the forward pass already; it still "
+        "learns and decays, and may come back.",
+    )
+    condition: Literal["none", "rows", "weight-norm", "l1-rows", "spectral", "modular", "denoise"] = Field(
+        "rows",
+        description="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
+        "weight-norm: norms are learnt; the others: docs/method.md.",
+    )
+    gain_lr_ratio: float = Field(
+        1.0, ge=0,
+        description="Learning rate of the norms in --condition weight-norm, as a multiple of --lr.",
+    )  # fmt: skip
+    path_penalty: float = Field(
+        0.0, ge=0,
+        description="Weight of the 1-path-norm in --condition l1-rows.",
+    )  # fmt: skip
+    factors: int = Field(2, ge=2, le=4, description="Factors of each weight in --method dwf.")
     distill: float = Field(
         0.0, ge=0, le=1,
         description="Share of the loss that is the divergence from MODEL's own outputs; needs a MODEL with "
@@ -226,13 +262,16 @@ class FinetuneStep(_DataStep):
     keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL.")
     decay_share: float = Field(
         0.4, gt=0, le=1,
-        description="Share of the steps in which weights go to zero, when a target is set; the rest "
-        "recovers.",
+        description="Share of the steps after which the target is met; the rest recovers. 1: no recovery.",
     )  # fmt: skip
-    allocation: Literal["global", "lamp"] = Field(
+    ramp: Literal["cubic", "none"] = Field(
+        "cubic",
+        description="How the target rises in the decay phase; none: all of it from the start.",
+    )
+    allocation: Literal["global", "lamp", "uniform", "erk"] = Field(
         "global",
-        description="How the target is shared among tensors: by magnitude over all, or by LAMP scores, "
-        "which spare tensors of small scale.",
+        description="How the target is shared among tensors: by score over all; by LAMP scores, which spare "
+        "tensors of small scale; evenly; or by Erdos-Renyi densities, which spare small tensors.",
     )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
@@ -240,6 +279,10 @@ class FinetuneStep(_DataStep):
     steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Base optimizer; sgd has momentum 0.9.")
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    lr_schedule: Literal["cosine", "linear", "restart"] = Field(
+        "cosine",
+        description="How lr falls to zero; restart: half-way by the cut, then from the peak again.",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which lr and lambda rise.")
     weight_decay: float = Field(
         0.0, ge=0,
@@ -269,10 +312,14 @@ class FinetuneStep(_DataStep):
 
     @model_validator(mode="after")
     def _method_needs(self) -> Self:
-        if self.method in ("gradual", "one-shot") and self.target_sparsity is None:
+        if self.method not in ("lp", "dense") and self.target_sparsity is None:
             raise ValueError(f"--method {self.method} needs --target-sparsity")
         if self.method == "dense" and self.target_sparsity is not None:
             raise ValueError("--method dense cannot meet a --target-sparsity")
+        if self.score == "fisher" and self.optimizer != "adamw":
+            raise ValueError(
+                "--score fisher reads AdamW's averages; use --optimizer adamw or --score magnitude"
+            )
         return self
 
 

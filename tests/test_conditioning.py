@@ -1,4 +1,4 @@
-"""Row conditioning: step 0 unchanged, norms held, zeros kept, the exact gradient (arXiv 2409.03424)."""
+"""Weight conditioning: step 0 unchanged, norms held, zeros kept, the exact gradient (arXiv 2409.03424)."""
 
 import pytest
 import torch
@@ -6,7 +6,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lpsparse import LpAdamW, LpsparseError, condition, fold
-from lpsparse.training.conditioning.rows import as_rows, normalize_rows, row_scale, tangent_
+from lpsparse.training.conditioning import METHODS
+from lpsparse.training.conditioning.denoise import ridge_affine
+from lpsparse.training.conditioning.l1_rows import normalize_l1, project_simplex
+from lpsparse.training.conditioning.layout import as_rows, from_rows, row_scale
+from lpsparse.training.conditioning.modular import atom_scale
+from lpsparse.training.conditioning.rows import normalize_rows, tangent_
+from lpsparse.training.conditioning.spectral import PowerIteration
 
 # module, axis, groups: each layout in which an output unit can lie
 LAYOUTS = {
@@ -41,6 +47,7 @@ def test_a_row_is_what_makes_one_output_unit(name: str) -> None:
     scale = torch.linspace(1, 3, as_rows(weight, axis, groups).shape[0], dtype=torch.float64)
     scaled = outputs_of(name, weight * row_scale(weight, scale, axis, groups))
     torch.testing.assert_close(scaled, outputs_of(name, weight) * scale[:, None])
+    assert torch.equal(from_rows(as_rows(weight, axis, groups), weight, axis, groups), weight)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -93,11 +100,230 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(63, 5))
 
 
-def test_conditioning_does_not_change_the_function_at_step_0() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_conditioning_does_not_change_the_function_at_step_0(method: str) -> None:
     model, x = network().eval(), torch.randn(2, 3, 5, 5)
     before = model(x)
-    condition(model)
-    assert torch.equal(model(x), before)
+    condition(model, method)
+    torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_keeps_zeros_and_folds_to_an_ordinary_model(method: str, optimizer: str) -> None:
+    model = network()
+    x = torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    y = x.flatten(1)[:, :5]
+    names = {name: value.shape for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model[4].weight[:, ::3] = 0
+    zero = model[4].weight == 0
+    params = [param for name, param in model.named_parameters()]
+    inner = torch.optim.AdamW(params, lr=3e-3) if optimizer == "adamw" else torch.optim.SGD(params, lr=3e-2)
+    conditioning = condition(model, method)
+    conditioning.attach(inner)
+    losses: list[float] = []
+    for t in range(80):
+        conditioning.progress(t / 40)
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        conditioning.restore()
+        model[4].weight.grad[zero] = 0  # as a held mask does
+        inner.step()
+        inner.zero_grad()
+        conditioning.retract()
+        losses.append(float(loss.detach()))
+    assert min(losses[-5:]) < 0.9 * losses[0]
+    assert torch.equal(model[4].weight[zero], torch.zeros(int(zero.sum())))
+    trained = model.eval()(x).detach()
+    fold(model)
+    assert {name: value.shape for name, value in model.state_dict().items()} == names
+    near = 0.05 if method == "spectral" else 1e-5  # its sigma is known exactly at the end only
+    torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=near)
+    assert not model._forward_pre_hooks and not model[4].weight._post_accumulate_grad_hooks
+
+
+def test_weight_norm_is_the_gradient_of_g_and_v_and_its_rows_have_norm_g() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(7, 5, bias=False)).double()
+    v = model[0].weight.detach().clone().requires_grad_()
+    g = v.detach().norm(dim=1).requires_grad_()
+    x = torch.randn(11, 7, dtype=torch.float64)
+    (normalize_rows(v, g) @ x.T).sin().sum().backward()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    conditioning = condition(model, "weight-norm", gain_lr_ratio=0.5)
+    conditioning.attach(inner)
+    model(x).T.sin().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, v.grad)
+    torch.testing.assert_close(conditioning.gains["0.weight"].grad, g.grad)
+    inner.step()
+    conditioning.retract()
+    wanted = g.detach() - 0.05 * g.grad
+    torch.testing.assert_close(model[0].weight.norm(dim=1), wanted)
+
+
+def test_weight_norm_with_ratio_0_is_row_conditioning() -> None:
+    ends = []
+    for method, options in (("rows", {}), ("weight-norm", {"gain_lr_ratio": 0.0})):
+        model, x = network(), torch.randn(13, 3, 5, 5, generator=torch.Generator().manual_seed(3))
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        conditioning = condition(model, method, **options)
+        conditioning.attach(inner)
+        for _ in range(5):
+            inner.zero_grad()
+            model(x).square().mean().backward()
+            inner.step()
+            conditioning.retract()
+        ends.append(model[4].weight.detach().clone())
+    assert torch.equal(ends[0], ends[1])
+
+
+def test_the_simplex_projection_leaves_the_asked_zeros_and_the_row_norm_and_ignores_scale() -> None:
+    v = torch.randn(5, 12, dtype=torch.float64)
+    for dropped in (0, 1, 7, 11):
+        projected = project_simplex(v, dropped)
+        assert ((projected == 0).sum(1) == dropped).all()
+        torch.testing.assert_close(projected.abs().sum(1), v.abs().sum(1))
+        assert (projected * v >= 0).all()
+        torch.testing.assert_close(project_simplex(3 * v, dropped), 3 * projected)
+    # before it is brought back to its norm it is the nearest point of the l1 ball of its own radius
+    tau = v.abs().kthvalue(7, dim=1, keepdim=True).values
+    radius = (v.abs() - tau).relu().sum(1, keepdim=True)
+    size = v.abs().sort(dim=1, descending=True).values
+    sums = size.cumsum(1) - radius
+    k = (size - sums / torch.arange(1, 13) > 0).sum(1, keepdim=True)  # the paper's rho
+    torch.testing.assert_close(sums.gather(1, k - 1) / k, tau)
+
+
+def test_l1_rows_splits_the_gradient_as_autograd_does_and_ends_with_exact_zeros() -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(7, 5, bias=False)).double()
+    x = torch.randn(11, 7, dtype=torch.float64)
+    v = model[0].weight.detach().clone().requires_grad_()
+    s, g = torch.ones((), dtype=torch.float64, requires_grad=True), v.detach().abs().sum(1)
+    loss = (normalize_l1(v, s * g) @ x.T).sin().sum() + 0.3 * s.abs()
+    loss.backward()
+    inner = torch.optim.SGD(model.parameters(), lr=0.0)
+    conditioning = condition(model, "l1-rows", sparsity=0.6, path_penalty=0.3)
+    conditioning.attach(inner)
+    model(x).T.sin().sum().backward()
+    seen: dict[str, Tensor] = {}
+    inner.register_step_pre_hook(
+        lambda *_: seen.update(v=model[0].weight.grad.clone(), s=conditioning.gains["0.weight"].grad.clone())
+    )
+    inner.step()
+    torch.testing.assert_close(seen["v"], v.grad)
+    torch.testing.assert_close(seen["s"], s.grad)
+    conditioning.progress(0.5)
+    model(x)  # seen half projected, then put back
+    assert (model[0].weight != v).any()
+    conditioning.restore()
+    assert torch.equal(model[0].weight, v)
+    conditioning.progress(1.0)
+    assert ((model[0].weight == 0).sum(1) == 4).all()
+    conditioning.retract()
+    torch.testing.assert_close(model[0].weight.abs().sum(1), g)
+
+
+def test_power_iteration_finds_sigma_and_the_spectral_bound_holds() -> None:
+    torch.manual_seed(5)
+    matrix = torch.randn(9, 13)
+    torch.testing.assert_close(
+        PowerIteration(matrix).sigma(matrix, 200), torch.linalg.matrix_norm(matrix, ord=2)
+    )
+    model = nn.Sequential(nn.Linear(13, 9, bias=False))
+    bound = torch.linalg.matrix_norm(model[0].weight.detach(), ord=2)
+    conditioning = condition(model, "spectral")
+    inner = torch.optim.SGD(model.parameters(), lr=0.05)
+    x = torch.randn(64, 13)
+    for _ in range(200):
+        inner.zero_grad()
+        (model(x) - 10 * x[:, :9]).square().mean().backward()
+        inner.step()
+        conditioning.retract()
+    sigma = torch.linalg.matrix_norm(model[0].weight.detach(), ord=2)
+    assert 0.9 * bound < sigma < 1.2 * bound  # the loss wants a norm of 10
+    fold(model)
+    sigma = torch.linalg.matrix_norm(model[0].weight.detach(), ord=2)
+    assert 0.9 * bound < sigma < 1.005 * bound
+
+
+def test_spectral_leaves_a_weight_within_the_bound_alone() -> None:
+    model = nn.Sequential(nn.Linear(13, 9, bias=False))
+    conditioning = condition(model, "spectral")
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+    before = model[0].weight.detach().clone()
+    conditioning.retract()
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(13, 9), lambda: nn.Conv2d(4, 9, 3)])
+def test_modular_gives_every_update_its_atoms_size_whatever_the_gradient(make) -> None:
+    torch.manual_seed(6)
+    model = nn.Sequential(make())
+    inner = torch.optim.SGD(model.parameters(), lr=0.01)
+    conditioning = condition(model, "modular")
+    conditioning.attach(inner)
+    weight = model[0].weight
+    slope = torch.randn_like(weight)
+    for scale in (1e-4, 1.0, 1e4) * 10:
+        before = weight.detach().clone()
+        weight.grad = scale * slope
+        inner.step()
+        update = (weight.detach() - before).flatten(1)
+    size = torch.linalg.matrix_norm(update, ord=2)
+    wanted = 0.01 * (9 / 13) ** 0.5 if weight.ndim == 2 else 0.01 * (9 / 4) ** 0.5 / 9
+    assert float(size) == pytest.approx(wanted, rel=0.01)
+    assert atom_scale(conditioning.weights["0.weight"]) == pytest.approx(wanted / 0.01)
+
+
+def test_modular_refuses_an_optimizer_that_does_not_move_the_weights() -> None:
+    model = network()
+    with pytest.raises(LpsparseError, match="not in the optimizer"):
+        condition(model, "modular").attach(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+
+
+def test_the_ridge_affine_map_is_the_least_squares_one_and_fades_to_a_shrunk_mask() -> None:
+    x = torch.randn(3, 11, dtype=torch.float64)
+    q = x * (x.abs() > 0.5)
+    exact = ridge_affine(x, q, 0.0)
+    for row, masked, fitted in zip(x, q, exact, strict=True):
+        design = torch.stack([masked, torch.ones(11, dtype=torch.float64)], 1)
+        solution = torch.linalg.lstsq(design, row[:, None]).solution[:, 0]
+        torch.testing.assert_close(fitted, design @ solution)
+    assert torch.equal(ridge_affine(x, q, 1e-3, 0.0) == 0, q == 0)
+    assert torch.isfinite(ridge_affine(x, torch.zeros_like(x), 0.0)).all()
+
+
+def test_denoise_perturbs_the_forward_pass_in_training_alone_and_maps_the_gradient() -> None:
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(13, 9, bias=False)).double()
+    x = torch.randn(5, 13, dtype=torch.float64)
+    plain = model(x).detach()
+    weight = model[0].weight.detach().clone()
+    conditioning = condition(model, "denoise", sparsity=0.5)
+    conditioning.progress(0.25)
+    out = model(x)
+    assert not torch.allclose(out, plain)
+    out.sin().sum().backward()
+    conditioning.restore()
+    assert torch.equal(model[0].weight, weight)
+    leaf = weight.clone().requires_grad_()
+    conditioning.effective("0.weight", leaf).mm(x.T).sin().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, leaf.grad)
+    conditioning.progress(1.0)
+    assert torch.equal(model(x), plain)
+    assert torch.equal(model.eval()(x), plain)
+
+
+def test_the_condition_number_is_within_the_theorem_and_is_not_claimed_to_fall() -> None:
+    torch.manual_seed(8)
+    for _ in range(50):
+        matrix = torch.randn(6, 9, dtype=torch.float64) * torch.rand(6, 1, dtype=torch.float64) * 10
+        equilibrated = normalize_rows(matrix, torch.ones(6, dtype=torch.float64))
+        scaled = matrix * torch.rand(6, 1, dtype=torch.float64)
+        assert torch.linalg.cond(equilibrated) <= 6**0.5 * torch.linalg.cond(scaled) * (1 + 1e-9)
 
 
 def test_norms_hold_through_training_and_fold_leaves_an_ordinary_model() -> None:
@@ -141,6 +367,8 @@ def test_misuse_is_refused() -> None:
     model = network()
     with pytest.raises(LpsparseError, match="not known"):
         condition(model, "columns")
+    with pytest.raises(LpsparseError, match="no option ridge"):
+        condition(model, "denoise", ridge=1.0)
     condition(model)
     with pytest.raises(LpsparseError, match="already"):
         condition(model)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lpsparse import LpAdamW, LpDecay, LpsparseError
-from lpsparse.training.decay import budget_lambda, kill_magnitude, lp_
+from lpsparse.training.compiled import _compiled, compiled, fast_power
+from lpsparse.training.decay import budget_lambda, kill_magnitude, lp_, lp_divisor
 
 PS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
 OPTIMIZERS = {
@@ -206,3 +207,141 @@ def test_a_step_that_a_loss_scaler_skips_decays_nothing(fused: bool) -> None:
         scaler.step(optimizer)
         scaler.update()
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == moves
+
+
+def steps_of(make, p: float, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """The parameters after ten steps of a small model; one weight starts at zero."""
+    model = model_of(5).to(dtype)
+    with torch.no_grad():
+        model[0].weight[0, 0] = 0.0
+    optimizer = make(model, p)
+    for t in range(10):
+        x = torch.randn(11, 7, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x.to(dtype)).square().mean().backward()
+        optimizer.step()
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_lp_adamw_gives_the_numbers_of_adamw_and_the_hooks(p: float, one_pass: bool) -> None:
+    def hooks(model: nn.Module, p: float) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+        LpDecay(optimizer, p=p, lambda_p=0.1)
+        return optimizer
+
+    def fused(model: nn.Module, p: float) -> torch.optim.Optimizer:
+        return LpAdamW(model.parameters(), lr=0.01, p=p, lambda_p=0.1, one_pass=one_pass)
+
+    for ours, wanted in zip(steps_of(fused, p), steps_of(hooks, p), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=3e-5, atol=1e-7)
+        assert torch.equal(ours == 0, wanted == 0)
+
+
+def test_lp_adamw_without_lambda_is_adamw_bit_for_bit_and_their_states_are_one_another_s() -> None:
+    def plain(model: nn.Module, p: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+
+    def fused(model: nn.Module, p: float) -> torch.optim.Optimizer:
+        return LpAdamW(model.parameters(), lr=0.01, p=p, lambda_p=0.0)
+
+    assert all(torch.equal(a, b) for a, b in zip(steps_of(plain, 0.8), steps_of(fused, 0.8), strict=True))
+    first, second = model_of(6).float(), model_of(6).float()
+    source = plain(first, 0.8)
+    one_backward(first.double(), 1)
+    target = fused(second, 0.8)
+    target.load_state_dict(source.state_dict())
+    assert target.param_groups[0]["lp_p"] == 0.8
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 1.0, 1.5])
+def test_compiled_hooks_agree_with_plain_ones_and_spare_what_they_should(p: float) -> None:
+    spare = torch.rand(13, 7, generator=torch.Generator().manual_seed(1)) < 0.5
+
+    def made(compile: bool):
+        def make(model: nn.Module, p: float) -> torch.optim.Optimizer:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+            decay = LpDecay(optimizer, p=p, lambda_p=0.1, lambda_2=0.2, compile=compile)
+            decay.spare = {id(model[0].weight): spare}
+            return optimizer
+
+        return make
+
+    for ours, wanted in zip(steps_of(made(True), p), steps_of(made(False), p), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=3e-5, atol=1e-7)
+
+
+def test_without_a_compiler_the_numbers_come_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr("lpsparse.training.compiled._compiled", _compiled.__wrapped__)  # no cache
+    assert compiled("step", torch.ones(3), 0.8) is None
+    weight = nn.Parameter(torch.full((2, 2), 0.5))
+    optimizer = LpAdamW([weight], lr=0.1, p=1.0, lambda_p=1.0)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((2, 2), 0.5 / (1 + 0.1 / 0.5)))
+
+
+def test_the_fast_power_is_a_power() -> None:
+    size = torch.logspace(-30, 8, 5001)
+    for exponent in (-1.7, -1.2, -0.5, 0.3):
+        exact = size.double() ** torch.tensor(exponent).double()
+        inside = (exact > 1e-35) & (exact < 1e35)
+        found = fast_power(size, torch.tensor(exponent)).double()
+        torch.testing.assert_close(found[inside], exact[inside], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("p", PS)
+def test_the_divisor_is_the_papers_factor(p: float) -> None:
+    w = torch.tensor([1e-6, 0.01, 0.3, 2.0, 50.0], dtype=torch.float64)
+    power = w ** (2 - p)
+    torch.testing.assert_close(1 / lp_divisor(w, 0.1, p, 0.7), power / (power + 0.07), rtol=1e-12, atol=0)
+
+
+def test_the_ridge_alone_shrinks_all_weights_alike() -> None:
+    v = torch.tensor([0.0, 1e-3, -0.5, 7.0])
+    out = lp_(v.clone(), v, lr=0.1, p=0.5, lambda_p=0.0, lambda_2=2.0)
+    torch.testing.assert_close(out, v / 1.2)
+
+
+def test_cautious_decay_touches_only_weights_that_the_step_moves_towards_zero() -> None:
+    w = torch.tensor([0.5, 0.5, -0.5, -0.5])
+    v = torch.tensor([0.4, 0.6, -0.4, -0.6])
+    out = lp_(v.clone(), w, lr=0.1, p=0.8, lambda_p=1.0, cautious=True)
+    assert torch.equal(out[[1, 3]], v[[1, 3]])
+    assert (out[[0, 2]].abs() < v[[0, 2]].abs()).all()
+
+
+def test_spared_weights_are_left_bit_for_bit() -> None:
+    v, w = torch.rand(5, 7) + 0.1, torch.rand(5, 7) + 0.1
+    spare = torch.rand(5, 7) < 0.5
+    for prox in ("pwd", "irl1"):
+        out = lp_(v.clone(), w, lr=0.1, p=0.8, lambda_p=0.1, prox=prox, spare=spare)
+        assert torch.equal(out[spare], v[spare]) and (out[~spare] < v[~spare]).all()
+
+
+def test_irl1_has_the_fixed_points_of_the_decay_and_reaches_zero_in_finitely_many_steps() -> None:
+    minima = torch.tensor([0.01, 0.3], dtype=torch.float64)
+    ends = {}
+    for prox in ("pwd", "irl1"):
+        w = minima.clone()
+        for _ in range(4000):
+            old = w.clone()
+            w -= 0.05 * (w - minima)
+            lp_(w, old, lr=0.05, p=0.5, lambda_p=0.005, prox=prox)
+        ends[prox] = w
+    assert ends["irl1"][0] == ends["pwd"][0] == 0
+    torch.testing.assert_close(ends["irl1"][1], ends["pwd"][1], rtol=1e-6, atol=0)
+    w = torch.tensor([0.02])
+    for _ in range(100):
+        lp_(w, w.clone(), lr=0.05, p=1.0, lambda_p=0.01, prox="irl1")
+        if w == 0:
+            break
+    assert 38 <= _ <= 40  # the L1 prox takes lr * lambda a step
+
+
+def test_an_unknown_prox_is_refused() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    with pytest.raises(LpsparseError, match="prox 'half'"):
+        LpDecay(optimizer, lambda_p=1.0, prox="half")

@@ -68,7 +68,7 @@ def test_metrics_have_a_line_an_interval_with_what_the_bar_shows(tmp_path: Path)
     lpsparse.finetune("bundled:stories260k", tmp_path / "out", target_sparsity="0.5", **SMALL)
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12]
-    assert {"loss", "lr", "lambda_p", "sparsity", "epoch", "threshold"} <= set(lines[0])
+    assert {"loss", "lr", "lambda_p", "sparsity", "epoch", "target"} <= set(lines[0])
     assert lines[-1]["sparsity"] == pytest.approx(0.5, abs=1e-5) and lines[-1]["lambda_p"] == 0
 
 

@@ -1,11 +1,12 @@
-"""Bring the weights to a target sparsity: when to decay which weights, when to cut, and holding what is cut.
+"""Bring the weights to a target sparsity: which weights are to go now, how they go, and holding what is cut.
 
-The target rises cubically over the first share of the steps (Zhu and Gupta 2017, arXiv 1710.01878):
-    s(t) = S + (s0 - S) * (1 - t / T)**3
-lp: L_p decay acts on the weights under the current s(t) quantile only, its lambda steered so that they
-arrive near zero as s(t) rises; at T the smallest S are cut, then the mask is held with no decay. Without a
-target all weights decay, and with p < 1 the run ends by settling (SETTLE_SHARE).
-gradual: magnitudes are cut to s(t) directly. one-shot: all is cut before step 0.
+Phases and the rising target: `phases`. Scores and shares: `allocation`. How weights go, by method: lp: L_p
+decay of the weights that the current target would cut (selective decay), its lambda steered so that they
+arrive near zero as the target rises; then the target is cut exactly. l1: the same loop with the L1 prox on
+all weights. dwf: weights are products of factors (`factors`). gradual: what the target asks for is cut
+directly. one-shot: all is cut before step 0. rigl: one-shot, then the smallest are exchanged for those
+with the largest gradient (`regrow`). After the cut the mask is held: in the weights, their gradients and
+the optimizer's averages.
 """
 
 from collections.abc import Iterable
@@ -18,20 +19,20 @@ from torch.optim import Optimizer
 
 from lpsparse.pruning.select import target_count
 from lpsparse.recipe import FinetuneStep
+from lpsparse.training.allocation import allocate, fisher, smallest_masks
 from lpsparse.training.decay import LpDecay, budget_lambda, kill_magnitude
+from lpsparse.training.factors import Factors
+from lpsparse.training.phases import Phases
+from lpsparse.training.regrow import is_due, regrow
 
-REFRESH = 10  # steps between quantiles
-# A weight under the quantile has a share of the run's steps to die in, so selective decay starts at a
-# multiple of the budget lambda, which gives a weight all of them; the loop then moves it by at most this
-# factor either way.
+REFRESH = 10  # steps between choices of what is to go
+# A weight that is to go has a share of the run's steps to do so, so selective decay starts at a multiple
+# of the budget lambda, which gives a weight all of them; the loop then moves it by at most MOST_STEERING
+# either way.
 SELECTIVE = 20.0
 MOST_STEERING = 10.0
 STEER = 1.15
-# Without a target, p < 1 empties a band of magnitudes, but weights on their way through it freeze there as
-# the learning rate ends. So the run ends by letting only those fall that are far under w_kill already, at
-# full strength.
-SETTLE_SHARE = 0.15
-SETTLE_EDGE = 0.25  # of w_kill
+SETTLE_EDGE = 0.25  # of w_kill: without a target, what falls in the last steps (see phases)
 NEAR_ZERO = 0.05  # of the starting threshold: what lies below this has arrived, as far as a cut can tell
 
 
@@ -42,151 +43,194 @@ def quantile(weights: Iterable[Tensor], count: int) -> float:
     return float(torch.cat([w.detach().abs().flatten() for w in weights]).kthvalue(count).values)
 
 
-@torch.no_grad()
-def allocate(weights: dict[str, Tensor], count: int, method: str) -> dict[str, int]:
-    """How many of `count` zeros each tensor gets; ties by tensor name, then position. Exact in sum.
-
-    global: the smallest magnitudes wherever they are. lamp: the smallest scores w**2 / sum of the squares
-    that are not smaller in the same tensor (Lee et al. 2021, arXiv 2010.07611), which never empties a tensor
-    whose scale is merely small.
-    """
-    names = sorted(weights)
-    if count == 0 or not names:
-        return dict.fromkeys(names, 0)
-    scores = [_lamp(weights[name]) if method == "lamp" else weights[name].abs().flatten() for name in names]
-    threshold = torch.cat(scores).kthvalue(count).values
-    counts = {name: int((score < threshold).sum()) for name, score in zip(names, scores, strict=True)}
-    left = count - sum(counts.values())
-    for name, score in zip(names, scores, strict=True):
-        ties = min(left, int((score == threshold).sum()))
-        counts[name] += ties
-        left -= ties
-    return counts
-
-
-def _lamp(weight: Tensor) -> Tensor:
-    """LAMP scores in float64, one a weight, in the order of `weight`."""
-    squares, order = weight.detach().flatten().double().square().sort(stable=True)
-    rest = squares.flip(0).cumsum(0).flip(0)  # of itself and all that follow
-    scores = torch.empty_like(squares)
-    scores[order] = squares / rest.clamp(min=torch.finfo(torch.float64).tiny)
-    return scores
-
-
-@torch.no_grad()
-def smallest_masks(weights: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
-    """True where a weight is kept: all but the `counts`
-    smallest magnitudes of each tensor, ties by position."""
-    masks: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-        keep[weight.abs().flatten().sort(stable=True).indices[: counts[name]]] = False
-        masks[name] = keep.view(weight.shape)
-    return masks
-
-
 class SparsityControl:
-    """Drives one run. Call `before_step`, then the optimizer,
-    then `after_step`, once for each optimizer step."""
+    """Drives one run. For each optimizer step t (from 0) call `before_step`, then, after the backward pass,
+    `after_backward`, then the optimizer, then `after_step`."""
 
     def __init__(
-        self,
-        step: FinetuneStep,
-        weights: dict[str, Tensor],
-        optimizer: Optimizer,
-        learning_rates: list[float],
+        self, step: FinetuneStep, weights: dict[str, Tensor], optimizer: Optimizer, phases: Phases
     ) -> None:
-        self.step, self.weights, self.optimizer = step, weights, optimizer
+        self.step, self.weights, self.optimizer, self.phases = step, weights, optimizer, phases
         self.size = sum(w.numel() for w in weights.values())
         self.start = sum(int((w == 0).sum()) for w in weights.values())
         self.target = step.target_sparsity
-        self.rates = learning_rates
-        total = len(learning_rates)
-        self.cut_at = max(1, min(total, round(self._decay_share() * total)))  # the end of ordinary decay
-        self.warmup = max(1, round(step.warmup * total))
-        self.sum_lr = sum(learning_rates[: self.cut_at])
-        self.masks: dict[str, Tensor] = {}
+        self.rates = [step.lr * phases.rate(t) for t in range(phases.steps)]
+        self.sum_lr = sum(self.rates[: phases.cut_at])
+        self.masks: dict[str, Tensor] = {}  # True where a weight lives
+        self.spare: dict[str, Tensor] = {}  # True where the current target would keep a weight
+        self._covered: dict[str, Tensor] = {}
         self.steering = 1.0
+        self.p = step.p
         self.decay: LpDecay | None = None
+        self.factors: Factors | None = None
         self.lambda_p = 0.0
-        self.threshold = 0.0  # |w| under this is being decayed, in the tensor where it is highest
         # The magnitudes at which each tensor would be cut now; without a target, at half of what is not zero.
         half = self.start + (self.size - self.start) // 2
         self.aim = self._edges(max(1, half if self.target is None else self._count(self.target)))
-        if step.method == "lp":
-            self.base_lambda = self._base_lambda()
-            self.decay = LpDecay(optimizer, p=step.p, lambda_p=0.0, params=weights.values())
+        if step.method in ("lp", "l1"):
+            self._set_decay()
+        if step.method == "dwf":
+            self.factors = Factors(weights, optimizer, step.factors, self.sum_lr, step.lambda_p)
         if step.keep_zeros:
             self.masks = {name: w != 0 for name, w in weights.items()}
-        if step.method == "one-shot":
+        if step.method in ("one-shot", "rigl"):
             self._cut(self._count(self.target or Decimal(0)))
 
-    def _decay_share(self) -> float:
-        if self.target is not None:
-            return self.step.decay_share
-        return 1 - SETTLE_SHARE if self.step.p < 1 else 1.0
+    def _set_decay(self) -> None:
+        prox = "irl1" if self.step.method == "l1" else self.step.prox
+        self.p = 1.0 if self.step.method == "l1" else self.step.p
+        self.base_lambda = self._base_lambda()
+        self.decay = LpDecay(
+            self.optimizer, p=self.p, lambda_p=0.0, lambda_2=0.0, prox=prox, cautious=self.step.cautious,
+            params=self.weights.values(),
+        )  # fmt: skip
+
+    @property
+    def selective(self) -> bool:
+        return self.target is not None and self.step.method == "lp" and self.step.selective
 
     @property
     def w_kill(self) -> float:
         """Magnitude below which a weight that the loss does not hold dies in this run; 0 without decay."""
-        if self.decay is None or self.step.p >= 2 or self.base_lambda == 0:
+        if self.decay is None or self.p >= 2 or self.base_lambda == 0:
             return 0.0
-        return kill_magnitude(self.step.p, self.base_lambda, self.sum_lr)
+        return kill_magnitude(self.p, self.base_lambda, self.sum_lr)
 
     def _edges(self, count: int) -> dict[str, float]:
         """The magnitude under which each tensor has its share of `count` weights; 0 where that is none."""
-        counts = allocate(self.weights, count, self.step.allocation)
+        counts = allocate(self._magnitudes(), count, self.step.allocation)
         return {name: quantile([weight], counts[name]) for name, weight in self.weights.items()}
 
     def _base_lambda(self) -> float:
         step = self.step
         if step.lambda_p == "auto":
-            if step.p >= 2:
+            if self.p >= 2:
                 return 0.01  # no weight dies at p >= 2, so there is no budget to meet: a usual weight decay
             # An untouched weight is asked to die at the target's quantile, or without a target at the median.
             magnitude = max(self.aim.values())
-            budget = budget_lambda(step.p, magnitude, self.sum_lr) if magnitude > 0 else 0.0
-            return budget * (SELECTIVE if self.target is not None else 1.0)
-        return step.lambda_p * (step.p if step.lambda_convention == "authors" else 1.0)
+            budget = budget_lambda(self.p, magnitude, self.sum_lr) if magnitude > 0 else 0.0
+            return budget * (SELECTIVE if self.selective else 1.0)
+        return step.lambda_p * (self.p if step.lambda_convention == "authors" else 1.0)
 
     def _count(self, sparsity: Decimal) -> int:
         return target_count(sparsity, self.size, self.start)
 
-    def _scheduled(self, t: int) -> int:
-        """Zeros asked for after t steps: the cubic rise, exact at its end."""
+    def scheduled(self, t: int) -> int:
+        """Zeros asked for after t steps."""
         if self.target is None:
             return self.start
-        if t >= self.cut_at:
+        if t >= self.phases.cut_at:
             return self._count(self.target)
         begin, end = self.start / self.size, float(self.target)
-        return self._count(Decimal(end + (begin - end) * (1 - t / self.cut_at) ** 3))
+        return self._count(Decimal(begin + (end - begin) * self.phases.rise(t)))
 
+    def _magnitudes(self) -> dict[str, Tensor]:
+        return {name: weight.detach().abs() for name, weight in self.weights.items()}
+
+    def _scores(self) -> dict[str, Tensor]:
+        """What ranks the weights now; magnitudes as long as the optimizer knows no better."""
+        scores = fisher(self.weights, self.optimizer) if self.step.score == "fisher" else None
+        return self._magnitudes() if scores is None else scores
+
+    @torch.no_grad()
+    def _choose(self, count: int) -> dict[str, Tensor]:
+        """True where a weight stays when `count` go; what is cut already goes first."""
+        scores = self._scores()
+        for name, keep in self.masks.items():
+            scores[name].masked_fill_(~keep, 0.0)
+        return smallest_masks(scores, allocate(scores, count, self.step.allocation))
+
+    @torch.no_grad()
     def before_step(self, t: int) -> None:
-        """Set lambda and the decayed quantile for step t (from 0)."""
+        """Set lambda, p and the decayed weights for step t (from 0); cover what is to go, if asked for."""
+        phases = self.phases
+        decaying = phases.start <= t < phases.cut_at
+        if self.target is not None and decaying and (t - phases.start) % REFRESH == 0:
+            self._refresh(t)
+        if self.decay is not None:
+            self.lambda_p = self._lambda(t) if decaying or self.target is None else 0.0
+            self.decay.set_lambda(self.lambda_p)
+            for group in self.optimizer.param_groups:
+                group["lp_l2"] = self.step.lambda_2 if self.lambda_p else 0.0
+            if self.step.p_start is not None and self.step.method == "lp":
+                share = phases.progress(t)
+                self.decay.set_p(self.step.p_start + (self.p - self.step.p_start) * share)
+        if self.selective and self.step.masked_forward and self.spare and decaying:
+            for name, weight in self.weights.items():
+                self._covered[name] = weight.detach().clone()
+                weight.masked_fill_(~self.spare[name], 0.0)
+
+    def _lambda(self, t: int) -> float:
+        assert self.decay is not None
+        if self.target is None and t >= self.phases.cut_at:  # settling
+            edge = SETTLE_EDGE * self.w_kill
+            self.decay.spare = {id(weight): weight.abs() >= edge for weight in self.weights.values()}
+            return self.base_lambda * max(self.rates) / max(self.rates[t], 1e-9 * max(self.rates))
+        return self.base_lambda * self.steering * min(1.0, (t + 1) / self.phases.warmup)
+
+    def _refresh(self, t: int) -> None:
+        """Choose what is to go until the next refresh, and steer lambda by what has arrived."""
         if self.decay is None:
             return
-        if self.target is not None and t >= self.cut_at:
-            self.lambda_p = 0.0
-        elif t >= self.cut_at:
-            self.threshold = SETTLE_EDGE * self.w_kill
-            self.decay.below = {id(weight): self.threshold for weight in self.weights.values()}
-            self.lambda_p = self.base_lambda * max(self.rates) / max(self.rates[t], 1e-9 * max(self.rates))
-        else:
-            if self.target is not None and t % REFRESH == 0:
-                self._steer(t)
-            self.lambda_p = self.base_lambda * self.steering * min(1.0, (t + 1) / self.warmup)
-        self.decay.set_lambda(self.lambda_p)
-
-    def _steer(self, t: int) -> None:
-        assert self.decay is not None
-        edges = self._edges(self._scheduled(t + REFRESH))
-        self.threshold = max(edges.values())
-        self.decay.below = {id(self.weights[name]): edge for name, edge in edges.items()}
-        arrived = self.near_zero()
-        wanted = self._scheduled(max(0, t - REFRESH)) / self.size
-        if t >= self.warmup and self.step.lambda_p == "auto":
-            self.steering *= STEER if arrived < wanted else 1 / STEER
+        if self.selective:
+            self.spare = self._choose(self.scheduled(t + REFRESH))
+            self.decay.spare = {id(self.weights[name]): keep for name, keep in self.spare.items()}
+        if t > self.phases.start and self.step.lambda_p == "auto":
+            late = self.near_zero() < self.scheduled(max(0, t - REFRESH)) / self.size
+            self.steering *= STEER if late else 1 / STEER
             self.steering = min(MOST_STEERING, max(1 / MOST_STEERING, self.steering))
+
+    @torch.no_grad()
+    def after_backward(self, t: int) -> None:
+        """Uncover, exchange weights where the method does, and let clipping and momentum see only what
+        lives."""
+        for name, values in self._covered.items():
+            self.weights[name].copy_(values)
+        self._covered.clear()
+        if self.step.method == "rigl" and is_due(t, self.phases.steps):
+            self.masks = regrow(self.weights, self.masks, t, self.phases.steps)
+            self._hold()
+            self._forget()
+        for name, keep in self.masks.items():
+            grad = self.weights[name].grad
+            if grad is not None:
+                grad.masked_fill_(~keep, 0.0)
+
+    @torch.no_grad()
+    def after_step(self, t: int) -> None:
+        """Cut where the plan says so after step t, and hold every zero that was cut."""
+        done, cut_at = t + 1, self.phases.cut_at
+        due = done == cut_at or (done > self.phases.start and (done - self.phases.start) % REFRESH == 0)
+        if self.step.method == "gradual" and done <= cut_at and due:
+            self._cut(self.scheduled(done))
+        elif self.step.method in ("lp", "l1", "dwf") and self.target is not None and done == cut_at:
+            if self.factors is not None:
+                self.factors.remove()
+                self.factors = None
+            self._cut(self._count(self.target))
+        else:
+            self._hold()
+
+    @torch.no_grad()
+    def _cut(self, count: int) -> None:
+        held = sum(int((~keep).sum()) for keep in self.masks.values())
+        self.masks = self._choose(max(count, held))
+        self._hold()
+        self._forget()
+
+    @torch.no_grad()
+    def _forget(self) -> None:
+        """The averages of what is cut, so that momentum does not move it. exp_avg_sq stays: it scores."""
+        for name, keep in self.masks.items():
+            state: dict[str, Any] = self.optimizer.state.get(self.weights[name], {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == keep.shape and key != "exp_avg_sq":
+                    value.masked_fill_(~keep, 0.0)
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        for name, keep in self.masks.items():
+            self.weights[name].masked_fill_(~keep, 0.0)
 
     @torch.no_grad()
     def near_zero(self) -> float:
@@ -198,42 +242,12 @@ class SparsityControl:
     def zeros(self) -> int:
         return sum(int((w == 0).sum()) for w in self.weights.values())
 
-    @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """So that clipping and momentum see only weights that live."""
-        for name, keep in self.masks.items():
-            grad = self.weights[name].grad
-            if grad is not None:
-                grad.masked_fill_(~keep, 0.0)
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights and the optimizer's state; tensors and numbers only."""
+        return {"steering": self.steering, "masks": dict(self.masks), "spare": dict(self.spare)}
 
-    @torch.no_grad()
-    def after_step(self, t: int) -> None:
-        """Cut where the plan says so after step t, and hold every zero that was cut."""
-        done = t + 1
-        if (
-            self.step.method == "gradual"
-            and done <= self.cut_at
-            and (done % REFRESH == 0 or done == self.cut_at)
-        ):
-            self._cut(self._scheduled(done))
-        elif self.step.method == "lp" and self.target is not None and done == self.cut_at:
-            self._cut(self._count(self.target))
-        else:
-            self._hold()
-
-    def _cut(self, count: int) -> None:
-        held = sum(int((~keep).sum()) for keep in self.masks.values())
-        self._hold()
-        counts = allocate(self.weights, max(count, held), self.step.allocation)
-        self.masks = smallest_masks(self.weights, counts)
-        self._hold()
-        for name, keep in self.masks.items():
-            state: dict[str, Any] = self.optimizer.state.get(self.weights[name], {})
-            for value in state.values():
-                if isinstance(value, Tensor) and value.shape == keep.shape:
-                    value.masked_fill_(~keep, 0.0)
-
-    @torch.no_grad()
-    def _hold(self) -> None:
-        for name, keep in self.masks.items():
-            self.weights[name].masked_fill_(~keep, 0.0)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steering = float(state["steering"])
+        self.masks, self.spare = dict(state["masks"]), dict(state["spare"])
+        if self.decay is not None and self.selective:
+            self.decay.spare = {id(self.weights[name]): keep for name, keep in self.spare.items()}

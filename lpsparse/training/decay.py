@@ -1,56 +1,100 @@
 """Decoupled L_p weight decay (pWD): Outmezguine and Levi 2024, arXiv 2404.10824, the "adiabatic" update.
 
-    w_next = v * X / (X + a * q),   X = |w|**(2 - p)
+    w_next = v / D,   D = 1 + a * (q * |w|**(p - 2) + l2)
 
 w is the weight before the optimizer's step, v after it (its own weight decay 0), a the learning rate, q =
-lambda_p. Differs from the paper's code: q is ours, p times their lambda (so that p = 2 is AdamW's weight
-decay to first order); |w| > 1 and p >= 2 use the other form of the same factor, which cannot overflow;
-magnitudes below 1e-30 become +0, so that CPU and GPU agree whatever they do with denormals.
+lambda_p, l2 an elastic net's ridge (0: the paper's update). Differs from the paper's code: q is ours, p
+times their lambda (so that p = 2 is AdamW's weight decay to first order); theirs is written v * X / (X + a
+* q) with X = |w|**(2 - p), which is NaN for w = 0 without decay and overflows for large w; magnitudes
+below 1e-30 become +0, so that CPU and GPU agree whatever they do with denormals.
+
+Options, each of which is the paper's update when off: spared weights (selective decay); cautious (only
+where the step itself moves the weight towards zero: Chen et al. 2025, arXiv 2510.12402); prox "irl1", the
+reweighted L1 step sign(v) * max(|v| - a * q * |w|**(p - 1), 0) (Nakhleh and Nowak 2025), which has the
+same fixed points and reaches exact zero in finitely many steps; p = 1 of it is the ordinary L1 prox.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lpsparse.errors import UsageError
+from lpsparse.training.compiled import FLUSH, compiled
 
-FLUSH = 1e-30
-_SETTINGS = ("lp_p", "lp_lambda", "lp_convention")  # keys in the optimizer's param_groups
+PROXES = ("pwd", "irl1")
+_SETTINGS = ("lp_p", "lp_lambda", "lp_l2", "lp_convention")  # keys in the optimizer's param_groups
 CONVENTION = "ours"  # penalty (lambda_p / p) * ||w||_p^p; the authors' code means lambda * ||w||_p^p
+_CHUNK = 1 << 17  # elements; what a step reads twice stays in the cache
+_WORTH = 1 << 22  # decayed weights from which on some seconds of compiling are worth it
 
 
-def lp_factor(w: Tensor, lr: float, p: float, lambda_p: float) -> Tensor:
-    """The factor F in [0, 1] of one step from the old weights `w`; any shape, float32 or float64."""
-    q = lr * lambda_p
-    size = w.abs()
-    if p == 2:
-        return torch.full_like(size, 1 / (1 + q))
-    if p > 2:
-        return 1 / (1 + q * size.pow(p - 2))
-    power = size.pow(2 - p)
-    small = power / (power + q)
-    if not (size > 1).any():  # the usual case, and pow is what takes the time
-        return small
-    return torch.where(size > 1, 1 / (1 + q * size.clamp(min=1.0).pow(p - 2)), small)
+def lp_divisor(
+    w: Tensor, lr: float, p: float, lambda_p: float, lambda_2: float = 0.0, out: Tensor | None = None
+) -> Tensor:
+    """D in [1, inf] of one step from the old weights `w`; any shape, float32 or float64. inf at w = 0, p <
+    2."""
+    q, ridge = lr * lambda_p, lr * lambda_2
+    power = torch.empty_like(w) if out is None else out
+    if p == 2 or q == 0:
+        return power.fill_(1 + ridge + q)
+    torch.abs(w, out=power)
+    if w.device.type == "cpu":
+        _power_(power.numpy(), p - 2)
+    else:
+        power.pow_(p - 2)
+    return power.mul_(q).add_(1 + ridge)
 
 
-def lp_(v: Tensor, w: Tensor, *, lr: float, p: float, lambda_p: float, below: float | None = None) -> Tensor:
-    """Decay `v` in place by the factor of the old weights `w`; only where |w| < `below` when that is given.
+def _power_(size: NDArray[Any], exponent: float) -> None:
+    """size**exponent in place; numpy's calls take half the time of one torch.pow on a CPU."""
+    with np.errstate(divide="ignore", over="ignore", under="ignore"):
+        np.log2(size, out=size)
+        np.multiply(size, size.dtype.type(exponent), out=size)
+        np.exp2(size, out=size)
 
-    With lr or lambda_p 0, `v` is left as it is, bit for bit. An exact zero of `w` gives an exact zero for p
-    < 2.
+
+def lp_(
+    v: Tensor, w: Tensor, *, lr: float, p: float, lambda_p: float, lambda_2: float = 0.0, prox: str = "pwd",
+    cautious: bool = False, spare: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Decay `v` in place by the old weights `w`, except where `spare` is True.
+
+    With lr or both lambdas 0, `v` is left as it is, bit for bit. An exact zero of `w` gives an exact zero
+    for p < 2.
     """
-    if lr == 0 or lambda_p == 0:
+    if lr == 0 or (lambda_p == 0 and lambda_2 == 0):
         return v
-    factor = lp_factor(w, lr, p, lambda_p)
-    if below is not None:
-        factor = torch.where(w.abs() < below, factor, torch.ones_like(factor))
-    v.mul_(factor)
-    return v.masked_fill_(v.abs() < FLUSH, 0.0)
+    left = v.clone() if prox == "irl1" else v
+    if prox == "irl1":
+        v.copy_(soft_threshold(v / (1 + lr * lambda_2), w, lr * lambda_p, p))
+        divisor = None
+    else:
+        divisor = lp_divisor(w, lr, p, lambda_p, lambda_2)
+    off = None if not cautious else (w - left) * w < 0  # the step grows the weight: nothing to agree with
+    if spare is not None:
+        off = spare if off is None else off | spare
+    if divisor is None:
+        return v if off is None else v.copy_(torch.where(off, left, v))
+    if off is not None:
+        divisor.masked_fill_(off, 1.0)
+    return divide_(v, divisor)
+
+
+def divide_(v: Tensor, divisor: Tensor) -> Tensor:
+    """v / divisor in place, what is left below FLUSH being +0."""
+    v.div_(divisor)
+    return torch.hardshrink(v, FLUSH, out=v)
+
+
+def soft_threshold(v: Tensor, w: Tensor, q: float, p: float) -> Tensor:
+    """sign(v) * max(|v| - q * |w|**(p - 1), 0); for p < 1 an exact zero of `w` stays zero."""
+    return v.sign() * (v.abs() - q * w.abs().pow(p - 1)).clamp_(min=0.0)
 
 
 def kill_magnitude(p: float, lambda_p: float, sum_lr: float) -> float:
@@ -67,64 +111,96 @@ class LpDecay:
     """Decoupled L_p weight decay for any torch optimizer,
     attached by step hooks: go on calling optimizer.step().
 
-    `params` are the tensors to decay; by default all of 2 or more dimensions. p, lambda_p and the convention
-    live in the optimizer's param_groups (`lp_p`, `lp_lambda`), hence in its state dict. Runs once per real
-    step, so a step that a loss scaler skips decays nothing; a tensor without a gradient is left alone; a
-    tied tensor decays once. Raises UsageError for p <= 0, a negative lambda_p, and for bf16/fp16 parameters,
-    which would swallow the decay.
+    `params` are the tensors to decay; by default all of 2 or more dimensions. p, lambda_p, lambda_2 and
+    the convention live in the optimizer's param_groups (`lp_p`, `lp_lambda`, `lp_l2`), hence in its state
+    dict. Runs once per real step, so a step that a loss scaler skips decays nothing; a tensor without a
+    gradient is left alone; a tied tensor decays once. `spare` (id of a tensor -> True where a weight is
+    not decayed) may be set between steps. `compile`: make compiled loops of it, by default for 4 M weights
+    and more. Costs one float a decayed weight during the step. Raises UsageError for p <= 0, a negative
+    lambda, an unknown prox, and for bf16/fp16 parameters, which would swallow the decay.
     """
 
     def __init__(
-        self, optimizer: Optimizer, *, p: float = 0.8, lambda_p: float, params: Iterable[Tensor] | None = None
-    ) -> None:
-        if not p > 0 or not lambda_p >= 0:
-            raise UsageError(
-                220, f"p = {p}, lambda_p = {lambda_p}: p > 0 and lambda_p >= 0", mend="see math of L_p"
-            )
+        self, optimizer: Optimizer, *, p: float = 0.8, lambda_p: float, lambda_2: float = 0.0,
+        prox: str = "pwd", cautious: bool = False, params: Iterable[Tensor] | None = None,
+        compile: bool | None = None,
+    ) -> None:  # fmt: skip
+        check_settings(p, lambda_p, lambda_2, prox)
         chosen = None if params is None else {id(param) for param in params}
-        self.optimizer = optimizer
-        self.below: dict[int, float] | None = None  # id of a tensor -> decay only its weights under this
+        self.optimizer, self.prox, self.cautious = optimizer, prox, cautious
+        self.spare: dict[int, Tensor] = {}
         self._ids: set[int] = set()
-        self._old: dict[int, Tensor] = {}
+        self._kept: dict[
+            int, Tensor
+        ] = {}  # the divisor of a step, or the old weights where that is not enough
         for group in optimizer.param_groups:
-            group.update(zip(_SETTINGS, (p, lambda_p, CONVENTION), strict=True))
+            group.update(zip(_SETTINGS, (p, lambda_p, lambda_2, CONVENTION), strict=True))
             for param in group["params"]:
                 if (param.ndim >= 2) if chosen is None else (id(param) in chosen):
-                    self._check(param)
+                    check_precision(param)
                     self._ids.add(id(param))
+        size = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
+        self.compile = size >= _WORTH if compile is None else compile
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
-            optimizer.register_load_state_dict_pre_hook(self._loading),
+            optimizer.register_load_state_dict_pre_hook(loading),
         ]
-
-    @staticmethod
-    def _check(param: Tensor) -> None:
-        if param.dtype in (torch.float16, torch.bfloat16):
-            what = f"a {param.dtype} parameter of shape {tuple(param.shape)} swallows the decay"
-            raise UsageError(221, what, mend="keep the parameters in float32 and use autocast")
 
     def set_lambda(self, lambda_p: float) -> None:
         for group in self.optimizer.param_groups:
             group["lp_lambda"] = lambda_p
+
+    def set_p(self, p: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lp_p"] = p
 
     def remove(self) -> None:
         """Detach from the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._old.clear()
+        self._kept.clear()
 
     def _decayed(self) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                if id(param) in self._ids:
-                    yield param, group
+            if group["lr"] and (group.get("lp_lambda") or group.get("lp_l2")):
+                for param in group["params"]:
+                    if id(param) in self._ids:
+                        yield param, group
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        active = (param for param, group in self._decayed() if group["lp_lambda"] and group["lr"])
-        self._old = {id(param): param.detach().clone() for param in active}
+        self._kept.clear()
+        for param, group in self._decayed():
+            kept = torch.empty_like(param)
+            if self._needs_old():
+                kept.copy_(param)
+            elif (fill := self._kernel("fill", param, group["lp_p"])) is not None:
+                a, p, q, ridge = float(group["lr"]), group["lp_p"], group["lp_lambda"], group["lp_l2"]
+                scalars = torch.tensor([p - 2, a * q, 1 + a * ridge], dtype=param.dtype)
+                fill(kept.view(-1), param.detach().view(-1), scalars.to(param.device))
+                if id(param) in self.spare:
+                    kept.masked_fill_(self.spare[id(param)], 1.0)
+            else:
+                _chunked(self._divisor(group), kept, param, self.spare.get(id(param)))
+            self._kept[id(param)] = kept
+
+    def _kernel(self, name: str, param: Tensor, p: float = 0.0) -> Callable[..., None] | None:
+        return compiled(name, param, p) if self.compile else None
+
+    def _needs_old(self) -> bool:
+        return self.cautious or self.prox != "pwd"
+
+    def _divisor(self, group: dict[str, Any]) -> Callable[..., None]:
+        a, p, q, ridge = float(group["lr"]), group["lp_p"], group["lp_lambda"], group["lp_l2"]
+
+        def write(kept: Tensor, w: Tensor, spare: Tensor | None) -> None:
+            lp_divisor(w, a, p, q, ridge, out=kept)
+            if spare is not None:
+                kept.masked_fill_(spare, 1.0)
+
+        return write
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -132,40 +208,56 @@ class LpDecay:
             optimizer, "found_inf", None
         )  # a fused optimizer leaves the skipping to itself
         if overflow is not None and float(overflow):
-            self._old.clear()
+            self._kept.clear()
             return
         for param, group in self._decayed():
-            old = self._old.pop(id(param), None)
-            if old is not None and param.grad is not None:
-                below = None if self.below is None else self.below.get(id(param), 0.0)
+            kept = self._kept.pop(id(param), None)
+            if kept is None or param.grad is None:
+                continue
+            if self._needs_old():
                 lp_(
-                    param,
-                    old,
-                    lr=float(group["lr"]),
-                    p=group["lp_p"],
-                    lambda_p=group["lp_lambda"],
-                    below=below,
-                )
-
-    def _loading(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """The state to load, with our settings where it was saved without them."""
-        groups: list[dict[str, Any]] = []
-        for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=False):
-            groups.append({key: group[key] for key in _SETTINGS} | saved)
-            if saved.get("lp_p", group["lp_p"]) != group["lp_p"]:
-                text = (
-                    f"state was saved with p = {saved['lp_p']}, this decay was made with p = {group['lp_p']}"
-                )
-                warnings.warn(f"{text}; the saved one is used", stacklevel=3)
-        groups += state["param_groups"][len(groups) :]  # too many: torch says so
-        return {**state, "param_groups": groups}
+                    param, kept, lr=float(group["lr"]), p=group["lp_p"], lambda_p=group["lp_lambda"],
+                    lambda_2=group["lp_l2"], prox=self.prox, cautious=self.cautious,
+                    spare=self.spare.get(id(param)),
+                )  # fmt: skip
+            elif (divide := self._kernel("divide", param)) is not None:
+                divide(param.detach().view(-1), kept.view(-1))
+            else:
+                _chunked(divide_, param, kept)
 
 
-class LpAdamW(AdamW):
-    """AdamW (its own weight decay 0) with decoupled L_p decay of every parameter of 2 or more dimensions."""
+def loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state to load, with the settings of the decay where it was saved without them. Another p warns."""
+    groups: list[dict[str, Any]] = []
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        groups.append({key: group[key] for key in _SETTINGS if key in group} | saved)
+        if saved.get("lp_p", group.get("lp_p")) != group.get("lp_p"):
+            text = f"state was saved with p = {saved['lp_p']}, this decay was made with p = {group['lp_p']}"
+            warnings.warn(f"{text}; the saved one is used", stacklevel=3)
+    groups += state["param_groups"][len(groups) :]  # too many: torch says so
+    return {**state, "param_groups": groups}
 
-    def __init__(
-        self, params: Any, lr: float = 1e-3, *, p: float = 0.8, lambda_p: float, **options: Any
-    ) -> None:
-        super().__init__(params, lr=lr, weight_decay=0.0, **options)
-        self.decay = LpDecay(self, p=p, lambda_p=lambda_p)
+
+def check_settings(p: float, lambda_p: float, lambda_2: float = 0.0, prox: str = "pwd") -> None:
+    if not p > 0 or not lambda_p >= 0 or not lambda_2 >= 0:
+        what = f"p = {p}, lambda_p = {lambda_p}, lambda_2 = {lambda_2}: p > 0, lambdas >= 0"
+        raise UsageError(220, what, mend="see math of L_p")
+    if prox not in PROXES:
+        raise UsageError(226, f"prox {prox!r}: not known", mend=f"one of {', '.join(PROXES)}")
+
+
+def check_precision(param: Tensor) -> None:
+    if param.dtype in (torch.float16, torch.bfloat16):
+        what = f"a {param.dtype} parameter of shape {tuple(param.shape)} swallows the decay"
+        raise UsageError(221, what, mend="keep the parameters in float32 and use autocast")
+
+
+def _chunked(function: Callable[..., Any], *tensors: Tensor | None) -> None:
+    """Call on flat pieces that fit the cache; on a GPU, or where a tensor has no flat view, on the whole."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in given):
+        function(*tensors)
+        return
+    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
+    for first in range(0, given[0].numel(), _CHUNK):
+        function(*(None if each is None else each[first : first + _CHUNK] for each in flat))

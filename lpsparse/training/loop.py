@@ -17,11 +17,13 @@ from lpsparse.errors import InputError, NumericError, UsageError
 from lpsparse.pruning.prunable import choose, kept_in_words
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.conditioning import condition, fold
+from lpsparse.training.conditioning.base import Conditioning
 from lpsparse.training.control import SparsityControl
 from lpsparse.training.data import check_apart
 from lpsparse.training.distill import Teacher, make_teacher
 from lpsparse.training.loss import batch_loss, check_dropout
 from lpsparse.training.model import quiet_transformers
+from lpsparse.training.phases import plan_phases
 from lpsparse.training.tasks import TASKS
 from lpsparse.training.tasks.base import Task
 
@@ -39,7 +41,7 @@ class Progress:
     loss: float  # mean since the last one
     lr: float
     lambda_p: float
-    threshold: float  # |w| under this is being decayed
+    target: float  # zeros that the plan asks for now
     sparsity: float  # exact zeros of the prunable weights
     near_zero: float  # as good as zero
 
@@ -128,20 +130,20 @@ def train(
     accelerator = _accelerator(step)
     before = None if task.loaded.new else evaluate(step, task)
     model = task.loaded.module
+    step = resolve_auto(step, model)
     prunable, weights = _choose(step, task)
     check_dropout(step, model)
     teacher = make_teacher(step, task)
     steps = _steps(step, task)
     say(kept_in_words(prunable))
-    if step.condition == "rows" and weights:
-        condition(model, "rows", _parameter_names(model, weights))
+    model.to(accelerator.device)  # before anything is kept beside the weights
     optimizer = _optimizer(step, model, weights)
-    rates = [step.lr * _schedule(t, steps, step.warmup) for t in range(steps)]
-    control = SparsityControl(step, weights, optimizer, rates)
+    conditioning = _condition(step, model, weights, optimizer)
+    control = SparsityControl(step, weights, optimizer, plan_phases(step, steps))
     facts = _in_words(step, control, steps)
     say(facts)
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    _loop(step, task, accelerator, prepared, wrapped, control, teacher, rates, on_step)
+    _loop(step, task, accelerator, prepared, wrapped, control, conditioning, teacher, on_step)
     fold(model)
     if teacher is not None:
         teacher.close()
@@ -149,6 +151,14 @@ def train(
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # or it would be measured under autocast
     task.loaded.round_to_storage()
     return Trained(task, prunable, before, evaluate(step, task), facts)
+
+
+def resolve_auto(step: FinetuneStep, model: nn.Module) -> FinetuneStep:
+    """`step` with its auto replaced by what was best on models of this kind (docs/method.md)."""
+    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())  # pyright: ignore[reportPrivateUsage]
+    fisher = step.method == "lp" and step.optimizer == "adamw" and not batch_norm
+    score = ("fisher" if fisher else "magnitude") if step.score == "auto" else step.score
+    return step.model_copy(update={"score": score})
 
 
 def _accelerator(step: FinetuneStep) -> Accelerator:
@@ -161,22 +171,22 @@ def _accelerator(step: FinetuneStep) -> Accelerator:
 
 def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
     text = f"{steps} steps, method {step.method}, {len(control.weights)} tensors of {control.size:,} weights"
+    if control.target is not None and step.method not in ("one-shot", "rigl"):
+        text += f"; steps: {control.phases.in_words()}"
     if control.decay is None:
         return text
     text += (
-        f", p {step.p:g}, lambda_p {control.base_lambda:.4g} (ours; the authors' "
-        f"{control.base_lambda / step.p:.4g})"
+        f"; p {control.p:g}, lambda_p {control.base_lambda:.4g} (ours; the authors' "
+        f"{control.base_lambda / control.p:.4g})"
     )
-    if control.target is not None:
-        return (
-            f"{text}, for {control.cut_at} steps on what is under the target's quantile, then cut and recover"
-        )
-    if step.p >= 2:
+    if control.selective:
+        return f"{text}, on the weights that the current target would cut, by {step.score}"
+    if control.p >= 2:
         return f"{text}; with p of 2 or more no weight reaches zero by itself: give a --target-sparsity"
     text += f", sum of learning rates {control.sum_lr:.4g}, w_kill {control.w_kill:.4g}"
-    if step.p >= 1:
+    if control.p >= 1 or control.target is not None:
         return text
-    settling = steps - control.cut_at
+    settling = steps - control.phases.cut_at
     return (
         f"{text}; in the last {settling} steps what is far under w_kill falls, its lambda rising as lr ends"
     )
@@ -184,10 +194,10 @@ def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
 
 def _loop(
     step: FinetuneStep, task: Task, accelerator: Accelerator, model: nn.Module, optimizer: Any,
-    control: SparsityControl, teacher: Teacher | None, rates: list[float],
+    control: SparsityControl, conditioning: Conditioning | None, teacher: Teacher | None,
     on_step: Callable[[Progress], None],
 ) -> None:  # fmt: skip
-    conditioning = getattr(accelerator.unwrap_model(model), "_lpsparse_conditioning", None)
+    rates = control.rates
     parameters = [param for param in model.parameters() if param.requires_grad]
     generator = torch.Generator().manual_seed(step.seed)
     losses: list[float] = []
@@ -195,14 +205,18 @@ def _loop(
     model.train()
     for t, (epoch, batch) in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = rates[t]
+            group["lr"] = rates[t] * group.get("lr_ratio", 1.0)
+        if conditioning is not None:
+            conditioning.progress(control.phases.progress(t + 1))
         control.before_step(t)
         if task.augment is not None:
             batch = task.augment(batch, generator)
         with accelerator.autocast():
             loss = batch_loss(step, task, model, batch, teacher)
         accelerator.backward(loss)
-        control.mask_gradients()
+        if conditioning is not None:
+            conditioning.restore()
+        control.after_backward(t)
         norm = float(accelerator.clip_grad_norm_(parameters, step.clip or math.inf) or 0)
         losses.append(float(loss.detach()))
         # A loss scaler (fp16) skips a step whose gradients overflow and goes on with a smaller scale.
@@ -217,7 +231,13 @@ def _loop(
         if (t + 1) % step.log_every == 0 or t + 1 == len(rates):
             sparsity = control.zeros() / max(1, control.size)
             mean = sum(losses) / len(losses)
-            facts = (rates[t], control.lambda_p, control.threshold, sparsity, control.near_zero())
+            facts = (
+                rates[t],
+                control.lambda_p,
+                control.scheduled(t + 1) / max(1, control.size),
+                sparsity,
+                control.near_zero(),
+            )
             on_step(Progress(t + 1, len(rates), epoch, mean, *facts))
             losses.clear()
 
@@ -255,16 +275,28 @@ def _dtype_name(value: torch.Tensor) -> str:
     return "F32" if value.dtype.is_floating_point else "I64"
 
 
-def _parameter_names(model: nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+def _condition(
+    step: FinetuneStep, model: nn.Module, weights: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> Conditioning | None:
+    if step.condition == "none" or not weights:
+        return None
     wanted = {id(weight) for weight in weights.values()}
-    return [name for name, param in model.named_parameters() if id(param) in wanted]
+    names = [name for name, param in model.named_parameters() if id(param) in wanted]
+    options: dict[str, Any] = {"gain_lr_ratio": step.gain_lr_ratio} if step.condition == "weight-norm" else {}
+    if step.condition in ("l1-rows", "denoise"):
+        options["sparsity"] = float(step.target_sparsity or 0)
+    if step.condition == "l1-rows":
+        options["path_penalty"] = step.path_penalty
+    conditioning = condition(model, step.condition, names, **options)
+    conditioning.attach(optimizer)
+    return conditioning
 
 
 def _optimizer(
     step: FinetuneStep, model: nn.Module, weights: dict[str, torch.Tensor]
 ) -> torch.optim.Optimizer:
     """The base optimizer; its own weight decay acts only where L_p decay does not."""
-    chosen = {id(weight) for weight in weights.values()} if step.method == "lp" else set[int]()
+    chosen = {id(weight) for weight in weights.values()} if step.method in ("lp", "l1") else set[int]()
     trained = [param for param in model.parameters() if param.requires_grad]
     plain = [param for param in trained if id(param) not in chosen and param.ndim >= 2]
     groups = [
@@ -276,14 +308,6 @@ def _optimizer(
     if step.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=step.lr, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=step.lr)
-
-
-def _schedule(t: int, steps: int, warmup: float) -> float:
-    """Linear rise, then a cosine to zero: 0..1."""
-    rise = max(1, round(warmup * steps))
-    if t < rise:
-        return (t + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (t - rise) / max(1, steps - rise)))
 
 
 def _batches(

@@ -1,0 +1,108 @@
+"""Which weights are to go: a score for each weight, how the count is shared among tensors, and exact masks.
+
+Scores: magnitude |w|, or fisher |w| * sqrt(v) with v AdamW's own average of squared gradients, corrected
+for its start. The square of the latter is twice the rise of the loss when w is set to zero, in the
+diagonal approximation of the curvature by the empirical Fisher information (LeCun et al. 1989, Optimal
+Brain Damage, eq. 5; Singh and Alistarh 2020, arXiv 2004.14340), with the curvature for free.
+
+Shares: global, the smallest scores wherever they are; lamp, the smallest w**2 / (sum of the squares that
+are not smaller in its tensor), which never empties a tensor whose scale is small (Lee et al. 2021, arXiv
+2010.07611); uniform, one sparsity for all; erk, density in proportion to sum(shape) / prod(shape) (Evci et
+al. 2020, arXiv 1911.11134).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+SHARES = ("global", "lamp", "uniform", "erk")
+_SETTLED = 20  # steps; before them an average of squared gradients is mostly noise
+
+
+@torch.no_grad()
+def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor] | None:
+    """|w| * sqrt(v), shaped like the weights; None while the optimizer has no settled v for all of them."""
+    betas = {id(p): group.get("betas") for group in optimizer.param_groups for p in group["params"]}
+    scores: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        state: dict[str, Any] = optimizer.state.get(weight, {})
+        beta = betas.get(id(weight))
+        if beta is None or "exp_avg_sq" not in state or float(state["step"]) < _SETTLED:
+            return None
+        average = state["exp_avg_sq"] / (1 - beta[1] ** float(state["step"]))
+        scores[name] = average.sqrt_().add_(torch.finfo(weight.dtype).eps ** 2).mul_(weight.detach().abs())
+    return scores
+
+
+@torch.no_grad()
+def allocate(scores: dict[str, Tensor], count: int, share: str) -> dict[str, int]:
+    """How many of `count` zeros each tensor gets; ties by tensor name, then position. Exact in sum.
+    `scores` are not negative."""
+    names = sorted(scores)
+    if count == 0 or not names:
+        return dict.fromkeys(names, 0)
+    if share in ("uniform", "erk"):
+        return _by_shape({name: scores[name].shape for name in names}, count, share)
+    ranked = [_lamp(scores[name]) if share == "lamp" else scores[name].abs().flatten() for name in names]
+    threshold = torch.cat(ranked).kthvalue(count).values
+    counts = {name: int((score < threshold).sum()) for name, score in zip(names, ranked, strict=True)}
+    left = count - sum(counts.values())
+    for name, score in zip(names, ranked, strict=True):
+        ties = min(left, int((score == threshold).sum()))
+        counts[name] += ties
+        left -= ties
+    return counts
+
+
+def _by_shape(shapes: dict[str, torch.Size], count: int, share: str) -> dict[str, int]:
+    """Densities k * weight, at most 1, with k such that the zeros add up; what rounding leaves goes to the
+    largest."""
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    weight = {name: sum(shape) / shape.numel() if share == "erk" else 1.0 for name, shape in shapes.items()}
+    whole: set[str] = set()  # tensors that stay dense
+    while True:
+        part = [name for name in sizes if name not in whole]
+        kept = sum(sizes[name] for name in part) - count  # what the others keep beside the dense ones
+        k = kept / sum(weight[name] * sizes[name] for name in part)
+        more = {name for name in part if k * weight[name] > 1}
+        if not more:
+            break
+        whole |= more
+    zeros = {
+        name: 0 if name in whole else min(size, max(0, round((1 - k * weight[name]) * size)))
+        for name, size in sizes.items()
+    }
+    for name in sorted(part, key=lambda each: -sizes[each]):
+        moved = min(max(count - sum(zeros.values()), -zeros[name]), sizes[name] - zeros[name])
+        zeros[name] += moved
+    return zeros
+
+
+def _lamp(score: Tensor) -> Tensor:
+    """LAMP of each score in float64, in the order of `score`."""
+    squares, order = score.detach().flatten().double().square().sort(stable=True)
+    rest = squares.flip(0).cumsum(0).flip(0)  # of itself and all that follow
+    lamp = torch.empty_like(squares)
+    lamp[order] = squares / rest.clamp(min=torch.finfo(torch.float64).tiny)
+    return lamp
+
+
+@torch.no_grad()
+def smallest_masks(scores: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
+    """True where a weight is kept: all but the `counts`
+    smallest scores of each tensor, ties by position."""
+    masks: dict[str, Tensor] = {}
+    for name, score in scores.items():
+        size, count = score.abs().flatten(), counts[name]
+        if count == 0:
+            masks[name] = torch.ones_like(score, dtype=torch.bool)
+            continue
+        edge = size.kthvalue(count).values
+        keep = size > edge
+        ties = (size == edge).nonzero().flatten()  # in order of position
+        spared = ties[count - int((size < edge).sum()) :]
+        keep[spared] = True
+        masks[name] = keep.view(score.shape)
+    return masks

@@ -1,0 +1,119 @@
+"""What every conditioning does, and the two ways in which one works.
+
+Projected: the tensor in the model is the effective weight, W = f(V) with V = W at every step; what is left of
+the reparametrisation is its gradient, and a projection after each step. Overlaid: the forward pass sees f(V)
+in the tensor's place, and V is back before the optimizer's step, with the gradient mapped through f.
+Either way no parameter is renamed and no module is changed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lpsparse.errors import UsageError
+from lpsparse.training.conditioning.layout import as_rows, from_rows, row_scale, row_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioned:
+    """One weight and where its output units lie."""
+
+    weight: Tensor
+    axis: int
+    groups: int
+
+    def rows(self, values: Tensor | None = None) -> Tensor:
+        """(output units, rest) of `values`, of the weight's own shape; default the weight."""
+        return as_rows(self.weight.detach() if values is None else values, self.axis, self.groups)
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        return from_rows(rows, self.weight, self.axis, self.groups)
+
+    def scale(self, factor: Tensor) -> Tensor:
+        return row_scale(self.weight, factor, self.axis, self.groups)
+
+
+class Conditioning:
+    """One method on one model; made by `condition(model, method)`. What does nothing here is for the
+    members."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str] | None = None, **options: Any) -> None:
+        """Raises UsageError for an option that the method does not have."""
+        if options:
+            unknown = ", ".join(sorted(options))
+            raise UsageError(224, f"{type(self).__name__} has no option {unknown}", mend="leave it out")
+        self.weights: dict[str, Conditioned] = {}
+        wanted = None if names is None else set(names)
+        seen: set[int] = set()
+        for name, weight, axis, groups in row_weights(model):
+            if weight.requires_grad and id(weight) not in seen and (wanted is None or name in wanted):
+                seen.add(id(weight))
+                self.weights[name] = Conditioned(weight, axis, groups)
+        self.handles: list[RemovableHandle] = []
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Tell the method which optimizer moves the weights; call it before the first step."""
+
+    def progress(self, share: float) -> None:
+        """Say how much of the phase in which weights go to zero is over, 0..1; before each step."""
+
+    def restore(self) -> None:
+        """After the backward pass: put V and its gradient back where the forward pass saw f(V)."""
+
+    def retract(self) -> None:
+        """After the optimizer's step: put the weights back where the method keeps them."""
+
+    def remove(self) -> None:
+        """Leave an ordinary model whose weights are the effective ones."""
+        self.restore()
+        self.retract()
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+class Overlay(Conditioning):
+    """The forward pass in training sees `effective(V)`; evaluation sees V."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str] | None = None, **options: Any) -> None:
+        super().__init__(model, names, **options)
+        self._stash: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # name -> V's values, leaf, f(leaf)
+        self.handles.append(model.register_forward_pre_hook(lambda module, _: self._cover(module)))
+
+    def effective(self, name: str, v: Tensor) -> Tensor:
+        """f(V) of one weight, differentiable."""
+        raise NotImplementedError
+
+    def active(self) -> bool:
+        return True
+
+    def attach(self, optimizer: Optimizer) -> None:
+        self.handles.append(optimizer.register_step_pre_hook(lambda *_: self.restore()))
+
+    def _cover(self, module: nn.Module) -> None:
+        if self._stash:
+            return
+        self.retract()
+        if not module.training or not torch.is_grad_enabled() or not self.active():
+            return
+        for name, item in self.weights.items():
+            leaf = item.weight.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                seen = self.effective(name, leaf)
+            self._stash[name] = (leaf.detach(), leaf, seen)
+            with torch.no_grad():
+                item.weight.copy_(seen)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, (values, leaf, seen) in self._stash.items():
+            weight = self.weights[name].weight
+            if weight.grad is not None:
+                weight.grad.copy_(torch.autograd.grad(seen, leaf, weight.grad)[0])
+            weight.copy_(values)
+        self._stash.clear()

@@ -1,0 +1,95 @@
+"""Rows of constant L1 norm, and a ramped projection to exact zeros: PSiLON, Biswas 2024, arXiv 2404.19112.
+
+    W_j = s * g_j * V_j / ||V_j||_1,   penalty  lambda * |prod over layers of s|, while ramping:  W = (1 -
+    c) * V + c * Proj(V),   Proj(v) = sign(v) * relu(|v| - tau), rescaled to v's L1 norm
+
+Every layer has one shared gain s. Differs from the paper: the rows keep g_j, the checkpoint's own L1
+norms, so that s starts at 1 and step 0 computes what the checkpoint computes, and the 1-path-norm is taken
+relative to the checkpoint's, where it is the product of the gains. The paper projects on the simplex of
+radius 1, which is not scale-invariant and knows no target; here the radius of each row is the one at which
+the asked share of it is zero (tau = its largest dropped magnitude), found by sorting as in the paper's own
+projection. The bias stays outside the row.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lpsparse.training.conditioning.base import Overlay
+
+
+def normalize_l1(v: Tensor, g: Tensor) -> Tensor:
+    """(rows, rest) with the L1 norms `g`; a zero row stays zero."""
+    return v * (g / v.abs().sum(1).clamp(min=torch.finfo(v.dtype).tiny))[:, None]
+
+
+def project_simplex(v: Tensor, dropped: int) -> Tensor:
+    """Each row of (rows, rest) soft-thresholded so that its `dropped` smallest are zero, at its own L1
+    norm."""
+    if dropped == 0:
+        return v
+    size = v.abs()
+    tau = size.kthvalue(dropped, dim=1, keepdim=True).values
+    return normalize_l1(v.sign() * (size - tau).relu(), size.sum(1))
+
+
+class L1Rows(Overlay):
+    def __init__(
+        self, model: nn.Module, names: Iterable[str] | None = None, *, sparsity: float = 0.0,
+        path_penalty: float = 0.0, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(model, names, **options)
+        self.sparsity, self.penalty = sparsity, path_penalty
+        self.norms = {name: item.rows().abs().sum(1) for name, item in self.weights.items()}  # g
+        self.gains = {name: nn.Parameter(norms.new_ones(())) for name, norms in self.norms.items()}  # s
+        self.ramp = 0.0
+
+    def attach(self, optimizer: Optimizer) -> None:
+        super().attach(optimizer)
+        if self.gains:
+            group = {"params": list(self.gains.values()), "weight_decay": 0.0}
+            optimizer.add_param_group({**group, "lr": optimizer.param_groups[0]["lr"]})
+        self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._split()))
+
+    def active(self) -> bool:
+        return 0 < self.ramp < 1 and self.sparsity > 0
+
+    @torch.no_grad()
+    def progress(self, share: float) -> None:
+        """At the end of the ramp V itself is projected, once; then there is nothing left to overlay."""
+        if share >= 1 > self.ramp and self.sparsity > 0:
+            for name, item in self.weights.items():
+                item.weight.copy_(item.unrows(self._project(name, item.rows())))
+        self.ramp = min(1.0, share)
+
+    def _project(self, name: str, rows: Tensor) -> Tensor:
+        return project_simplex(rows, int(self.sparsity * rows.shape[1]))
+
+    def effective(self, name: str, v: Tensor) -> Tensor:
+        item = self.weights[name]
+        rows = item.rows(v)
+        return item.unrows((1 - self.ramp) * rows + self.ramp * self._project(name, rows))
+
+    @torch.no_grad()
+    def _split(self) -> None:
+        """dL/dW into dL/ds and dL/dV at ||V||_1 = s * g."""
+        path = torch.stack([gain.detach() for gain in self.gains.values()]).prod() if self.gains else None
+        for name, item in self.weights.items():
+            weight, gain = item.weight, self.gains[name]
+            if weight.grad is None:
+                continue
+            rows, slopes = item.rows(), item.rows(weight.grad)
+            along = (rows * slopes).sum(1)  # per output unit
+            assert path is not None
+            gain.grad = along.sum() / gain.detach() + self.penalty * path.sign() * path / gain.detach()
+            sizes = rows.abs().sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
+            weight.grad.copy_(item.unrows(slopes - rows.sign() * (along / sizes)[:, None]))
+
+    @torch.no_grad()
+    def retract(self) -> None:
+        for name, item in self.weights.items():
+            gain = self.gains[name].clamp_(min=1e-6)
+            item.weight.copy_(item.unrows(normalize_l1(item.rows(), gain * self.norms[name])))

@@ -1,0 +1,64 @@
+"""Updates of one size in every layer: the atom norms of Modula, Large et al. 2024, arXiv 2405.14813.
+
+    dW <- dW * lr * sqrt(out / in) / sigma(dW)              linear
+    dW <- dW * lr * sqrt(out / in) / (taps * sigma(dW))     convolution, `taps` the size of the kernel
+
+It normalises the *update*, whatever the base optimizer made, and leaves the weights alone, so one lambda
+and one learning rate act alike in layers of every scale. Differs from the paper: all weights share one
+mass, so that the learning rate is the size of each update in its own norm instead of being divided among
+layers; sigma of a convolution is that of the (out, in * kernel) matrix.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lpsparse.errors import UsageError
+from lpsparse.training.conditioning.base import Conditioned, Conditioning
+from lpsparse.training.conditioning.spectral import PowerIteration
+
+_ITERATIONS = 2  # a step; an update turns faster than a weight does
+
+
+class Modular(Conditioning):
+    def attach(self, optimizer: Optimizer) -> None:
+        """Raises UsageError when a conditioned weight is not the optimizer's."""
+        self._old: dict[str, Tensor] = {}
+        self._power: dict[str, PowerIteration] = {}
+        rates = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+        missing = [name for name, item in self.weights.items() if id(item.weight) not in rates]
+        if missing:
+            raise UsageError(
+                225, f"{missing[0]} is not in the optimizer", mend="attach the one that moves it"
+            )
+        self._groups: dict[str, dict[str, Any]] = {
+            name: rates[id(item.weight)] for name, item in self.weights.items()
+        }
+        self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._before()))
+        self.handles.append(optimizer.register_step_post_hook(lambda *_: self._after()))
+
+    @torch.no_grad()
+    def _before(self) -> None:
+        self._old = {name: item.weight.detach().clone() for name, item in self.weights.items()}
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        for name, item in self.weights.items():
+            update = item.rows(item.weight.detach() - self._old.pop(name))
+            if not update.any():
+                continue
+            power = self._power.setdefault(name, PowerIteration(update))
+            sigma = power.sigma(update, _ITERATIONS).clamp(min=torch.finfo(update.dtype).tiny)
+            wanted = float(self._groups[name]["lr"]) * atom_scale(item)
+            old = item.rows() - update
+            item.weight.copy_(item.unrows(old + update * (wanted / sigma)))
+
+
+def atom_scale(item: Conditioned) -> float:
+    """sqrt(out / in) / taps: the size in the spectral norm of an update of size 1 in the atom's norm."""
+    outputs, rest = item.rows().shape
+    taps = math.prod(item.weight.shape[2:]) if item.axis != -2 else 1
+    return math.sqrt(outputs / (rest / taps)) / taps

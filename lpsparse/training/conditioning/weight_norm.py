@@ -1,0 +1,65 @@
+"""Weight normalisation with learnable gains, and a learning rate of their own.
+
+    W_eff = diag(g) * V / ||V||_row         (Salimans and Kingma 2016, arXiv 1602.07868, eq. 2)
+
+g starts at the checkpoint's row norms. The polar form w = r * u / ||u|| of Chou, Rauhut and Ward 2023
+(arXiv 2305.05448) is the same with a learning-rate ratio between radius and direction; ratio 0 is `rows`.
+Projected like `rows`: ||V|| is put back to g after each step, so V = W_eff, dL/dV is the gradient without
+its part along the row, and dL/dg is that part. Differs from the papers: g stays positive (a row that
+reaches a millionth of its first norm stops there), so that no row flips.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lpsparse.training.conditioning.base import Conditioned
+from lpsparse.training.conditioning.layout import as_rows
+from lpsparse.training.conditioning.rows import RowConditioning
+
+_LEAST = 1e-6  # of the first norm
+
+
+class WeightNorm(RowConditioning):
+    """Rows with learnable norms: `gains`, name -> (output units,) parameters that `attach` gives to the
+    optimizer."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str] | None = None,
+        *,
+        gain_lr_ratio: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, names, **options)
+        self.ratio = gain_lr_ratio
+        self.gains = {name: nn.Parameter(norms.clone()) for name, norms in self.norms.items()}
+        self._floor = {name: _LEAST * norms for name, norms in self.norms.items()}
+
+    def attach(self, optimizer: Optimizer) -> None:
+        if self.gains and self.ratio:
+            group = {"params": list(self.gains.values()), "weight_decay": 0.0, "lr_ratio": self.ratio}
+            optimizer.add_param_group({**group, "lr": self.ratio * optimizer.param_groups[0]["lr"]})
+            self.handles.append(optimizer.register_step_post_hook(lambda *_: self._spend()))
+
+    def project_gradient(self, name: str, item: Conditioned, grad: Tensor) -> None:
+        # Backward passes of one step add up: `grad` holds the tangent part of the earlier ones, which is
+        # orthogonal to the row, so what is left along the row is this pass's part alone.
+        rows, slopes = item.rows(), as_rows(grad, item.axis, item.groups)
+        part = (rows * slopes).sum(1) / self.norms[name].clamp(min=torch.finfo(rows.dtype).tiny)
+        gain = self.gains[name]
+        gain.grad = part if gain.grad is None else gain.grad + part
+        super().project_gradient(name, item, grad)
+
+    @torch.no_grad()
+    def _spend(self) -> None:
+        """The step moved g; rows follow at the next retraction."""
+        for name, gain in self.gains.items():
+            gain.copy_(torch.maximum(gain, self._floor[name]))
+            gain.grad = None
+            self.norms[name] = gain.detach().clone()
+            self._versions[name] = -1

@@ -1,0 +1,76 @@
+"""Deep weight factorisation: Kolb et al. 2025, arXiv 2502.02496; with two factors, spred (Ziyin and Wang
+2023, arXiv 2210.01212).
+
+    w = w_1 * ... * w_D,   (lambda / D) * sum of ||w_d||^2  =  lambda * ||w||_p^p at its optimum, p = 2 / D
+
+From a checkpoint w_1 = sign(w) |w|**(1/D) and every other factor |w|**(1/D), so that step 0 computes what
+the checkpoint computes. The gradient of a factor is the weight's times the other factors. Differs from the
+paper: the penalty is AdamW's decoupled decay of the factors, at a strength at which a product that the
+loss does not hold falls to a twentieth over the phase; the paper trains from scratch with an
+initialisation of its own and large learning rates.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_FALL = 20.0  # of a product that nothing holds, over the phase
+
+
+class Factors:
+    """Stands in for `weights` in `optimizer` until `remove`; the weights follow as products after each
+    step."""
+
+    def __init__(
+        self, weights: dict[str, Tensor], optimizer: Optimizer, depth: int, sum_lr: float,
+        lambda_p: float | Literal["auto"],
+    ) -> None:  # fmt: skip
+        self.weights, self.optimizer = weights, optimizer
+        self.factors = {name: _split(weight.detach(), depth) for name, weight in weights.items()}
+        decay = math.log(_FALL) / (depth * sum_lr) if lambda_p == "auto" else 2 * lambda_p / depth
+        flat = [factor for factors in self.factors.values() for factor in factors]
+        group = {"params": flat, "weight_decay": decay, "lr": optimizer.param_groups[0]["lr"]}
+        optimizer.add_param_group(group)
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_post_hook(lambda *_: self._after()),
+        ]
+
+    @torch.no_grad()
+    def _before(self) -> None:
+        """Gradients of the factors; the weights themselves are not moved."""
+        for name, factors in self.factors.items():
+            grad = self.weights[name].grad
+            self.weights[name].grad = None
+            for k, factor in enumerate(factors):
+                factor.grad = None if grad is None else grad * _product(factors[:k] + factors[k + 1 :])
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        for name, factors in self.factors.items():
+            self.weights[name].copy_(_product(factors))
+            for factor in factors:
+                factor.grad = None
+
+    def remove(self) -> None:
+        """Leave the optimizer with the weights alone; their own averages start from nothing."""
+        for handle in self._handles:
+            handle.remove()
+        ours = {id(factor) for factors in self.factors.values() for factor in factors}
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        groups[:] = [group for group in groups if not any(id(param) in ours for param in group["params"])]
+        for factors in self.factors.values():
+            for factor in factors:
+                self.optimizer.state.pop(factor, None)
+
+
+def _split(weight: Tensor, depth: int) -> list[nn.Parameter]:
+    root = weight.abs().pow(1 / depth)
+    return [nn.Parameter(weight.sign() * root if k == 0 else root.clone()) for k in range(depth)]
+
+
+def _product(factors: list[nn.Parameter]) -> Tensor:
+    return torch.stack([factor.detach() for factor in factors]).prod(0)

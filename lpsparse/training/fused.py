@@ -1,0 +1,98 @@
+"""LpAdamW: AdamW and decoupled L_p decay in one pass over memory.
+
+The arithmetic is that of `torch.optim.AdamW` (its own weight decay 0) followed by the divisor of the old
+weight (`decay.lp_divisor`); torch.compile makes one loop of it, so that each weight, gradient and moment is
+read once: seven memory streams, where hooks take eleven or twelve. Where no compiler is found, AdamW and
+the divisor do the same one after the other.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.adamw import adamw
+
+from lpsparse.training.compiled import compiled
+from lpsparse.training.decay import (
+    CONVENTION,
+    check_precision,
+    check_settings,
+    divide_,
+    loading,
+    lp_divisor,
+)  # fmt: skip
+
+
+class LpAdamW(AdamW):
+    """AdamW (its own weight decay 0) with decoupled L_p decay (arXiv 2404.10824) of every parameter of 2 or
+    more dimensions.
+
+    The state dict is AdamW's, with `lp_p` and `lp_lambda` in its groups. Compiles at the first step, some
+    seconds once a process; with `one_pass=False`, p >= 2 or no compiler it takes AdamW's step and the
+    factor apart: the same numbers up to rounding. Raises UsageError as LpDecay does.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, *, p: float = 0.8, lambda_p: float, one_pass: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+    ) -> None:  # fmt: skip
+        check_settings(p, lambda_p)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
+        self.one_pass = one_pass
+        for group in self.param_groups:
+            group.update({"lp_p": p, "lp_lambda": lambda_p, "lp_convention": CONVENTION})
+            for param in group["params"]:
+                check_precision(param)
+        self.register_load_state_dict_pre_hook(loading)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params, grads, exp_avgs, exp_avg_sqs, largest, steps = ([] for _ in range(6))
+            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, largest, steps)
+            rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True))
+            decays = bool(group["lp_lambda"] and group["lr"])
+            self._plain(group, [row for row in rows if row[0].ndim < 2 or not decays])
+            self._decayed(group, [row for row in rows if row[0].ndim >= 2 and decays])
+        return loss
+
+    def _decayed(self, group: dict[str, Any], rows: list[Any]) -> None:
+        kernels = [compiled("step", row[0], group["lp_p"]) if self.one_pass else None for row in rows]
+        for (w, grad, exp_avg, exp_avg_sq, step), kernel in zip(rows, kernels, strict=True):
+            if kernel is not None:
+                step += 1
+                scalars = _scalars(group, float(step), w)
+                flat = (each.detach().view(-1) for each in (w, grad.contiguous(), exp_avg, exp_avg_sq))
+                kernel(*flat, scalars)
+        rows = [row for row, kernel in zip(rows, kernels, strict=True) if kernel is None]
+        if rows:
+            a, p, q = float(group["lr"]), group["lp_p"], group["lp_lambda"]
+            divisors = [lp_divisor(row[0], a, p, q) for row in rows]
+            self._plain(group, rows)
+            for row, divisor in zip(rows, divisors, strict=True):
+                divide_(row[0], divisor)
+
+    def _plain(self, group: dict[str, Any], rows: list[Any]) -> None:
+        if rows:
+            params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
+            adamw(
+                params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, lr=group["lr"],
+                beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"],
+                maximize=False,
+            )  # fmt: skip
+
+
+def _scalars(group: dict[str, Any], step: float, like: Tensor) -> Tensor:
+    beta1, beta2 = group["betas"]
+    a = float(group["lr"])
+    values = (
+        1 - beta1, 1 - beta2, a / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), group["eps"],
+        group["lp_p"] - 2, a * group["lp_lambda"],
+    )  # fmt: skip
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
