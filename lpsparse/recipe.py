@@ -194,7 +194,7 @@ class FinetuneStep(_DataStep):
         None, ge=0, lt=1,
         description="Fraction of the prunable weights that is zero in OUT, exactly. Default: no cut.",
     )  # fmt: skip
-    p: float = Field(0.8, gt=0, description="Exponent of the norm; below 1 weights reach exact zero.")
+    p: float = Field(0.5, gt=0, description="Exponent of the norm; below 1 weights reach exact zero.")
     lambda_p: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", alias="lambda",
         description="Strength of the decay (ours: the authors' lambda times p); auto takes it from the sum "

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import BUNDLED, LISTENING, ROWS, SMALL
+from torch import nn
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
@@ -252,3 +253,55 @@ def test_noise_masks_or_exchanges_words_only_and_follows_its_generator(tiny_bert
     assert torch.equal(noisy["labels"], batch["labels"])
     with pytest.raises(LpsparseError, match="crop-flip is not for --task text-classification"):
         prepared("crop-flip")
+
+
+WAYS = [
+    *({"condition": name} for name in ("none", "rows", "weight-norm", "l1-rows", "spectral", "denoise")),
+    {"condition": "modular", "lr": 3e-3},  # of which lr is the size of each update
+    *({"method": name} for name in ("gradual", "one-shot", "l1", "dwf", "rigl")),
+    {"method": "dwf", "factors": 3},
+    {"score": "magnitude"},
+    {"masked_forward": False},
+    {"condition": "l1-rows", "path_penalty": 0.1},
+    {"condition": "weight-norm", "gain_lr_ratio": 0.1},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(f"{key}-{way[key]}" for key in way))
+def test_every_method_and_conditioning_trains_a_real_model_to_the_target(
+    way: dict[str, object], tmp_path: Path
+) -> None:
+    settings = {**SMALL, "steps": 30, "lr": 4e-3, "target_sparsity": "0.5", "threads": 1, "max_length": 16}
+    settings["eval_split"] = "validation[:3000]"
+    report = lpsparse.finetune("bundled:stories260k", tmp_path / "out", **settings | way)
+    assert report.prunable.zeros == 226_560 // 2
+    quality = report.quality[0]
+    assert quality.before is not None and quality.after < quality.before - 0.05  # nats a token
+    tensors = lpsparse.load(tmp_path / "out")
+    assert all(bool(value.isfinite().all()) for value in tensors.values())
+
+
+def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lpsparse.recipe import FinetuneStep
+    from lpsparse.settings import resolve
+    from lpsparse.training.loop import resolve_auto
+
+    given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5"}
+    plain, normed = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    for options, model, wanted in (
+        ({}, plain, "fisher"), ({}, normed, "magnitude"), ({"optimizer": "sgd"}, plain, "magnitude"),
+        ({"method": "gradual"}, plain, "magnitude"), ({"score": "fisher"}, normed, "fisher"),
+    ):  # fmt: skip
+        assert resolve_auto(resolve(FinetuneStep, {**given, **options}), model).score == wanted
+    with pytest.raises(LpsparseError, match="fisher reads AdamW"):
+        resolve(FinetuneStep, {**given, "score": "fisher", "optimizer": "sgd"})
+    from lpsparse.cli import main
+
+    words = ["finetune", "bundled:stories260k", str(tmp_path / "out"), "--data", "bundled:shakespeare"]
+    words += ["--task", "causal-lm", "--target-sparsity", "0.5", "--steps", "3", "--max-length", "16"]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--eval-split", "validation[:3000]"])
+    assert not left.value.code
+    assert "by fisher" in capsys.readouterr().err

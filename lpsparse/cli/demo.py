@@ -78,9 +78,11 @@ def demo(
 
 
 def _rival(steps: list[tuple[int, str, Any]]) -> FinetuneStep:
-    """Gradual magnitude pruning with everything else as in the recipe's sparse fine-tune."""
+    """Gradual magnitude pruning with everything else as in the recipe's sparse fine-tune, but for LAMP
+    allocation, with which magnitudes do better on this model."""
     sparse = next(step for _, name, step in steps if name == "finetune" and step.target_sparsity is not None)
-    return sparse.model_copy(update={"method": "gradual", "out": sparse.out.parent / "magnitude"})
+    changes = {"method": "gradual", "allocation": "lamp", "out": sparse.out.parent / "magnitude"}
+    return sparse.model_copy(update=changes)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class LpDecay:
     """
 
     def __init__(
-        self, optimizer: Optimizer, *, p: float = 0.8, lambda_p: float, lambda_2: float = 0.0,
+        self, optimizer: Optimizer, *, p: float = 0.5, lambda_p: float, lambda_2: float = 0.0,
         prox: str = "pwd", cautious: bool = False, params: Iterable[Tensor] | None = None,
         compile: bool | None = None,
     ) -> None:  # fmt: skip

@@ -35,7 +35,7 @@ class LpAdamW(AdamW):
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, *, p: float = 0.8, lambda_p: float, one_pass: bool = True,
+        self, params: Any, lr: float = 1e-3, *, p: float = 0.5, lambda_p: float, one_pass: bool = True,
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
     ) -> None:  # fmt: skip
         check_settings(p, lambda_p)
