@@ -77,6 +77,8 @@ def _default_in_words(info: FieldInfo) -> str:
         return " [required]"
     if value is None or value == () or value is False:
         return ""
+    if value is True:
+        return " [default: on]"
     shown = ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else value
     return f" [default: {shown}]"
 

@@ -172,14 +172,15 @@ class LpDecay:
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._kept.clear()
+        shared: dict[tuple[int, torch.device], Tensor] = {}  # the scalars of this step, moved once
         for param, group in self._decayed():
             kept = torch.empty_like(param)
             if self._needs_old():
                 kept.copy_(param)
             elif (fill := self._kernel("fill", param, group["lp_p"])) is not None:
-                a, p, q, ridge = float(group["lr"]), group["lp_p"], group["lp_lambda"], group["lp_l2"]
-                scalars = torch.tensor([p - 2, a * q, 1 + a * ridge], dtype=param.dtype)
-                fill(kept.view(-1), param.detach().view(-1), scalars.to(param.device))
+                key = (id(group), param.device)
+                shared[key] = shared[key] if key in shared else _scalars(group, param.device)
+                fill(kept.view(-1), param.detach().view(-1), shared[key])
                 if id(param) in self.spare:
                     kept.masked_fill_(self.spare[id(param)], 1.0)
             else:
@@ -250,6 +251,12 @@ def check_precision(param: Tensor) -> None:
     if param.dtype in (torch.float16, torch.bfloat16):
         what = f"a {param.dtype} parameter of shape {tuple(param.shape)} swallows the decay"
         raise UsageError(221, what, mend="keep the parameters in float32 and use autocast")
+
+
+def _scalars(group: dict[str, Any], device: torch.device) -> Tensor:
+    a = float(group["lr"])
+    values = (group["lp_p"] - 2, a * group["lp_lambda"], 1 + a * group["lp_l2"])
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _chunked(function: Callable[..., Any], *tensors: Tensor | None) -> None:

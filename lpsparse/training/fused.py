@@ -63,13 +63,15 @@ class LpAdamW(AdamW):
         return loss
 
     def _decayed(self, group: dict[str, Any], rows: list[Any]) -> None:
+        shared: dict[tuple[float, torch.device], Tensor] = {}  # the scalars of a step, moved once
         kernels = [compiled("step", row[0], group["lp_p"]) if self.one_pass else None for row in rows]
         for (w, grad, exp_avg, exp_avg_sq, step), kernel in zip(rows, kernels, strict=True):
             if kernel is not None:
                 step += 1
-                scalars = _scalars(group, float(step), w)
+                key = (float(step), w.device)
+                shared[key] = shared[key] if key in shared else _scalars(group, *key)
                 flat = (each.detach().view(-1) for each in (w, grad.contiguous(), exp_avg, exp_avg_sq))
-                kernel(*flat, scalars)
+                kernel(*flat, shared[key])
         rows = [row for row, kernel in zip(rows, kernels, strict=True) if kernel is None]
         if rows:
             a, p, q = float(group["lr"]), group["lp_p"], group["lp_lambda"]
@@ -88,11 +90,11 @@ class LpAdamW(AdamW):
             )  # fmt: skip
 
 
-def _scalars(group: dict[str, Any], step: float, like: Tensor) -> Tensor:
+def _scalars(group: dict[str, Any], step: float, device: torch.device) -> Tensor:
     beta1, beta2 = group["betas"]
     a = float(group["lr"])
     values = (
         1 - beta1, 1 - beta2, a / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), group["eps"],
         group["lp_p"] - 2, a * group["lp_lambda"],
     )  # fmt: skip
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.float32, device=device)
