@@ -268,12 +268,14 @@ def test_with_a_target_only_weights_that_the_current_target_would_cut_decay(scor
     slope = {name: torch.rand(7, 13) for name in weights}
     for t in range(control.phases.start + 1):
         before = {name: w.detach().clone() for name, w in weights.items()}
-        scores = fisher(dict(weights), inner) or before
+        known = fisher(dict(weights), inner)
+        scores = before if known is None else known
         control.before_step(t)
         for name, weight in weights.items():
             weight.grad = 0 * slope[name] if t == control.phases.start else slope[name].clone()
         inner.step()
     assert control.decay is not None
+    assert (known is not None) == (score == "fisher")  # the first choice already goes by the score
     if score == "magnitude":
         moved = {name: (weights[name] / before[name]).detach() for name in weights}
         assert all((moved[name][control.spare[name]] > 1 - 1e-4).all() for name in weights)

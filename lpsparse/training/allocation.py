@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 SHARES = ("global", "lamp", "uniform", "erk")
-_SETTLED = 20  # steps; before them an average of squared gradients is mostly noise
+SETTLED = 10  # steps; before them an average of squared gradients is mostly noise
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor
     for name, weight in weights.items():
         state: dict[str, Any] = optimizer.state.get(weight, {})
         beta = betas.get(id(weight))
-        if beta is None or "exp_avg_sq" not in state or float(state["step"]) < _SETTLED:
+        if beta is None or "exp_avg_sq" not in state or float(state["step"]) < SETTLED:
             return None
         average = state["exp_avg_sq"] / (1 - beta[1] ** float(state["step"]))
         scores[name] = average.sqrt_().add_(torch.finfo(weight.dtype).eps ** 2).mul_(weight.detach().abs())

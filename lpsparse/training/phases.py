@@ -13,9 +13,8 @@ import math
 from dataclasses import dataclass
 
 from lpsparse.recipe import FinetuneStep
+from lpsparse.training.allocation import SETTLED
 
-# Averages of squared gradients over fewer steps than this say little: decay by them starts here.
-SETTLED = 10
 # Without a target, p < 1 empties a band of magnitudes, but weights on their way through it freeze there as
 # the learning rate ends. So the run ends by letting only those fall that are far under w_kill already, at
 # full strength.
