@@ -5,11 +5,12 @@
     python benchmarks/training.py ablation ...
     python benchmarks/training.py step [--minilm ...]
 
-Every row of a task has the same checkpoint, data, steps, learning rates, distillation and augmentation;
-rivals have what was best for them on the select split (see RIVALS). Figures are measured on the report
-split, which selects nothing. Each finished point is stored in OUT/points.jsonl under the digest of its
-settings and is not run again; `--only TEXT` runs the points whose name holds TEXT. Sizes: quick is one
-seed and half the steps, note three seeds, full three seeds and eight times the steps.
+Every row of a task has the same checkpoint, data, steps, peak learning rate, schedule, distillation and
+augmentation. Rivals rank by magnitudes; of allocation and decay share they have what was best for them on
+the select split (TUNED). Figures are measured on the report split, which selects nothing. Each finished
+point is stored in OUT/points.jsonl under the digest of its settings and is not run again; `--only TEXT`
+runs the points whose name holds TEXT; `--print` runs nothing. Sizes: quick is one seed and half the steps,
+note three seeds, full three seeds and eight times the steps. Exit 1 when a point failed.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -52,9 +54,9 @@ POINTS = {"resnet20": ("0.8", "0.9", "0.95"), "minilm": ("0.7", "0.8", "0.9"), "
 REPORT = {"resnet20": ("test_a[1000:]",), "minilm": ("dev", "test"), "stories260k": ("report",)}
 RIVALS: dict[str, dict[str, Any]] = {
     "one-shot": {"method": "one-shot", "condition": "none"},
-    "one-shot + rows": {"method": "one-shot"},
+    "one-shot + rows": {"method": "one-shot", "condition": "rows"},
     "gradual": {"method": "gradual", "condition": "none"},
-    "gradual + rows": {"method": "gradual"},
+    "gradual + rows": {"method": "gradual", "condition": "rows"},
 }
 TUNED: dict[str, dict[str, Any]] = {  # what was better for the rivals than the defaults, on the select split
     "stories260k": {"allocation": "lamp", "decay_share": 0.6},
@@ -62,10 +64,18 @@ TUNED: dict[str, dict[str, Any]] = {  # what was better for the rivals than the 
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without conditioning": {"condition": "none"},
-    "without L_p, same score": {"method": "gradual", "score": "fisher"},
-    "without L_p: gradual + rows": {"method": "gradual"},
+    "without L_p, same score": {"method": "gradual", "score": "fisher", "condition": "rows"},
+    "without L_p: gradual + rows": RIVALS["gradual + rows"],
     "without recovery": {"decay_share": 1.0},
     "without distillation": {"distill": 0.0, "distill_blocks": 0.0},
+    "without covering": {"masked_forward": False},
+    "without a restart of lr": {"lr_schedule": "cosine"},
+}
+OF_BATCH_NORM: dict[str, dict[str, Any]] = {  # where the default neither conditions nor scores by fisher
+    "with rows": {"condition": "rows"},
+    "with fisher": {"score": "fisher"},
+    "without L_p: gradual": RIVALS["gradual"],
+    **{key: value for key, value in ABLATIONS.items() if "cond" not in key and "L_p" not in key},
 }
 ABLATED = {"resnet20": "0.9", "minilm": "0.8", "stories260k": "0.8"}
 DENSE: dict[str, dict[str, Any]] = {
@@ -101,8 +111,8 @@ def main() -> None:
         run_point(json.loads(sys.stdin.read()))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    models = prepare(arguments)
-    wanted = list(planned(arguments, models))
+    wanted = list(planned(arguments, prepare(arguments)))
+    failed = 0
     if not arguments.print:
         missing = [
             point
@@ -110,9 +120,10 @@ def main() -> None:
             if stored(arguments.out, point) is None and arguments.only in point["name"]
         ]
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(launch, missing))
+            failed = sum(pool.map(launch, missing))
     found = [result for point in wanted if (result := stored(arguments.out, point)) is not None]
     print(render(found))
+    sys.exit(failed > 0)
 
 
 def minilm_of(arguments: argparse.Namespace) -> Path:
@@ -135,7 +146,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         given["stories260k"] = {"model": "bundled:stories260k", "data": split_text(arguments)}
     for task in set(given) & set(DENSE):
         dense = arguments.out / f"dense-{task}"
-        if not (dense / "lpsparse.json").exists():
+        if not (dense / "lpsparse.json").exists() and not arguments.print:
             lpsparse.finetune(
                 given[task].pop("model"), dense, **{**TASKS[task], **given[task], **DENSE[task]}
             )
@@ -160,17 +171,20 @@ def split_text(arguments: argparse.Namespace) -> Path:
 
 def planned(arguments: argparse.Namespace, models: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     share, seeds = SIZES[arguments.size]
+    out = str(arguments.out.absolute())
     for task in models:
-        for seed in seeds:
-            for sparsity in POINTS[task] if arguments.what == "table" else (ABLATED[task],):
-                rows = {"lpsparse": {}, **(RIVALS if arguments.what == "table" else ABLATIONS)}
-                for row, changes in rows.items():
-                    tuned = TUNED.get(task, {}) if changes.get("method") and "score" not in changes else {}
-                    settings = {**TASKS[task], **models[task], **tuned, **changes, "seed": seed}
-                    settings |= {"target_sparsity": sparsity, "steps": round(share * TASKS[task]["steps"])}
-                    name = f"{task}-{sparsity}-{row}-{seed}"
-                    yield {"name": name, "task": task, "sparsity": sparsity, "row": row, "seed": seed,
-                           "settings": settings, "out": str(arguments.out.absolute())}  # fmt: skip
+        base = {**TASKS[task], **models[task], "steps": round(share * TASKS[task]["steps"])}
+        yield {"name": f"{task}-dense", "task": task, "sparsity": "0", "row": "dense", "out": out,
+               "settings": {**base, "steps": 0}}  # fmt: skip
+    for seed, task in product(seeds, models):
+        base = {**TASKS[task], **models[task], "steps": round(share * TASKS[task]["steps"])}
+        rows = RIVALS if arguments.what == "table" else OF_BATCH_NORM if task == "resnet20" else ABLATIONS
+        for sparsity in POINTS[task] if arguments.what == "table" else (ABLATED[task],):
+            for row, changes in {"lpsparse": {}, **rows}.items():
+                tuned = TUNED.get(task, {}) if changes.get("method") and "score" not in changes else {}
+                settings = {**base, **tuned, **changes, "seed": seed, "target_sparsity": sparsity}
+                yield {"name": f"{task}-{sparsity}-{row}-{seed}", "task": task, "sparsity": sparsity,
+                       "row": row, "seed": seed, "settings": settings, "out": out}  # fmt: skip
 
 
 def digest(point: dict[str, Any]) -> str:
@@ -183,7 +197,7 @@ def digest(point: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-VERSION = 1
+VERSION = 2
 
 
 def stored(out: Path, point: dict[str, Any]) -> dict[str, Any] | None:
@@ -194,12 +208,14 @@ def stored(out: Path, point: dict[str, Any]) -> dict[str, Any] | None:
     return next((point | line for line in lines if line["digest"] == wanted), None)
 
 
-def launch(point: dict[str, Any]) -> None:
+def launch(point: dict[str, Any]) -> bool:
+    """Whether it failed."""
     print(point["name"], file=sys.stderr, flush=True)
     command = [sys.executable, __file__, "point"]
     done = subprocess.run(command, input=json.dumps(point, default=str), text=True, capture_output=True)
     if done.returncode:
         print(f"{point['name']}: {done.stderr[-2000:]}", file=sys.stderr, flush=True)
+    return done.returncode != 0
 
 
 def run_point(point: dict[str, Any]) -> None:
@@ -212,12 +228,16 @@ def run_point(point: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     out, settings = Path(point["out"]), dict(point["settings"])
-    folder = out / f"run-{digest(point)}"
+    model, folder = settings.pop("model"), out / f"run-{digest(point)}"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    model = settings.pop("model")
-    report = lpsparse.finetune(model, folder, **settings)
-    wall = time.monotonic() - began
+    trained: dict[str, Any] = {"zeros": 0.0}
+    if point["row"] == "dense":
+        folder = Path(model)
+    else:
+        report = lpsparse.finetune(model, folder, **settings)
+        trained = {"zeros": report.prunable.sparsity, "select": report.quality[0].after}
+    trained["wall_s"] = round(time.monotonic() - began)
     keys = ("task", "data", "model_fn", "max_length", "mean", "std")
     asked = {key: settings[key] for key in keys if key in settings}
     parts = [
@@ -230,12 +250,12 @@ def run_point(point: dict[str, Any]) -> None:
         for key in ("loss", "accuracy")
         if key in parts[0]
     }
-    line = {"digest": digest(point), "name": point["name"], "zeros": report.prunable.sparsity, "count": total,
-            "steps": settings["steps"], "select": report.quality[0].after, "wall_s": round(wall),
-            **figures}  # fmt: skip
+    line = {"digest": digest(point), "name": point["name"], "count": total, "steps": settings["steps"],
+            **trained, **figures}  # fmt: skip
     with (out / "points.jsonl").open("a", encoding="utf-8") as store:
         store.write(json.dumps(line) + "\n")
-    shutil.rmtree(folder)
+    if point["row"] != "dense":
+        shutil.rmtree(folder)
 
 
 def render(results: list[dict[str, Any]]) -> str:

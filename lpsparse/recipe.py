@@ -33,6 +33,11 @@ _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
 
 
+def flag(field: str) -> str:
+    """The command line's name of a field."""
+    return "--lambda" if field == "lambda_p" else "--" + field.replace("_", "-")
+
+
 class Step(BaseModel):
     """One command's settings."""
 
@@ -230,10 +235,13 @@ class FinetuneStep(_DataStep):
         description="In the decay phase, leave what is to go out of the forward pass already; it still "
         "learns and decays, and may come back.",
     )
-    condition: Literal["none", "rows", "weight-norm", "l1-rows", "spectral", "modular", "denoise"] = Field(
-        "rows",
-        description="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
-        "weight-norm: norms are learnt; the others: docs/method.md.",
+    condition: Literal["auto", "none", "rows", "weight-norm", "l1-rows", "spectral", "modular", "denoise"] = (
+        Field(
+            "auto",
+            description="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
+            "weight-norm: norms are learnt; the others: docs/method.md. auto: rows, unless the model has "
+            "batch normalisation.",
+        )
     )
     gain_lr_ratio: float = Field(
         1.0, ge=0,
@@ -280,8 +288,9 @@ class FinetuneStep(_DataStep):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Base optimizer; sgd has momentum 0.9.")
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "restart"] = Field(
-        "cosine",
-        description="How lr falls to zero; restart: half-way by the cut, then from the peak again.",
+        "restart",
+        description="How lr falls to zero; restart: half-way by the cut, then from the peak again (a cosine "
+        "where nothing is left to recover from).",
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which lr and lambda rise.")
     weight_decay: float = Field(
@@ -316,11 +325,40 @@ class FinetuneStep(_DataStep):
             raise ValueError(f"--method {self.method} needs --target-sparsity")
         if self.method == "dense" and self.target_sparsity is not None:
             raise ValueError("--method dense cannot meet a --target-sparsity")
+        if self.method == "rigl" and self.keep_zeros:
+            raise ValueError("--method rigl revives zeros; leave --keep-zeros out")
+        if self.condition == "denoise" and self.target_sparsity is None:
+            raise ValueError("--condition denoise prepares for a cut: it needs --target-sparsity")
+        return self
+
+    @model_validator(mode="after")
+    def _score_needs(self) -> Self:
         if self.score == "fisher" and self.optimizer != "adamw":
             raise ValueError(
                 "--score fisher reads AdamW's averages; use --optimizer adamw or --score magnitude"
             )
+        if self.score == "fisher" and self.method in ("one-shot", "rigl", "dwf"):
+            raise ValueError(f"--method {self.method} has no averages to score by; use --score magnitude")
         return self
+
+    @model_validator(mode="after")
+    def _has_use(self) -> Self:
+        """Refuse an option that would do nothing."""
+        for name, (of, users) in _USERS.items():
+            if name in self.model_fields_set and getattr(self, of) not in users:
+                wanted = f"{flag(name)} is for {flag(of)} {' or '.join(users)}"
+                raise ValueError(f"{wanted}, not {getattr(self, of)}")
+        if "masked_forward" in self.model_fields_set and self.masked_forward and not self.selective:
+            raise ValueError("--masked-forward leaves out what --selective chooses; leave --no-selective out")
+        return self
+
+
+_USERS = {  # option -> the option that must have one of these values for it to mean anything
+    "cautious": ("method", ("lp", "l1")), "lambda_2": ("method", ("lp", "l1")), "prox": ("method", ("lp",)),
+    "p_start": ("method", ("lp",)), "selective": ("method", ("lp",)), "masked_forward": ("method", ("lp",)),
+    "factors": ("method", ("dwf",)), "gain_lr_ratio": ("condition", ("weight-norm",)),
+    "path_penalty": ("condition", ("l1-rows",)),
+}  # fmt: skip
 
 
 STEPS: dict[str, type[Step]] = {

@@ -9,14 +9,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lpsparse.errors import LpsparseError, UsageError
-from lpsparse.recipe import STEPS, InspectStep, Step
+from lpsparse.recipe import STEPS, InspectStep, Step, flag
 
 S = TypeVar("S", bound=BaseModel)
-
-
-def flag(field: str) -> str:
-    """The command line's name of a field."""
-    return "--lambda" if field == "lambda_p" else "--" + field.replace("_", "-")
 
 
 def variable(field: str) -> str:

@@ -1,7 +1,11 @@
 """Weight conditioning: step 0 unchanged, norms held, zeros kept, the exact gradient (arXiv 2409.03424)."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -100,15 +104,23 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(63, 5))
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("method", METHODS)
-def test_conditioning_does_not_change_the_function_at_step_0(method: str) -> None:
-    model, x = network().eval(), torch.randn(2, 3, 5, 5)
+def test_conditioning_does_not_change_the_function_at_step_0(method: str, mode: str) -> None:
+    """In double precision, through the retraction of weights that were written to; denoise, which perturbs
+    the training pass by design, before its phase begins to matter (no sparsity)."""
+    model, x = network().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    model[1] = nn.Identity()
+    model.train(mode == "train")
     before = model(x)
-    condition(model, method)
+    condition(model, method, **({"sparsity": 0.0} if method == "denoise" else {}))
+    with torch.no_grad():
+        for weight in (model[0].weight, model[4].weight):
+            weight.mul_(1.0)
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lp-adamw"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_keeps_zeros_and_folds_to_an_ordinary_model(method: str, optimizer: str) -> None:
     model = network()
@@ -119,7 +131,11 @@ def test_every_method_trains_keeps_zeros_and_folds_to_an_ordinary_model(method: 
         model[4].weight[:, ::3] = 0
     zero = model[4].weight == 0
     params = [param for name, param in model.named_parameters()]
-    inner = torch.optim.AdamW(params, lr=3e-3) if optimizer == "adamw" else torch.optim.SGD(params, lr=3e-2)
+    inner = {
+        "adamw": lambda: torch.optim.AdamW(params, lr=3e-3),
+        "sgd": lambda: torch.optim.SGD(params, lr=3e-2),
+        "lp-adamw": lambda: LpAdamW(params, lr=3e-3, p=0.5, lambda_p=1e-4, one_pass=False),
+    }[optimizer]()
     conditioning = condition(model, method)
     conditioning.attach(inner)
     losses: list[float] = []
@@ -223,6 +239,85 @@ def test_l1_rows_splits_the_gradient_as_autograd_does_and_ends_with_exact_zeros(
     assert ((model[0].weight == 0).sum(1) == 4).all()
     conditioning.retract()
     torch.testing.assert_close(model[0].weight.abs().sum(1), g)
+
+
+def test_l1_rows_keeps_zero_rows_and_rows_of_equal_weights_finite() -> None:
+    assert torch.equal(normalize_l1(torch.zeros(1, 3), torch.tensor([20.0])), torch.zeros(1, 3))
+    projected = project_simplex(torch.tensor([[2.0, -2.0, 2.0, 2.0]]), 2)
+    assert torch.equal(projected, torch.tensor([[0.0, 0.0, 4.0, 4.0]]))
+    model = nn.Sequential(nn.Linear(384, 4))
+    conditioning = condition(model, "l1-rows", sparsity=0.5)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    for share in (0.0, 0.5, 1.0):
+        conditioning.progress(share)
+        model(torch.ones(2, 384)).sum().backward()
+        conditioning.restore()
+        conditioning.retract()
+        assert torch.isfinite(model[0].weight).all() and torch.equal(model[0].weight[1], torch.zeros(384))
+
+
+def test_l1_rows_takes_the_gradient_where_the_forward_pass_saw_the_weight() -> None:
+    """As training does that leaves weights out of the forward pass and puts them back before the step."""
+    model = nn.Sequential(nn.Linear(7, 5, bias=False)).double()
+    conditioning = condition(model, "l1-rows")
+    conditioning.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    weight, whole = model[0].weight, model[0].weight.detach().clone()
+    with torch.no_grad():
+        weight[:, ::2] = 0
+    model(torch.randn(11, 7, dtype=torch.float64)).sin().sum().backward()
+    seen = weight.detach().clone()
+    conditioning.restore()
+    with torch.no_grad():
+        weight.copy_(whole)
+    along = (seen * weight.grad).sum(1)
+    torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-12, rtol=0)
+    conditioning.restore()  # once a backward pass, however often it is called
+    assert conditioning.gains["0.weight"].grad is not None
+
+
+def test_evaluation_between_the_passes_of_a_step_sees_v_and_the_gradient_is_still_mapped() -> None:
+    torch.manual_seed(9)
+    model, x = nn.Sequential(nn.Linear(13, 9, bias=False)).double(), torch.randn(5, 13, dtype=torch.float64)
+    plain = model(x).detach()
+    conditioning = condition(model, "denoise", sparsity=0.5)
+    conditioning.progress(0.25)
+    model(x).sin().sum().backward()
+    assert torch.equal(model.eval()(x), plain)
+    conditioning.restore()
+    leaf = model[0].weight.detach().clone().requires_grad_()
+    conditioning.effective("0.weight", leaf).mm(x.T).sin().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, leaf.grad)
+
+
+def _rank(rank: int, store: str, out: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    torch.save(_gains(rank, 2), f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _gains(rank: int, ranks: int) -> dict[str, Tensor]:
+    """Weights and gains after five steps under DDP on this rank's share of the data, or on all of it."""
+    torch.manual_seed(12)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    conditioning = condition(model, "weight-norm")
+    conditioning.attach(inner)
+    x = torch.randn(12, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wrapped = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    for _ in range(5):
+        inner.zero_grad()
+        wrapped(x[rank::ranks]).square().mean().backward()
+        inner.step()
+    return {"weight": model[0].weight.detach(), "gain": conditioning.gains["0.weight"].detach()}
+
+
+def test_weight_norm_on_two_ranks_is_weight_norm_on_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    alone = _gains(0, 1)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.allclose(found[key], alone[key], rtol=0, atol=1e-5) for key in alone)
 
 
 def test_power_iteration_finds_sigma_and_the_spectral_bound_holds() -> None:
@@ -369,6 +464,12 @@ def test_misuse_is_refused() -> None:
         condition(model, "columns")
     with pytest.raises(LpsparseError, match="no option ridge"):
         condition(model, "denoise", ridge=1.0)
+    for method, options in (
+        ("denoise", {"sparsity": 1.5}), ("l1-rows", {"sparsity": -0.1}), ("l1-rows", {"path_penalty": -1.0}),
+        ("weight-norm", {"gain_lr_ratio": -1.0}), ("rows", {"names": ["nonsense"]}),
+    ):  # fmt: skip
+        with pytest.raises(LpsparseError, match=r"sparsity|path_penalty|gain_lr_ratio|no parameter nonsense"):
+            condition(model, method, **options)
     condition(model)
     with pytest.raises(LpsparseError, match="already"):
         condition(model)

@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "adamw-fused": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "adafactor": lambda params, lr: torch.optim.Adafactor(params, lr=lr, weight_decay=0.0),
+    "muon": lambda params, lr: torch.optim.Muon([p for p in params if p.ndim == 2], lr=lr, weight_decay=0.0),
     "rmsprop": lambda params, lr: torch.optim.RMSprop(params, lr=lr),
 }
 
@@ -247,12 +248,33 @@ def test_lp_adamw_without_lambda_is_adamw_bit_for_bit_and_their_states_are_one_a
         return LpAdamW(model.parameters(), lr=0.01, p=p, lambda_p=0.0)
 
     assert all(torch.equal(a, b) for a, b in zip(steps_of(plain, 0.8), steps_of(fused, 0.8), strict=True))
-    first, second = model_of(6).float(), model_of(6).float()
-    source = plain(first, 0.8)
-    one_backward(first.double(), 1)
-    target = fused(second, 0.8)
-    target.load_state_dict(source.state_dict())
-    assert target.param_groups[0]["lp_p"] == 0.8
+    for give, take in ((plain, fused), (fused, plain)):
+        first, second = model_of(6), model_of(6)
+        source, target = give(first, 0.8), take(second, 0.8)
+        for t in range(3):
+            one_backward(first, t)
+            source.step()
+        second.load_state_dict(first.state_dict())
+        target.load_state_dict(copy.deepcopy(source.state_dict()))
+        assert take is plain or target.param_groups[0]["lp_p"] == 0.8
+        for t in range(3, 6):
+            for model, optimizer in ((first, source), (second, target)):
+                one_backward(model, t)
+                optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_lp_adamw_takes_groups_that_come_later_and_leaves_a_group_s_own_p() -> None:
+    first, second = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = LpAdamW([{"params": [first], "lp_p": 1.5}], lr=0.1, p=0.5, lambda_p=1.0, one_pass=False)
+    optimizer.add_param_group({"params": [second]})
+    for weight in (first, second):
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert [group["lp_p"] for group in optimizer.param_groups] == [1.5, 0.5]
+    torch.testing.assert_close(second.detach(), torch.full((2, 2), 1 / 1.1))
+    with pytest.raises(LpsparseError, match="swallows the decay"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))]})
 
 
 @pytest.mark.parametrize("p", [0.5, 0.8, 1.0, 1.5])
@@ -345,3 +367,11 @@ def test_an_unknown_prox_is_refused() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], lr=0.1)
     with pytest.raises(LpsparseError, match="prox 'half'"):
         LpDecay(optimizer, lambda_p=1.0, prox="half")
+
+
+def test_irl1_is_finite_gives_plus_zero_and_leaves_the_ridge_alone_to_act() -> None:
+    w = torch.tensor([0.0, -0.1, 0.1, -1e-20])
+    ridge = lp_(torch.ones(4), w, lr=0.1, p=0.5, lambda_p=0.0, lambda_2=1.0, prox="irl1")
+    torch.testing.assert_close(ridge, torch.full((4,), 1 / 1.1))
+    killed = lp_(w.clone(), w, lr=0.1, p=0.5, lambda_p=9.0, prox="irl1")
+    assert torch.equal(killed, torch.zeros(4)) and not killed.signbit().any()

@@ -286,7 +286,7 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
 ) -> None:
     from lpsparse.recipe import FinetuneStep
     from lpsparse.settings import resolve
-    from lpsparse.training.loop import resolve_auto
+    from lpsparse.training.setup import resolve_auto
 
     given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5"}
     plain, normed = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
@@ -294,14 +294,60 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
         ({}, plain, "fisher"), ({}, normed, "magnitude"), ({"optimizer": "sgd"}, plain, "magnitude"),
         ({"method": "gradual"}, plain, "magnitude"), ({"score": "fisher"}, normed, "fisher"),
     ):  # fmt: skip
-        assert resolve_auto(resolve(FinetuneStep, {**given, **options}), model).score == wanted
-    with pytest.raises(LpsparseError, match="fisher reads AdamW"):
-        resolve(FinetuneStep, {**given, "score": "fisher", "optimizer": "sgd"})
+        resolved = resolve_auto(resolve(FinetuneStep, {**given, **options}), model, 60)
+        assert (resolved.score, resolved.condition) == (wanted, "none" if model is normed else "rows")
+    short = resolve(FinetuneStep, {**given, "condition": "spectral"})
+    assert resolve_auto(short, normed, 25).score == resolve_auto(short, plain, 25).score == "magnitude"
+    assert resolve_auto(short, plain, 60).condition == resolve_auto(short, normed, 60).condition == "spectral"
+    with pytest.raises(LpsparseError, match="the cut comes within 10 steps"):
+        resolve_auto(resolve(FinetuneStep, {**given, "score": "fisher"}), plain, 25)
     from lpsparse.cli import main
 
     words = ["finetune", "bundled:stories260k", str(tmp_path / "out"), "--data", "bundled:shakespeare"]
-    words += ["--task", "causal-lm", "--target-sparsity", "0.5", "--steps", "3", "--max-length", "16"]
+    words += ["--task", "causal-lm", "--target-sparsity", "0.5", "--steps", "30", "--max-length", "16"]
     with pytest.raises(SystemExit) as left:
         main([*words, "--eval-split", "validation[:3000]"])
     assert not left.value.code
     assert "by fisher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"score": "fisher", "optimizer": "sgd"}, "fisher reads AdamW"),
+        ({"score": "fisher", "method": "one-shot"}, "no averages to score by"),
+        ({"score": "fisher", "method": "dwf"}, "no averages to score by"),
+        ({"method": "rigl", "keep_zeros": True}, "revives zeros"),
+        ({"condition": "denoise", "target_sparsity": None}, "needs --target-sparsity"),
+        ({"method": "gradual", "cautious": True}, "--cautious is for --method lp or l1, not gradual"),
+        ({"method": "one-shot", "p_start": 2.0}, "--p-start is for --method lp"),
+        ({"method": "l1", "prox": "irl1"}, "--prox is for --method lp"),
+        ({"factors": 3}, "--factors is for --method dwf"),
+        ({"gain_lr_ratio": 0.1}, "--gain-lr-ratio is for --condition weight-norm"),
+        ({"condition": "rows", "path_penalty": 0.1}, "--path-penalty is for --condition l1-rows"),
+        ({"masked_forward": True, "selective": False}, "leave --no-selective out"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_do_nothing_is_refused(options: dict[str, object], says: str) -> None:
+    from lpsparse.recipe import FinetuneStep
+    from lpsparse.settings import resolve
+
+    given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5", **options}
+    with pytest.raises(LpsparseError, match=says):
+        resolve(FinetuneStep, {key: value for key, value in given.items() if value is not None})
+
+
+def test_a_prunable_tensor_that_no_gradient_reaches_is_named(net: dict, tmp_path: Path) -> None:
+    """The fisher score knows nothing of it; nothing is written."""
+    source = (tmp_path / "net.py").read_text()
+    built = "made[0].spare = nn.Linear(8, 8)"
+    (tmp_path / "net.py").write_text(
+        f"{source}\ninner = build\ndef build():\n    made = inner()\n    {built}\n    return made\n"
+    )
+    file = torch.load(net["model"], weights_only=True)
+    torch.manual_seed(0)
+    spare = {f"module.0.spare.{key}": value for key, value in nn.Linear(8, 8).state_dict().items()}
+    torch.save({"state_dict": file["state_dict"] | spare}, net["model"])
+    with pytest.raises(LpsparseError, match=r"no gradient has reached .*spare\.weight"):
+        lpsparse.finetune(out=tmp_path / "out", steps=60, score="fisher", target_sparsity="0.5", **net)
+    assert not (tmp_path / "out").exists()

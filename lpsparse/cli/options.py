@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from lpsparse.recipe import Step
-from lpsparse.settings import flag, resolve
+from lpsparse.recipe import Step, flag
+from lpsparse.settings import resolve
 
 _POSITIONAL = ("model", "out", "base")
 _REPEATED = ("include", "exclude", "freeze")

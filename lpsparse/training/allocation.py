@@ -17,21 +17,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lpsparse.errors import UsageError
+
 SHARES = ("global", "lamp", "uniform", "erk")
 SETTLED = 10  # steps; before them an average of squared gradients is mostly noise
 
 
 @torch.no_grad()
-def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor] | None:
-    """|w| * sqrt(v), shaped like the weights; None while the optimizer has no settled v for all of them."""
-    betas = {id(p): group.get("betas") for group in optimizer.param_groups for p in group["params"]}
+def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
+    """|w| * sqrt(v), shaped like the weights. Raises UsageError for weights of which the optimizer keeps no
+    v: those that get no gradient."""
+    betas: dict[int, Any] = {
+        id(p): group.get("betas") for group in optimizer.param_groups for p in group["params"]
+    }
     scores: dict[str, Tensor] = {}
+    blind = [name for name, weight in weights.items() if "exp_avg_sq" not in optimizer.state.get(weight, {})]
+    if blind:
+        what = f"no gradient has reached {', '.join(blind[:4])}: nothing says what the loss would lose by it"
+        raise UsageError(227, what, mend="--exclude it, or use --score magnitude")
     for name, weight in weights.items():
-        state: dict[str, Any] = optimizer.state.get(weight, {})
-        beta = betas.get(id(weight))
-        if beta is None or "exp_avg_sq" not in state or float(state["step"]) < SETTLED:
-            return None
-        average = state["exp_avg_sq"] / (1 - beta[1] ** float(state["step"]))
+        state: dict[str, Any] = optimizer.state[weight]
+        average = state["exp_avg_sq"] / (1 - betas[id(weight)][1] ** float(state["step"]))
         scores[name] = average.sqrt_().add_(torch.finfo(weight.dtype).eps ** 2).mul_(weight.detach().abs())
     return scores
 
@@ -39,12 +45,12 @@ def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor
 @torch.no_grad()
 def allocate(scores: dict[str, Tensor], count: int, share: str) -> dict[str, int]:
     """How many of `count` zeros each tensor gets; ties by tensor name, then position. Exact in sum.
-    `scores` are not negative."""
+    `scores` are not negative; one that is exactly 0 goes before any other, whatever the shares."""
     names = sorted(scores)
     if count == 0 or not names:
         return dict.fromkeys(names, 0)
     if share in ("uniform", "erk"):
-        return _by_shape({name: scores[name].shape for name in names}, count, share)
+        return _by_shape({name: scores[name] for name in names}, count, share)
     ranked = [_lamp(scores[name]) if share == "lamp" else scores[name].abs().flatten() for name in names]
     threshold = torch.cat(ranked).kthvalue(count).values
     counts = {name: int((score < threshold).sum()) for name, score in zip(names, ranked, strict=True)}
@@ -56,11 +62,15 @@ def allocate(scores: dict[str, Tensor], count: int, share: str) -> dict[str, int
     return counts
 
 
-def _by_shape(shapes: dict[str, torch.Size], count: int, share: str) -> dict[str, int]:
+def _by_shape(scores: dict[str, Tensor], count: int, share: str) -> dict[str, int]:
     """Densities k * weight, at most 1, with k such that the zeros add up; what rounding leaves goes to the
-    largest."""
-    sizes = {name: shape.numel() for name, shape in shapes.items()}
-    weight = {name: sum(shape) / shape.numel() if share == "erk" else 1.0 for name, shape in shapes.items()}
+    largest, and no tensor has fewer than it has scores of 0."""
+    sizes = {name: score.numel() for name, score in scores.items()}
+    least = {name: int((score == 0).sum()) for name, score in scores.items()}
+    least = least if sum(least.values()) <= count else dict.fromkeys(least, 0)
+    weight = {
+        name: sum(score.shape) / score.numel() if share == "erk" else 1.0 for name, score in scores.items()
+    }
     whole: set[str] = set()  # tensors that stay dense
     while True:
         part = [name for name in sizes if name not in whole]
@@ -71,11 +81,13 @@ def _by_shape(shapes: dict[str, torch.Size], count: int, share: str) -> dict[str
             break
         whole |= more
     zeros = {
-        name: 0 if name in whole else min(size, max(0, round((1 - k * weight[name]) * size)))
+        name: max(
+            least[name], 0 if name in whole else min(size, max(0, round((1 - k * weight[name]) * size)))
+        )
         for name, size in sizes.items()
     }
-    for name in sorted(part, key=lambda each: -sizes[each]):
-        moved = min(max(count - sum(zeros.values()), -zeros[name]), sizes[name] - zeros[name])
+    for name in sorted(sizes, key=lambda each: (each in whole, -sizes[each])):
+        moved = min(max(count - sum(zeros.values()), least[name] - zeros[name]), sizes[name] - zeros[name])
         zeros[name] += moved
     return zeros
 

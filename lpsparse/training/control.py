@@ -50,6 +50,9 @@ class SparsityControl:
     def __init__(
         self, step: FinetuneStep, weights: dict[str, Tensor], optimizer: Optimizer, phases: Phases
     ) -> None:
+        """Raises ValueError while the score is still auto (`setup.resolve_auto`)."""
+        if step.score == "auto":
+            raise ValueError("score auto is not resolved")
         self.step, self.weights, self.optimizer, self.phases = step, weights, optimizer, phases
         self.size = sum(w.numel() for w in weights.values())
         self.start = sum(int((w == 0).sum()) for w in weights.values())
@@ -70,7 +73,10 @@ class SparsityControl:
         if step.method in ("lp", "l1"):
             self._set_decay()
         if step.method == "dwf":
-            self.factors = Factors(weights, optimizer, step.factors, self.sum_lr, step.lambda_p)
+            given = step.lambda_p
+            if given != "auto" and step.lambda_convention == "authors":
+                given *= 2 / step.factors  # p = 2 / D
+            self.factors = Factors(weights, optimizer, step.factors, self.sum_lr, given)
         if step.keep_zeros:
             self.masks = {name: w != 0 for name, w in weights.items()}
         if step.method in ("one-shot", "rigl"):
@@ -128,14 +134,15 @@ class SparsityControl:
         return {name: weight.detach().abs() for name, weight in self.weights.items()}
 
     def _scores(self) -> dict[str, Tensor]:
-        """What ranks the weights now; magnitudes as long as the optimizer knows no better."""
-        scores = fisher(self.weights, self.optimizer) if self.step.score == "fisher" else None
-        return self._magnitudes() if scores is None else scores
+        """What ranks the weights now. Raises UsageError where fisher knows nothing of one of them."""
+        return fisher(self.weights, self.optimizer) if self.step.score == "fisher" else self._magnitudes()
 
     @torch.no_grad()
     def _choose(self, count: int) -> dict[str, Tensor]:
-        """True where a weight stays when `count` go; what is cut already goes first."""
+        """True where a weight stays when `count` go. What is cut stays cut: its score alone is 0."""
         scores = self._scores()
+        for score in scores.values():
+            score.clamp_(min=torch.finfo(score.dtype).tiny)
         for name, keep in self.masks.items():
             scores[name].masked_fill_(~keep, 0.0)
         return smallest_masks(scores, allocate(scores, count, self.step.allocation))
@@ -151,7 +158,7 @@ class SparsityControl:
             self.lambda_p = self._lambda(t) if decaying or self.target is None else 0.0
             self.decay.set_lambda(self.lambda_p)
             for group in self.optimizer.param_groups:
-                group["lp_l2"] = self.step.lambda_2 if self.lambda_p else 0.0
+                group["lp_l2"] = self.step.lambda_2 if decaying or self.target is None else 0.0
             if self.step.p_start is not None and self.step.method == "lp":
                 share = phases.progress(t)
                 self.decay.set_p(self.step.p_start + (self.p - self.step.p_start) * share)
@@ -220,7 +227,7 @@ class SparsityControl:
 
     @torch.no_grad()
     def _forget(self) -> None:
-        """The averages of what is cut, so that momentum does not move it. exp_avg_sq stays: it scores."""
+        """The averages of what is cut, so that momentum does not move it; exp_avg_sq moves nothing."""
         for name, keep in self.masks.items():
             state: dict[str, Any] = self.optimizer.state.get(self.weights[name], {})
             for key, value in state.items():

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from lpsparse.errors import UsageError
@@ -31,7 +32,7 @@ PROXES = ("pwd", "irl1")
 _SETTINGS = ("lp_p", "lp_lambda", "lp_l2", "lp_convention")  # keys in the optimizer's param_groups
 CONVENTION = "ours"  # penalty (lambda_p / p) * ||w||_p^p; the authors' code means lambda * ||w||_p^p
 _CHUNK = 1 << 17  # elements; what a step reads twice stays in the cache
-_WORTH = 1 << 22  # decayed weights from which on some seconds of compiling are worth it
+_WORTH = 1 << 22  # parameters from which on some seconds of compiling are worth it
 
 
 def lp_divisor(
@@ -93,8 +94,10 @@ def divide_(v: Tensor, divisor: Tensor) -> Tensor:
 
 
 def soft_threshold(v: Tensor, w: Tensor, q: float, p: float) -> Tensor:
-    """sign(v) * max(|v| - q * |w|**(p - 1), 0); for p < 1 an exact zero of `w` stays zero."""
-    return v.sign() * (v.abs() - q * w.abs().pow(p - 1)).clamp_(min=0.0)
+    """sign(v) * max(|v| - q * |w|**(p - 1), 0), below FLUSH +0; for p < 1 an exact zero of `w` stays zero."""
+    if q == 0:
+        return v
+    return functional.hardshrink(v.sign() * (v.abs() - q * w.abs().pow(p - 1)).clamp_(min=0.0), FLUSH)
 
 
 def kill_magnitude(p: float, lambda_p: float, sum_lr: float) -> float:
@@ -242,7 +245,7 @@ def loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
 def check_settings(p: float, lambda_p: float, lambda_2: float = 0.0, prox: str = "pwd") -> None:
     if not p > 0 or not lambda_p >= 0 or not lambda_2 >= 0:
         what = f"p = {p}, lambda_p = {lambda_p}, lambda_2 = {lambda_2}: p > 0, lambdas >= 0"
-        raise UsageError(220, what, mend="see math of L_p")
+        raise UsageError(220, what, mend="give p above 0 and a lambda of 0 or more")
     if prox not in PROXES:
         raise UsageError(226, f"prox {prox!r}: not known", mend=f"one of {', '.join(PROXES)}")
 

@@ -1,13 +1,13 @@
 """Deep weight factorisation: Kolb et al. 2025, arXiv 2502.02496; with two factors, spred (Ziyin and Wang
 2023, arXiv 2210.01212).
 
-    w = w_1 * ... * w_D,   (lambda / D) * sum of ||w_d||^2  =  lambda * ||w||_p^p at its optimum, p = 2 / D
+    w = w_1 * ... * w_D,   (q / 2) * sum of ||w_d||^2  =  (q / p) * ||w||_p^p at its optimum, p = 2 / D
 
 From a checkpoint w_1 = sign(w) |w|**(1/D) and every other factor |w|**(1/D), so that step 0 computes what
 the checkpoint computes. The gradient of a factor is the weight's times the other factors. Differs from the
-paper: the penalty is AdamW's decoupled decay of the factors, at a strength at which a product that the
-loss does not hold falls to a twentieth over the phase; the paper trains from scratch with an
-initialisation of its own and large learning rates.
+paper: the penalty is a decoupled decay of the factors, q = lambda_p, whatever the optimizer, by default at
+a strength at which a product that the loss does not hold falls to a twentieth over the phase; the paper
+trains from scratch with an initialisation of its own and large learning rates.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+_LEAST = 1e-30  # a product under it is as good as zero, and follows nothing
 _FALL = 20.0  # of a product that nothing holds, over the phase
 
 
@@ -30,10 +31,14 @@ class Factors:
     ) -> None:  # fmt: skip
         self.weights, self.optimizer = weights, optimizer
         self.factors = {name: _split(weight.detach(), depth) for name, weight in weights.items()}
-        decay = math.log(_FALL) / (depth * sum_lr) if lambda_p == "auto" else 2 * lambda_p / depth
+        self.decay = math.log(_FALL) / (depth * sum_lr) if lambda_p == "auto" else lambda_p
         flat = [factor for factors in self.factors.values() for factor in factors]
-        group = {"params": flat, "weight_decay": decay, "lr": optimizer.param_groups[0]["lr"]}
-        optimizer.add_param_group(group)
+        self.group: dict[str, Any] = {
+            "params": flat,
+            "weight_decay": 0.0,
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        optimizer.add_param_group(self.group)
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before()),
             optimizer.register_step_post_hook(lambda *_: self._after()),
@@ -41,10 +46,15 @@ class Factors:
 
     @torch.no_grad()
     def _before(self) -> None:
-        """Gradients of the factors; the weights themselves are not moved."""
+        """Decay and gradients of the factors, which follow where conditioning has put the weights; the
+        weights themselves are not moved by the optimizer."""
         for name, factors in self.factors.items():
-            grad = self.weights[name].grad
-            self.weights[name].grad = None
+            weight, product = self.weights[name], _product(factors)
+            grad, weight.grad = weight.grad, None
+            moved = torch.where(product.abs() > _LEAST, weight.detach() / product, 1.0)
+            root = moved.abs().pow_(1 / len(factors))
+            for factor in factors:
+                factor.mul_(root).mul_(1 - self.group["lr"] * self.decay)
             for k, factor in enumerate(factors):
                 factor.grad = None if grad is None else grad * _product(factors[:k] + factors[k + 1 :])
 

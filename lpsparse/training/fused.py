@@ -41,11 +41,18 @@ class LpAdamW(AdamW):
         check_settings(p, lambda_p)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
         self.one_pass = one_pass
+        self.defaults.update(
+            lp_p=p, lp_lambda=lambda_p, lp_convention=CONVENTION
+        )  # of groups added later too
         for group in self.param_groups:
-            group.update({"lp_p": p, "lp_lambda": lambda_p, "lp_convention": CONVENTION})
-            for param in group["params"]:
-                check_precision(param)
+            for key in ("lp_p", "lp_lambda", "lp_convention"):
+                group.setdefault(key, self.defaults[key])
         self.register_load_state_dict_pre_hook(loading)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            check_precision(param)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

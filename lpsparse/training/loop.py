@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, NumericError, UsageError
-from lpsparse.pruning.prunable import choose, kept_in_words
+from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.conditioning import condition, fold
+from lpsparse.training.conditioning import fold
 from lpsparse.training.conditioning.base import Conditioning
 from lpsparse.training.control import SparsityControl
 from lpsparse.training.data import check_apart
@@ -24,6 +23,7 @@ from lpsparse.training.distill import Teacher, make_teacher
 from lpsparse.training.loss import batch_loss, check_dropout
 from lpsparse.training.model import quiet_transformers
 from lpsparse.training.phases import plan_phases
+from lpsparse.training.setup import choose_weights, make_conditioning, make_optimizer, resolve_auto
 from lpsparse.training.tasks import TASKS
 from lpsparse.training.tasks.base import Task
 
@@ -104,7 +104,7 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
 
 def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
     """What `train` would do, as plain data."""
-    prunable, weights = _choose(step, task)
+    prunable, weights = choose_weights(step, task)
     return {
         "method": step.method, "steps": _steps(step, task), "examples": len(task.train),
         "held_out": len(task.held_out),
@@ -130,15 +130,15 @@ def train(
     accelerator = _accelerator(step)
     before = None if task.loaded.new else evaluate(step, task)
     model = task.loaded.module
-    step = resolve_auto(step, model)
-    prunable, weights = _choose(step, task)
+    step = resolve_auto(step, model, _steps(step, task))
+    prunable, weights = choose_weights(step, task)
     check_dropout(step, model)
     teacher = make_teacher(step, task)
     steps = _steps(step, task)
     say(kept_in_words(prunable))
     model.to(accelerator.device)  # before anything is kept beside the weights
-    optimizer = _optimizer(step, model, weights)
-    conditioning = _condition(step, model, weights, optimizer)
+    optimizer = make_optimizer(step, model, weights)
+    conditioning = make_conditioning(step, model, weights, optimizer)
     control = SparsityControl(step, weights, optimizer, plan_phases(step, steps))
     facts = _in_words(step, control, steps)
     say(facts)
@@ -151,14 +151,6 @@ def train(
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # or it would be measured under autocast
     task.loaded.round_to_storage()
     return Trained(task, prunable, before, evaluate(step, task), facts)
-
-
-def resolve_auto(step: FinetuneStep, model: nn.Module) -> FinetuneStep:
-    """`step` with its auto replaced by what was best on models of this kind (docs/method.md)."""
-    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())  # pyright: ignore[reportPrivateUsage]
-    fisher = step.method == "lp" and step.optimizer == "adamw" and not batch_norm
-    score = ("fisher" if fisher else "magnitude") if step.score == "auto" else step.score
-    return step.model_copy(update={"score": score})
 
 
 def _accelerator(step: FinetuneStep) -> Accelerator:
@@ -198,7 +190,6 @@ def _loop(
     on_step: Callable[[Progress], None],
 ) -> None:  # fmt: skip
     rates = control.rates
-    parameters = [param for param in model.parameters() if param.requires_grad]
     generator = torch.Generator().manual_seed(step.seed)
     losses: list[float] = []
     batches = _batches(step, task, accelerator, len(rates))
@@ -217,7 +208,8 @@ def _loop(
         if conditioning is not None:
             conditioning.restore()
         control.after_backward(t)
-        norm = float(accelerator.clip_grad_norm_(parameters, step.clip or math.inf) or 0)
+        moved = [param for group in optimizer.param_groups for param in group["params"]]  # gains included
+        norm = float(accelerator.clip_grad_norm_(moved, step.clip or math.inf) or 0)
         losses.append(float(loss.detach()))
         # A loss scaler (fp16) skips a step whose gradients overflow and goes on with a smaller scale.
         if not math.isfinite(losses[-1]) or (accelerator.scaler is None and not math.isfinite(norm)):
@@ -240,74 +232,6 @@ def _loop(
             )
             on_step(Progress(t + 1, len(rates), epoch, mean, *facts))
             losses.clear()
-
-
-def _choose(step: FinetuneStep, task: Task) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
-    """Which tensors of OUT may be cut, and those that are
-    trained here, by their name in OUT; frozen ones set."""
-    names = task.loaded.names
-    for pattern in step.freeze:
-        if not any(fnmatchcase(out, pattern) for out in names.values()):
-            raise UsageError(210, f"--freeze {pattern}: matches no tensor", mend="see `lpsparse inspect`")
-    state = task.loaded.module.state_dict()
-    described = ((out, _dtype_name(state[name]), tuple(state[name].shape)) for name, out in names.items())
-    prunable = choose(described, step.include, step.exclude)
-    weights: dict[str, torch.Tensor] = {}
-    for name, param in task.loaded.module.named_parameters():
-        out = names.get(name, name)
-        param.requires_grad_(not any(fnmatchcase(out, pattern) for pattern in step.freeze))
-        if prunable.get(out, (False, ""))[0] and param.requires_grad:
-            weights[out] = param
-    if not any(param.requires_grad for param in task.loaded.module.parameters()):
-        raise UsageError(212, "--freeze leaves nothing to train", mend="freeze less")
-    if not weights and step.method != "dense":
-        raise UsageError(211, "no prunable tensor is left to train", mend="freeze less, or --method dense")
-    empty = sorted(out for out, weight in weights.items() if not weight.any())
-    if empty and step.method == "lp":
-        raise InputError(
-            410, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
-        )
-    frozen = [out for out, (yes, _) in prunable.items() if yes and out not in weights]
-    return prunable | {out: (False, "--freeze") for out in frozen}, weights
-
-
-def _dtype_name(value: torch.Tensor) -> str:
-    return "F32" if value.dtype.is_floating_point else "I64"
-
-
-def _condition(
-    step: FinetuneStep, model: nn.Module, weights: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> Conditioning | None:
-    if step.condition == "none" or not weights:
-        return None
-    wanted = {id(weight) for weight in weights.values()}
-    names = [name for name, param in model.named_parameters() if id(param) in wanted]
-    options: dict[str, Any] = {"gain_lr_ratio": step.gain_lr_ratio} if step.condition == "weight-norm" else {}
-    if step.condition in ("l1-rows", "denoise"):
-        options["sparsity"] = float(step.target_sparsity or 0)
-    if step.condition == "l1-rows":
-        options["path_penalty"] = step.path_penalty
-    conditioning = condition(model, step.condition, names, **options)
-    conditioning.attach(optimizer)
-    return conditioning
-
-
-def _optimizer(
-    step: FinetuneStep, model: nn.Module, weights: dict[str, torch.Tensor]
-) -> torch.optim.Optimizer:
-    """The base optimizer; its own weight decay acts only where L_p decay does not."""
-    chosen = {id(weight) for weight in weights.values()} if step.method in ("lp", "l1") else set[int]()
-    trained = [param for param in model.parameters() if param.requires_grad]
-    plain = [param for param in trained if id(param) not in chosen and param.ndim >= 2]
-    groups = [
-        {"params": [param for param in trained if id(param) in chosen], "weight_decay": 0.0},
-        {"params": plain, "weight_decay": step.weight_decay},
-        {"params": [param for param in trained if param.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if step.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=step.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=step.lr)
 
 
 def _batches(

@@ -73,5 +73,12 @@ def plan_phases(step: FinetuneStep, steps: int) -> Phases:
     start = warmup  # of the rivals; decay has a warm-up of its own, that of lambda
     if step.method in ("lp", "l1", "dwf"):
         start = SETTLED if step.score == "fisher" else 0
-    start = min(start, cut_at // 2) if step.target_sparsity is not None else 0
-    return Phases(steps, warmup, start, cut_at, step.ramp, step.lr_schedule)
+    if step.target_sparsity is None:
+        start = 0
+    elif step.score != "fisher":
+        start = min(start, cut_at // 2)
+    cuts_first = step.method in ("one-shot", "rigl")
+    schedule = step.lr_schedule
+    if schedule == "restart" and (step.target_sparsity is None or cuts_first or cut_at == steps):
+        schedule = "cosine"
+    return Phases(steps, warmup, start, cut_at, step.ramp, schedule)

@@ -2,7 +2,8 @@
 1911.11134, algorithm 1).
 
 Every so often, of each tensor, the share a / 2 * (1 + cos(pi * t / T)) of its living weights with the
-smallest magnitudes dies, and as many of the dead with the largest |gradient| live again, from zero. T is
+smallest magnitudes dies, and as many of the dead with the largest |gradient| live again, from zero
+(one that had just died keeps its value). T is
 75 % of the run, a = 0.3, as there. Differs: an exchange every fortieth of the run instead of every 100
 steps of a long one, and the step goes on after it.
 """

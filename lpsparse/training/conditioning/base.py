@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lpsparse.errors import UsageError
-from lpsparse.training.conditioning.layout import as_rows, from_rows, row_scale, row_weights
+from lpsparse.training.conditioning.layout import as_rows, from_rows, row_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +34,22 @@ class Conditioned:
     def unrows(self, rows: Tensor) -> Tensor:
         return from_rows(rows, self.weight, self.axis, self.groups)
 
-    def scale(self, factor: Tensor) -> Tensor:
-        return row_scale(self.weight, factor, self.axis, self.groups)
-
 
 class Conditioning:
     """One method on one model; made by `condition(model, method)`. What does nothing here is for the
     members."""
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None, **options: Any) -> None:
-        """Raises UsageError for an option that the method does not have."""
+        """Raises UsageError for an option that the method does not have, and for a name that the model has
+        not."""
         if options:
             unknown = ", ".join(sorted(options))
             raise UsageError(224, f"{type(self).__name__} has no option {unknown}", mend="leave it out")
         self.weights: dict[str, Conditioned] = {}
         wanted = None if names is None else set(names)
+        strange = sorted((wanted or set()) - {name for name, _ in model.named_parameters()})
+        if strange:
+            raise UsageError(228, f"no parameter {strange[0]}", mend="see model.named_parameters()")
         seen: set[int] = set()
         for name, weight, axis, groups in row_weights(model):
             if weight.requires_grad and id(weight) not in seen and (wanted is None or name in wanted):
@@ -77,6 +78,11 @@ class Conditioning:
         self.handles.clear()
 
 
+def check_share(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise UsageError(229, f"sparsity = {sparsity}", mend="give 0 or more and less than 1")
+
+
 class Overlay(Conditioning):
     """The forward pass in training sees `effective(V)`; evaluation sees V."""
 
@@ -97,6 +103,9 @@ class Overlay(Conditioning):
 
     def _cover(self, module: nn.Module) -> None:
         if self._stash:
+            if not module.training:  # evaluation between the passes of a step: V, and the gradient stays due
+                for name, (values, _, _) in self._stash.items():
+                    self.weights[name].weight.detach().copy_(values)
             return
         self.retract()
         if not module.training or not torch.is_grad_enabled() or not self.active():
@@ -106,8 +115,7 @@ class Overlay(Conditioning):
             with torch.enable_grad():
                 seen = self.effective(name, leaf)
             self._stash[name] = (leaf.detach(), leaf, seen)
-            with torch.no_grad():
-                item.weight.copy_(seen)
+            item.weight.detach().copy_(seen.detach())
 
     @torch.no_grad()
     def restore(self) -> None:

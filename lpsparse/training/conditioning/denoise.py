@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpsparse.training.conditioning.base import Overlay
+from lpsparse.training.conditioning.base import Overlay, check_share
 
 _RIDGE = 1e-3
 
@@ -35,6 +35,7 @@ class Denoise(Overlay):
     def __init__(
         self, model: nn.Module, names: Iterable[str] | None = None, *, sparsity: float = 0.5, **options: Any
     ) -> None:
+        check_share(sparsity)
         super().__init__(model, names, **options)
         self.sparsity, self.share = sparsity, 0.0
 

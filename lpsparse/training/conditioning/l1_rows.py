@@ -18,22 +18,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lpsparse.training.conditioning.base import Overlay
+from lpsparse.errors import UsageError
+from lpsparse.training.conditioning.base import Overlay, check_share
 
 
 def normalize_l1(v: Tensor, g: Tensor) -> Tensor:
     """(rows, rest) with the L1 norms `g`; a zero row stays zero."""
-    return v * (g / v.abs().sum(1).clamp(min=torch.finfo(v.dtype).tiny))[:, None]
+    sizes = v.abs().sum(1)
+    return v * torch.where(sizes > 0, g / sizes.clamp(min=torch.finfo(v.dtype).tiny), 0.0)[:, None]
 
 
 def project_simplex(v: Tensor, dropped: int) -> Tensor:
     """Each row of (rows, rest) soft-thresholded so that its `dropped` smallest are zero, at its own L1
-    norm."""
+    norm. A row with nothing over the threshold (ties) keeps its last ones as they are."""
     if dropped == 0:
         return v
     size = v.abs()
-    tau = size.kthvalue(dropped, dim=1, keepdim=True).values
-    return normalize_l1(v.sign() * (size - tau).relu(), size.sum(1))
+    order = size.detach().argsort(dim=1, stable=True)
+    tau = size.gather(1, order[:, dropped - 1 : dropped])
+    soft = v.sign() * (size - tau).relu()
+    hard = v.scatter(1, order[:, :dropped], 0.0)
+    return normalize_l1(torch.where((soft != 0).any(1, keepdim=True), soft, hard), size.sum(1))
 
 
 class L1Rows(Overlay):
@@ -41,18 +46,21 @@ class L1Rows(Overlay):
         self, model: nn.Module, names: Iterable[str] | None = None, *, sparsity: float = 0.0,
         path_penalty: float = 0.0, **options: Any,
     ) -> None:  # fmt: skip
+        check_share(sparsity)
+        if not path_penalty >= 0:
+            raise UsageError(229, f"path_penalty = {path_penalty}", mend="give 0 or more")
         super().__init__(model, names, **options)
         self.sparsity, self.penalty = sparsity, path_penalty
         self.norms = {name: item.rows().abs().sum(1) for name, item in self.weights.items()}  # g
         self.gains = {name: nn.Parameter(norms.new_ones(())) for name, norms in self.norms.items()}  # s
         self.ramp = 0.0
+        self._fresh = False  # a backward pass has left gradients that are not split yet
 
     def attach(self, optimizer: Optimizer) -> None:
         super().attach(optimizer)
         if self.gains:
             group = {"params": list(self.gains.values()), "weight_decay": 0.0}
             optimizer.add_param_group({**group, "lr": optimizer.param_groups[0]["lr"]})
-        self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._split()))
 
     def active(self) -> bool:
         return 0 < self.ramp < 1 and self.sparsity > 0
@@ -73,9 +81,21 @@ class L1Rows(Overlay):
         rows = item.rows(v)
         return item.unrows((1 - self.ramp) * rows + self.ramp * self._project(name, rows))
 
+    def _cover(self, module: nn.Module) -> None:
+        super()._cover(module)
+        self._fresh = self._fresh or (module.training and torch.is_grad_enabled())
+
     @torch.no_grad()
+    def restore(self) -> None:
+        """V and its gradient, split; here, since the weight is still the one that the forward pass saw."""
+        super().restore()
+        if self._fresh:
+            self._split()
+        self._fresh = False
+
     def _split(self) -> None:
-        """dL/dW into dL/ds and dL/dV at ||V||_1 = s * g."""
+        """dL/dW into dL/ds and dL/dV at ||V||_1 = s * g. Backward passes of one step add up: the earlier
+        ones' dL/dV has no part along the row."""
         path = torch.stack([gain.detach() for gain in self.gains.values()]).prod() if self.gains else None
         for name, item in self.weights.items():
             weight, gain = item.weight, self.gains[name]
@@ -84,7 +104,9 @@ class L1Rows(Overlay):
             rows, slopes = item.rows(), item.rows(weight.grad)
             along = (rows * slopes).sum(1)  # per output unit
             assert path is not None
-            gain.grad = along.sum() / gain.detach() + self.penalty * path.sign() * path / gain.detach()
+            if gain.grad is None:
+                gain.grad = self.penalty * path.abs() / gain.detach()
+            gain.grad += along.sum() / gain.detach()
             sizes = rows.abs().sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
             weight.grad.copy_(item.unrows(slopes - rows.sign() * (along / sizes)[:, None]))
 

@@ -50,8 +50,9 @@ class Modular(Conditioning):
             update = item.rows(item.weight.detach() - self._old.pop(name))
             if not update.any():
                 continue
-            power = self._power.setdefault(name, PowerIteration(update))
-            sigma = power.sigma(update, _ITERATIONS).clamp(min=torch.finfo(update.dtype).tiny)
+            if name not in self._power:
+                self._power[name] = PowerIteration(update)
+            sigma = self._power[name].sigma(update, _ITERATIONS).clamp(min=torch.finfo(update.dtype).tiny)
             wanted = float(self._groups[name]["lr"]) * atom_scale(item)
             old = item.rows() - update
             item.weight.copy_(item.unrows(old + update * (wanted / sigma)))

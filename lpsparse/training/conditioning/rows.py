@@ -4,7 +4,9 @@
 
 Differs from the paper: g is not 1, so that step 0 computes what the checkpoint computes. The gradient flows
 through the norm: dL/dv = (g / ||v||) * (I - v v^T / ||v||^2) dL/dw. Since every row is projected back to
-||v|| = g after each step, V equals W_eff, and that gradient is the plain one without its part along the row.
+||v|| = g before each forward pass, V equals W_eff, and that gradient is the plain one without its part along
+the row. Where training leaves weights out of the forward pass, V is the row without them, and the factor g /
+||v|| of what it was before is left out of the gradient.
 """
 
 from collections.abc import Iterable

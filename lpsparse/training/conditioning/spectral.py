@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lpsparse.training.conditioning.base import Conditioning
 
-_FIRST = 60  # iterations on the checkpoint's weight, and on the last one
+_FIRST = 60  # iterations on the checkpoint's weight
 _EACH = 4  # a step, from where the vectors were
 _TIGHT = 1 - 1e-3
 
@@ -37,13 +37,18 @@ class PowerIteration:
         return self.u @ (matrix @ self.v)
 
 
+def exact_sigma(matrix: Tensor) -> Tensor:
+    """sigma_max of (rows, columns) by a singular value decomposition; 0-dim."""
+    return torch.linalg.matrix_norm(matrix.float() if matrix.dtype != torch.float64 else matrix, ord=2)
+
+
 class Spectral(Conditioning):
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None, **options: Any) -> None:
         super().__init__(model, names, **options)
         self.power = {name: PowerIteration(item.rows()) for name, item in self.weights.items()}
-        self.bound = {
-            name: self.power[name].sigma(item.rows(), _FIRST) for name, item in self.weights.items()
-        }
+        self.bound = {name: exact_sigma(item.rows()) for name, item in self.weights.items()}
+        for name, item in self.weights.items():
+            self.power[name].sigma(item.rows(), _FIRST)
         self._tight = dict.fromkeys(self.weights, True)
         for name, item in self.weights.items():
             self.handles.append(item.weight.register_post_accumulate_grad_hook(self._hook(name)))
@@ -68,18 +73,17 @@ class Spectral(Conditioning):
         for name, item in self.weights.items():
             if item.weight._version == self._versions[name]:
                 continue
-            self._shrink(name, _EACH)
+            self._shrink(name, self.power[name].sigma(self.weights[name].rows(), _EACH))
             self._versions[name] = item.weight._version
 
-    def _shrink(self, name: str, iterations: int) -> None:
-        item, bound = self.weights[name], self.bound[name]
-        sigma = self.power[name].sigma(item.rows(), iterations)
-        self._tight[name] = bool(sigma >= _TIGHT * bound)
-        if sigma > bound:
-            item.weight.mul_(bound / sigma)
+    def _shrink(self, name: str, sigma: Tensor) -> None:
+        share = float(sigma / self.bound[name])  # NaN for a weight of zeros
+        self._tight[name] = share >= _TIGHT
+        if share > 1:
+            self.weights[name].weight.mul_(1 / share)
 
     @torch.no_grad()
     def remove(self) -> None:
-        for name in self.weights:
-            self._shrink(name, _FIRST)
+        for name, item in self.weights.items():
+            self._shrink(name, exact_sigma(item.rows()))
         super().remove()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lpsparse.distributed import average_
+from lpsparse.errors import UsageError
 from lpsparse.training.conditioning.base import Conditioned
 from lpsparse.training.conditioning.layout import as_rows
 from lpsparse.training.conditioning.rows import RowConditioning
@@ -35,6 +37,8 @@ class WeightNorm(RowConditioning):
         gain_lr_ratio: float = 1.0,
         **options: Any,
     ) -> None:
+        if not gain_lr_ratio >= 0:
+            raise UsageError(229, f"gain_lr_ratio = {gain_lr_ratio}", mend="give 0 or more")
         super().__init__(model, names, **options)
         self.ratio = gain_lr_ratio
         self.gains = {name: nn.Parameter(norms.clone()) for name, norms in self.norms.items()}
@@ -44,6 +48,7 @@ class WeightNorm(RowConditioning):
         if self.gains and self.ratio:
             group = {"params": list(self.gains.values()), "weight_decay": 0.0, "lr_ratio": self.ratio}
             optimizer.add_param_group({**group, "lr": self.ratio * optimizer.param_groups[0]["lr"]})
+            self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._reduce()))
             self.handles.append(optimizer.register_step_post_hook(lambda *_: self._spend()))
 
     def project_gradient(self, name: str, item: Conditioned, grad: Tensor) -> None:
@@ -54,6 +59,10 @@ class WeightNorm(RowConditioning):
         gain = self.gains[name]
         gain.grad = part if gain.grad is None else gain.grad + part
         super().project_gradient(name, item, grad)
+
+    def _reduce(self) -> None:
+        """The mean over processes; each has seen its own gradient, since gains are no part of the model."""
+        average_([gain.grad for gain in self.gains.values() if gain.grad is not None])
 
     @torch.no_grad()
     def _spend(self) -> None:

@@ -1,0 +1,98 @@
+"""What a run is made of: its autos, the weights that may be cut, the optimizer, and conditioning."""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from lpsparse.errors import InputError, UsageError
+from lpsparse.pruning.prunable import choose
+from lpsparse.recipe import FinetuneStep
+from lpsparse.training.allocation import SETTLED
+from lpsparse.training.conditioning import condition
+from lpsparse.training.conditioning.base import Conditioning
+from lpsparse.training.tasks.base import Task
+
+
+def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneStep:
+    """`step` of `steps` optimizer steps with its auto replaced by what was best on models of this kind
+    (docs/method.md). Raises UsageError for a fisher score that comes to nothing."""
+    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())  # pyright: ignore[reportPrivateUsage]
+    knows = step.target_sparsity is None or round(step.decay_share * steps) > SETTLED
+    if step.score == "fisher" and not knows:
+        what = f"--score fisher: the cut comes within {SETTLED} steps, before gradients have an average"
+        raise UsageError(214, what, mend="train longer, or use --score magnitude")
+    fisher = step.method == "lp" and step.optimizer == "adamw" and knows and not batch_norm
+    auto = {"score": "fisher" if fisher else "magnitude", "condition": "none" if batch_norm else "rows"}
+    return step.model_copy(update={key: best for key, best in auto.items() if getattr(step, key) == "auto"})
+
+
+def choose_weights(
+    step: FinetuneStep, task: Task
+) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
+    """Which tensors of OUT may be cut, and those that are
+    trained here, by their name in OUT; frozen ones set."""
+    names = task.loaded.names
+    for pattern in step.freeze:
+        if not any(fnmatchcase(out, pattern) for out in names.values()):
+            raise UsageError(210, f"--freeze {pattern}: matches no tensor", mend="see `lpsparse inspect`")
+    state = task.loaded.module.state_dict()
+    described = ((out, _dtype_name(state[name]), tuple(state[name].shape)) for name, out in names.items())
+    prunable = choose(described, step.include, step.exclude)
+    weights: dict[str, torch.Tensor] = {}
+    for name, param in task.loaded.module.named_parameters():
+        out = names.get(name, name)
+        param.requires_grad_(not any(fnmatchcase(out, pattern) for pattern in step.freeze))
+        if prunable.get(out, (False, ""))[0] and param.requires_grad:
+            weights[out] = param
+    if not any(param.requires_grad for param in task.loaded.module.parameters()):
+        raise UsageError(212, "--freeze leaves nothing to train", mend="freeze less")
+    if not weights and step.method != "dense":
+        raise UsageError(211, "no prunable tensor is left to train", mend="freeze less, or --method dense")
+    empty = sorted(out for out, weight in weights.items() if not weight.any())
+    if empty and step.method == "lp":
+        raise InputError(
+            410, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
+        )
+    frozen = [out for out, (yes, _) in prunable.items() if yes and out not in weights]
+    return prunable | {out: (False, "--freeze") for out in frozen}, weights
+
+
+def _dtype_name(value: torch.Tensor) -> str:
+    return "F32" if value.dtype.is_floating_point else "I64"
+
+
+def make_conditioning(
+    step: FinetuneStep, model: nn.Module, weights: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> Conditioning | None:
+    if step.condition == "none" or not weights:
+        return None
+    wanted = {id(weight) for weight in weights.values()}
+    names = [name for name, param in model.named_parameters() if id(param) in wanted]
+    options: dict[str, Any] = {"gain_lr_ratio": step.gain_lr_ratio} if step.condition == "weight-norm" else {}
+    if step.condition in ("l1-rows", "denoise"):
+        options["sparsity"] = float(step.target_sparsity or 0)
+    if step.condition == "l1-rows":
+        options["path_penalty"] = step.path_penalty
+    conditioning = condition(model, step.condition, names, **options)
+    conditioning.attach(optimizer)
+    return conditioning
+
+
+def make_optimizer(
+    step: FinetuneStep, model: nn.Module, weights: dict[str, torch.Tensor]
+) -> torch.optim.Optimizer:
+    """The base optimizer; its own weight decay acts only where L_p decay does not."""
+    chosen = {id(weight) for weight in weights.values()} if step.method in ("lp", "l1") else set[int]()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    plain = [param for param in trained if id(param) not in chosen and param.ndim >= 2]
+    groups = [
+        {"params": [param for param in trained if id(param) in chosen], "weight_decay": 0.0},
+        {"params": plain, "weight_decay": step.weight_decay},
+        {"params": [param for param in trained if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if step.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=step.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=step.lr)
