@@ -2,7 +2,8 @@
 
     python benchmarks/training.py table --resnet20 resnet20-12fca82f.th --cifar10 ./cifar10 --sst2 ./sst2 \
         --shakespeare input.txt [--minilm ./all-MiniLM-L6-v2] [--size quick|note|full] [--jobs 2]
-    python benchmarks/training.py ablation ...
+    python benchmarks/training.py ablation ...       # the default without each of its parts
+    python benchmarks/training.py options ...        # every other option, and every rival; one seed
     python benchmarks/training.py step [--minilm ...]
 
 Every row of a task has the same checkpoint, data, steps, peak learning rate, schedule, distillation and
@@ -58,9 +59,10 @@ RIVALS: dict[str, dict[str, Any]] = {
     "gradual": {"method": "gradual", "condition": "none"},
     "gradual + rows": {"method": "gradual", "condition": "rows"},
 }
-TUNED: dict[str, dict[str, Any]] = {  # what was better for the rivals than the defaults, on the select split
-    "stories260k": {"allocation": "lamp", "decay_share": 0.6},
-    "minilm": {"decay_share": 0.6},
+TUNED: dict[tuple[str, str], dict[str, Any]] = {  # what was better for rivals than the defaults, on select
+    ("stories260k", "gradual"): {"allocation": "lamp", "decay_share": 0.6},
+    ("stories260k", "one-shot"): {"allocation": "lamp"},
+    ("minilm", "gradual"): {"decay_share": 0.6},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without conditioning": {"condition": "none"},
@@ -77,6 +79,27 @@ OF_BATCH_NORM: dict[str, dict[str, Any]] = {  # where the default neither condit
     "without L_p: gradual": RIVALS["gradual"],
     **{key: value for key, value in ABLATIONS.items() if "cond" not in key and "L_p" not in key},
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "p 0.3": {"p": 0.3},
+    "p 0.8": {"p": 0.8},
+    "p from 2 to 0.5": {"p_start": 2.0},
+    "p from 1 to 0.5": {"p_start": 1.0},
+    "cautious": {"cautious": True},
+    "irl1": {"prox": "irl1"},
+    "lambda_2 0.1": {"lambda_2": 0.1},
+    "not selective": {"selective": False},
+    "all from the start": {"ramp": "none"},
+    "decay share 0.2": {"decay_share": 0.2},
+    "decay share 0.6": {"decay_share": 0.6},
+    "linear lr": {"lr_schedule": "linear"},
+    **{f"allocation {name}": {"allocation": name} for name in ("lamp", "uniform", "erk")},
+    **{name: {"condition": name} for name in ("weight-norm", "l1-rows", "spectral", "denoise")},
+    "modular, lr 2e-3": {"condition": "modular", "lr": 2e-3},  # of which lr is the size of each update
+    "l1": {"method": "l1"},
+    "dwf, 2 factors": {"method": "dwf"},
+    "dwf, 3 factors": {"method": "dwf", "factors": 3},
+    "rigl": {"method": "rigl"},
+}
 ABLATED = {"resnet20": "0.9", "minilm": "0.8", "stories260k": "0.8"}
 DENSE: dict[str, dict[str, Any]] = {
     "minilm": {
@@ -92,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("table", "ablation", "step", "point"))
+    parser.add_argument("what", choices=("table", "ablation", "options", "step", "point"))
     for name in ("resnet20", "cifar10", "minilm", "sst2", "shakespeare"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--out", type=Path, default=Path("training-benchmark"))
@@ -176,12 +199,13 @@ def planned(arguments: argparse.Namespace, models: dict[str, dict[str, Any]]) ->
         base = {**TASKS[task], **models[task], "steps": round(share * TASKS[task]["steps"])}
         yield {"name": f"{task}-dense", "task": task, "sparsity": "0", "row": "dense", "out": out,
                "settings": {**base, "steps": 0}}  # fmt: skip
-    for seed, task in product(seeds, models):
+    for seed, task in product(seeds[:1] if arguments.what == "options" else seeds, models):
         base = {**TASKS[task], **models[task], "steps": round(share * TASKS[task]["steps"])}
-        rows = RIVALS if arguments.what == "table" else OF_BATCH_NORM if task == "resnet20" else ABLATIONS
+        of_ablation = OF_BATCH_NORM if task == "resnet20" else ABLATIONS
+        rows = {"table": RIVALS, "ablation": of_ablation, "options": OPTIONS}[arguments.what]
         for sparsity in POINTS[task] if arguments.what == "table" else (ABLATED[task],):
             for row, changes in {"lpsparse": {}, **rows}.items():
-                tuned = TUNED.get(task, {}) if changes.get("method") and "score" not in changes else {}
+                tuned = {} if "score" in changes else TUNED.get((task, changes.get("method", "lp")), {})
                 settings = {**base, **tuned, **changes, "seed": seed, "target_sparsity": sparsity}
                 yield {"name": f"{task}-{sparsity}-{row}-{seed}", "task": task, "sparsity": sparsity,
                        "row": row, "seed": seed, "settings": settings, "out": out}  # fmt: skip

@@ -289,8 +289,8 @@ class FinetuneStep(_DataStep):
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "restart"] = Field(
         "restart",
-        description="How lr falls to zero; restart: half-way by the cut, then from the peak again (a cosine "
-        "where nothing is left to recover from).",
+        description="How lr falls to zero; restart: half-way by the end of --decay-share, then from the peak "
+        "again (a cosine where no recovery follows).",
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which lr and lambda rise.")
     weight_decay: float = Field(

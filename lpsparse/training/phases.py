@@ -77,8 +77,7 @@ def plan_phases(step: FinetuneStep, steps: int) -> Phases:
         start = 0
     elif step.score != "fisher":
         start = min(start, cut_at // 2)
-    cuts_first = step.method in ("one-shot", "rigl")
-    schedule = step.lr_schedule
-    if schedule == "restart" and (step.target_sparsity is None or cuts_first or cut_at == steps):
+    schedule = step.lr_schedule  # of all methods alike, so that they are compared at equal rates
+    if schedule == "restart" and (step.target_sparsity is None or cut_at == steps):
         schedule = "cosine"
     return Phases(steps, warmup, start, cut_at, step.ramp, schedule)
