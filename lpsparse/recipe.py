@@ -227,13 +227,13 @@ class FinetuneStep(_DataStep):
     score: Literal["auto", "magnitude", "fisher"] = Field(
         "auto",
         description="What says which weights go: |w|, or |w| times the root of AdamW's average squared "
-        "gradient (the rise of the loss without it). auto: fisher for --method lp, unless the model has "
-        "batch normalisation or another optimizer.",
+        "gradient (the rise of the loss without it). auto: fisher for --method lp with adamw, unless the "
+        "model has batch normalisation or the cut comes within 10 steps.",
     )
     masked_forward: bool = Field(
         True,
-        description="In the decay phase, leave what is to go out of the forward pass already; it still "
-        "learns and decays, and may come back.",
+        description="In the decay phase, leave what --selective chooses out of the forward pass already; it "
+        "still learns and decays, and may come back.",
     )
     condition: Literal["auto", "none", "rows", "weight-norm", "l1-rows", "spectral", "modular", "denoise"] = (
         Field(
@@ -343,13 +343,12 @@ class FinetuneStep(_DataStep):
 
     @model_validator(mode="after")
     def _has_use(self) -> Self:
-        """Refuse an option that would do nothing."""
+        """Refuse an option that is not at its default and would do nothing."""
         for name, (of, users) in _USERS.items():
-            if name in self.model_fields_set and getattr(self, of) not in users:
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and getattr(self, of) not in users:
                 wanted = f"{flag(name)} is for {flag(of)} {' or '.join(users)}"
                 raise ValueError(f"{wanted}, not {getattr(self, of)}")
-        if "masked_forward" in self.model_fields_set and self.masked_forward and not self.selective:
-            raise ValueError("--masked-forward leaves out what --selective chooses; leave --no-selective out")
         return self
 
 

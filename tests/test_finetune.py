@@ -325,7 +325,6 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
         ({"factors": 3}, "--factors is for --method dwf"),
         ({"gain_lr_ratio": 0.1}, "--gain-lr-ratio is for --condition weight-norm"),
         ({"condition": "rows", "path_penalty": 0.1}, "--path-penalty is for --condition l1-rows"),
-        ({"masked_forward": True, "selective": False}, "leave --no-selective out"),
     ],
 )  # fmt: skip
 def test_an_option_that_would_do_nothing_is_refused(options: dict[str, object], says: str) -> None:
@@ -335,6 +334,8 @@ def test_an_option_that_would_do_nothing_is_refused(options: dict[str, object], 
     given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5", **options}
     with pytest.raises(LpsparseError, match=says):
         resolve(FinetuneStep, {key: value for key, value in given.items() if value is not None})
+    whole = resolve(FinetuneStep, {"model": "m", "out": "o", "data": "d", "task": "causal-lm"}).model_dump()
+    FinetuneStep.model_validate(whole)  # what a manifest records can be run again
 
 
 def test_a_prunable_tensor_that_no_gradient_reaches_is_named(net: dict, tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def _accelerator(step: FinetuneStep) -> Accelerator:
 
 def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
     text = f"{steps} steps, method {step.method}, {len(control.weights)} tensors of {control.size:,} weights"
+    if step.condition != "none":
+        text += f", conditioned by {step.condition}"
     if control.target is not None and step.method not in ("one-shot", "rigl"):
         text += f"; steps: {control.phases.in_words()}"
     if control.decay is None:
