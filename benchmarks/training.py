@@ -6,12 +6,12 @@
     python benchmarks/training.py options ...        # every other option, and every rival; one seed
     python benchmarks/training.py step [--minilm ...]
 
-Every row of a task has the same checkpoint, data, steps, peak learning rate, schedule, distillation and
-augmentation. Rivals rank by magnitudes; of allocation and decay share they have what was best for them on
-the select split (TUNED). Figures are measured on the report split, which selects nothing. Each finished
-point is stored in OUT/points.jsonl under the digest of its settings and is not run again; `--only TEXT`
-runs the points whose name holds TEXT; `--print` runs nothing. Sizes: quick is one seed and half the steps,
-note three seeds, full three seeds and eight times the steps. Exit 1 when a point failed.
+Every row of a task in the table has the same checkpoint, data, steps, peak learning rate, shape of its
+schedule, distillation and augmentation. Rivals rank by magnitudes; of allocation and decay share they have
+what was best for them on the select split (TUNED). Figures are measured on the report split, which selects
+nothing. Each finished point is stored in OUT/points.jsonl under the digest of its settings and is not run
+again; `--only TEXT` runs the points whose name holds TEXT; `--print` runs nothing. Sizes: quick is one seed
+and half the steps, note three seeds, full three seeds and eight times the steps. Exit 1 when a point failed.
 """
 
 import argparse
@@ -67,7 +67,7 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {  # what was better for rivals t
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without conditioning": {"condition": "none"},
     "without L_p, same score": {"method": "gradual", "score": "fisher", "condition": "rows"},
-    "without L_p: gradual + rows": RIVALS["gradual + rows"],
+    "without L_p: gradual + rows, tuned": RIVALS["gradual + rows"],
     "without recovery": {"decay_share": 1.0},
     "without distillation": {"distill": 0.0, "distill_blocks": 0.0},
     "without covering": {"masked_forward": False},
@@ -212,12 +212,14 @@ def planned(arguments: argparse.Namespace, models: dict[str, dict[str, Any]]) ->
 
 
 def digest(point: dict[str, Any]) -> str:
-    """Of what decides the result: no paths."""
+    """Of what decides the result; no paths, so that OUT is of one set of models and data."""
     kept = {
         key: value for key, value in point["settings"].items() if key not in ("model", "data", "model_fn")
     }
     # `version` goes up when the default or the loop changes what a run computes
-    text = json.dumps([point["task"], kept, VERSION], sort_keys=True, default=str)
+    task = point["task"]
+    fixed = [task, DENSE.get(task), REPORT[task], VERSION]
+    text = json.dumps([kept, *fixed], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -228,7 +228,7 @@ class FinetuneStep(_DataStep):
         "auto",
         description="What says which weights go: |w|, or |w| times the root of AdamW's average squared "
         "gradient (the rise of the loss without it). auto: fisher for --method lp with adamw, unless the "
-        "model has batch normalisation or the cut comes within 10 steps.",
+        "model has batch normalisation or the cut comes within 20 steps.",
     )
     masked_forward: bool = Field(
         True,
@@ -343,7 +343,7 @@ class FinetuneStep(_DataStep):
 
     @model_validator(mode="after")
     def _has_use(self) -> Self:
-        """Refuse an option that is not at its default and would do nothing."""
+        """Refuse an option of one method or conditioning, not at its default, where another is asked for."""
         for name, (of, users) in _USERS.items():
             default = type(self).model_fields[name].default
             if getattr(self, name) != default and getattr(self, of) not in users:

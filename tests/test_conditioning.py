@@ -104,16 +104,18 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(63, 5))
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("method", METHODS)
+STEP_0 = [(method, mode) for method in METHODS for mode in ("train", "eval")]
+STEP_0.remove(("denoise", "train"))  # which it perturbs by design
+
+
+@pytest.mark.parametrize(("method", "mode"), STEP_0)
 def test_conditioning_does_not_change_the_function_at_step_0(method: str, mode: str) -> None:
-    """In double precision, through the retraction of weights that were written to; denoise, which perturbs
-    the training pass by design, before its phase begins to matter (no sparsity)."""
+    """In double precision, through the retraction of weights that were written to."""
     model, x = network().double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     model[1] = nn.Identity()
     model.train(mode == "train")
     before = model(x)
-    condition(model, method, **({"sparsity": 0.0} if method == "denoise" else {}))
+    condition(model, method)
     with torch.no_grad():
         for weight in (model[0].weight, model[4].weight):
             weight.mul_(1.0)
@@ -254,6 +256,7 @@ def test_l1_rows_keeps_zero_rows_and_rows_of_equal_weights_finite() -> None:
         model(torch.ones(2, 384)).sum().backward()
         conditioning.restore()
         conditioning.retract()
+        assert torch.isfinite(model[0].weight.grad).all()
         assert torch.isfinite(model[0].weight).all() and torch.equal(model[0].weight[1], torch.zeros(384))
 
 
@@ -272,8 +275,24 @@ def test_l1_rows_takes_the_gradient_where_the_forward_pass_saw_the_weight() -> N
         weight.copy_(whole)
     along = (seen * weight.grad).sum(1)
     torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-12, rtol=0)
+    slope, gain = weight.grad.clone(), conditioning.gains["0.weight"].grad.clone()
     conditioning.restore()  # once a backward pass, however often it is called
-    assert conditioning.gains["0.weight"].grad is not None
+    assert torch.equal(weight.grad, slope) and torch.equal(conditioning.gains["0.weight"].grad, gain)
+
+
+@pytest.mark.parametrize("method", ["weight-norm", "l1-rows"])
+def test_gains_have_the_gradient_of_one_step_whoever_clears_the_model_s(method: str) -> None:
+    model, x = nn.Sequential(nn.Linear(7, 5)), torch.randn(11, 7)
+    inner = torch.optim.SGD(model.parameters(), lr=0.0)
+    conditioning = condition(model, method)
+    conditioning.attach(inner)
+    seen: list[Tensor] = []
+    inner.register_step_pre_hook(lambda *_: seen.append(conditioning.gains["0.weight"].grad.clone()))
+    for _ in range(3):
+        model.zero_grad()  # which knows nothing of gains
+        model(x).square().mean().backward()
+        inner.step()
+    torch.testing.assert_close(seen[0], seen[2])
 
 
 def test_evaluation_between_the_passes_of_a_step_sees_v_and_the_gradient_is_still_mapped() -> None:
@@ -284,6 +303,10 @@ def test_evaluation_between_the_passes_of_a_step_sees_v_and_the_gradient_is_stil
     conditioning.progress(0.25)
     model(x).sin().sum().backward()
     assert torch.equal(model.eval()(x), plain)
+    once = model[0].weight.grad.clone()
+    model.train()(x).sin().sum().backward()  # a second pass of the same step sees what the first one saw
+    torch.testing.assert_close(model[0].weight.grad, 2 * once)
+    model[0].weight.grad.copy_(once)
     conditioning.restore()
     leaf = model[0].weight.detach().clone().requires_grad_()
     conditioning.effective("0.weight", leaf).mm(x.T).sin().sum().backward()
@@ -308,6 +331,9 @@ def _gains(rank: int, ranks: int) -> dict[str, Tensor]:
     for _ in range(5):
         inner.zero_grad()
         wrapped(x[rank::ranks]).square().mean().backward()
+        conditioning.restore()
+        moved = [param for group in inner.param_groups for param in group["params"]]
+        assert float(nn.utils.clip_grad_norm_(moved, 0.01)) > 0.01
         inner.step()
     return {"weight": model[0].weight.detach(), "gain": conditioning.gains["0.weight"].detach()}
 
@@ -371,6 +397,18 @@ def test_modular_gives_every_update_its_atoms_size_whatever_the_gradient(make) -
     wanted = 0.01 * (9 / 13) ** 0.5 if weight.ndim == 2 else 0.01 * (9 / 4) ** 0.5 / 9
     assert float(size) == pytest.approx(wanted, rel=0.01)
     assert atom_scale(conditioning.weights["0.weight"]) == pytest.approx(wanted / 0.01)
+
+
+def test_modular_follows_the_learning_rate_of_groups_that_were_loaded() -> None:
+    model = nn.Sequential(nn.Linear(13, 9, bias=False))
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    condition(model, "modular").attach(inner)
+    inner.load_state_dict(inner.state_dict())  # as accelerate does; the groups are new objects
+    inner.param_groups[0]["lr"] = 0.0
+    before = model[0].weight.detach().clone()
+    model[0].weight.grad = torch.ones_like(before)
+    inner.step()
+    assert torch.equal(model[0].weight, before)
 
 
 def test_modular_refuses_an_optimizer_that_does_not_move_the_weights() -> None:
@@ -464,11 +502,13 @@ def test_misuse_is_refused() -> None:
         condition(model, "columns")
     with pytest.raises(LpsparseError, match="no option ridge"):
         condition(model, "denoise", ridge=1.0)
-    for method, options in (
-        ("denoise", {"sparsity": 1.5}), ("l1-rows", {"sparsity": -0.1}), ("l1-rows", {"path_penalty": -1.0}),
-        ("weight-norm", {"gain_lr_ratio": -1.0}), ("rows", {"names": ["nonsense"]}),
+    for method, options, says in (
+        ("denoise", {"sparsity": 1.5}, "sparsity = 1.5"), ("l1-rows", {"sparsity": -0.1}, "sparsity = -0.1"),
+        ("l1-rows", {"path_penalty": -1.0}, "path_penalty = -1.0"),
+        ("weight-norm", {"gain_lr_ratio": -1.0}, "gain_lr_ratio = -1.0"),
+        ("rows", {"names": ["nonsense"]}, "no parameter nonsense"),
     ):  # fmt: skip
-        with pytest.raises(LpsparseError, match=r"sparsity|path_penalty|gain_lr_ratio|no parameter nonsense"):
+        with pytest.raises(LpsparseError, match=says):
             condition(model, method, **options)
     condition(model)
     with pytest.raises(LpsparseError, match="already"):

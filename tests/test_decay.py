@@ -375,3 +375,14 @@ def test_irl1_is_finite_gives_plus_zero_and_leaves_the_ridge_alone_to_act() -> N
     torch.testing.assert_close(ridge, torch.full((4,), 1 / 1.1))
     killed = lp_(w.clone(), w, lr=0.1, p=0.5, lambda_p=9.0, prox="irl1")
     assert torch.equal(killed, torch.zeros(4)) and not killed.signbit().any()
+
+
+def test_lp_adamw_refuses_or_names_what_it_has_not_of_a_state_that_it_loads() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    ours = LpAdamW([weight], lr=0.1, lambda_p=0.1)
+    with pytest.warns(UserWarning, match=r"weight decay 0\.5 .* left out"):
+        ours.load_state_dict(torch.optim.AdamW([weight], weight_decay=0.5).state_dict())
+    assert ours.param_groups[0]["weight_decay"] == 0
+    for option in ("amsgrad", "maximize"):
+        with pytest.raises(LpsparseError, match="amsgrad or maximize"):
+            ours.load_state_dict(torch.optim.AdamW([weight], **{option: True}).state_dict())

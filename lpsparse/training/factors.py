@@ -33,12 +33,8 @@ class Factors:
         self.factors = {name: _split(weight.detach(), depth) for name, weight in weights.items()}
         self.decay = math.log(_FALL) / (depth * sum_lr) if lambda_p == "auto" else lambda_p
         flat = [factor for factors in self.factors.values() for factor in factors]
-        self.group: dict[str, Any] = {
-            "params": flat,
-            "weight_decay": 0.0,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        optimizer.add_param_group(self.group)
+        rate: float = optimizer.param_groups[0]["lr"]
+        optimizer.add_param_group({"params": flat, "weight_decay": 0.0, "lr": rate})
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before()),
             optimizer.register_step_post_hook(lambda *_: self._after()),
@@ -48,13 +44,16 @@ class Factors:
     def _before(self) -> None:
         """Decay and gradients of the factors, which follow where conditioning has put the weights; the
         weights themselves are not moved by the optimizer."""
+        first = next(iter(self.factors.values()))[0]
+        groups: list[dict[str, Any]] = self.optimizer.param_groups  # loading a state makes new ones
+        rate = next(group["lr"] for group in groups if any(param is first for param in group["params"]))
         for name, factors in self.factors.items():
             weight, product = self.weights[name], _product(factors)
             grad, weight.grad = weight.grad, None
             moved = torch.where(product.abs() > _LEAST, weight.detach() / product, 1.0)
             root = moved.abs().pow_(1 / len(factors))
             for factor in factors:
-                factor.mul_(root).mul_(1 - self.group["lr"] * self.decay)
+                factor.mul_(root).mul_(math.exp(-rate * self.decay))
             for k, factor in enumerate(factors):
                 factor.grad = None if grad is None else grad * _product(factors[:k] + factors[k + 1 :])
 

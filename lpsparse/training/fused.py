@@ -7,6 +7,7 @@ the divisor do the same one after the other.
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
+from lpsparse.errors import UsageError
 from lpsparse.training.compiled import compiled
 from lpsparse.training.decay import (
     CONVENTION,
@@ -47,7 +49,7 @@ class LpAdamW(AdamW):
         for group in self.param_groups:
             for key in ("lp_p", "lp_lambda", "lp_convention"):
                 group.setdefault(key, self.defaults[key])
-        self.register_load_state_dict_pre_hook(loading)
+        self.register_load_state_dict_pre_hook(_loading)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -95,6 +97,20 @@ class LpAdamW(AdamW):
                 beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"],
                 maximize=False,
             )  # fmt: skip
+
+
+def _loading(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """An AdamW's state, too. Raises UsageError for amsgrad and maximize; a weight decay warns and is left
+    out."""
+    state = loading(optimizer, state)
+    for group in state["param_groups"]:
+        if group.get("amsgrad") or group.get("maximize"):
+            raise UsageError(230, "the state is of amsgrad or maximize", mend="load it into torch's AdamW")
+        if group.get("weight_decay"):
+            text = f"weight decay {group['weight_decay']} of the saved state: LpAdamW has none; left out"
+            warnings.warn(text, stacklevel=3)
+            group["weight_decay"] = 0.0
+    return state
 
 
 def _scalars(group: dict[str, Any], step: float, device: torch.device) -> Tensor:

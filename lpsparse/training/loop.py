@@ -104,6 +104,7 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
 
 def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
     """What `train` would do, as plain data."""
+    step = resolve_auto(step, task.loaded.module, _steps(step, task))
     prunable, weights = choose_weights(step, task)
     return {
         "method": step.method, "steps": _steps(step, task), "examples": len(task.train),
@@ -128,9 +129,9 @@ def train(
     # One process may train twice, with another precision each time; accelerate has no public name for this.
     AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     accelerator = _accelerator(step)
-    before = None if task.loaded.new else evaluate(step, task)
     model = task.loaded.module
     step = resolve_auto(step, model, _steps(step, task))
+    before = None if task.loaded.new else evaluate(step, task)
     prunable, weights = choose_weights(step, task)
     check_dropout(step, model)
     teacher = make_teacher(step, task)

@@ -47,7 +47,8 @@ class Phases:
         if self.schedule == "restart":  # half a cosine until the cut, then from the peak again
             if t < self.cut_at:
                 return 0.5 + 0.5 * _cosine(t - self.warmup, self.cut_at - self.warmup)
-            return _cosine(t - self.cut_at, self.steps - self.cut_at)
+            top = max(self.cut_at, self.warmup)
+            return _cosine(t - top, self.steps - top)
         done, of = t - self.warmup, self.steps - self.warmup
         return 1 - done / max(1, of) if self.schedule == "linear" else _cosine(done, of)
 
@@ -75,7 +76,7 @@ def plan_phases(step: FinetuneStep, steps: int) -> Phases:
         start = SETTLED if step.score == "fisher" else 0
     if step.target_sparsity is None:
         start = 0
-    elif step.score != "fisher":
+    elif step.score != "fisher" or step.method not in ("lp", "l1"):
         start = min(start, cut_at // 2)
     schedule = step.lr_schedule  # of all methods alike, so that they are compared at equal rates
     if schedule == "restart" and (step.target_sparsity is None or cut_at == steps):

@@ -19,9 +19,9 @@ def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneSt
     """`step` of `steps` optimizer steps with its auto replaced by what was best on models of this kind
     (docs/method.md). Raises UsageError for a fisher score that comes to nothing."""
     batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())  # pyright: ignore[reportPrivateUsage]
-    knows = step.target_sparsity is None or round(step.decay_share * steps) > SETTLED
+    knows = step.target_sparsity is None or round(step.decay_share * steps) >= 2 * SETTLED
     if step.score == "fisher" and not knows:
-        what = f"--score fisher: the cut comes within {SETTLED} steps, before gradients have an average"
+        what = f"--score fisher: the cut comes within {2 * SETTLED} steps, before gradients have an average"
         raise UsageError(214, what, mend="train longer, or use --score magnitude")
     fisher = step.method == "lp" and step.optimizer == "adamw" and knows and not batch_norm
     auto = {"score": "fisher" if fisher else "magnitude", "condition": "none" if batch_norm else "rows"}

@@ -103,9 +103,9 @@ class Overlay(Conditioning):
 
     def _cover(self, module: nn.Module) -> None:
         if self._stash:
-            if not module.training:  # evaluation between the passes of a step: V, and the gradient stays due
-                for name, (values, _, _) in self._stash.items():
-                    self.weights[name].weight.detach().copy_(values)
+            # Evaluation between the passes of a step sees V, and the gradient stays due.
+            for name, (values, _, seen) in self._stash.items():
+                self.weights[name].weight.detach().copy_(seen.detach() if module.training else values)
             return
         self.retract()
         if not module.training or not torch.is_grad_enabled() or not self.active():

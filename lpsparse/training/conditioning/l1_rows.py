@@ -61,6 +61,9 @@ class L1Rows(Overlay):
         if self.gains:
             group = {"params": list(self.gains.values()), "weight_decay": 0.0}
             optimizer.add_param_group({**group, "lr": optimizer.param_groups[0]["lr"]})
+            # Here, and not with the split: by now a loss scaler has taken its factor out of the gradients.
+            self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._penalize()))
+            self.handles.append(optimizer.register_step_post_hook(lambda *_: self._spend()))
 
     def active(self) -> bool:
         return 0 < self.ramp < 1 and self.sparsity > 0
@@ -96,19 +99,27 @@ class L1Rows(Overlay):
     def _split(self) -> None:
         """dL/dW into dL/ds and dL/dV at ||V||_1 = s * g. Backward passes of one step add up: the earlier
         ones' dL/dV has no part along the row."""
-        path = torch.stack([gain.detach() for gain in self.gains.values()]).prod() if self.gains else None
         for name, item in self.weights.items():
             weight, gain = item.weight, self.gains[name]
             if weight.grad is None:
                 continue
             rows, slopes = item.rows(), item.rows(weight.grad)
             along = (rows * slopes).sum(1)  # per output unit
-            assert path is not None
-            if gain.grad is None:
-                gain.grad = self.penalty * path.abs() / gain.detach()
-            gain.grad += along.sum() / gain.detach()
+            part = along.sum() / gain.detach()
+            gain.grad = part if gain.grad is None else gain.grad + part
             sizes = rows.abs().sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
             weight.grad.copy_(item.unrows(slopes - rows.sign() * (along / sizes)[:, None]))
+
+    @torch.no_grad()
+    def _penalize(self) -> None:
+        path = torch.stack([gain.detach() for gain in self.gains.values()]).prod()
+        for gain in self.gains.values():
+            if gain.grad is not None:
+                gain.grad += self.penalty * path.abs() / gain.detach()
+
+    def _spend(self) -> None:
+        for gain in self.gains.values():
+            gain.grad = None
 
     @torch.no_grad()
     def retract(self) -> None:

@@ -28,17 +28,20 @@ class Modular(Conditioning):
         """Raises UsageError when a conditioned weight is not the optimizer's."""
         self._old: dict[str, Tensor] = {}
         self._power: dict[str, PowerIteration] = {}
-        rates = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+        self._optimizer = optimizer
+        rates = self._rates()
         missing = [name for name, item in self.weights.items() if id(item.weight) not in rates]
         if missing:
             raise UsageError(
                 225, f"{missing[0]} is not in the optimizer", mend="attach the one that moves it"
             )
-        self._groups: dict[str, dict[str, Any]] = {
-            name: rates[id(item.weight)] for name, item in self.weights.items()
-        }
         self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._before()))
         self.handles.append(optimizer.register_step_post_hook(lambda *_: self._after()))
+
+    def _rates(self) -> dict[int, float]:
+        """Learning rate by id of the parameter, now: loading a state makes new groups."""
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return {id(param): float(group["lr"]) for group in groups for param in group["params"]}
 
     @torch.no_grad()
     def _before(self) -> None:
@@ -46,6 +49,7 @@ class Modular(Conditioning):
 
     @torch.no_grad()
     def _after(self) -> None:
+        rates = self._rates()
         for name, item in self.weights.items():
             update = item.rows(item.weight.detach() - self._old.pop(name))
             if not update.any():
@@ -53,7 +57,7 @@ class Modular(Conditioning):
             if name not in self._power:
                 self._power[name] = PowerIteration(update)
             sigma = self._power[name].sigma(update, _ITERATIONS).clamp(min=torch.finfo(update.dtype).tiny)
-            wanted = float(self._groups[name]["lr"]) * atom_scale(item)
+            wanted = rates[id(item.weight)] * atom_scale(item)
             old = item.rows() - update
             item.weight.copy_(item.unrows(old + update * (wanted / sigma)))
 

@@ -42,14 +42,19 @@ class WeightNorm(RowConditioning):
         super().__init__(model, names, **options)
         self.ratio = gain_lr_ratio
         self.gains = {name: nn.Parameter(norms.clone()) for name, norms in self.norms.items()}
+        self._due = False  # whether a backward pass has left gradients that are not averaged
+        self.handles.append(model.register_forward_pre_hook(lambda module, _: self._expect(module)))
         self._floor = {name: _LEAST * norms for name, norms in self.norms.items()}
 
     def attach(self, optimizer: Optimizer) -> None:
         if self.gains and self.ratio:
             group = {"params": list(self.gains.values()), "weight_decay": 0.0, "lr_ratio": self.ratio}
             optimizer.add_param_group({**group, "lr": self.ratio * optimizer.param_groups[0]["lr"]})
-            self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._reduce()))
+            self.handles.append(optimizer.register_step_pre_hook(lambda *_: self.restore()))
             self.handles.append(optimizer.register_step_post_hook(lambda *_: self._spend()))
+
+    def _expect(self, module: nn.Module) -> None:
+        self._due = self._due or (module.training and torch.is_grad_enabled())
 
     def project_gradient(self, name: str, item: Conditioned, grad: Tensor) -> None:
         # Backward passes of one step add up: `grad` holds the tangent part of the earlier ones, which is
@@ -60,9 +65,14 @@ class WeightNorm(RowConditioning):
         gain.grad = part if gain.grad is None else gain.grad + part
         super().project_gradient(name, item, grad)
 
-    def _reduce(self) -> None:
-        """The mean over processes; each has seen its own gradient, since gains are no part of the model."""
-        average_([gain.grad for gain in self.gains.values() if gain.grad is not None])
+    def restore(self) -> None:
+        """The mean of the gains' gradients over processes, before anything reads their norm; each process has
+        seen its own, since gains are no part of the model."""
+        if self._due:
+            for gain in self.gains.values():
+                gain.grad = torch.zeros_like(gain) if gain.grad is None else gain.grad
+            average_([gain.grad for gain in self.gains.values() if gain.grad is not None])
+        self._due = False
 
     @torch.no_grad()
     def _spend(self) -> None:
