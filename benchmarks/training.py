@@ -146,6 +146,8 @@ def main() -> None:
             failed = sum(pool.map(launch, missing))
     found = [result for point in wanted if (result := stored(arguments.out, point)) is not None]
     print(render(found))
+    if arguments.what == "table":
+        print(f"\n{against_rivals(found)}")
     sys.exit(failed > 0)
 
 
@@ -300,6 +302,33 @@ def render(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {task} | {zeros} | {row} | {accuracy} | {loss} | {len(group)} | {group[0]['steps']} |"
         )
+    return "\n".join(lines)
+
+
+def against_rivals(results: list[dict[str, Any]]) -> str:
+    """The default less the best rival, by each figure; it wins or loses where that is more than the seeds'
+    spread, the larger sample standard deviation of the two."""
+    lines = [
+        "| task | zeros | figure | best rival | lpsparse is better by | spread | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for task, sparsity in dict.fromkeys(
+        (each["task"], each["sparsity"]) for each in results if "seed" in each
+    ):
+        for figure, sign, scale, digits in (("accuracy", 1, 100, 2), ("loss", -1, 1, 4)):
+            rows: dict[str, list[float]] = {}
+            for each in results:
+                if (each["task"], each["sparsity"]) == (task, sparsity) and figure in each:
+                    rows.setdefault(each["row"], []).append(sign * scale * each[figure])
+            own = rows.pop("lpsparse", [])
+            if len(own) < 2 or any(len(values) < 2 for values in rows.values()) or not rows:
+                continue
+            rival = max(rows, key=lambda row: mean(rows[row]))
+            ahead, noise = mean(own) - mean(rows[rival]), max(stdev(own), stdev(rows[rival]))
+            verdict = "wins" if ahead > noise else "loses" if ahead < -noise else "within"
+            zeros, unit = f"{100 * float(sparsity):g} %", "points" if figure == "accuracy" else "nats"
+            difference = f"{ahead:+.{digits}f} {unit} | {noise:.{digits}f}"
+            lines.append(f"| {task} | {zeros} | {figure} | {rival} | {difference} | {verdict} |")
     return "\n".join(lines)
 
 

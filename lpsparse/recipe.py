@@ -3,6 +3,7 @@
 Light on purpose: this module is imported by `--help`.
 """
 
+from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -305,8 +306,8 @@ class FinetuneStep(_DataStep):
     freeze: Patterns = Field((), description="Glob over tensor names that are not trained; repeatable.")
     augment: Literal["none", "crop-flip", "noise"] = Field(
         "none",
-        description="Random changes of the training data: crop-flip of images; noise in texts, where tokens "
-        "are masked or exchanged (best with --distill).",
+        description="Random changes of the training data: crop-flip of images; noise in texts to "
+        "classify, where tokens are masked or exchanged (best with --distill).",
     )
     log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
     threads: int | None = Field(
@@ -343,21 +344,33 @@ class FinetuneStep(_DataStep):
 
     @model_validator(mode="after")
     def _has_use(self) -> Self:
-        """Refuse an option of one method or conditioning, not at its default, where another is asked for."""
+        """Refuse an option, not at its default, that means nothing to the method, conditioning or target."""
         for name, (of, users) in _USERS.items():
-            default = type(self).model_fields[name].default
-            if getattr(self, name) != default and getattr(self, of) not in users:
+            if not self._at_default(name) and getattr(self, of) not in users:
                 wanted = f"{flag(name)} is for {flag(of)} {' or '.join(users)}"
                 raise ValueError(f"{wanted}, not {getattr(self, of)}")
+        for name in _OF_A_TARGET:
+            if not self._at_default(name) and self.target_sparsity is None:
+                raise ValueError(f"{flag(name)} needs --target-sparsity")
         return self
+
+    def _at_default(self, name: str) -> bool:
+        return getattr(self, name) == type(self).model_fields[name].default
+
+    def unusual(self, names: Iterable[str]) -> str:
+        """Those of `names` that are not at their defaults, as on the command line."""
+        return " ".join(f"{flag(name)} {getattr(self, name)}" for name in names if not self._at_default(name))
 
 
 _USERS = {  # option -> the option that must have one of these values for it to mean anything
+    "p": ("method", ("lp",)), "lambda_p": ("method", ("lp", "l1", "dwf")),
+    "lambda_convention": ("method", ("lp", "l1", "dwf")),
     "cautious": ("method", ("lp", "l1")), "lambda_2": ("method", ("lp", "l1")), "prox": ("method", ("lp",)),
     "p_start": ("method", ("lp",)), "selective": ("method", ("lp",)), "masked_forward": ("method", ("lp",)),
     "factors": ("method", ("dwf",)), "gain_lr_ratio": ("condition", ("weight-norm",)),
     "path_penalty": ("condition", ("l1-rows",)),
 }  # fmt: skip
+_OF_A_TARGET = ("decay_share", "ramp", "allocation", "score", "selective", "masked_forward")
 
 
 STEPS: dict[str, type[Step]] = {

@@ -24,11 +24,9 @@ from lpsparse.training.regrow import is_due, regrow
 
 
 def step_of(**options: object) -> FinetuneStep:
-    given = {
-        "model": "m", "out": "o", "data": "d", "task": "causal-lm", "score": "magnitude", "condition": "rows",
-        **options,
-    }  # fmt: skip
-    return resolve(FinetuneStep, given)
+    given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "condition": "rows", **options}
+    step = resolve(FinetuneStep, given)
+    return step.model_copy(update={"score": "magnitude"}) if step.score == "auto" else step
 
 
 def control_of(

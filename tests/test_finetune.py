@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import BUNDLED, LISTENING, ROWS, SMALL
+from conftest import BUNDLED, LISTENING, ROWS, SMALL, cli_environment
 from torch import nn
 
 import lpsparse
@@ -311,6 +312,52 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
     assert "by fisher" in capsys.readouterr().err
 
 
+def test_a_norm_or_bias_that_is_included_is_cut_and_decays_with_the_rest(tmp_path: Path) -> None:
+    report = lpsparse.finetune(
+        "bundled:stories260k", tmp_path / "out", include="*", target_sparsity="0.5", **SMALL
+    )
+    file = safetensors.torch.load_file(tmp_path / "out/model.safetensors")
+    assert {row.name for row in report.tensors if row.prunable} == set(file)
+    size = sum(value.numel() for value in file.values())
+    assert sum(int((value == 0).sum()) for value in file.values()) == size // 2
+
+
+def test_a_run_says_which_options_it_has(tmp_path: Path) -> None:
+    """Two logs of different runs can be told apart; w_kill is said where its formula holds."""
+
+    def said_of(name: str, model: object = "bundled:stories260k", **options: object) -> str:
+        lpsparse.finetune(model, tmp_path / name, **SMALL, **options)
+        return json.loads((tmp_path / name / "lpsparse.json").read_text())["notes"][-1]
+
+    plain = said_of("plain")
+    assert re.search(r"w_kill \d", plain) and "--" not in plain
+    annealed = said_of("annealed", p_start=1)
+    assert not re.search(r"w_kill \d", annealed) and "--p-start 1.0" in annealed
+    said_of("sparse", method="gradual", target_sparsity="0.7")
+    options = {"target_sparsity": "0.5", "keep_zeros": True, "distill": 0.5, "cautious": True}
+    kept = said_of("kept", tmp_path / "sparse", **options)
+    for part in (
+        "--cautious True --distill 0.5",
+        "chosen by magnitude",
+        "zeros of MODEL, more than the target",
+    ):
+        assert part in kept
+
+
+def test_training_goes_on_when_the_reader_of_its_progress_has_gone(tmp_path: Path) -> None:
+    words = ["finetune", "bundled:stories260k", "out", "--data", "bundled:shakespeare", "--task", "causal-lm"]
+    words += ["--steps", "3", "--max-length", "16", "--eval-split", "validation[:3000]"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "lpsparse", *words], cwd=tmp_path, env=cli_environment(), stderr=writing,
+        stdout=subprocess.DEVNULL, timeout=120,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == 0
+    assert lpsparse.verify(tmp_path / "out")["ok"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -322,6 +369,10 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
         ({"method": "gradual", "cautious": True}, "--cautious is for --method lp or l1, not gradual"),
         ({"method": "one-shot", "p_start": 2.0}, "--p-start is for --method lp"),
         ({"method": "l1", "prox": "irl1"}, "--prox is for --method lp"),
+        ({"method": "gradual", "p": 0.8}, "--p is for --method lp"),
+        ({"method": "dense", "lambda_p": 5.0, "target_sparsity": None}, "--lambda is for --method lp"),
+        ({"decay_share": 0.2, "target_sparsity": None}, "--decay-share needs --target-sparsity"),
+        ({"score": "magnitude", "target_sparsity": None}, "--score needs --target-sparsity"),
         ({"factors": 3}, "--factors is for --method dwf"),
         ({"gain_lr_ratio": 0.1}, "--gain-lr-ratio is for --condition weight-norm"),
         ({"condition": "rows", "path_penalty": 0.1}, "--path-penalty is for --condition l1-rows"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lpsparse import __version__
-from lpsparse.cli.output import silence_stdout
+from lpsparse.cli.output import silence, tell
 from lpsparse.errors import ExitCode, LpsparseError
 from lpsparse.settings import check_environment
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         _say_error(error.code, error.what, error.mend)
         _leave("", error.exit_code)
     except (BrokenPipeError, SystemExit):  # nobody reads on; SystemExit is how Typer takes it
-        silence_stdout()
+        silence(sys.stdout)
     except MemoryError:
         _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
         _leave("", ExitCode.RESOURCE)
@@ -70,7 +70,7 @@ def _usage(error: Exception, words: list[str]) -> int | None:
     if message is None:
         return None
     if type(error).__name__ == "NoArgsIsHelpError":
-        sys.stderr.write(f"{message()}\n")
+        tell(str(message()))
         return ExitCode.USAGE
     context: Any = getattr(error, "ctx", None)
     where = getattr(context, "command_path", None) or " ".join(["lpsparse", *words[:1]])
@@ -82,12 +82,12 @@ def _say_error(code: str, what: str, mend: str) -> None:
     from lpsparse.reporting.text import clean, shorten
 
     what = shorten(clean(what), 1000)  # a hostile name may be as long as a header
-    sys.stderr.write(f"error[{code}]: {what}\n  mend: {clean(mend)}\n")
+    tell(f"error[{code}]: {what}\n  mend: {clean(mend)}")
 
 
 def _leave(text: str, code: ExitCode) -> None:
     if text:
-        sys.stderr.write(f"\n{text}\n")
+        tell(f"\n{text}")
     sys.exit(int(code))
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from lpsparse.reporting.text import clean
 
@@ -19,12 +19,21 @@ def print_result(text: str) -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        silence_stdout()
+        silence(sys.stdout)
 
 
-def silence_stdout() -> None:
+def tell(text: str) -> None:
+    """Say on stderr; work goes on when its reader has gone away."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
     """Send what is still to come nowhere, so that Python does not complain when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_json(value: Any) -> None:
@@ -37,8 +46,7 @@ def teller(quiet: bool) -> Callable[[str], None]:
 
     def say(text: str) -> None:
         if not quiet:
-            sys.stderr.write(clean(text) + "\n")
-            sys.stderr.flush()
+            tell(clean(text))
 
     return say
 
@@ -86,8 +94,7 @@ class TrainingBar:
         elif time.monotonic() - self._said >= 15 or progress.step == progress.steps:
             self._said = time.monotonic()
             seconds = self._said - self._started
-            sys.stderr.write(f"step {progress.step}/{progress.steps}  {facts}  {seconds:.0f} s\n")
-            sys.stderr.flush()
+            tell(f"step {progress.step}/{progress.steps}  {facts}  {seconds:.0f} s")
         if progress.step == progress.steps:
             self._close()
 

@@ -28,6 +28,10 @@ from lpsparse.training.tasks import TASKS
 from lpsparse.training.tasks.base import Task
 
 AUGMENT = {"image-classification": "crop-flip", "text-classification": "noise"}
+_SAID = (  # beside the method and its conditioning
+    "allocation", "ramp", "p_start", "lambda_2", "cautious", "prox", "distill", "distill_blocks", "r_drop",
+    "augment",
+)  # fmt: skip
 _POOL = 32  # batches whose examples are sorted by length together
 
 
@@ -166,8 +170,14 @@ def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
     text = f"{steps} steps, method {step.method}, {len(control.weights)} tensors of {control.size:,} weights"
     if step.condition != "none":
         text += f", conditioned by {step.condition}"
+    if said := step.unusual(_SAID):
+        text += f", {said}"
     if control.target is not None and step.method not in ("one-shot", "rigl"):
         text += f"; steps: {control.phases.in_words()}"
+    if control.target is not None:
+        text += f"; chosen by {step.score}"
+        if step.keep_zeros and control.start > float(control.target) * control.size:
+            text += f"; --keep-zeros keeps the {control.start:,} zeros of MODEL, more than the target"
     if control.decay is None:
         return text
     text += (
@@ -175,13 +185,15 @@ def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
         f"{control.base_lambda / control.p:.4g})"
     )
     if control.selective:
-        return f"{text}, on the weights that the current target would cut, by {step.score}"
+        return f"{text}, on the weights that the current target would cut"
     if control.p >= 2:
         return f"{text}; with p of 2 or more no weight reaches zero by itself: give a --target-sparsity"
-    text += f", sum of learning rates {control.sum_lr:.4g}, w_kill {control.w_kill:.4g}"
-    if control.p >= 1 or control.target is not None:
-        return text
+    text += f", sum of learning rates {control.sum_lr:.4g}"
+    if step.p_start is None:  # with one the budget's formula does not hold
+        text += f", w_kill {control.w_kill:.4g}"
     settling = steps - control.phases.cut_at
+    if control.p >= 1 or control.target is not None or settling == 0:
+        return text
     return (
         f"{text}; in the last {settling} steps what is far under w_kill falls, its lambda rising as lr ends"
     )

@@ -86,11 +86,11 @@ def make_optimizer(
     """The base optimizer; its own weight decay acts only where L_p decay does not."""
     chosen = {id(weight) for weight in weights.values()} if step.method in ("lp", "l1") else set[int]()
     trained = [param for param in model.parameters() if param.requires_grad]
-    plain = [param for param in trained if id(param) not in chosen and param.ndim >= 2]
+    plain = [param for param in trained if id(param) not in chosen]
     groups = [
         {"params": [param for param in trained if id(param) in chosen], "weight_decay": 0.0},
-        {"params": plain, "weight_decay": step.weight_decay},
-        {"params": [param for param in trained if param.ndim < 2], "weight_decay": 0.0},
+        {"params": [param for param in plain if param.ndim >= 2], "weight_decay": step.weight_decay},
+        {"params": [param for param in plain if param.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if step.optimizer == "sgd":
