@@ -65,19 +65,18 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {  # what was better for rivals t
     ("minilm", "gradual"): {"decay_share": 0.6},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "without conditioning": {"condition": "none"},
-    "without L_p, same score": {"method": "gradual", "score": "fisher", "condition": "rows"},
-    "without L_p: gradual + rows, tuned": RIVALS["gradual + rows"],
+    "with conditioning": {"condition": "rows"},
+    "without L_p, same score": {"method": "gradual", "score": "fisher", "condition": "none"},
+    "without L_p: gradual, tuned": RIVALS["gradual"],
     "without recovery": {"decay_share": 1.0},
     "without distillation": {"distill": 0.0, "distill_blocks": 0.0},
     "without covering": {"masked_forward": False},
     "without a restart of lr": {"lr_schedule": "cosine"},
 }
-OF_BATCH_NORM: dict[str, dict[str, Any]] = {  # where the default neither conditions nor scores by fisher
-    "with rows": {"condition": "rows"},
+OF_BATCH_NORM: dict[str, dict[str, Any]] = {  # where the default has other autos
     "with fisher": {"score": "fisher"},
-    "without L_p: gradual": RIVALS["gradual"],
-    **{key: value for key, value in ABLATIONS.items() if "cond" not in key and "L_p" not in key},
+    "cut at the end": {"cut": "end"},
+    **{key: value for key, value in ABLATIONS.items() if "same score" not in key},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "p 0.3": {"p": 0.3},
@@ -93,7 +92,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decay share 0.6": {"decay_share": 0.6},
     "linear lr": {"lr_schedule": "linear"},
     **{f"allocation {name}": {"allocation": name} for name in ("lamp", "uniform", "erk")},
-    **{name: {"condition": name} for name in ("weight-norm", "l1-rows", "spectral", "denoise")},
+    **{name: {"condition": name} for name in ("rows", "weight-norm", "l1-rows", "spectral", "denoise")},
     "modular, lr 2e-3": {"condition": "modular", "lr": 2e-3},  # of which lr is the size of each update
     "l1": {"method": "l1"},
     "dwf, 2 factors": {"method": "dwf"},

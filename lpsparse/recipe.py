@@ -240,8 +240,8 @@ class FinetuneStep(_DataStep):
         Field(
             "auto",
             description="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
-            "weight-norm: norms are learnt; the others: docs/method.md. auto: rows, unless the model has "
-            "batch normalisation.",
+            "weight-norm: norms are learnt; the others: docs/method.md. auto: rows with --method lp and no "
+            "target, unless the model has batch normalisation; else none.",
         )
     )
     gain_lr_ratio: float = Field(
@@ -276,6 +276,12 @@ class FinetuneStep(_DataStep):
     ramp: Literal["cubic", "none"] = Field(
         "cubic",
         description="How the target rises in the decay phase; none: all of it from the start.",
+    )
+    cut: Literal["auto", "end", "gradual"] = Field(
+        "auto",
+        description="When what --method lp chose is cut for good: all at the end of --decay-share, before "
+        "which it may come back, or as the target rises. auto: end, unless the model has batch "
+        "normalisation.",
     )
     allocation: Literal["global", "lamp", "uniform", "erk"] = Field(
         "global",
@@ -366,11 +372,12 @@ _USERS = {  # option -> the option that must have one of these values for it to 
     "p": ("method", ("lp",)), "lambda_p": ("method", ("lp", "l1", "dwf")),
     "lambda_convention": ("method", ("lp", "l1", "dwf")),
     "cautious": ("method", ("lp", "l1")), "lambda_2": ("method", ("lp", "l1")), "prox": ("method", ("lp",)),
-    "p_start": ("method", ("lp",)), "selective": ("method", ("lp",)), "masked_forward": ("method", ("lp",)),
+    "cut": ("method", ("lp",)), "p_start": ("method", ("lp",)), "selective": ("method", ("lp",)),
+    "masked_forward": ("method", ("lp",)),
     "factors": ("method", ("dwf",)), "gain_lr_ratio": ("condition", ("weight-norm",)),
     "path_penalty": ("condition", ("l1-rows",)),
 }  # fmt: skip
-_OF_A_TARGET = ("decay_share", "ramp", "allocation", "score", "selective", "masked_forward")
+_OF_A_TARGET = ("decay_share", "ramp", "cut", "allocation", "score", "selective", "masked_forward")
 
 
 STEPS: dict[str, type[Step]] = {

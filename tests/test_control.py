@@ -162,7 +162,7 @@ def test_the_target_is_met_exactly_and_no_zero_comes_back(method: str, optimizer
 OPTIONS = (
     {"score": "fisher"}, {"masked_forward": True}, {"cautious": True}, {"prox": "irl1"}, {"p_start": 2.0},
     {"lambda_2": 0.1}, {"selective": False}, {"ramp": "none"}, {"allocation": "erk"},
-    {"lr_schedule": "cosine"},
+    {"lr_schedule": "cosine"}, {"cut": "gradual"},
 )  # fmt: skip
 
 
@@ -344,6 +344,19 @@ def test_with_a_target_only_weights_that_the_current_target_would_cut_decay(scor
     assert gone == control.scheduled(control.phases.start + 10) > 0
     kept = torch.cat([scores[name].abs()[control.spare[name]] for name in weights])
     assert torch.cat([scores[name].abs()[~control.spare[name]] for name in weights]).max() <= kept.min()
+
+
+@pytest.mark.parametrize("score", ["magnitude", "fisher"])
+def test_a_gradual_cut_follows_the_target_and_decays_the_part_that_comes_next(score: str) -> None:
+    weights = weights_of(21)
+    inner = torch.optim.AdamW(list(weights.values()), lr=0.05)
+    step = step_of(target_sparsity="0.5", cut="gradual", lr=0.05, warmup=0.1, decay_share=0.6, score=score)
+    control = control_of(step, weights, inner, 100)
+    zeros = drive(control, inner, 100)
+    assert zeros == sorted(zeros) and zeros[:10] == [0] * 10 and zeros[59:] == [91] * 41
+    for done in range(20, 61, 10):
+        assert zeros[done - 1] == control.scheduled(done)  # what decayed to zero before is part of it
+        assert zeros[min(99, done + 8)] <= control.scheduled(done + 10)
 
 
 def test_lambda_is_steered_down_when_weights_arrive_early_and_up_when_late() -> None:

@@ -292,11 +292,18 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
     given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5"}
     plain, normed = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
     for options, model, wanted in (
-        ({}, plain, "fisher"), ({}, normed, "magnitude"), ({"optimizer": "sgd"}, plain, "magnitude"),
-        ({"method": "gradual"}, plain, "magnitude"), ({"score": "fisher"}, normed, "fisher"),
+        ({}, plain, "fisher none end"), ({}, normed, "magnitude none gradual"),
+        ({"optimizer": "sgd"}, plain, "magnitude none end"),
+        ({"method": "gradual"}, plain, "magnitude none end"),
+        ({"method": "gradual"}, normed, "magnitude none end"),
+        ({"score": "fisher"}, normed, "fisher none gradual"),
+        ({"target_sparsity": None}, plain, "fisher rows end"),
+        ({"target_sparsity": None}, normed, "magnitude none gradual"),
+        ({"target_sparsity": None, "method": "dense"}, plain, "magnitude none end"),
     ):  # fmt: skip
-        resolved = resolve_auto(resolve(FinetuneStep, {**given, **options}), model, 60)
-        assert (resolved.score, resolved.condition) == (wanted, "none" if model is normed else "rows")
+        given_here = {key: value for key, value in {**given, **options}.items() if value is not None}
+        resolved = resolve_auto(resolve(FinetuneStep, given_here), model, 60)
+        assert f"{resolved.score} {resolved.condition} {resolved.cut}" == wanted
     short = resolve(FinetuneStep, {**given, "condition": "spectral"})
     assert resolve_auto(short, normed, 25).score == resolve_auto(short, plain, 25).score == "magnitude"
     assert resolve_auto(short, plain, 60).condition == resolve_auto(short, normed, 60).condition == "spectral"
@@ -369,6 +376,7 @@ def test_training_goes_on_when_the_reader_of_its_progress_has_gone(tmp_path: Pat
         ({"method": "gradual", "cautious": True}, "--cautious is for --method lp or l1, not gradual"),
         ({"method": "one-shot", "p_start": 2.0}, "--p-start is for --method lp"),
         ({"method": "l1", "prox": "irl1"}, "--prox is for --method lp"),
+        ({"method": "gradual", "cut": "gradual"}, "--cut is for --method lp"),
         ({"method": "gradual", "p": 0.8}, "--p is for --method lp"),
         ({"method": "dense", "lambda_p": 5.0, "target_sparsity": None}, "--lambda is for --method lp"),
         ({"decay_share": 0.2, "target_sparsity": None}, "--decay-share needs --target-sparsity"),

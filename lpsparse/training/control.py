@@ -96,6 +96,11 @@ class SparsityControl:
         return self.target is not None and self.step.method == "lp" and self.step.selective
 
     @property
+    def gradual(self) -> bool:
+        """Whether the cut is made in parts, as the target rises."""
+        return self.step.method == "gradual" or (self.target is not None and self.step.cut == "gradual")
+
+    @property
     def w_kill(self) -> float:
         """Magnitude below which a weight that the loss does not hold dies in this run; 0 without decay."""
         if self.decay is None or self.p >= 2 or self.base_lambda == 0:
@@ -182,7 +187,7 @@ class SparsityControl:
         if self.selective:
             self.spare = self._choose(self.scheduled(t + REFRESH))
             self.decay.spare = {id(self.weights[name]): keep for name, keep in self.spare.items()}
-        if t > self.phases.start and self.step.lambda_p == "auto":
+        if t > self.phases.start and self.step.lambda_p == "auto" and not self.gradual:
             late = self.near_zero() < self.scheduled(max(0, t - REFRESH)) / self.size
             self.steering *= STEER if late else 1 / STEER
             self.steering = min(MOST_STEERING, max(1 / MOST_STEERING, self.steering))
@@ -208,7 +213,7 @@ class SparsityControl:
         """Cut where the plan says so after step t, and hold every zero that was cut."""
         done, cut_at = t + 1, self.phases.cut_at
         due = done == cut_at or (done > self.phases.start and (done - self.phases.start) % REFRESH == 0)
-        if self.step.method == "gradual" and done <= cut_at and due:
+        if self.gradual and done <= cut_at and due:
             self._cut(self.scheduled(done))
         elif self.step.method in ("lp", "l1", "dwf") and self.target is not None and done == cut_at:
             if self.factors is not None:

@@ -176,6 +176,8 @@ def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
         text += f"; steps: {control.phases.in_words()}"
     if control.target is not None:
         text += f"; chosen by {step.score}"
+        if step.cut == "gradual":
+            text += ", cut as the target rises"
         if step.keep_zeros and control.start > float(control.target) * control.size:
             text += f"; --keep-zeros keeps the {control.start:,} zeros of MODEL, more than the target"
     if control.decay is None:

@@ -71,12 +71,12 @@ def plan_phases(step: FinetuneStep, steps: int) -> Phases:
         cut_at = max(1, min(steps, round(step.decay_share * steps)))
     else:
         cut_at = steps - round(SETTLE_SHARE * steps) if step.p < 1 else steps
-    start = warmup  # of the rivals; decay has a warm-up of its own, that of lambda
-    if step.method in ("lp", "l1", "dwf"):
-        start = SETTLED if step.score == "fisher" else 0
+    settles = step.score == "fisher" and step.method in ("lp", "l1")
+    decays = step.method in ("lp", "l1", "dwf") and step.cut != "gradual"  # has the warm-up of lambda
+    start = SETTLED if settles else 0 if decays else warmup
     if step.target_sparsity is None:
         start = 0
-    elif step.score != "fisher" or step.method not in ("lp", "l1"):
+    elif not settles:
         start = min(start, cut_at // 2)
     schedule = step.lr_schedule  # of all methods alike, so that they are compared at equal rates
     if schedule == "restart" and (step.target_sparsity is None or cut_at == steps):

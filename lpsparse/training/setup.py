@@ -24,7 +24,13 @@ def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneSt
         what = f"--score fisher: the cut comes within {2 * SETTLED} steps, before gradients have an average"
         raise UsageError(214, what, mend="train longer, or use --score magnitude")
     fisher = step.method == "lp" and step.optimizer == "adamw" and knows and not batch_norm
-    auto = {"score": "fisher" if fisher else "magnitude", "condition": "none" if batch_norm else "rows"}
+    # A held norm gives back what decay takes from the weights that stay; under a target it takes nothing.
+    rows = step.method == "lp" and step.target_sparsity is None and not batch_norm
+    auto = {
+        "score": "fisher" if fisher else "magnitude",
+        "condition": "rows" if rows else "none",
+        "cut": "gradual" if batch_norm and step.method == "lp" else "end",
+    }
     return step.model_copy(update={key: best for key, best in auto.items() if getattr(step, key) == "auto"})
 
 
