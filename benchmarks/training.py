@@ -306,10 +306,10 @@ def render(results: list[dict[str, Any]]) -> str:
 
 def against_rivals(results: list[dict[str, Any]]) -> str:
     """The default less the best rival, by each figure; it wins or loses where that is more than the seeds'
-    spread, the larger sample standard deviation of the two."""
+    spread, the larger sample standard deviation of the two. "ahead": at how many seeds."""
     lines = [
-        "| task | zeros | figure | best rival | lpsparse is better by | spread | |",
-        "|---|---|---|---|---|---|---|",
+        "| task | zeros | figure | best rival | lpsparse is better by | spread | ahead | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for task, sparsity in dict.fromkeys(
         (each["task"], each["sparsity"]) for each in results if "seed" in each
@@ -320,13 +320,15 @@ def against_rivals(results: list[dict[str, Any]]) -> str:
                 if (each["task"], each["sparsity"]) == (task, sparsity) and figure in each:
                     rows.setdefault(each["row"], []).append(sign * scale * each[figure])
             own = rows.pop("lpsparse", [])
-            if len(own) < 2 or any(len(values) < 2 for values in rows.values()) or not rows:
+            if len(own) < 2 or any(len(values) != len(own) for values in rows.values()) or not rows:
                 continue
             rival = max(rows, key=lambda row: mean(rows[row]))
             ahead, noise = mean(own) - mean(rows[rival]), max(stdev(own), stdev(rows[rival]))
             verdict = "wins" if ahead > noise else "loses" if ahead < -noise else "within"
             zeros, unit = f"{100 * float(sparsity):g} %", "points" if figure == "accuracy" else "nats"
+            pairs = list(zip(own, rows[rival], strict=True))  # points come in the order of the seeds
             difference = f"{ahead:+.{digits}f} {unit} | {noise:.{digits}f}"
+            difference += f" | {sum(mine > other for mine, other in pairs)} of {len(pairs)}"
             lines.append(f"| {task} | {zeros} | {figure} | {rival} | {difference} | {verdict} |")
     return "\n".join(lines)
 
