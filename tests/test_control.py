@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lpsparse.errors import LpsparseError
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
-from lpsparse.training.allocation import SHARES, allocate, fisher, smallest_masks
+from lpsparse.training.allocation import SHARES, allocate, fisher, keep_only_, kth_smallest, smallest_masks
 from lpsparse.training.conditioning import condition
 from lpsparse.training.control import SparsityControl, quantile
 from lpsparse.training.decay import kill_magnitude
@@ -84,6 +84,25 @@ def test_lamp_scores_follow_their_definition_and_their_counts_add_up() -> None:
     wanted = {name: sum(owner == name for _, owner in smallest) for name in scores}
     assert allocate(dict(weights), 130, "lamp") == wanted
     assert allocate(dict(weights), 130, "global")["b"] == 91 > wanted["b"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kth_smallest_equals_a_sort_with_ties_zeros_and_any_magnitude(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(22)
+    spread = torch.randn(997, generator=generator, dtype=dtype).abs() ** 9  # many powers of two
+    close = 1 + 1e-6 * torch.rand(499, generator=generator, dtype=dtype)  # one bucket
+    values = torch.cat([torch.zeros(101, dtype=dtype), spread, close, torch.full((53,), 0.25, dtype=dtype)])
+    ordered = values.sort().values
+    for count in (1, 101, 102, 500, 1098, 1300, len(values)):
+        assert kth_smallest(values, count) == ordered[count - 1]
+
+
+def test_what_is_not_kept_becomes_plus_zero_in_place_whatever_its_strides() -> None:
+    values = torch.randn(13, 7, generator=torch.Generator().manual_seed(23)).t()
+    keep = values > 0.1
+    wanted = torch.where(keep, values, torch.zeros(()))
+    keep_only_(values, keep)
+    assert torch.equal(values, wanted) and not torch.signbit(values[~keep]).any()
 
 
 def test_the_quantile_equals_a_sort() -> None:

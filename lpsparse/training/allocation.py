@@ -13,6 +13,7 @@ al. 2020, arXiv 1911.11134).
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,6 +22,33 @@ from lpsparse.errors import UsageError
 
 SHARES = ("global", "lamp", "uniform", "erk")
 SETTLED = 10  # steps; before them an average of squared gradients is mostly noise
+
+
+def kth_smallest(values: Tensor, count: int) -> Tensor:
+    """The count-th smallest (count from 1) of a flat tensor that is not negative, 0-dim.
+
+    float32 on a CPU: looked for among those alone that share its upper 16 bits, which takes a fourth of the
+    time (such bits are in the order of the numbers).
+    """
+    if values.device.type != "cpu" or values.dtype != torch.float32:
+        return values.kthvalue(count).values
+    upper = values.view(torch.int32) >> 16
+    reached = torch.bincount(upper).cumsum(0)
+    bucket = int((reached < count).sum())
+    before = int(reached[bucket - 1]) if bucket else 0
+    return values[upper == bucket].kthvalue(count - before).values
+
+
+@torch.no_grad()
+def keep_only_(values: Tensor, keep: Tensor) -> None:
+    """Make +0, in place, what is not kept. On a CPU masked_fill_ takes as long as all of AdamW's step, and
+    numpy's product a tenth of it."""
+    if values.device.type != "cpu" or type(values.data) is not Tensor:
+        values.masked_fill_(~keep, 0.0)
+        return
+    array = values.numpy(force=True)
+    np.multiply(array, keep.numpy(), out=array)
+    np.add(array, 0.0, out=array)  # -0 becomes +0
 
 
 @torch.no_grad()
@@ -52,7 +80,7 @@ def allocate(scores: dict[str, Tensor], count: int, share: str) -> dict[str, int
     if share in ("uniform", "erk"):
         return _by_shape({name: scores[name] for name in names}, count, share)
     ranked = [_lamp(scores[name]) if share == "lamp" else scores[name].abs().flatten() for name in names]
-    threshold = torch.cat(ranked).kthvalue(count).values
+    threshold = kth_smallest(torch.cat(ranked), count)
     counts = {name: int((score < threshold).sum()) for name, score in zip(names, ranked, strict=True)}
     left = count - sum(counts.values())
     for name, score in zip(names, ranked, strict=True):
@@ -111,7 +139,7 @@ def smallest_masks(scores: dict[str, Tensor], counts: dict[str, int]) -> dict[st
         if count == 0:
             masks[name] = torch.ones_like(score, dtype=torch.bool)
             continue
-        edge = size.kthvalue(count).values
+        edge = kth_smallest(size, count)
         keep = size > edge
         ties = (size == edge).nonzero().flatten()  # in order of position
         spared = ties[count - int((size < edge).sum()) :]

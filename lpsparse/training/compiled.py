@@ -38,6 +38,13 @@ def fill_divisor_(divisor: Tensor, w: Tensor, scalars: Tensor, *, halves: int = 
     divisor.copy_(torch.where(size == 0, torch.inf, filled))
 
 
+def fill_unspared_(divisor: Tensor, w: Tensor, spare: Tensor, scalars: Tensor, *, halves: int = 0) -> None:
+    """The same, but 1 where `spare` (uint8: loops over bool are not vectorized) is 1."""
+    size = w.abs()
+    filled = scalars[2] + scalars[1] * power(size, scalars[0], halves)
+    divisor.copy_(torch.where(spare.to(torch.float32) > 0.5, 1.0, torch.where(size == 0, torch.inf, filled)))
+
+
 def divide_flush_(v: Tensor, divisor: Tensor) -> None:
     """v / divisor, what is left below FLUSH being +0."""
     left = v / divisor
@@ -79,6 +86,7 @@ def fast_power(size: Tensor, exponent: Tensor) -> Tensor:
 _KERNELS: dict[str, tuple[Callable[..., None], int, int]] = {  # name -> function, flat tensors, scalars
     "step": (lp_adamw_, 4, 7),
     "fill": (fill_divisor_, 2, 3),
+    "fill unspared": (fill_unspared_, 3, 3),
     "divide": (divide_flush_, 2, 0),
 }
 
@@ -104,6 +112,8 @@ def _compiled(name: str, device: str, halves: int) -> Callable[..., None] | None
     kernel = torch.compile(own, fullgraph=True)
     # Of a usual size, and a size that may differ: so the loop is made for many threads and any length.
     given = [torch.ones(1 << 18, device=device) for _ in range(tensors)]
+    if name == "fill unspared":
+        given[2] = given[2].to(torch.uint8)
     for each in given:
         torch._dynamo.mark_dynamic(each, 0)  # pyright: ignore[reportPrivateUsage]
     if scalars:

@@ -2,11 +2,11 @@
 
 Phases and the rising target: `phases`. Scores and shares: `allocation`. How weights go, by method: lp: L_p
 decay of the weights that the current target would cut (selective decay), its lambda steered so that they
-arrive near zero as the target rises; then the target is cut exactly. l1: the same loop with the L1 prox on
-all weights. dwf: weights are products of factors (`factors`). gradual: what the target asks for is cut
-directly. one-shot: all is cut before step 0. rigl: one-shot, then the smallest are exchanged for those
-with the largest gradient (`regrow`). After the cut the mask is held: in the weights, their gradients and
-the optimizer's averages.
+arrive near zero as the target rises; then the target is cut exactly (`cut`: or in parts, as it rises).
+l1: the same loop with the L1 prox on all weights. dwf: weights are products of factors (`factors`).
+gradual: what the target asks for is cut directly. one-shot: all is cut before step 0. rigl: one-shot, then
+the smallest are exchanged for those with the largest gradient (`regrow`). After the cut the mask is held:
+in the weights, their gradients and the optimizer's averages.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lpsparse.pruning.select import target_count
 from lpsparse.recipe import FinetuneStep
-from lpsparse.training.allocation import allocate, fisher, smallest_masks
+from lpsparse.training.allocation import allocate, fisher, keep_only_, kth_smallest, smallest_masks
 from lpsparse.training.decay import LpDecay, budget_lambda, kill_magnitude
 from lpsparse.training.factors import Factors
 from lpsparse.training.phases import Phases
@@ -40,7 +40,7 @@ def quantile(weights: Iterable[Tensor], count: int) -> float:
     """The count-th smallest magnitude (count from 1) over all tensors; 0 when count is 0."""
     if count == 0:
         return 0.0
-    return float(torch.cat([w.detach().abs().flatten() for w in weights]).kthvalue(count).values)
+    return float(kth_smallest(torch.cat([w.detach().abs().flatten() for w in weights]), count))
 
 
 class SparsityControl:
@@ -170,7 +170,7 @@ class SparsityControl:
         if self.selective and self.step.masked_forward and self.spare and decaying:
             for name, weight in self.weights.items():
                 self._covered[name] = weight.detach().clone()
-                weight.masked_fill_(~self.spare[name], 0.0)
+                keep_only_(weight, self.spare[name])
 
     def _lambda(self, t: int) -> float:
         assert self.decay is not None
@@ -206,7 +206,7 @@ class SparsityControl:
         for name, keep in self.masks.items():
             grad = self.weights[name].grad
             if grad is not None:
-                grad.masked_fill_(~keep, 0.0)
+                keep_only_(grad, keep)
 
     @torch.no_grad()
     def after_step(self, t: int) -> None:
@@ -242,7 +242,7 @@ class SparsityControl:
     @torch.no_grad()
     def _hold(self) -> None:
         for name, keep in self.masks.items():
-            self.weights[name].masked_fill_(~keep, 0.0)
+            keep_only_(self.weights[name], keep)
 
     @torch.no_grad()
     def near_zero(self) -> float:

@@ -177,17 +177,19 @@ class LpDecay:
         self._kept.clear()
         shared: dict[tuple[int, torch.device], Tensor] = {}  # the scalars of this step, moved once
         for param, group in self._decayed():
-            kept = torch.empty_like(param)
+            kept, spare = torch.empty_like(param), self.spare.get(id(param))
+            fill = None
+            if not self._needs_old():
+                fill = self._kernel("fill" if spare is None else "fill unspared", param, group["lp_p"])
             if self._needs_old():
                 kept.copy_(param)
-            elif (fill := self._kernel("fill", param, group["lp_p"])) is not None:
+            elif fill is not None:
                 key = (id(group), param.device)
                 shared[key] = shared[key] if key in shared else _scalars(group, param.device)
-                fill(kept.view(-1), param.detach().view(-1), shared[key])
-                if id(param) in self.spare:
-                    kept.masked_fill_(self.spare[id(param)], 1.0)
+                given = [kept, param.detach(), *([] if spare is None else [spare.view(torch.uint8)])]
+                fill(*(each.view(-1) for each in given), shared[key])
             else:
-                _chunked(self._divisor(group), kept, param, self.spare.get(id(param)))
+                _chunked(self._divisor(group), kept, param, spare)
             self._kept[id(param)] = kept
 
     def _kernel(self, name: str, param: Tensor, p: float = 0.0) -> Callable[..., None] | None:
