@@ -61,7 +61,8 @@ class SparsityControl:
         self.sum_lr = sum(self.rates[: phases.cut_at])
         self.masks: dict[str, Tensor] = {}  # True where a weight lives
         self.spare: dict[str, Tensor] = {}  # True where the current target would keep a weight
-        self._covered: dict[str, Tensor] = {}
+        self._covered: dict[str, Tensor] = {}  # values of what is covered now; kept from step to step
+        self._is_covered = False
         self.steering = 1.0
         self.p = step.p
         self.decay: LpDecay | None = None
@@ -169,8 +170,11 @@ class SparsityControl:
                 self.decay.set_p(self.step.p_start + (self.p - self.step.p_start) * share)
         if self.selective and self.step.masked_forward and self.spare and decaying:
             for name, weight in self.weights.items():
-                self._covered[name] = weight.detach().clone()
+                if name not in self._covered:
+                    self._covered[name] = torch.empty_like(weight)
+                self._covered[name].copy_(weight)
                 keep_only_(weight, self.spare[name])
+            self._is_covered = True
 
     def _lambda(self, t: int) -> float:
         assert self.decay is not None
@@ -196,9 +200,10 @@ class SparsityControl:
     def after_backward(self, t: int) -> None:
         """Uncover, exchange weights where the method does, and let clipping and momentum see only what
         lives."""
-        for name, values in self._covered.items():
-            self.weights[name].copy_(values)
-        self._covered.clear()
+        if self._is_covered:
+            for name, values in self._covered.items():
+                self.weights[name].copy_(values)
+            self._is_covered = False
         if self.step.method == "rigl" and is_due(t, self.phases.steps):
             self.masks = regrow(self.weights, self.masks, t, self.phases.steps)
             self._hold()
@@ -212,6 +217,8 @@ class SparsityControl:
     def after_step(self, t: int) -> None:
         """Cut where the plan says so after step t, and hold every zero that was cut."""
         done, cut_at = t + 1, self.phases.cut_at
+        if done == cut_at:
+            self._covered.clear()
         due = done == cut_at or (done > self.phases.start and (done - self.phases.start) % REFRESH == 0)
         if self.gradual and done <= cut_at and due:
             self._cut(self.scheduled(done))
