@@ -298,6 +298,8 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
         ({"method": "gradual"}, normed, "magnitude none end"),
         ({"score": "fisher"}, normed, "fisher none gradual"),
         ({"target_sparsity": None}, plain, "fisher rows end"),
+        ({"selective": False}, plain, "fisher rows end"),
+        ({"method": "dwf"}, plain, "magnitude rows end"),
         ({"target_sparsity": None}, normed, "magnitude none gradual"),
         ({"target_sparsity": None, "method": "dense"}, plain, "magnitude none end"),
     ):  # fmt: skip

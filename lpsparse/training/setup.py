@@ -24,8 +24,9 @@ def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneSt
         what = f"--score fisher: the cut comes within {2 * SETTLED} steps, before gradients have an average"
         raise UsageError(214, what, mend="train longer, or use --score magnitude")
     fisher = step.method == "lp" and step.optimizer == "adamw" and knows and not batch_norm
-    # A held norm gives back what decay takes from the weights that stay; under a target it takes nothing.
-    rows = step.method == "lp" and step.target_sparsity is None and not batch_norm
+    # A held norm gives back what decay takes from the weights that stay; selective decay takes nothing.
+    selective = step.target_sparsity is not None and step.selective
+    rows = (step.method in ("l1", "dwf") or (step.method == "lp" and not selective)) and not batch_norm
     auto = {
         "score": "fisher" if fisher else "magnitude",
         "condition": "rows" if rows else "none",
