@@ -26,7 +26,7 @@ def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneSt
     fisher = step.method == "lp" and step.optimizer == "adamw" and knows and not batch_norm
     # A held norm gives back what decay takes from the weights that stay; selective decay takes nothing.
     selective = step.target_sparsity is not None and step.selective
-    rows = (step.method in ("l1", "dwf") or (step.method == "lp" and not selective)) and not batch_norm
+    rows = step.method == "lp" and not selective and not batch_norm
     auto = {
         "score": "fisher" if fisher else "magnitude",
         "condition": "rows" if rows else "none",
