@@ -240,8 +240,8 @@ class FinetuneStep(_DataStep):
         Field(
             "auto",
             description="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
-            "weight-norm: norms are learnt; the others: docs/method.md. auto: rows with --method lp where all "
-            "weights decay (no target), unless the model has batch normalisation; else none.",
+            "weight-norm: norms are learnt; the others: docs/method.md. auto: rows with --method lp where "
+            "all weights decay (no target), unless the model has batch normalisation; else none.",
         )
     )
     gain_lr_ratio: float = Field(
