@@ -11,6 +11,7 @@ from lpsparse.checkpoint.opening import Checkpoint, locate, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError, OutputError
 from lpsparse.recipe import (
+    POSITIONAL,
     STEPS,
     EvalStep,
     FinetuneStep,
@@ -23,7 +24,7 @@ from lpsparse.recipe import (
 )
 from lpsparse.recipe_file import Recipe, overrides_of, read_recipe
 from lpsparse.reporting.measure import Report
-from lpsparse.settings import flag, resolve  # fmt: skip
+from lpsparse.settings import resolve
 
 Say = Callable[[str], None]
 _WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
@@ -177,21 +178,5 @@ def command_line(name: str, step: Step) -> str:
     """The command that a person would type for this step."""
     import shlex
 
-    fields = type(step).model_fields
-    positional = [
-        str(getattr(step, key)) for key in ("model", "out", "base") if getattr(step, key, None) is not None
-    ]
-    words = ["lpsparse", name, *positional]
-    for key, info in fields.items():
-        value = getattr(step, key)
-        if key in ("model", "out", "base") or value == info.default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(key))
-        elif isinstance(value, tuple) and key in ("include", "exclude", "freeze"):
-            for pattern in value:
-                words += [flag(key), pattern]
-        else:
-            text = ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
-            words += [flag(key), text]
-    return shlex.join(words)
+    positional = [str(getattr(step, key)) for key in POSITIONAL if getattr(step, key, None) is not None]
+    return shlex.join(["lpsparse", name, *positional, *step.options()])

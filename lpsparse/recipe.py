@@ -3,7 +3,7 @@
 Light on purpose: this module is imported by `--help`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -33,6 +33,9 @@ _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
 
+POSITIONAL = ("model", "out", "base")
+REPEATED = ("include", "exclude", "freeze")  # flags that may be given more than once
+
 
 def flag(field: str) -> str:
     """The command line's name of a field."""
@@ -48,6 +51,26 @@ class Step(BaseModel):
         """The settings that decide the bytes of the result: no paths of this machine."""
         hidden = {"model", "out", "overwrite", "dry_run", "source", "base", "data", "eval_data", "model_fn"}
         return self.model_dump(mode="json", exclude=hidden)
+
+    def at_default(self, name: str) -> bool:
+        return getattr(self, name) == type(self).model_fields[name].default
+
+    def options(self, among: Collection[str] | None = None) -> list[str]:
+        """The options (`among` these fields) that are not at their defaults, as a person would type them."""
+        words: list[str] = []
+        for name in type(self).model_fields:
+            if name in POSITIONAL or self.at_default(name) or (among is not None and name not in among):
+                continue
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+            elif name in REPEATED:
+                for pattern in value:
+                    words += [flag(name), pattern]
+            else:
+                text = ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+                words += [flag(name), text]
+        return words
 
 
 class PruneStep(Step):
@@ -352,20 +375,13 @@ class FinetuneStep(_DataStep):
     def _has_use(self) -> Self:
         """Refuse an option, not at its default, that means nothing to the method, conditioning or target."""
         for name, (of, users) in _USERS.items():
-            if not self._at_default(name) and getattr(self, of) not in users:
+            if not self.at_default(name) and getattr(self, of) not in users:
                 wanted = f"{flag(name)} is for {flag(of)} {' or '.join(users)}"
                 raise ValueError(f"{wanted}, not {getattr(self, of)}")
         for name in _OF_A_TARGET:
-            if not self._at_default(name) and self.target_sparsity is None:
+            if not self.at_default(name) and self.target_sparsity is None:
                 raise ValueError(f"{flag(name)} needs --target-sparsity")
         return self
-
-    def _at_default(self, name: str) -> bool:
-        return getattr(self, name) == type(self).model_fields[name].default
-
-    def unusual(self, names: Iterable[str]) -> str:
-        """Those of `names` that are not at their defaults, as on the command line."""
-        return " ".join(f"{flag(name)} {getattr(self, name)}" for name in names if not self._at_default(name))
 
 
 _USERS = {  # option -> the option that must have one of these values for it to mean anything

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +29,8 @@ from safetensors.numpy import save_file
 import lpsparse
 from lpsparse import ExitCode, pipeline, verify
 from lpsparse.cli import main
-from lpsparse.recipe import STEPS
+from lpsparse.recipe import STEPS, FinetuneStep
+from lpsparse.settings import resolve
 
 Cli = Callable[..., Ran]
 COMMANDS = (*STEPS, "inspect", "run", "demo")
@@ -426,6 +428,23 @@ def test_the_commands_a_recipe_shows_do_what_the_recipe_does(recipe: Path, tmp_p
     (recipe.parent / "made").mkdir()
     assert [cli(*line.split()).rc for line in shown] == [0, 0, 0, 0]
     assert tree_hash(recipe.parent / "made") == before
+
+
+def test_a_shown_command_gives_back_the_step_that_it_was_made_of(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[FinetuneStep] = []
+    monkeypatch.setattr("lpsparse.verbs.finetune_step", lambda step, *_: given.append(step) or {})
+    options: dict[str, Any] = {
+        "data": "a b.txt", "task": "causal-lm", "target_sparsity": "0.80", "selective": False,
+        "masked_forward": False, "cautious": True, "freeze": ["*emb*", "head.?"], "mean": "0.5,0.25,1",
+        "std": "1,1,0.125", "lambda_p": 2,
+    }  # fmt: skip
+    step = resolve(FinetuneStep, {"model": "m", "out": "o", **options})
+    shown = pipeline.command_line("finetune", step)
+    assert "--no-selective" in shown
+    assert cli(*shlex.split(shown)[1:]).rc == 0
+    assert given == [step]
 
 
 def test_json_of_a_run_holds_the_result_of_every_step(recipe: Path, cli: Cli) -> None:

@@ -517,7 +517,8 @@ def _rank(rank: int, store: str, out: str) -> None:
 
 
 def _trained(rank: int, ranks: int) -> dict[str, Tensor]:
-    """Weights after 50 steps of the default on this rank's share of each batch under DDP, or on all of it."""
+    """Weights after 50 steps of the default's loop, and of rows, on this rank's share of each batch under
+    DDP, or on all of it."""
     torch.manual_seed(19)
     model = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5)).double()
     weights = {"0.weight": model[0].weight, "2.weight": model[2].weight}

@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from lpsparse.recipe import Step, flag
+from lpsparse.recipe import POSITIONAL, REPEATED, Step, flag
 from lpsparse.settings import resolve
 
-_POSITIONAL = ("model", "out", "base")
-_REPEATED = ("include", "exclude", "freeze")
 _EPILOG = (
     "Each option can also be set as LPSPARSE_NAME, such as LPSPARSE_SEED=1; a flag wins. Docs: README.md."
 )
@@ -29,7 +27,7 @@ def add_command(app: typer.Typer, name: str, kind: type[Step], show: Show, *, ex
         show(resolve(kind, given), as_json, quiet)
 
     parameters = [_parameter(key, info) for key, info in kind.model_fields.items()]
-    parameters.sort(key=lambda item: _POSITIONAL.index(item.name) if item.name in _POSITIONAL else 9)
+    parameters.sort(key=lambda item: POSITIONAL.index(item.name) if item.name in POSITIONAL else 9)
     parameters += [_switch("as_json", "--json", "Print the result as one JSON object on stdout.")]
     parameters += [_switch("quiet", "--quiet", "Print no messages and no progress.")]
     body.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
@@ -45,7 +43,7 @@ def _switch(name: str, text: str, help_text: str) -> inspect.Parameter:
 
 def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
     text, annotation = info.description or "", info.annotation
-    if key in _POSITIONAL:
+    if key in POSITIONAL:
         argument = typer.Argument(help=text, metavar=key.upper(), show_default=False)
         kind = str if info.is_required() else str | None
         default = inspect.Parameter.empty if info.is_required() else None
@@ -58,7 +56,7 @@ def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
             typer.Option(f"{flag(key)}/--no-{flag(key)[2:]}", help=text, show_default=False),
             bool | None,
         )
-    elif key in _REPEATED:
+    elif key in REPEATED:
         option, wanted = (
             typer.Option(flag(key), help=text, metavar="GLOB", show_default=False),
             list[str] | None,

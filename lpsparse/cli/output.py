@@ -15,20 +15,20 @@ from lpsparse.reporting.text import clean
 
 def print_result(text: str) -> None:
     """Print on stdout; a reader that has gone away (`| head -1`) is no error."""
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        silence(sys.stdout)
+    _write(sys.stdout, text)
 
 
 def tell(text: str) -> None:
     """Say on stderr; work goes on when its reader has gone away."""
+    _write(sys.stderr, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
     try:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        stream.write(text + "\n")
+        stream.flush()
     except BrokenPipeError:
-        silence(sys.stderr)
+        silence(stream)
 
 
 def silence(stream: TextIO) -> None:

@@ -40,9 +40,8 @@ def fill_divisor_(divisor: Tensor, w: Tensor, scalars: Tensor, *, halves: int = 
 
 def fill_unspared_(divisor: Tensor, w: Tensor, spare: Tensor, scalars: Tensor, *, halves: int = 0) -> None:
     """The same, but 1 where `spare` (uint8: loops over bool are not vectorized) is 1."""
-    size = w.abs()
-    filled = scalars[2] + scalars[1] * power(size, scalars[0], halves)
-    divisor.copy_(torch.where(spare.to(torch.float32) > 0.5, 1.0, torch.where(size == 0, torch.inf, filled)))
+    fill_divisor_(divisor, w, scalars, halves=halves)
+    divisor.copy_(torch.where(spare.to(torch.float32) > 0.5, 1.0, divisor))
 
 
 def divide_flush_(v: Tensor, divisor: Tensor) -> None:
@@ -83,11 +82,13 @@ def fast_power(size: Tensor, exponent: Tensor) -> Tensor:
     return (polynomial.view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)
 
 
-_KERNELS: dict[str, tuple[Callable[..., None], int, int]] = {  # name -> function, flat tensors, scalars
-    "step": (lp_adamw_, 4, 7),
-    "fill": (fill_divisor_, 2, 3),
-    "fill unspared": (fill_unspared_, 3, 3),
-    "divide": (divide_flush_, 2, 0),
+_F32 = torch.float32
+_KERNELS: dict[str, tuple[Callable[..., None], tuple[torch.dtype, ...], int]] = {
+    # name -> function, its flat tensors, scalars
+    "step": (lp_adamw_, (_F32,) * 4, 7),
+    "fill": (fill_divisor_, (_F32,) * 2, 3),
+    "fill unspared": (fill_unspared_, (_F32, _F32, torch.uint8), 3),
+    "divide": (divide_flush_, (_F32,) * 2, 0),
 }
 
 
@@ -105,15 +106,13 @@ def compiled(name: str, like: Tensor, p: float = 0.0) -> Callable[..., None] | N
 def _compiled(name: str, device: str, halves: int) -> Callable[..., None] | None:
     if device == "cpu" and not any(shutil.which(each) for each in ("g++", "clang++", "cl")):
         return None
-    function, tensors, scalars = _KERNELS[name]
+    function, kinds, scalars = _KERNELS[name]
     # A code object of its own: torch counts what it compiled by code object, and gives up after a few.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     own.__kwdefaults__ = {"halves": halves} if scalars else None
     kernel = torch.compile(own, fullgraph=True)
     # Of a usual size, and a size that may differ: so the loop is made for many threads and any length.
-    given = [torch.ones(1 << 18, device=device) for _ in range(tensors)]
-    if name == "fill unspared":
-        given[2] = given[2].to(torch.uint8)
+    given = [torch.ones(1 << 18, dtype=kind, device=device) for kind in kinds]
     for each in given:
         torch._dynamo.mark_dynamic(each, 0)  # pyright: ignore[reportPrivateUsage]
     if scalars:

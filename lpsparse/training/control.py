@@ -99,7 +99,7 @@ class SparsityControl:
     @property
     def gradual(self) -> bool:
         """Whether the cut is made in parts, as the target rises."""
-        return self.step.method == "gradual" or (self.target is not None and self.step.cut == "gradual")
+        return "gradual" in (self.step.method, self.step.cut)
 
     @property
     def w_kill(self) -> float:

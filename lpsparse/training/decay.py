@@ -178,12 +178,10 @@ class LpDecay:
         shared: dict[tuple[int, torch.device], Tensor] = {}  # the scalars of this step, moved once
         for param, group in self._decayed():
             kept, spare = torch.empty_like(param), self.spare.get(id(param))
-            fill = None
-            if not self._needs_old():
-                fill = self._kernel("fill" if spare is None else "fill unspared", param, group["lp_p"])
+            name = "fill" if spare is None else "fill unspared"
             if self._needs_old():
                 kept.copy_(param)
-            elif fill is not None:
+            elif (fill := self._kernel(name, param, group["lp_p"])) is not None:
                 key = (id(group), param.device)
                 shared[key] = shared[key] if key in shared else _scalars(group, param.device)
                 given = [kept, param.detach(), *([] if spare is None else [spare.view(torch.uint8)])]

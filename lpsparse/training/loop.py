@@ -28,9 +28,9 @@ from lpsparse.training.tasks import TASKS
 from lpsparse.training.tasks.base import Task
 
 AUGMENT = {"image-classification": "crop-flip", "text-classification": "noise"}
-_SAID = (  # beside the method and its conditioning
-    "allocation", "ramp", "p_start", "lambda_2", "cautious", "prox", "distill", "distill_blocks", "r_drop",
-    "augment",
+_SAID = (  # beside what is said in words
+    "allocation", "ramp", "p_start", "lambda_2", "selective", "masked_forward", "cautious", "prox", "factors",
+    "gain_lr_ratio", "path_penalty", "lr_schedule", "distill", "distill_blocks", "r_drop", "augment",
 )  # fmt: skip
 _POOL = 32  # batches whose examples are sorted by length together
 
@@ -170,8 +170,8 @@ def _in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
     text = f"{steps} steps, method {step.method}, {len(control.weights)} tensors of {control.size:,} weights"
     if step.condition != "none":
         text += f", conditioned by {step.condition}"
-    if said := step.unusual(_SAID):
-        text += f", {said}"
+    if said := step.options(_SAID):
+        text += f", {' '.join(said)}"
     if control.target is not None and step.method not in ("one-shot", "rigl"):
         text += f"; steps: {control.phases.in_words()}"
     if control.target is not None:

@@ -25,12 +25,12 @@ def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneSt
         raise UsageError(214, what, mend="train longer, or use --score magnitude")
     fisher = step.method == "lp" and step.optimizer == "adamw" and knows and not batch_norm
     # A held norm gives back what decay takes from the weights that stay; selective decay takes nothing.
-    selective = step.target_sparsity is not None and step.selective
-    rows = step.method == "lp" and not selective and not batch_norm
+    target = step.target_sparsity is not None
+    rows = step.method == "lp" and not (target and step.selective) and not batch_norm
     auto = {
         "score": "fisher" if fisher else "magnitude",
         "condition": "rows" if rows else "none",
-        "cut": "gradual" if batch_norm and step.method == "lp" else "end",
+        "cut": "gradual" if step.method == "lp" and target and batch_norm else "end",
     }
     return step.model_copy(update={key: best for key, best in auto.items() if getattr(step, key) == "auto"})
 

@@ -6,6 +6,7 @@ in the tensor's place, and V is back before the optimizer's step, with the gradi
 Either way no parameter is renamed and no module is changed.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def check_share(sparsity: float) -> None:
         raise UsageError(229, f"sparsity = {sparsity}", mend="give 0 or more and less than 1")
 
 
-class Overlay(Conditioning):
+class Overlay(Conditioning, ABC):
     """The forward pass in training sees `effective(V)`; evaluation sees V."""
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None, **options: Any) -> None:
@@ -91,9 +92,9 @@ class Overlay(Conditioning):
         self._stash: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # name -> V's values, leaf, f(leaf)
         self.handles.append(model.register_forward_pre_hook(lambda module, _: self._cover(module)))
 
+    @abstractmethod
     def effective(self, name: str, v: Tensor) -> Tensor:
         """f(V) of one weight, differentiable."""
-        raise NotImplementedError
 
     def active(self) -> bool:
         return True
