@@ -176,6 +176,9 @@ def test_the_target_is_met_exactly_and_no_zero_comes_back(method: str, optimizer
     assert method != "gradual" or (0 < zeros[14] < 67 and zeros == sorted(zeros))
     groups = [param for group in inner.param_groups for param in group["params"]]
     assert {id(param) for param in groups} == {id(weight) for weight in weights.values()}
+    average = "exp_avg" if optimizer == "adamw" else "momentum_buffer"
+    for weight in weights.values():  # momentum of what is cut is gone
+        assert not inner.state[weight][average][weight == 0].any()
 
 
 OPTIONS = (
@@ -183,6 +186,34 @@ OPTIONS = (
     {"lambda_2": 0.1}, {"selective": False}, {"ramp": "none"}, {"allocation": "erk"},
     {"lr_schedule": "cosine"}, {"cut": "gradual"},
 )  # fmt: skip
+
+
+class Restless(torch.optim.Optimizer):
+    """Moves every weight, whatever its gradient is, as an orthogonalized step does."""
+
+    def step(self, closure: object = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data.add_(0.01)
+
+
+def test_zeros_are_held_against_an_optimizer_that_moves_what_has_no_gradient() -> None:
+    weights = weights_of(8)
+    optimizer = Restless(weights.values(), {})
+    step = step_of(method="gradual", target_sparsity="0.8", condition="none")
+    assert drive(control_of(step, weights, optimizer, 30), optimizer, 30)[-15:] == [145] * 15
+
+
+def test_clipping_sees_the_gradients_of_what_lives_alone() -> None:
+    weights = weights_of(8)
+    optimizer = torch.optim.SGD(weights.values(), lr=0.0)
+    control = control_of(step_of(method="one-shot", target_sparsity="0.8"), weights, optimizer, 30)
+    drive(control, optimizer, 3)
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    control.after_backward(3)
+    norm = torch.nn.utils.get_total_norm([w.grad for w in weights.values() if w.grad is not None])
+    assert norm.item() == pytest.approx((182 - 145) ** 0.5)
 
 
 def decayed_with(options: dict[str, object]) -> Tensor:
