@@ -53,9 +53,12 @@ def resolve(
 
 
 def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys as field names: YAML may say lambda or target-sparsity."""
+    """Keys as field names: YAML may say lambda or target-sparsity. A Path may stand for its text."""
     aliases = {info.alias: name for name, info in kind.model_fields.items() if info.alias}
-    return {aliases.get(key, str(key).replace("-", "_")): value for key, value in values.items()}
+    return {
+        aliases.get(key, str(key).replace("-", "_")): str(value) if isinstance(value, Path) else value
+        for key, value in values.items()
+    }
 
 
 def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseError:

@@ -46,7 +46,7 @@ def test_a_label_outside_the_models_set_is_named_with_its_row(
     with pytest.raises(LpsparseError, match=r"other\.jsonl:2: label 'ugly' is outside .*bad, good"):
         lpsparse.evaluate(tmp_path / "one", data=str(other), task="text-classification")
     with pytest.raises(LpsparseError, match=r"other\.jsonl:2: label 'ugly'"):
-        lpsparse.finetune(tiny_bert, tmp_path / "two", data=str(table), eval_data=str(other), **options)
+        lpsparse.finetune(tiny_bert, tmp_path / "two", data=table, eval_data=other, **options)
 
 
 def test_an_image_label_outside_the_classes_is_refused(net: dict, tmp_path: Path) -> None:
