@@ -171,8 +171,8 @@ def prepare(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for task in set(given) & set(DENSE):
         dense = arguments.out / f"dense-{task}"
         if not (dense / "lpsparse.json").exists() and not arguments.print:
-            settings = {**TASKS[task], **given[task], **DENSE[task], "threads": None}  # alone on the machine
-            lpsparse.finetune(given[task].pop("model"), dense, **settings)
+            alone = {"out": dense, "threads": None}  # on the machine
+            lpsparse.finetune(**{**TASKS[task], **given[task], **DENSE[task], **alone})
         given[task]["model"] = dense
     return {task: {key: str(value) for key, value in each.items()} for task, each in given.items()}
 
