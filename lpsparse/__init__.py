@@ -13,7 +13,7 @@ _HOMES = {
     "prune": "verbs", "pack": "verbs", "unpack": "verbs", "verify": "verbs", "report": "verbs",
     "inspect": "verbs",
     "finetune": "verbs", "evaluate": "verbs", "open": "verbs", "load": "verbs", "run": "pipeline",
-    "LpDecay": "training.decay", "LpAdamW": "training.fused",
+    "LpDecay": "training.decay", "LpAdamW": "training.fused", "Sparsity": "training.sparsity",
     "condition": "training.conditioning", "fold": "training.conditioning",
     "ExitCode": "errors", "LpsparseError": "errors",
 }  # fmt: skip

@@ -1,17 +1,239 @@
-"""What processes tell one another. The only file that uses torch.distributed."""
+"""What processes tell one another, and starting them. The only file that uses torch.distributed.
 
-from collections.abc import Sequence
+One process is the same code: every function then answers at once. A function that says "of all" or "all
+processes" is a collective: all of them call it, or none.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+
+from lpsparse.errors import ExitCode, LaunchError, ResourceError
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_TOGETHER = 2.0  # seconds: failures so near to the first one may be its cause
+
+
+def _is_one() -> bool:
+    return not distributed.is_available() or not distributed.is_initialized()
+
+
+def rank() -> int:
+    return 0 if _is_one() else distributed.get_rank()
+
+
+def ranks() -> int:
+    return 1 if _is_one() else distributed.get_world_size()
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _device() -> torch.device:
+    """Where the process group takes its tensors."""
+    on_cpu = "gloo" in distributed.get_backend() or "cpu" in str(distributed.get_backend_config())
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+def sums(numbers: Sequence[float]) -> list[float]:
+    """The sum over all processes of each number, in float64."""
+    if _is_one():
+        return list(numbers)
+    held = torch.tensor(numbers, dtype=torch.float64, device=_device())
+    distributed.all_reduce(held)
+    return held.tolist()
+
+
+def summed(counts: Tensor) -> Tensor:
+    """The sum over all processes of an integer tensor."""
+    if _is_one():
+        return counts
+    held = counts.to(_device())
+    distributed.all_reduce(held)
+    return held.to(counts.device)
+
+
+def most(numbers: Sequence[float]) -> list[float]:
+    """The largest over all processes of each number."""
+    if _is_one():
+        return list(numbers)
+    held = torch.tensor(numbers, dtype=torch.float64, device=_device())
+    distributed.all_reduce(held, distributed.ReduceOp.MAX)
+    return held.tolist()
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every process, by rank. Small things: they travel as Python objects between our own."""
+    if _is_one():
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    if not _is_one():
+        distributed.barrier()
 
 
 def average_(tensors: Sequence[Tensor]) -> None:
-    """Replace each 1-D tensor by its mean over the processes, in place; alone, leave them."""
-    if not tensors or not distributed.is_available() or not distributed.is_initialized():
+    """Replace each 1-D tensor by its mean over all processes, in place; alone, leave them."""
+    if not tensors or _is_one():
         return
     flat = torch.cat(list(tensors))
     distributed.all_reduce(flat)
     means = flat.div_(distributed.get_world_size()).split([len(tensor) for tensor in tensors])
     for tensor, mean in zip(tensors, means, strict=True):
         tensor.copy_(mean)
+
+
+def odd_one(value: str) -> int | None:
+    """The first process, on all of them, whose value is not that of process 0; None where all are alike."""
+    found = gathered(value)
+    return next((i for i, each in enumerate(found) if each != found[0]), None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, on the same memory; any other tensor is its own."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")  # a DTensor, whose import takes a second
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process, which all call it; what is not sharded is its own."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool) -> None:
+    """Share the parameters of `model` out among all processes by their first dimension (FSDP2), to be
+    gathered block by block."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    options: dict[str, Any] = {} if policy is None else {"mp_policy": policy}
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+@contextmanager
+def without_sync(model: Any) -> Generator[None]:
+    """Backward passes whose gradients only add up on each process."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync() if hasattr(model, "no_sync") else nullcontext():  # DDP
+            yield
+
+
+def number(value: Any) -> float:
+    """A 0-dim tensor, sharded or not, as a number; nothing is 0. All processes call it."""
+    return float(whole(value)) if isinstance(value, Tensor) else float(value or 0)
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Different for tensors that a lost or doubled update has made different; cheap."""
+    total = 0
+    for place, tensor in enumerate(tensors, 1):
+        bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])
+        total += place * int(bits.sum(dtype=torch.int64))
+    return str(total % 2**64)
+
+
+def load_averages(optimizer: Any, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict` where the state holds local parts of sharded tensors, and without the
+    warning about settings of the decay that change from step to step."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key.startswith("lp_")})
+    optimizer.load_state_dict(state)
+    for param, values in optimizer.state.items():
+        for key, value in values.items():
+            if is_sharded(param) and isinstance(value, Tensor) and value.ndim:
+                values[key] = _like(param, value)
+
+
+def _like(param: Any, part: Tensor) -> Tensor:
+    """The tensor of which `part` is this process's part, sharded as `param` is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, param.device_mesh, param.placements, shape=param.shape, stride=param.stride()
+    )
+
+
+def leave() -> None:
+    """Close the process group, so that a process that is done does not look lost."""
+    if not _is_one():
+        distributed.destroy_process_group()
+
+
+def launch(processes: int, arguments: list[str]) -> None:
+    """Run `python -m lpsparse ARGUMENTS` in that many processes on this machine, and wait for them.
+
+    Raises LaunchError with the exit code of the process that failed first, and ResourceError for one that
+    was killed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logs = Path(tempfile.mkdtemp(prefix="lpsparse-ranks-"))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=str(os.getpid()), max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.OUT),
+    )  # fmt: skip
+    _quiet_elastic()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "lpsparse", *arguments)
+    except ChildFailedError as error:
+        raise _first_failure(error.failures) from None
+    except SignalException as error:
+        stop = error.sigval == signal.SIGINT
+        raise LaunchError(ExitCode.INTERRUPT if stop else ExitCode.RESUMABLE) from None
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+def _quiet_elastic() -> None:
+    import logging
+
+    for name in ("torch.distributed", "torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
+    """What ended the run: a process that was killed before one that then missed it."""
+    earliest = min(failure.timestamp for failure in failures.values())
+    near = sorted(
+        (each for each in failures.values() if each.timestamp <= earliest + _TOGETHER),
+        key=lambda each: (each.exitcode >= 0 or each.exitcode == -signal.SIGTERM, each.local_rank),
+    )
+    first = near[0]
+    if first.exitcode < 0 and first.exitcode != -signal.SIGTERM:
+        name = signal.Signals(-first.exitcode).name
+        what = f"process {first.local_rank} was ended by {name}; the others were stopped"
+        raise_with = "run the same command again: it goes on from the last training state, if there is one"
+        return ResourceError(603, what, mend=raise_with)
+    codes = [each.exitcode for each in near if each.exitcode > 0]
+    own = [code for code in codes if code != ExitCode.RESOURCE] or codes or [int(ExitCode.RESOURCE)]
+    return LaunchError(ExitCode(own[0]) if own[0] in list(ExitCode) else ExitCode.BUG)

@@ -1,7 +1,6 @@
 """Errors a person can act on, and the exit codes a script can rely on. Standard library only."""
 
 from enum import IntEnum
-from typing import ClassVar
 
 
 class ExitCode(IntEnum):
@@ -24,7 +23,7 @@ class ExitCode(IntEnum):
 class LpsparseError(Exception):
     """A failure with a code (LPSnnn), what is wrong (with numbers) and the one thing to do (`mend`)."""
 
-    exit_code: ClassVar[ExitCode] = ExitCode.BUG
+    exit_code: ExitCode = ExitCode.BUG
 
     def __init__(self, number: int, what: str, *, mend: str) -> None:
         super().__init__(what)
@@ -63,3 +62,23 @@ class StateError(LpsparseError):
 
 class RemoteError(LpsparseError):
     exit_code = ExitCode.REMOTE
+
+
+class ResumableError(LpsparseError):
+    """The run was asked to stop, and did, after it had saved its state."""
+
+    exit_code = ExitCode.RESUMABLE
+
+
+class InterruptError(LpsparseError):
+    """The same, by Ctrl-C."""
+
+    exit_code = ExitCode.INTERRUPT
+
+
+class LaunchError(LpsparseError):
+    """A process that was started for this run ended with `exit_code`, and has said why."""
+
+    def __init__(self, exit_code: ExitCode) -> None:
+        super().__init__(600, f"a process of the run ended with exit code {int(exit_code)}", mend="see above")
+        self.exit_code = exit_code

@@ -8,9 +8,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Task = Literal["causal-lm", "text-classification", "image-classification"]
+Task = Literal["causal-lm", "masked-lm", "text-classification", "image-classification"]
 
 
 def _listed(value: Any) -> Any:
@@ -20,6 +20,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, (int, float)) else value
 
 
+def _optimizer(value: str) -> str:
+    if value not in OPTIMIZERS and ":" not in value:
+        raise ValueError(f"--optimizer {value}: not {', '.join(OPTIMIZERS)} or MODULE:CLASS")
+    return value
+
+
+OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 _INCLUDE = Field(
@@ -35,6 +42,10 @@ _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
 
 POSITIONAL = ("model", "out", "base")
 REPEATED = ("include", "exclude", "freeze")  # flags that may be given more than once
+_UNRECORDED = {
+    "model", "out", "overwrite", "dry_run", "source", "base", "data", "eval_data", "model_fn",
+    "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track", "rank_timeout",
+}  # fmt: skip
 
 
 def flag(field: str) -> str:
@@ -49,8 +60,7 @@ class Step(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide the bytes of the result: no paths of this machine."""
-        hidden = {"model", "out", "overwrite", "dry_run", "source", "base", "data", "eval_data", "model_fn"}
-        return self.model_dump(mode="json", exclude=hidden)
+        return self.model_dump(mode="json", exclude=_UNRECORDED)
 
     def at_default(self, name: str) -> bool:
         return getattr(self, name) == type(self).model_fields[name].default
@@ -315,7 +325,11 @@ class FinetuneStep(_DataStep):
     exclude: Patterns = _EXCLUDE
     epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Base optimizer; sgd has momentum 0.9.")
+    optimizer: Annotated[str, AfterValidator(_optimizer)] = Field(
+        "adamw",
+        description="Base optimizer: adamw, sgd (momentum 0.9), adafactor, muon (of matrices, adamw of the "
+        "rest), or MODULE:CLASS or FILE.py:CLASS of torch's interface.",
+    )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "restart"] = Field(
         "restart",
@@ -344,6 +358,40 @@ class FinetuneStep(_DataStep):
         ge=1,
         description="CPU threads. Default: torch's choice; 1 is fastest for a tiny language model.",
     )
+    accumulate: int = Field(
+        1, ge=1,
+        description="Backward passes a step, each on a part of --batch-size: less memory, the same step.",
+    )  # fmt: skip
+    processes: int | None = Field(
+        None, ge=1,
+        description="Processes to start on this machine, one a GPU. Default: this one (or what a launcher "
+        "such as `accelerate launch -m lpsparse` starts).",
+    )  # fmt: skip
+    shard: bool = Field(
+        False,
+        description="Share weights, gradients and averages out among the processes (FSDP2).",
+    )
+    workers: int = Field(0, ge=0, description="Processes that prepare batches, beside each that trains.")
+    resume: str = Field(
+        "auto",
+        description="auto goes on from the training state that an unfinished run left in OUT.partial; never "
+        "starts afresh and deletes it; or the folder of a state.",
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="Steps between training states. Default: every 15 minutes."
+    )  # fmt: skip
+    keep_last: int = Field(2, ge=1, description="Training states to keep.")
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="Experiment tracker that also gets the metrics; tensorboard's files: runs/."
+    )  # fmt: skip
+    rank_timeout: float = Field(
+        600.0, gt=0,
+        description="Seconds that a process waits for the others before the run ends with exit code 6.",
+    )  # fmt: skip
+    max_time: float | None = Field(
+        None, gt=0,
+        description="Minutes after which to save the state and exit 75; the same command goes on.",
+    )  # fmt: skip
     overwrite: bool = _OVERWRITE
     dry_run: bool = _DRY_RUN
 

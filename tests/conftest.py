@@ -231,3 +231,58 @@ def net(tmp_path: Path) -> dict[str, object]:
         "model": tmp_path / "net.pth", "task": "image-classification", "data": str(tmp_path / "images.npz"),
         "model_fn": f"{tmp_path / 'net.py'}:build", "batch_size": 8, "augment": "crop-flip",
     }  # fmt: skip
+
+
+FAULTY = """
+import os
+import signal
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    # Does what TEST_FAULT says: RANK:CALL:WHAT at its CALL-th training pass on process RANK.
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(48, 13), nn.ReLU(), nn.Dropout(0.1), nn.Linear(13, 12), nn.ReLU(),
+            nn.Linear(12, 4),
+        )
+        self.calls = 0
+
+    def forward(self, x):
+        if not self.training:
+            return self.body(x)
+        self.calls += 1
+        rank, call, what = (os.environ.get("TEST_FAULT") or "0:0:").split(":")
+        if rank != os.environ.get("RANK", "0") or int(call) != self.calls:
+            return self.body(x)
+        if what in ("nan", "spike"):
+            return self.body(x) * (float("nan") if what == "nan" else 1e3)
+        for name in what.split("+"):
+            signal.raise_signal(getattr(signal, name))
+        return self.body(x)
+
+def build():
+    return Net()
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> dict[str, object]:
+    """A run of 15 steps of 3 epochs, whose module can be told to fail (FAULTY)."""
+    import torch
+
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    code: dict[str, object] = {}
+    exec(FAULTY, code)
+    torch.manual_seed(5)
+    torch.save(code["build"]().state_dict(), tmp_path / "net.pt")  # type: ignore[operator]
+    y = np.arange(44) % 4
+    x = (np.random.default_rng(1).integers(0, 60, (44, 4, 4, 3)) + 60 * y[:, None, None, None]).astype("u1")
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    return {
+        "model": str(tmp_path / "net.pt"), "task": "image-classification",
+        "data": str(tmp_path / "images.npz"), "model_fn": f"{tmp_path / 'faulty.py'}:build", "batch_size": 8,
+        "epochs": 3, "lr": 0.01, "log_every": 2, "threads": 1,
+    }  # fmt: skip

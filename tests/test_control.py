@@ -11,6 +11,7 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor, nn
 
+from lpsparse import distributed
 from lpsparse.errors import LpsparseError
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
@@ -541,23 +542,26 @@ def test_a_run_that_is_taken_up_again_ends_in_the_same_bits(method: str, score: 
     assert all(torch.equal(whole[name], fresh[name]) for name in whole)
 
 
-def _rank(rank: int, store: str, out: str) -> None:
+def _rank(rank: int, store: str, out: str, way: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    torch.save(_trained(rank, 2), f"{out}/{rank}.pt")
+    torch.save(_trained(rank, 2, way), f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def _trained(rank: int, ranks: int) -> dict[str, Tensor]:
-    """Weights after 50 steps of the default's loop, and of rows, on this rank's share of each batch under
-    DDP, or on all of it."""
+def _trained(rank: int, ranks: int, way: str) -> dict[str, Tensor]:
+    """Weights after 50 steps of the default's loop, and under DDP of rows too, on this rank's share of each
+    batch, or on all of it."""
     torch.manual_seed(19)
-    model = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5)).double()
-    weights = {"0.weight": model[0].weight, "2.weight": model[2].weight}
+    model: nn.Module = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5)).double()
+    if way == "FSDP2" and ranks > 1:
+        distributed.shard(model, [model[0]], bf16=False)  # type: ignore[index]
+    weights = {name: param for name, param in model.named_parameters() if name.endswith("weight")}
     inner = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
-    condition(model, "rows").attach(inner)
+    if way == "DDP":
+        condition(model, "rows").attach(inner)
     step = step_of(target_sparsity="0.5", lr=0.01, decay_share=0.5, score="fisher")
     control = control_of(step, weights, inner, 50)
-    wrapped = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    wrapped = nn.parallel.DistributedDataParallel(model) if ranks > 1 and way == "DDP" else model
     for t in range(50):
         inner.zero_grad()
         inner.param_groups[0]["lr"] = control.rates[t]
@@ -567,12 +571,13 @@ def _trained(rank: int, ranks: int) -> dict[str, Tensor]:
         control.after_backward(t)
         inner.step()
         control.after_step(t)
-    return {name: weight.detach() for name, weight in weights.items()}
+    return {name: distributed.whole(weight.detach()) for name, weight in weights.items()}
 
 
-def test_two_ranks_under_ddp_agree_with_one_process_and_have_its_zeros(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    alone = _trained(0, 1)
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_two_ranks_agree_with_one_process_and_have_its_zeros(way: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path), way), nprocs=2)
+    alone = _trained(0, 1, way)
     assert sum(int((weight == 0).sum()) for weight in alone.values()) == (7 * 13 + 13 * 5) // 2
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

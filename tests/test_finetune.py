@@ -187,7 +187,7 @@ def test_dry_run_says_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_in_training_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_in_training_exits_130_and_keeps_the_state(tmp_path: Path) -> None:
     words = ["finetune", "bundled:stories260k", "out", "--data", "bundled:shakespeare", "--task", "causal-lm"]
     words += [
         "--eval-split",
@@ -208,8 +208,9 @@ def test_ctrl_c_in_training_exits_130_and_leaves_nothing(tmp_path: Path) -> None
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     _, stderr = run.communicate(timeout=60)
-    assert (run.returncode, "interrupted" in stderr, "Traceback" in stderr) == (130, True, False), stderr
-    assert list(tmp_path.iterdir()) == []
+    assert (run.returncode, "Traceback" in stderr) == (130, False), stderr
+    assert "stopped by SIGINT after step" in stderr and "the same command again goes on" in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_a_recipe_trains_again_when_its_data_changed_and_not_otherwise(tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_noise_masks_or_exchanges_words_only_and_follows_its_generator(tiny_bert
     task = prepared("noise")
     assert task.augment is not None
     batch = task.collate(list(task.train) * 20)
-    noisy, again = (task.augment(batch, torch.Generator().manual_seed(3)) for _ in range(2))
+    noisy, again = (task.augment(batch, list(range(len(batch["labels"])))) for _ in range(2))
     assert torch.equal(noisy["input_ids"], again["input_ids"])
     changed = noisy["input_ids"] != batch["input_ids"]
     words = (batch["input_ids"] > 103) & batch["attention_mask"].bool()  # 0 to 103 are special or unused

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lpsparse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "accelerate"}
 # Room -> the rooms it may import from; its own is understood, and the root's version number is everyone's.
-VERBS_MAY = {"training", "pruning", "reporting", "checkpoint", "settings", "recipe", "errors"}
+VERBS_MAY = {"training", "pruning", "reporting", "checkpoint", "settings", "recipe", "distributed", "errors"}
 MAY_IMPORT = {
     "errors": set[str](),
     "recipe": {"errors"},
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "recipe_file": {"settings", "recipe", "errors"},
     "checkpoint": {"errors"},
     "pruning": {"checkpoint", "errors"},
-    "training": {"pruning", "checkpoint", "recipe", "distributed", "errors"},
+    "training": {"pruning", "checkpoint", "recipe", "settings", "distributed", "errors"},
     "reporting": {"checkpoint", "errors", "pruning.prunable"},  # the rule of what counts is one rule
     "integrations": {"training", "checkpoint", "recipe", "errors"},
     "verbs": VERBS_MAY,

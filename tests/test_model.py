@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -53,7 +54,7 @@ def test_a_wrappers_prefix_is_looked_through_and_put_back(tmp_path: Path) -> Non
     assert all(torch.equal(a[name], b[f"module.{name}"]) for name in a)
 
 
-def test_fused_experts_are_refused_and_not_written_untrained(tmp_path: Path) -> None:
+def test_fused_experts_are_trained_and_written_as_the_checkpoints_own_tensors(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -64,8 +65,31 @@ def test_fused_experts_are_refused_and_not_written_untrained(tmp_path: Path) -> 
     MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
     for path in BUNDLED.glob("token*"):
         shutil.copyfile(path, tmp_path / "moe" / path.name)
-    with pytest.raises(LpsparseError, match="renames or fuses") as caught:
-        lpsparse.finetune(tmp_path / "moe", tmp_path / "out", **SMALL)
+    report = lpsparse.finetune(tmp_path / "moe", tmp_path / "out", **SMALL)
+    before, after = state_of(tmp_path / "moe"), state_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert len(experts) == 6 and not any(torch.equal(before[name], after[name]) for name in experts)
+    options = {"task": "causal-lm", "data": "bundled:shakespeare", "max_length": 32}
+    found = lpsparse.evaluate(tmp_path / "out", split=SMALL["eval_split"], **options)
+    assert found["loss"] == pytest.approx(report.quality[0].after, rel=1e-6)
+
+
+def test_what_does_not_turn_back_into_the_checkpoints_tensors_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16,
+        patch_size=8,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    np.savez(tmp_path / "images.npz", x=np.zeros((8, 16, 16, 3), np.uint8), y=np.arange(8) % 2)
+    monkeypatch.setattr("lpsparse.training.model._turned_back", lambda model, tensors: {})
+    given = {"data": tmp_path / "images.npz", "task": "image-classification", "steps": 1}
+    with pytest.raises(LpsparseError, match="renames or fuses 16 tensors") as caught:
+        lpsparse.finetune(tmp_path / "vit", tmp_path / "out", **given)
     assert caught.value.exit_code == ExitCode.INPUT and not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lpsparse import __version__
 from lpsparse.checkpoint.header import unique_json
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, write_json
+from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_json
 from lpsparse.errors import InputError
 
 
@@ -84,9 +84,10 @@ def own_manifest(checkpoint: Checkpoint) -> "Manifest | None":
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The files of OUT that are hashed: all but the manifest, the metrics and our own mark."""
-    unhashed = {folder / name for name in (MANIFEST, METRICS, OWNER, REPLACED)}
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in unhashed]
+    """The files of OUT that are hashed: all but manifest, metrics, training states and our own mark."""
+    unhashed = {MANIFEST, METRICS, OWNER, REPLACED, STATE}
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in found if path.relative_to(folder).parts[0] not in unhashed]
 
 
 def write_manifest(

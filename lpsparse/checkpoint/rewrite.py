@@ -80,6 +80,16 @@ def rewrite(
     return counts
 
 
+def follow(source: Checkpoint) -> None:
+    """Read what `rewrite` to dense reads, in its order, and write nothing: for the processes that only give
+    their parts of the tensors."""
+    for path in source.files:
+        tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
+        for tensor in (*tensors, *tensors):  # counted first, then written
+            for _ in tensor.blocks():
+                pass
+
+
 def _stream(source: Checkpoint, tensor: Tensor, cut: Cut | None) -> Callable[[], Blocks]:
     def blocks() -> Blocks:
         if not DTYPES[tensor.dtype].is_float:

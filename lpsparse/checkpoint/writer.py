@@ -25,8 +25,11 @@ MANIFEST = "lpsparse.json"
 REPORT = "report.json"
 CARD = "README.md"
 METRICS = "metrics.jsonl"
+STATE = ".lpsparse-state"  # folder in OUT.partial of an unfinished run's training states
 OURS = (MANIFEST, REPORT, METRICS)  # of an earlier run on the source: never carried over
 OWNER = ".lpsparse-owner.json"
+_NEW = f"{OWNER}.new"
+_NOBODY = -1  # a process id that no process has
 REPLACED = (
     ".lpsparse-replaced"  # in an OUT that is being exchanged: only such an OUT.old is put back or deleted
 )
@@ -58,7 +61,7 @@ def check_output(
     if out.name in ("", ".."):
         raise OutputError(401, f"{out}: exists already", mend="choose another OUT")
     try:
-        os.lstat(out.with_name(out.name + ".partial"))
+        os.lstat(partial_of(out))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # a name too long, a folder closed to us
@@ -98,17 +101,19 @@ def check_output(
 
 
 @contextmanager
-def output_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
-    """A sibling `OUT.partial` to write into; renamed to OUT on success, removed on any failure.
+def output_folder(out: Path, *, overwrite: bool = False, resumes: bool = False) -> Generator[Path]:
+    """A sibling `OUT.partial` to write into; renamed to OUT on success, removed on any failure, unless it
+    holds training states: these stay, and with `resumes` an earlier run's are found there again.
 
     Raises StateError when a living process holds it.
     """
-    partial = out.with_name(out.name + ".partial")
-    _take(partial)
+    partial = partial_of(out)
+    _take(partial, resumes=resumes)
     try:
         yield partial
         fsync(partial)
         _exchange(partial, out, overwrite=overwrite)
+        shutil.rmtree(out / STATE, ignore_errors=True)
         (out / OWNER).unlink()  # not before: killed in between, nobody could tell that OUT.partial was ours
         fsync(out)
         fsync(out.absolute().parent)
@@ -119,32 +124,65 @@ def output_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
         ) from error
     finally:
         if partial.exists():
-            remove_ours(partial, OWNER)
+            if has_states(partial):
+                _own(partial, _NOBODY)
+            else:
+                remove_ours(partial, OWNER)
 
 
-def _take(partial: Path) -> None:
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def has_states(partial: Path) -> bool:
+    """Whether a run left training states there."""
+    return any(path.name[5:].isdecimal() for path in (partial / STATE).glob("step-*"))
+
+
+def _take(partial: Path, *, resumes: bool) -> None:
     if os.path.lexists(partial):
         host, pid = _holder(partial)
-        if host != socket.gethostname() or psutil.pid_exists(pid):
+        if pid != _NOBODY and (host != socket.gethostname() or psutil.pid_exists(pid)):
             what = f"{partial}: process {pid} on {host} is writing it"
             raise StateError(702, what, mend="wait for it, or delete it if that run is dead")
+        if resumes and has_states(partial):
+            _take_over(partial)
+            return
         remove_ours(partial, OWNER)  # left by a killed run; nothing in it was ever finished
     try:
         partial.mkdir()
-        with (partial / OWNER).open("x") as file:
-            json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+        _own(partial, os.getpid())
     except OSError as error:
         raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
 
 
+def _take_over(partial: Path) -> None:
+    """Of an unfinished run all but its states and metrics goes. Of two that try only one can."""
+    try:
+        (partial / OWNER).rename(partial / f"{OWNER}.{os.getpid()}")
+    except FileNotFoundError:
+        what = f"{partial}: another process is taking it"
+        raise StateError(702, what, mend="wait for it, or delete it if that run is dead") from None
+    _own(partial, os.getpid())
+    for path in partial.iterdir():
+        if path.name not in (OWNER, STATE, METRICS):
+            _remove(path)
+
+
+def _own(partial: Path, pid: int) -> None:
+    fresh = partial / _NEW
+    fresh.write_text(json.dumps({"pid": pid, "host": socket.gethostname()}))
+    fresh.replace(partial / OWNER)
+
+
 def _holder(partial: Path) -> tuple[str, int]:
-    """Host and process that hold a `.partial`; process -1 when it died before it could say so."""
+    """Host and process that hold a `.partial`; nobody when it died before it could say so."""
     try:
         holder = json.loads((partial / OWNER).read_text())
         return str(holder["host"]), int(holder["pid"])
     except (OSError, ValueError, KeyError, TypeError):
-        if partial.is_dir() and not partial.is_symlink() and set(os.listdir(partial)) <= {OWNER}:
-            return socket.gethostname(), -1
+        if partial.is_dir() and not partial.is_symlink() and set(os.listdir(partial)) <= {OWNER, _NEW}:
+            return socket.gethostname(), _NOBODY
         raise StateError(701, f"{partial}: exists and is not ours", mend="move it away") from None
 
 
@@ -164,11 +202,16 @@ def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:
 def remove_ours(folder: Path, mark: str) -> None:
     """Delete a folder of ours, the mark that it is ours last: killed in between, it can still be told."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != mark:
-            path.unlink()
+        if path.name != mark:
+            _remove(path)
     shutil.rmtree(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def fsync(path: Path) -> None:

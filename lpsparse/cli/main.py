@@ -1,15 +1,19 @@
 """Assemble the commands, and turn every failure into two lines and an exit code."""
 
+import json
+import os
 import sys
+import time
 from io import TextIOWrapper
+from pathlib import Path
 from traceback import print_exc
 from typing import Annotated, Any
 
 import typer
 
 from lpsparse import __version__
-from lpsparse.cli.output import silence, tell
-from lpsparse.errors import ExitCode, LpsparseError
+from lpsparse.cli.output import is_first, silence, tell
+from lpsparse.errors import ExitCode, LaunchError, LpsparseError
 from lpsparse.settings import check_environment
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
@@ -45,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     except LpsparseError as error:
         if debug:
             print_exc()
-        _say_error(error.code, error.what, error.mend)
+        if not isinstance(error, LaunchError):  # the process that failed has said why
+            _say_error(error.code, error.what, error.mend)
         _leave("", error.exit_code)
     except (BrokenPipeError, SystemExit):  # nobody reads on; SystemExit is how Typer takes it
         silence(sys.stdout)
@@ -82,7 +87,12 @@ def _say_error(code: str, what: str, mend: str) -> None:
     from lpsparse.reporting.text import clean, shorten
 
     what = shorten(clean(what), 1000)  # a hostile name may be as long as a header
-    tell(f"error[{code}]: {what}\n  mend: {clean(mend)}")
+    text = f"error[{code}]: {what}\n  mend: {clean(mend)}"
+    note = os.environ.get("TORCHELASTIC_ERROR_FILE")  # where a launcher looks for the error of a process
+    if note:
+        Path(note).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    if is_first():
+        tell(text)
 
 
 def _leave(text: str, code: ExitCode) -> None:

@@ -13,9 +13,15 @@ from typing import Any, Self, TextIO
 from lpsparse.reporting.text import clean
 
 
+def is_first() -> bool:
+    """Whether this is process 0 of a job, or alone: the others are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_result(text: str) -> None:
     """Print on stdout; a reader that has gone away (`| head -1`) is no error."""
-    _write(sys.stdout, text)
+    if is_first():
+        _write(sys.stdout, text)
 
 
 def tell(text: str) -> None:
@@ -45,7 +51,7 @@ def teller(quiet: bool) -> Callable[[str], None]:
     """A function that says one message on stderr, or nothing when quiet."""
 
     def say(text: str) -> None:
-        if not quiet:
+        if not quiet and is_first():
             tell(clean(text))
 
     return say
@@ -63,8 +69,8 @@ class TrainingBar:
     a line every 15 seconds elsewhere. Give `update` to a verb."""
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.live = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.quiet = quiet or not is_first()
+        self.live = not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._bar: Any = None
         self._task: Any = None
         self._said = self._started = time.monotonic()

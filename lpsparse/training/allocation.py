@@ -18,18 +18,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lpsparse import distributed
 from lpsparse.errors import UsageError
 
 SHARES = ("global", "lamp", "uniform", "erk")
 SETTLED = 10  # steps; before them an average of squared gradients is mostly noise
 
 
-def kth_smallest(values: Tensor, count: int) -> Tensor:
+def kth_smallest(values: Tensor, count: int, *, across: bool = False) -> Tensor:
     """The count-th smallest (count from 1) of a flat tensor that is not negative, 0-dim.
 
     float32 on a CPU: looked for among those alone that share its upper 16 bits, which takes a fourth of the
-    time (such bits are in the order of the numbers).
+    time (such bits are in the order of the numbers). `across`: of the values of all processes, found by the
+    counts of each 16 bits; all processes call it.
     """
+    if across:
+        return _kth_across(values, count)
     if values.device.type != "cpu" or values.dtype != torch.float32:
         return values.kthvalue(count).values
     upper = values.view(torch.int32) >> 16
@@ -37,6 +41,19 @@ def kth_smallest(values: Tensor, count: int) -> Tensor:
     bucket = int((reached < count).sum())
     before = int(reached[bucket - 1]) if bucket else 0
     return values[upper == bucket].kthvalue(count - before).values
+
+
+def _kth_across(values: Tensor, count: int) -> Tensor:
+    kind = torch.int64 if values.element_size() == 8 else torch.int32
+    bits, found = values.view(kind), 0
+    left = bits
+    for shift in range(8 * values.element_size() - 16, -1, -16):
+        digits = (left >> shift) & 0xFFFF
+        reached = distributed.summed(torch.bincount(digits, minlength=1 << 16)).cumsum(0)
+        digit = int((reached < count).sum())
+        count -= int(reached[digit - 1]) if digit else 0
+        left, found = left[digits == digit], found << 16 | digit
+    return torch.tensor([found], dtype=kind).view(values.dtype)[0].to(values.device)
 
 
 @torch.no_grad()
@@ -53,8 +70,8 @@ def keep_only_(values: Tensor, keep: Tensor) -> None:
 
 @torch.no_grad()
 def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
-    """|w| * sqrt(v), shaped like the weights. Raises UsageError for weights of which the optimizer keeps no
-    v: those that get no gradient."""
+    """|w| * sqrt(v), shaped like the weights; of sharded ones, like this process's parts. Raises UsageError
+    for weights of which the optimizer keeps no v: those that get no gradient."""
     betas: dict[int, Any] = {
         id(p): group.get("betas") for group in optimizer.param_groups for p in group["params"]
     }
@@ -65,29 +82,35 @@ def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor
         raise UsageError(227, what, mend="--exclude it, or use --score magnitude")
     for name, weight in weights.items():
         state: dict[str, Any] = optimizer.state[weight]
-        average = state["exp_avg_sq"] / (1 - betas[id(weight)][1] ** float(state["step"]))
-        scores[name] = average.sqrt_().add_(torch.finfo(weight.dtype).eps ** 2).mul_(weight.detach().abs())
+        average = distributed.local(state["exp_avg_sq"]) / (1 - betas[id(weight)][1] ** float(state["step"]))
+        size = distributed.local(weight.detach()).abs()
+        scores[name] = average.sqrt_().add_(torch.finfo(weight.dtype).eps ** 2).mul_(size)
     return scores
 
 
 @torch.no_grad()
-def allocate(scores: dict[str, Tensor], count: int, share: str) -> dict[str, int]:
+def allocate(scores: dict[str, Tensor], count: int, share: str, *, across: bool = False) -> dict[str, int]:
     """How many of `count` zeros each tensor gets; ties by tensor name, then position. Exact in sum.
-    `scores` are not negative; one that is exactly 0 goes before any other, whatever the shares."""
+    `scores` are not negative; one that is exactly 0 goes before any other, whatever the shares.
+    `across` (global only): each process has consecutive parts of all tensors, by rank, and gets the zeros
+    of its own parts; all processes call it."""
     names = sorted(scores)
     if count == 0 or not names:
         return dict.fromkeys(names, 0)
     if share in ("uniform", "erk"):
         return _by_shape({name: scores[name] for name in names}, count, share)
     ranked = [_lamp(scores[name]) if share == "lamp" else scores[name].abs().flatten() for name in names]
-    threshold = kth_smallest(torch.cat(ranked), count)
-    counts = {name: int((score < threshold).sum()) for name, score in zip(names, ranked, strict=True)}
-    left = count - sum(counts.values())
-    for name, score in zip(names, ranked, strict=True):
-        ties = min(left, int((score == threshold).sum()))
-        counts[name] += ties
-        left -= ties
-    return counts
+    threshold = kth_smallest(torch.cat(ranked), count, across=across)
+    below = [int((score < threshold).sum()) for score in ranked]
+    ties = [int((score == threshold).sum()) for score in ranked]
+    found = distributed.gathered((below, ties)) if across else [(below, ties)]
+    left = count - sum(sum(each) for each, _ in found)
+    for k in range(len(names)):
+        for rank, (_, at) in enumerate(found):
+            taken = min(left, at[k])
+            below[k] += taken if len(found) == 1 or rank == distributed.rank() else 0
+            left -= taken
+    return dict(zip(names, below, strict=True))
 
 
 def _by_shape(scores: dict[str, Tensor], count: int, share: str) -> dict[str, int]:

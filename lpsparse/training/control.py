@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lpsparse import distributed
 from lpsparse.pruning.select import target_count
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training.allocation import allocate, fisher, keep_only_, kth_smallest, smallest_masks
@@ -36,11 +37,11 @@ SETTLE_EDGE = 0.25  # of w_kill: without a target, what falls in the last steps 
 NEAR_ZERO = 0.05  # of the starting threshold: what lies below this has arrived, as far as a cut can tell
 
 
-def quantile(weights: Iterable[Tensor], count: int) -> float:
+def quantile(weights: Iterable[Tensor], count: int, *, across: bool = False) -> float:
     """The count-th smallest magnitude (count from 1) over all tensors; 0 when count is 0."""
     if count == 0:
         return 0.0
-    return float(kth_smallest(torch.cat([w.detach().abs().flatten() for w in weights]), count))
+    return float(kth_smallest(torch.cat([w.detach().abs().flatten() for w in weights]), count, across=across))
 
 
 class SparsityControl:
@@ -54,8 +55,9 @@ class SparsityControl:
         if step.score == "auto":
             raise ValueError("score auto is not resolved")
         self.step, self.weights, self.optimizer, self.phases = step, weights, optimizer, phases
+        self.across = any(distributed.is_sharded(w) for w in weights.values())
         self.size = sum(w.numel() for w in weights.values())
-        self.start = sum(int((w == 0).sum()) for w in weights.values())
+        self.start = self.zeros()
         self.target = step.target_sparsity
         self.rates = [step.lr * phases.rate(t) for t in range(phases.steps)]
         self.sum_lr = sum(self.rates[: phases.cut_at])
@@ -79,7 +81,7 @@ class SparsityControl:
                 given *= 2 / step.factors  # p = 2 / D
             self.factors = Factors(weights, optimizer, step.factors, self.sum_lr, given)
         if step.keep_zeros:
-            self.masks = {name: w != 0 for name, w in weights.items()}
+            self.masks = {name: w != 0 for name, w in self._parts().items()}
         if step.method in ("one-shot", "rigl"):
             self._cut(self._count(self.target or Decimal(0)))
 
@@ -110,8 +112,10 @@ class SparsityControl:
 
     def _edges(self, count: int) -> dict[str, float]:
         """The magnitude under which each tensor has its share of `count` weights; 0 where that is none."""
-        counts = allocate(self._magnitudes(), count, self.step.allocation)
-        return {name: quantile([weight], counts[name]) for name, weight in self.weights.items()}
+        sizes, across = self._magnitudes(), self.across
+        own = allocate(sizes, count, self.step.allocation, across=across)
+        counts = dict(zip(sorted(own), self._sums([own[name] for name in sorted(own)]), strict=True))
+        return {name: quantile([size], counts[name], across=across) for name, size in sizes.items()}
 
     def _base_lambda(self) -> float:
         step = self.step
@@ -136,8 +140,16 @@ class SparsityControl:
         begin, end = self.start / self.size, float(self.target)
         return self._count(Decimal(begin + (end - begin) * self.phases.rise(t)))
 
+    def _parts(self) -> dict[str, Tensor]:
+        """The values of the weights, as far as this process has them, on the same memory."""
+        return {name: distributed.local(weight.detach()) for name, weight in self.weights.items()}
+
+    def _sums(self, counts: list[int]) -> list[int]:
+        """Counts of this process's parts as counts of the whole."""
+        return [int(count) for count in distributed.sums(counts)] if self.across else counts
+
     def _magnitudes(self) -> dict[str, Tensor]:
-        return {name: weight.detach().abs() for name, weight in self.weights.items()}
+        return {name: part.abs() for name, part in self._parts().items()}
 
     def _scores(self) -> dict[str, Tensor]:
         """What ranks the weights now. Raises UsageError where fisher knows nothing of one of them."""
@@ -151,7 +163,7 @@ class SparsityControl:
             score.clamp_(min=torch.finfo(score.dtype).tiny)
         for name, keep in self.masks.items():
             scores[name].masked_fill_(~keep, 0.0)
-        return smallest_masks(scores, allocate(scores, count, self.step.allocation))
+        return smallest_masks(scores, allocate(scores, count, self.step.allocation, across=self.across))
 
     @torch.no_grad()
     def before_step(self, t: int) -> None:
@@ -169,18 +181,19 @@ class SparsityControl:
                 share = phases.progress(t)
                 self.decay.set_p(self.step.p_start + (self.p - self.step.p_start) * share)
         if self.selective and self.step.masked_forward and self.spare and decaying:
-            for name, weight in self.weights.items():
+            for name, part in self._parts().items():
                 if name not in self._covered:
-                    self._covered[name] = torch.empty_like(weight)
-                self._covered[name].copy_(weight)
-                keep_only_(weight, self.spare[name])
+                    self._covered[name] = torch.empty_like(part)
+                self._covered[name].copy_(part)
+                keep_only_(part, self.spare[name])
             self._is_covered = True
 
     def _lambda(self, t: int) -> float:
         assert self.decay is not None
         if self.target is None and t >= self.phases.cut_at:  # settling
             edge = SETTLE_EDGE * self.w_kill
-            self.decay.spare = {id(weight): weight.abs() >= edge for weight in self.weights.values()}
+            parts = self._parts()
+            self.decay.spare = {id(self.weights[name]): part.abs() >= edge for name, part in parts.items()}
             return self.base_lambda * max(self.rates) / max(self.rates[t], 1e-9 * max(self.rates))
         return self.base_lambda * self.steering * min(1.0, (t + 1) / self.phases.warmup)
 
@@ -201,8 +214,9 @@ class SparsityControl:
         """Uncover, exchange weights where the method does, and let clipping and momentum see only what
         lives."""
         if self._is_covered:
+            parts = self._parts()
             for name, values in self._covered.items():
-                self.weights[name].copy_(values)
+                parts[name].copy_(values)
             self._is_covered = False
         if self.step.method == "rigl" and is_due(t, self.phases.steps):
             self.masks = regrow(self.weights, self.masks, t, self.phases.steps)
@@ -211,7 +225,7 @@ class SparsityControl:
         for name, keep in self.masks.items():
             grad = self.weights[name].grad
             if grad is not None:
-                keep_only_(grad, keep)
+                keep_only_(distributed.local(grad), keep)
 
     @torch.no_grad()
     def after_step(self, t: int) -> None:
@@ -224,15 +238,14 @@ class SparsityControl:
             self._cut(self.scheduled(done))
         elif self.step.method in ("lp", "l1", "dwf") and self.target is not None and done == cut_at:
             if self.factors is not None:
-                self.factors.remove()
-                self.factors = None
+                self._drop_factors()
             self._cut(self._count(self.target))
         else:
             self._hold()
 
     @torch.no_grad()
     def _cut(self, count: int) -> None:
-        held = sum(int((~keep).sum()) for keep in self.masks.values())
+        held = self._sums([sum(int((~keep).sum()) for keep in self.masks.values())])[0]
         self.masks = self._choose(max(count, held))
         self._hold()
         self._forget()
@@ -243,30 +256,52 @@ class SparsityControl:
         for name, keep in self.masks.items():
             state: dict[str, Any] = self.optimizer.state.get(self.weights[name], {})
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == keep.shape and key != "exp_avg_sq":
-                    value.masked_fill_(~keep, 0.0)
+                part = distributed.local(value) if isinstance(value, Tensor) else None
+                if part is not None and part.shape == keep.shape and key != "exp_avg_sq":
+                    part.masked_fill_(~keep, 0.0)
 
     @torch.no_grad()
     def _hold(self) -> None:
+        parts = self._parts()
         for name, keep in self.masks.items():
-            keep_only_(self.weights[name], keep)
+            keep_only_(parts[name], keep)
 
     @torch.no_grad()
     def near_zero(self) -> float:
         """Fraction of the prunable weights that are as good as zero."""
-        arrived = ((w.abs() <= NEAR_ZERO * self.aim[name]).sum() for name, w in self.weights.items())
-        return sum(int(count) for count in arrived) / max(1, self.size)
+        arrived = ((w.abs() <= NEAR_ZERO * self.aim[name]).sum() for name, w in self._parts().items())
+        return self._sums([sum(int(count) for count in arrived)])[0] / max(1, self.size)
 
     @torch.no_grad()
     def zeros(self) -> int:
-        return sum(int((w == 0).sum()) for w in self.weights.values())
+        return self._sums([sum(int((w == 0).sum()) for w in self._parts().values())])[0]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights and the optimizer's state; tensors and numbers only."""
-        return {"steering": self.steering, "masks": dict(self.masks), "spare": dict(self.spare)}
+        factors = None if self.factors is None else self.factors.factors
+        return {
+            "steering": self.steering, "masks": dict(self.masks), "spare": dict(self.spare),
+            "factors": factors, "start": self.start, "aim": self.aim,
+            "base_lambda": None if self.decay is None else self.base_lambda,
+        }  # fmt: skip
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steering = float(state["steering"])
+        """Before the optimizer's state is loaded: the factors in it may be gone by then."""
+        self.steering, self.start, self.aim = float(state["steering"]), state["start"], dict(state["aim"])
+        if self.decay is not None:
+            self.base_lambda = state["base_lambda"]
         self.masks, self.spare = dict(state["masks"]), dict(state["spare"])
         if self.decay is not None and self.selective:
             self.decay.spare = {id(self.weights[name]): keep for name, keep in self.spare.items()}
+        if self.factors is not None and state["factors"] is None:
+            self._drop_factors()
+        for name, saved in (state["factors"] or {}).items():
+            assert self.factors is not None
+            for factor, value in zip(self.factors.factors[name], saved, strict=True):
+                factor.copy_(value)
+
+    def _drop_factors(self) -> None:
+        assert self.factors is not None
+        self.factors.remove()
+        self.factors = None

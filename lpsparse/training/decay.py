@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from lpsparse import distributed
 from lpsparse.errors import UsageError
 from lpsparse.training.compiled import FLUSH, compiled
 
@@ -177,17 +178,18 @@ class LpDecay:
         self._kept.clear()
         shared: dict[tuple[int, torch.device], Tensor] = {}  # the scalars of this step, moved once
         for param, group in self._decayed():
-            kept, spare = torch.empty_like(param), self.spare.get(id(param))
+            w, spare = distributed.local(param.detach()), self.spare.get(id(param))
+            kept = torch.empty_like(w)
             name = "fill" if spare is None else "fill unspared"
             if self._needs_old():
-                kept.copy_(param)
-            elif (fill := self._kernel(name, param, group["lp_p"])) is not None:
+                kept.copy_(w)
+            elif (fill := self._kernel(name, w, group["lp_p"])) is not None:
                 key = (id(group), param.device)
                 shared[key] = shared[key] if key in shared else _scalars(group, param.device)
-                given = [kept, param.detach(), *([] if spare is None else [spare.view(torch.uint8)])]
+                given = [kept, w, *([] if spare is None else [spare.view(torch.uint8)])]
                 fill(*(each.view(-1) for each in given), shared[key])
             else:
-                _chunked(self._divisor(group), kept, param, spare)
+                _chunked(self._divisor(group), kept, w, spare)
             self._kept[id(param)] = kept
 
     def _kernel(self, name: str, param: Tensor, p: float = 0.0) -> Callable[..., None] | None:
@@ -218,16 +220,17 @@ class LpDecay:
             kept = self._kept.pop(id(param), None)
             if kept is None or param.grad is None:
                 continue
+            v = distributed.local(param.detach())
             if self._needs_old():
                 lp_(
-                    param, kept, lr=float(group["lr"]), p=group["lp_p"], lambda_p=group["lp_lambda"],
+                    v, kept, lr=float(group["lr"]), p=group["lp_p"], lambda_p=group["lp_lambda"],
                     lambda_2=group["lp_l2"], prox=self.prox, cautious=self.cautious,
                     spare=self.spare.get(id(param)),
                 )  # fmt: skip
-            elif (divide := self._kernel("divide", param)) is not None:
-                divide(param.detach().view(-1), kept.view(-1))
+            elif (divide := self._kernel("divide", v)) is not None:
+                divide(v.view(-1), kept.view(-1))
             else:
-                _chunked(divide_, param, kept)
+                _chunked(divide_, v, kept)
 
 
 def loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lpsparse import distributed
 from lpsparse.checkpoint import opening
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.opening import Blocks, Checkpoint
@@ -40,6 +41,18 @@ class Loaded:
     notes: tuple[str, ...]
     origin: dict[str, str] = field(default_factory=dict[str, str])  # name in OUT -> name in the checkpoint
     dtypes: dict[str, str] = field(default_factory=dict[str, str])  # name in OUT -> storage dtype of a float
+    # Name in OUT of a tensor that is a part of a fused one -> the fused one in the module, which is its own
+    # name in `names` and `dtypes`; and the part's shape.
+    fused: dict[str, tuple[str, tuple[int, ...]]] = field(
+        default_factory=dict[str, tuple[str, tuple[int, ...]]]
+    )
+
+    def parts(self) -> dict[str, list[str]]:
+        """Fused tensor -> the names in OUT of its parts."""
+        found: dict[str, list[str]] = {}
+        for out, (name, _) in self.fused.items():
+            found.setdefault(name, []).append(out)
+        return found
 
     @torch.no_grad()
     def round_to_storage(self) -> None:
@@ -48,7 +61,8 @@ class Loaded:
         state = self.module.state_dict()
         for name, out in self.names.items():
             if out in self.dtypes:
-                state[name].copy_(state[name].to(TORCH_DTYPES[self.dtypes[out]]))
+                values = distributed.local(state[name])
+                values.copy_(values.to(TORCH_DTYPES[self.dtypes[out]]))
 
 
 def to_tensor(tensor: opening.Tensor) -> Tensor:
@@ -148,21 +162,67 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
         )
         raise InputError(396, what, mend="check --task and config.json")
     sources = _sources(model, keys)
-    _refuse_untraced(checkpoint, model, {*sources, *missing})
+    fused, own = _trace(model, state, sources)
+    if fused and missing:
+        what = f"{checkpoint.name}: transformers fuses its tensors, and it has no head for the task yet"
+        raise InputError(396, what, mend="add a head with transformers, save it, then use that")
+    _refuse_untraced(checkpoint, model, {*sources, *missing, *fused.values()})
     # The source's own keys; the class's own where the class adds a head, so that it finds them all.
     names = {
-        name: name if missing else wrapper + sources[name]
+        name: own.get(str(name), str(name)) if missing else wrapper + sources[name]
         for name in model.state_dict()
         if name in sources or name in missing
     }
+    names |= {name: name for name in fused.values()}
     origin = {names[name]: wrapper + key for name, key in sources.items()}
-    left = sorted(key for key in keys - set(sources.values()) if not key.endswith("position_ids"))
+    known = {*sources.values(), *fused}
+    left = sorted(key for key in keys - known if not key.endswith("position_ids"))
     notes = [f"carried over, not part of {type(model).__name__}: {', '.join(left[:5])}"] if left else []
     if wrapper:
         notes.append(f"prefix {wrapper!r} looked through" + ("" if missing else "; it is kept in OUT"))
     if missing:
         notes.append(f"fresh head: {', '.join(missing)}")
-    return Loaded(model, names, tuple(missing), tuple(notes), origin, _dtypes(checkpoint, origin, missing))
+    dtypes = _dtypes(checkpoint, {**origin, **{name: wrapper + key for key, name in fused.items()}}, missing)
+    parts = {wrapper + key: (name, tuple(state[key].shape)) for key, name in fused.items()}
+    return Loaded(model, names, tuple(missing), tuple(notes), origin, dtypes, parts)
+
+
+def _trace(
+    model: Any, state: dict[str, Tensor], sources: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Of the checkpoint's keys that no tensor of the module is called by: into `sources` those that
+    transformers renames, and as the result those that it fuses, key -> fused tensor; and what a checkpoint of
+    this very class calls the renamed, module name -> key.
+
+    transformers knows how to turn its names and tensors back; it is asked to do so for tensors that hold
+    their own number. What does not come back bit for bit is left out.
+    """
+    own = model.state_dict()
+    numbers = {i: name for i, name in enumerate(own) if name not in sources}
+    left = set(state) - set(sources.values())
+    if not numbers or not left:
+        return {}, {}
+    prefix = f"{model.base_model_prefix}."
+    marks = {name: torch.tensor(float(i)).expand(own[name].shape) for i, name in numbers.items()}
+    fused: dict[str, str] = {}
+    called: dict[str, str] = {}
+    for full, mark in _turned_back(model, marks).items():
+        key = full if full in left else full.removeprefix(prefix)  # a base model's have no prefix
+        if key not in left or not mark.numel() or (mark != mark.flatten()[0]).any():
+            continue
+        name = numbers[int(mark.flatten()[0])]
+        if mark.shape == own[name].shape and torch.equal(own[name], state[key].to(own[name].dtype)):
+            sources[name], called[name] = key, full
+        elif torch.equal(_turned_back(model, {name: own[name]})[full], state[key].to(own[name].dtype)):
+            fused[key] = name
+    return fused, called
+
+
+def _turned_back(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a transformers module by the names and in the shapes that its checkpoints have."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
 
 
 def first_line(error: Exception) -> str:
@@ -249,6 +309,9 @@ def trained_checkpoint(source: Checkpoint, loaded: Loaded) -> Checkpoint:
     }
     by_source = {key: out for out, key in loaded.origin.items()}
     tensors = [_replaced(tensor, by_source.get(tensor.name), values) for tensor in source.tensors]
+    for key, (name, _) in loaded.fused.items():
+        place = next(i for i, tensor in enumerate(tensors) if tensor.name == key)
+        tensors[place] = _part_of(loaded.module, name, tensors[place])
     last = source.files[-1].name
     tensors += [_from_training(name, loaded.dtypes[name], last, values[name]) for name in loaded.new]
     return Checkpoint(
@@ -260,10 +323,26 @@ def _replaced(tensor: opening.Tensor, out: str | None, values: dict[str, Tensor]
     return tensor if out is None else _from_training(out, tensor.dtype, tensor.file, values[out])
 
 
+def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Tensor:
+    """`tensor` of the source with the values that it has in the fused tensor `name` of the module."""
+
+    def blocks() -> Blocks:
+        whole = distributed.whole(module.state_dict()[name])
+        turned = _turned_back(module, {name: whole})
+        key = tensor.name if tensor.name in turned else tensor.name.removeprefix("module.")
+        value = turned[key]
+        yield 0, from_tensor(value, tensor.dtype).reshape(tensor.shape[0] if tensor.shape else 1, -1)
+
+    return opening.Tensor(
+        tensor.name, tensor.dtype, tensor.shape, tensor.file, "dense", tensor.nbytes, blocks
+    )
+
+
 def _from_training(name: str, dtype: str, file: str, value: Tensor) -> opening.Tensor:
     def blocks() -> Blocks:
         if value.numel():
-            yield 0, from_tensor(value, dtype).reshape(value.shape[0] if value.ndim else 1, -1)
+            whole = distributed.whole(value)  # one tensor at a time, on all processes
+            yield 0, from_tensor(whole, dtype).reshape(value.shape[0] if value.ndim else 1, -1)
 
     nbytes = value.numel() * DTYPES[dtype].bits // 8
     return opening.Tensor(name, dtype, tuple(value.shape), file, "dense", nbytes, blocks)

@@ -1,4 +1,4 @@
-"""--model-fn: the module of a bare state dict, built by code that the person at the terminal names."""
+"""Code that the person at the terminal names: --model-fn builds the module of a bare state dict with it."""
 
 import importlib
 import importlib.util
@@ -14,16 +14,9 @@ from lpsparse.errors import UsageError
 
 def build(model_fn: str, folder: Path | None = None) -> nn.Module:
     """Call MODULE:CALLABLE or FILE.py:CALLABLE, which the person at the terminal named, not a checkpoint."""
-    where, _, name = model_fn.rpartition(":")
-    if not where or not name:
-        raise UsageError(
-            240, f"--model-fn {model_fn!r}: not MODULE:CALLABLE or FILE.py:CALLABLE", mend="see --help"
-        )
+    function = load_code(model_fn, "--model-fn", folder)
     try:
-        function: Callable[[], Any] = getattr(_import(where, folder), name)
         module = function()
-    except UsageError:
-        raise
     except (Exception, SystemExit) as error:  # it is the person's own code: it may do anything
         what = f"--model-fn {model_fn!r}: {type(error).__name__}: {error}"
         raise UsageError(241, what, mend="mend it; it is called without arguments") from error
@@ -34,7 +27,21 @@ def build(model_fn: str, folder: Path | None = None) -> nn.Module:
     return module
 
 
-def _import(where: str, folder: Path | None) -> Any:
+def load_code(spec: str, flag: str, folder: Path | None = None) -> Callable[..., Any]:
+    """What MODULE:NAME or FILE.py:NAME is. Raises UsageError, naming `flag`."""
+    where, _, name = spec.rpartition(":")
+    if not where or not name:
+        raise UsageError(240, f"{flag} {spec!r}: not MODULE:NAME or FILE.py:NAME", mend="see --help")
+    try:
+        return getattr(_import(where, folder, flag), name)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:  # it is the person's own code: it may do anything
+        what = f"{flag} {spec!r}: {type(error).__name__}: {error}"
+        raise UsageError(241, what, mend="mend it, or name another") from error
+
+
+def _import(where: str, folder: Path | None, flag: str) -> Any:
     if not where.endswith(".py"):
         sys.path.insert(0, "")
         try:
@@ -44,7 +51,7 @@ def _import(where: str, folder: Path | None) -> Any:
     path = Path(where) if folder is None or Path(where).exists() else folder / where
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise UsageError(241, f"--model-fn: {where}: no such file", mend="check the path")
+        raise UsageError(241, f"{flag}: {where}: no such file", mend="check the path")
     code = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(code)
     return code

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpsparse import distributed
 from lpsparse.errors import InputError, UsageError
 from lpsparse.pruning.prunable import choose
 from lpsparse.recipe import FinetuneStep
+from lpsparse.training import optimizers
 from lpsparse.training.allocation import SETTLED
 from lpsparse.training.conditioning import condition
 from lpsparse.training.conditioning.base import Conditioning
-from lpsparse.training.tasks.base import Task
+from lpsparse.training.model import Loaded
 
 
 def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneStep:
@@ -35,25 +37,54 @@ def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneSt
     return step.model_copy(update={key: best for key, best in auto.items() if getattr(step, key) == "auto"})
 
 
+def check_shard(step: FinetuneStep) -> None:
+    """Raises UsageError for what needs whole tensors, or other processes."""
+    if distributed.ranks() == 1:
+        raise UsageError(
+            232, "--shard: there is one process to share among", mend="add --processes 2 or more"
+        )
+    whole = {
+        "--condition": step.condition != "none" and step.condition,
+        "--method": step.method in ("dwf", "rigl") and step.method,
+        "--optimizer": step.optimizer == "muon" and step.optimizer,
+        "--allocation": step.allocation != "global" and step.allocation,
+    }
+    for name, value in whole.items():
+        if value:
+            what = f"{name} {value} needs whole tensors, which --shard does not keep together"
+            raise UsageError(233, what, mend=f"leave --shard out, or choose another {name}")
+
+
 def choose_weights(
-    step: FinetuneStep, task: Task
+    step: FinetuneStep, loaded: Loaded
 ) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
     """Which tensors of OUT may be cut, and those that are
     trained here, by their name in OUT; frozen ones set."""
-    names = task.loaded.names
+    names, parts = loaded.names, loaded.parts()
+    outs = [out for out in names.values() if out not in parts] + list(loaded.fused)
     for pattern in step.freeze:
-        if not any(fnmatchcase(out, pattern) for out in names.values()):
+        if not any(fnmatchcase(out, pattern) for out in outs):
             raise UsageError(210, f"--freeze {pattern}: matches no tensor", mend="see `lpsparse inspect`")
-    state = task.loaded.module.state_dict()
-    described = ((out, _dtype_name(state[name]), tuple(state[name].shape)) for name, out in names.items())
+    state = loaded.module.state_dict()
+    described = [
+        (out, _dtype_name(state[name]), tuple(state[name].shape))
+        for name, out in names.items()
+        if out not in parts
+    ]
+    described += [(out, _dtype_name(state[name]), shape) for out, (name, shape) in loaded.fused.items()]
     prunable = choose(described, step.include, step.exclude)
     weights: dict[str, torch.Tensor] = {}
-    for name, param in task.loaded.module.named_parameters():
+    for name, param in loaded.module.named_parameters():
         out = names.get(name, name)
-        param.requires_grad_(not any(fnmatchcase(out, pattern) for pattern in step.freeze))
-        if prunable.get(out, (False, ""))[0] and param.requires_grad:
+        files = parts.get(out, [out])
+        param.requires_grad_(not any(fnmatchcase(each, glob) for glob in step.freeze for each in files))
+        chosen = {prunable.get(each, (False, ""))[0] for each in files}
+        if len(chosen) > 1:
+            what = f"--include or --exclude takes only a part of what transformers fuses: {files[0]}, ..."
+            raise UsageError(213, what, mend=f"take all {len(files)} of them, or none")
+        if chosen == {True} and param.requires_grad:
             weights[out] = param
-    if not any(param.requires_grad for param in task.loaded.module.parameters()):
+    if not any(param.requires_grad for param in loaded.module.parameters()):
         raise UsageError(212, "--freeze leaves nothing to train", mend="freeze less")
     if not weights and step.method != "dense":
         raise UsageError(211, "no prunable tensor is left to train", mend="freeze less, or --method dense")
@@ -62,7 +93,8 @@ def choose_weights(
         raise InputError(
             410, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
         )
-    frozen = [out for out, (yes, _) in prunable.items() if yes and out not in weights]
+    kept = {each for out in weights for each in parts.get(out, [out])}
+    frozen = [out for out, (yes, _) in prunable.items() if yes and out not in kept]
     return prunable | {out: (False, "--freeze") for out in frozen}, weights
 
 
@@ -100,6 +132,4 @@ def make_optimizer(
         {"params": [param for param in plain if param.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if step.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=step.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=step.lr)
+    return optimizers.make(step.optimizer, groups, step.lr)

@@ -70,6 +70,22 @@ class Conditioning:
     def retract(self) -> None:
         """After the optimizer's step: put the weights back where the method keeps them."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the method keeps from step to step beside the weights; tensors and numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, whose weights are loaded."""
+
+    def changed(self, versions: dict[str, int]) -> dict[str, bool]:
+        """Which weights have changed since they had these versions."""
+        return {name: item.weight._version != versions[name] for name, item in self.weights.items()}
+
+    def versions(self, changed: dict[str, bool]) -> dict[str, int]:
+        """The inverse, for the weights as they are: one that is as it should be is not put right again, which
+        would round it once more."""
+        return {name: item.weight._version - changed[name] for name, item in self.weights.items()}
+
     def remove(self) -> None:
         """Leave an ordinary model whose weights are the effective ones."""
         self.restore()

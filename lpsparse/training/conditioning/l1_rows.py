@@ -126,3 +126,12 @@ class L1Rows(Overlay):
         for name, item in self.weights.items():
             gain = self.gains[name].clamp_(min=1e-6)
             item.weight.copy_(item.unrows(normalize_l1(item.rows(), gain * self.norms[name])))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ramp": self.ramp, "gains": {name: gain.detach() for name, gain in self.gains.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ramp = state["ramp"]
+        with torch.no_grad():
+            for name, gain in state["gains"].items():
+                self.gains[name].copy_(gain)

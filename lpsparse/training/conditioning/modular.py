@@ -61,6 +61,14 @@ class Modular(Conditioning):
             old = item.rows() - update
             item.weight.copy_(item.unrows(old + update * (wanted / sigma)))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"power": {name: each.state_dict() for name, each in self._power.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, vectors in state["power"].items():
+            self._power[name] = PowerIteration(self.weights[name].rows())
+            self._power[name].load_state_dict(vectors)
+
 
 def atom_scale(item: Conditioned) -> float:
     """sqrt(out / in) / taps: the size in the spectral norm of an update of size 1 in the atom's norm."""

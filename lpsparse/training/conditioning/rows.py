@@ -63,6 +63,14 @@ class RowConditioning(Conditioning):
                 weight.copy_(normalize_rows(weight, self.norms[name], item.axis, item.groups))
                 self._versions[name] = weight._version
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": dict(self.norms), "changed": self.changed(self._versions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, norms in state["norms"].items():
+            self.norms[name].copy_(norms)
+        self._versions = self.versions(state["changed"])
+
     def smallest_norm(self) -> float:
         """The smallest norm of a row that is not zero; inf when there is none."""
         sizes = [item.rows().norm(dim=1) for item in self.weights.values()]

@@ -36,6 +36,12 @@ class PowerIteration:
             self.v = nn.functional.normalize(matrix.T @ self.u, dim=0)
         return self.u @ (matrix @ self.v)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"u": self.u, "v": self.v}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.u, self.v = state["u"].to(self.u), state["v"].to(self.v)
+
 
 def exact_sigma(matrix: Tensor) -> Tensor:
     """sigma_max of (rows, columns) by a singular value decomposition; 0-dim."""
@@ -87,3 +93,13 @@ class Spectral(Conditioning):
         for name, item in self.weights.items():
             self._shrink(name, exact_sigma(item.rows()))
         super().remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        power = {name: each.state_dict() for name, each in self.power.items()}
+        return {"power": power, "tight": dict(self._tight), "changed": self.changed(self._versions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, vectors in state["power"].items():
+            self.power[name].load_state_dict(vectors)
+        self._tight = dict(state["tight"])
+        self._versions = self.versions(state["changed"])

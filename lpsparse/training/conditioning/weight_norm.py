@@ -82,3 +82,9 @@ class WeightNorm(RowConditioning):
             gain.grad = None
             self.norms[name] = gain.detach().clone()
             self._versions[name] = -1
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        with torch.no_grad():
+            for name, gain in self.gains.items():
+                gain.copy_(self.norms[name])

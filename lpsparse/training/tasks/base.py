@@ -1,5 +1,6 @@
 """What every task hands to the loop."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.writer import write_json
 from lpsparse.errors import InputError
 from lpsparse.training.model import Loaded, first_line
 
 Batch = dict[str, Tensor]
+
+
+def rows_of(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,10 @@ class Task:
     metric: str  # accuracy or loss
     unit: str  # what a label stands for: rows, images, tokens
     length: Callable[[Any], int] | None = None  # to put examples of like length into one batch
-    augment: Callable[[Batch, torch.Generator], Batch] | None = None
+    augment: Callable[[Batch, list[int]], Batch] | None = None  # with a seed for each example
+    # The same of held-out batches, whose seeds are their places; none by default.
+    measured: Callable[[Batch, list[int]], Batch] | None = None
+    count: Callable[[Batch], int] = rows_of  # labels of a batch, as far as batches are weighed by them
     sidecars: Callable[[Path], None] | None = None  # files that the task changes in OUT (config.json)
 
     @property
@@ -61,3 +70,24 @@ def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
     if len(tokenizer) > rows:
         what = f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows"
         raise InputError(399, what, mend="use the tokenizer of this checkpoint")
+
+
+def draws(seeds: list[int], kinds: int, each: int) -> Tensor:
+    """(kinds, examples, each) uniform random numbers; an example's follow from its own seed."""
+    generator = torch.Generator()
+    rows = [torch.rand(each, kinds, generator=generator.manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).permute(2, 0, 1)  # a longer row begins with the same numbers
+
+
+def write_head(folder: Path, model: Any, **more: Any) -> None:
+    """config.json of OUT: the source's own, plus what a classification head changes, and `more`."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    table = {str(i): name for i, name in model.config.id2label.items()}
+    changed = {
+        "architectures": [type(model).__name__], "id2label": table,
+        "label2id": {name: int(i) for i, name in table.items()},
+        "problem_type": "single_label_classification", **more,
+    }  # fmt: skip
+    if any(config.get(key) != value for key, value in changed.items()):
+        write_json(path, config | changed)

@@ -1,4 +1,6 @@
-"""image-classification: a bare state dict in the module that --model-fn builds. Metric: accuracy."""
+"""image-classification: a Hugging Face folder, or a bare state dict in the module that --model-fn builds.
+Metric: accuracy.
+"""
 
 from typing import Any
 
@@ -10,20 +12,55 @@ from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import find
 from lpsparse.training.images import Images, read_images
-from lpsparse.training.model import load_module
-from lpsparse.training.tasks.base import Batch, Task, hold_out
+from lpsparse.training.model import Loaded, load_module, load_transformer, read_config
+from lpsparse.training.tasks.base import Batch, Task, draws, hold_out, write_head
 
 _PAD = 4  # pixels of the usual CIFAR crop
 
 
 def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
-    if step.model_fn is None:
-        raise UsageError(
-            243, "image-classification needs --model-fn", mend="give MODULE:CALLABLE or FILE.py:CALLABLE"
-        )
     train, held = _examples(step)
+    in_folder = checkpoint.root is not None and (checkpoint.root / "config.json").is_file()
+    if step.model_fn is None and not in_folder:
+        raise UsageError(
+            243, "image-classification of a bare state dict needs --model-fn",
+            mend="give MODULE:CALLABLE or FILE.py:CALLABLE",
+        )  # fmt: skip
+    if step.model_fn is None:
+        return _of_folder(step, checkpoint, train, held)
     loaded = load_module(checkpoint, step.model_fn)
-    classes = _classes(loaded.module, (train or held)[0])
+    return _task(step, loaded, train, held, _classes(loaded.module, (train or held)[0]), None)
+
+
+def _of_folder(
+    step: FinetuneStep | EvalStep, checkpoint: Checkpoint, train: list[Any], held: list[Any]
+) -> Task:
+    """A Hugging Face vision model; its labels are those of its config, or with a fresh head 0, 1, 2, ..."""
+    from transformers import AutoModelForImageClassification
+
+    config = read_config(checkpoint)
+    known: Any = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    asked = max(int(y) for _, y in (*train, *held)) + 1
+    has_head = any(".".join(tensor.name.split(".")[:1]) == "classifier" for tensor in checkpoint.tensors)
+    changes: dict[str, Any] = {} if has_head or asked <= len(known) else _numbered(asked)
+    loaded = load_transformer(checkpoint, AutoModelForImageClassification, changes)
+    if isinstance(step, EvalStep) and loaded.new:
+        what = f"{checkpoint.name}: has no head to measure ({', '.join(loaded.new)})"
+        raise InputError(399, what, mend="fine-tune it first")
+    model: Any = loaded.module
+    size: Any = getattr(model.config, "image_size", None)
+    return _task(step, loaded, train, held, int(model.config.num_labels), size)
+
+
+def _numbered(count: int) -> dict[str, Any]:
+    names = {i: str(i) for i in range(count)}
+    return {"num_labels": count, "id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+
+def _task(
+    step: FinetuneStep | EvalStep, loaded: Loaded, train: list[Any], held: list[Any], classes: int, size: Any
+) -> Task:
+    """Images are brought to `size` (a number, or height and width) where the model knows one."""
     for x, y in (*train, *held):
         if not 0 <= y < classes:
             what = (
@@ -40,10 +77,22 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
 
     def collate(examples: list[tuple[torch.Tensor, int]]) -> Batch:
         x = torch.stack([image for image, _ in examples]).float() / 255  # (batch, channels, height, width)
-        return {"x": (x - mean) / std, "y": torch.tensor([label for _, label in examples])}
+        x = (x - mean) / std
+        if size is not None:
+            x = _resized(x, (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
+        return {"x": x, "y": torch.tensor([label for _, label in examples])}
 
     augment = _crop_flip if isinstance(step, FinetuneStep) and step.augment == "crop-flip" else None
-    return Task(loaded, train, held, collate, _predict, metric="accuracy", unit="images", augment=augment)
+    return Task(
+        loaded, train, held, collate, _predict, metric="accuracy", unit="images", augment=augment,
+        sidecars=None if step.model_fn else lambda folder: write_head(folder, loaded.module),
+    )  # fmt: skip
+
+
+def _resized(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if tuple(x.shape[2:]) == size:
+        return x
+    return nn.functional.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def _examples(step: FinetuneStep | EvalStep) -> tuple[list[Any], list[Any]]:
@@ -72,20 +121,21 @@ def _classes(module: nn.Module, example: tuple[torch.Tensor, int]) -> int:
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return model(batch["x"]).float(), batch["y"]
+    found = model(batch["x"])
+    return (found if isinstance(found, torch.Tensor) else found.logits).float(), batch["y"]
 
 
-def _crop_flip(batch: Batch, generator: torch.Generator) -> Batch:
+def _crop_flip(batch: Batch, seeds: list[int]) -> Batch:
     """Shift by up to 4 pixels and mirror, each image on its own;
     what comes in from outside is the mean (0)."""
     x = batch["x"]
     count, _, height, width = x.shape
     padded = nn.functional.pad(x, (_PAD,) * 4)
-    top, left = torch.randint(0, 2 * _PAD + 1, (2, count), generator=generator)
-    rows = top[:, None] + torch.arange(height)  # (batch, height)
-    columns = left[:, None] + torch.arange(width)
-    flip = torch.rand(count, generator=generator) < 0.5
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    index = torch.arange(count)[:, None, None]
+    chance = draws(seeds, 3, 1)[:, :, 0].to(x.device)  # (3, batch)
+    top, left = (chance[:2] * (2 * _PAD + 1)).long()
+    rows = top[:, None] + torch.arange(height, device=x.device)  # (batch, height)
+    columns = left[:, None] + torch.arange(width, device=x.device)
+    columns = torch.where(chance[2, :, None] < 0.5, columns.flip(1), columns)
+    index = torch.arange(count, device=x.device)[:, None, None]
     cropped = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]  # (batch, h, w, c)
     return {**batch, "x": cropped.permute(0, 3, 1, 2)}

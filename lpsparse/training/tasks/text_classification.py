@@ -1,21 +1,26 @@
 """text-classification: a Hugging Face folder with a sequence
 classification head, old or fresh. Metric: accuracy."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.writer import write_json
 from lpsparse.errors import InputError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import Row, find, read_rows
 from lpsparse.training.model import load_transformer, read_config
-from lpsparse.training.tasks.base import Batch, Task, check_vocabulary, hold_out, tokenizer_of
+from lpsparse.training.tasks.base import (
+    Batch,
+    Task,
+    check_vocabulary,
+    draws,
+    hold_out,
+    tokenizer_of,
+    write_head,
+)
 
 NOISE = 0.15  # share of the tokens that --augment noise replaces
 
@@ -40,7 +45,8 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     encode = _encoder(tokenizer, labels, step.max_length)
     return Task(
         loaded, encode(train), encode(held), _collate(pad), _predict, metric="accuracy", unit="rows",
-        length=lambda example: len(example[0]), sidecars=lambda folder: _write_labels(folder, model),
+        length=lambda example: len(example[0]),
+        sidecars=lambda folder: write_head(folder, model, pad_token_id=pad),
         augment=_noise(tokenizer) if isinstance(step, FinetuneStep) and step.augment == "noise" else None,
     )  # fmt: skip
 
@@ -136,18 +142,18 @@ def _collate(pad: int) -> Any:
     return collate
 
 
-def _noise(tokenizer: Any) -> Callable[[Batch, torch.Generator], Batch]:
+def _noise(tokenizer: Any) -> Callable[[Batch, list[int]], Batch]:
     """Some tokens become the mask (where the tokenizer has one) or another token of the batch, half and half:
     new inputs for a teacher to label (as TinyBERT's augmentation: Jiao et al. 2020, arXiv 1909.10351)."""
     special = torch.tensor(sorted(tokenizer.all_special_ids))
     mask = tokenizer.mask_token_id
 
-    def augment(batch: Batch, generator: torch.Generator) -> Batch:
+    def augment(batch: Batch, seeds: list[int]) -> Batch:
         ids = batch["input_ids"]  # (batch, tokens)
         words = ~torch.isin(ids, special.to(ids.device)) & batch["attention_mask"].bool()
         pool = ids[words] if words.any() else ids.flatten()
-        draw = torch.randint(0, len(pool), ids.shape, generator=generator).to(ids.device)
-        chance = torch.rand(ids.shape, generator=generator).to(ids.device)
+        chance, draw = draws(seeds, 2, ids.shape[1]).to(ids.device)
+        draw = (draw * len(pool)).long()
         noisy = torch.where(words & (chance < NOISE), pool[draw], ids)
         if mask is not None:
             noisy = torch.where(words & (chance < NOISE / 2), mask, noisy)
@@ -159,17 +165,3 @@ def _noise(tokenizer: Any) -> Callable[[Batch, torch.Generator], Batch]:
 def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits.float(), batch["labels"]
-
-
-def _write_labels(folder: Path, model: Any) -> None:
-    """config.json of OUT: the source's own, plus what a head changes."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    table = {str(i): name for i, name in model.config.id2label.items()}
-    changed = {
-        "architectures": [type(model).__name__], "id2label": table,
-        "label2id": {name: int(i) for i, name in table.items()},
-        "problem_type": "single_label_classification", "pad_token_id": model.config.pad_token_id,
-    }  # fmt: skip
-    if any(config.get(key) != value for key, value in changed.items()):
-        write_json(path, config | changed)

@@ -1,0 +1,1 @@
+"""lpsparse inside other people's programs."""

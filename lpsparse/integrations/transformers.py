@@ -1,0 +1,76 @@
+"""In transformers' Trainer: a callback that does beside its loop what `lpsparse finetune` does in its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from lpsparse.errors import StateError, UsageError
+from lpsparse.training.resume import decode, encode, moved
+from lpsparse.training.sparsity import Sparsity
+
+_STATE = "lpsparse-state"
+
+
+class SparsityCallback(TrainerCallback):
+    """`Trainer(..., callbacks=[SparsityCallback(target_sparsity=0.8)])`.
+
+    Options are those of `lpsparse.Sparsity`; steps and peak learning rate are the Trainer's. The learning
+    rate of every step is the callback's. Its state is in each of the Trainer's checkpoints, from which it
+    goes on.
+    Raises UsageError for a weight decay of the Trainer's own, and for conditioning other than rows.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.sparsity: Sparsity | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if args.weight_decay:
+            what = f"weight_decay={args.weight_decay}: L_p decay takes its place"
+            raise UsageError(251, what, mend="TrainingArguments(weight_decay=0)")
+        if self.options.get("condition", "auto") not in ("auto", "none", "rows"):
+            what = f"condition={self.options['condition']} is not for the Trainer, which clips too early"
+            raise UsageError(252, what, mend="rows or none")
+        optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])  # accelerate's is a wrapper
+        self.sparsity = Sparsity(
+            given["model"], optimizer, steps=state.max_steps, lr=args.learning_rate, **self.options
+        )
+        if state.global_step:
+            self._load(self.sparsity, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._running().before_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._running().after_backward()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._running().after_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._running().finish()
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.is_world_process_zero:
+            tensors: dict[str, Tensor] = {}
+            tree = encode(self._running().state_dict(), tensors)
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file(tensors, folder / f"{_STATE}.safetensors")
+            (folder / f"{_STATE}.json").write_text(json.dumps(tree), encoding="utf-8")
+
+    def _load(self, sparsity: Sparsity, folder: Path) -> None:
+        try:
+            tree = json.loads((folder / f"{_STATE}.json").read_text(encoding="utf-8"))
+            saved = decode(tree, load_file(folder / f"{_STATE}.safetensors"))
+        except (OSError, ValueError, KeyError) as error:
+            raise StateError(708, f"{folder}: no state of lpsparse: {error}", mend="start afresh") from error
+        device = next(iter(sparsity.control.weights.values())).device
+        sparsity.load_state_dict(moved(saved, device))
+
+    def _running(self) -> Sparsity:
+        assert self.sparsity is not None, "the Trainer has not begun"
+        return self.sparsity

@@ -1,0 +1,51 @@
+"""How good a model is on the held-out examples."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from lpsparse import distributed
+from lpsparse.errors import NumericError
+from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.training.tasks.base import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    loss: float
+    count: int
+    accuracy: float | None
+
+    def of(self, metric: str) -> float:
+        return self.loss if metric == "loss" or self.accuracy is None else self.accuracy
+
+
+def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
+    """Mean loss and accuracy over the held-out examples, in eval mode and in float32 whatever training uses.
+    All processes call it and share the examples."""
+    device = PartialState().device
+    model = task.loaded.module.to(device).eval()
+    # Examples of like length together: less padding. The sums do not depend on the order.
+    examples = sorted(task.held_out, key=task.length) if task.length else task.held_out
+    loss = count = correct = 0
+    rank, ranks = distributed.rank(), distributed.ranks()
+    with torch.no_grad():
+        for first in range(0, len(examples), step.batch_size):
+            places = range(first, min(first + step.batch_size, len(examples)))[rank::ranks]
+            mine = [examples[place] for place in places]
+            batch = task.collate(mine or [examples[first]])  # all of a sharded model go through it together
+            if task.measured is not None:
+                batch = task.measured(batch, list(places) or [first])
+            logits, labels = task.predict(model, {key: value.to(device) for key, value in batch.items()})
+            if mine:
+                loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+                count += len(labels)
+                correct += int((logits.argmax(-1) == labels).sum())
+    loss, count, correct = distributed.sums([loss, count, correct])
+    if not math.isfinite(loss):
+        what = f"loss {loss} over {int(count)} {task.unit} held out"
+        raise NumericError(502, what, mend="look for NaN or Inf with `lpsparse report`")
+    return Measured(loss / count, int(count), correct / count if task.metric == "accuracy" else None)

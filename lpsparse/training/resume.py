@@ -1,0 +1,222 @@
+"""The state of a run on disk: all that a resumed run needs to end in the very bits of an uninterrupted one.
+
+    OUT.partial/state/step-00000120/state.json            what made it, counters, and the hashes of the rest
+                                    rank-00000.safetensors  weights, buffers, averages, masks
+
+Tensors and JSON, never pickle. A folder gets its name when it is whole and was read back; an older one goes
+only after that. Data order and dropout are functions of seed and step (`order`), so no random state is kept.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lpsparse import distributed
+from lpsparse.checkpoint.writer import STATE, fsync, write_json
+from lpsparse.errors import OutputError, StateError
+
+VERSION = 1
+_RECORD = "state.json"
+
+
+def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, its tensors put into `tensors`. Raises TypeError for what is neither."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = distributed.local(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"pairs": [[key, encode(each, tensors)] for key, each in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [encode(each, tensors) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{type(value).__name__} is no part of a state")
+
+
+def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `encode`; tuples have become lists."""
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: decode(each, tensors) for key, each in value["pairs"]}
+    return [decode(each, tensors) for each in value] if isinstance(value, list) else value
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same with its tensors on `device`."""
+    if isinstance(value, dict):
+        return {key: moved(each, device) for key, each in value.items()}
+    if isinstance(value, list):
+        return [moved(each, device) for each in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+class States:
+    """The states of one run: `folder` is OUT.partial; `made_by` is what has to be the same to go on."""
+
+    def __init__(self, folder: Path, made_by: dict[str, Any], *, keep: int = 2, shard: bool = False) -> None:
+        self.folder, self.made_by, self.keep = folder, made_by, keep
+        self.shard = shard  # every process has a part of its own; else process 0 has it all
+        self.found: tuple[Path, dict[str, Any]] | None = None
+
+    def find(self, resume: str, say: Callable[[str], None]) -> None:
+        """Look for the state to go on from: the newest whole one, or the folder `resume`. Raises StateError
+        for one that this run could not go on from exactly."""
+        if resume == "never":
+            return
+        if resume == "auto":
+            self.found = _newest(self.folder, say)
+        else:
+            path = Path(resume)
+            record = _whole(path)
+            if record is None:
+                raise StateError(706, f"{path}: is no whole training state", mend="give another, or auto")
+            self.found = path, record
+        if self.found is not None:
+            _check(*self.found, self.made_by)
+
+    def read(self) -> Any:
+        """The state that was found, as it was saved by this process; None without."""
+        return None if self.found is None else _read(*self.found)
+
+    def last(self) -> int:
+        """Steps of the newest state in the folder, 0 without."""
+        names = [path.name for path in _named(self.folder)]
+        return int(names[0][5:]) if names else 0
+
+    def save(self, step: int, state: Any) -> None:
+        """Write the state after `step` steps, check it, then drop all but the last few. All processes call
+        it. Raises OutputError."""
+        final = self.folder / STATE / f"step-{step:08d}"
+        fresh = final.with_name(final.name + ".partial")
+        try:
+            if distributed.rank() == 0:
+                shutil.rmtree(fresh, ignore_errors=True)
+                fresh.mkdir(parents=True)
+            distributed.wait()
+            own = _write_part(fresh, state) if self.shard or distributed.rank() == 0 else None
+            parts = [part for part in distributed.gathered(own) if part is not None]
+            if distributed.rank() == 0:
+                self._complete(fresh, final, step, parts)
+            distributed.wait()
+        except OSError as error:
+            what = f"{error.filename or fresh}: {error.strerror or error}; earlier states are whole"
+            mend = "free some space and run the same command again"
+            raise OutputError(412, what, mend=mend) from error
+
+    def _complete(self, fresh: Path, final: Path, step: int, parts: list[tuple[str, str, Any]]) -> None:
+        record = {
+            "version": VERSION, "step": step, "processes": distributed.ranks(), "made_by": self.made_by,
+            "files": {name: sha256 for name, sha256, _ in parts}, "trees": [tree for _, _, tree in parts],
+        }  # fmt: skip
+        write_json(fresh / _RECORD, {**record, "sha256": _digest(record)})
+        fsync(fresh)
+        shutil.rmtree(final, ignore_errors=True)
+        fresh.rename(final)
+        fsync(final.parent)
+        for old in _named(self.folder)[self.keep :]:
+            shutil.rmtree(old)
+
+
+def _write_part(folder: Path, state: Any) -> tuple[str, str, Any]:
+    """This process's file: its name, its sha256, and the rest of the state as JSON."""
+    tensors: dict[str, Tensor] = {}
+    tree = encode(state, tensors)
+    name = f"rank-{distributed.rank():05d}.safetensors"
+    save_file(tensors, folder / name)
+    fsync(folder / name)
+    _compare(folder / name, tensors)
+    return name, _sha256(folder / name), tree
+
+
+def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises OutputError when a file is not what was to be written."""
+    read = load_file(path)
+    if any(not _same_bits(tensor, read[name]) for name, tensor in tensors.items()):
+        raise OutputError(411, f"{path}: was read back differently", mend="check the disk")
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _named(folder: Path) -> list[Path]:
+    """The states that were completed, newest first."""
+    found = (folder / STATE).glob("step-*")
+    return sorted((path for path in found if path.name[5:].isdecimal()), reverse=True)
+
+
+def _newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """One that is damaged is passed over, and said so; it is never deleted for that."""
+    for path in _named(folder):
+        record = _whole(path)
+        if record is not None:
+            return path, record
+        say(f"{path}: is damaged and passed over")
+    return None
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        claimed = record.pop("sha256")
+        if claimed != _digest(record):
+            return None
+        for name, digest in record["files"].items():
+            if os.path.basename(name) != name or _sha256(path / name) != digest:
+                return None
+        return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _check(path: Path, record: dict[str, Any], made_by: dict[str, Any]) -> None:
+    """Raises StateError, naming the first three differences, for a state that would not go on exactly."""
+    mend = "give the same options, or start afresh with --resume never"
+    if record["version"] != VERSION:
+        what = f"{path}: is of version {record['version']}, this lpsparse knows {VERSION}"
+        raise StateError(703, what, mend=mend)
+    given = {**made_by, "processes": distributed.ranks()}
+    differences = list(_differences({**record["made_by"], "processes": record["processes"]}, given))
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        what = f"{path}: was made otherwise: {'; '.join(differences[:3])}{more}"
+        raise StateError(704, what, mend=mend)
+
+
+def _differences(found: dict[str, Any], given: dict[str, Any], where: str = "") -> Any:
+    for key in sorted({*found, *given}):
+        old, new = found.get(key), given.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{where}{key}.")
+        elif old != new:
+            yield f"{where}{key} was {old}, is {new}"
+
+
+def _read(path: Path, record: dict[str, Any]) -> Any:
+    """The state of this process. Raises StateError for a file that is no longer readable."""
+    rank = distributed.rank() if len(record["trees"]) > 1 else 0
+    name = f"rank-{rank:05d}.safetensors"
+    try:
+        return decode(record["trees"][rank], load_file(path / name))
+    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        raise StateError(705, f"{path / name}: {error}", mend="start with --resume never") from None

@@ -1,0 +1,217 @@
+"""One run of the loop: its steps, its state, and how it leaves."""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lpsparse import distributed
+from lpsparse.errors import InterruptError, NumericError, ResourceError, ResumableError
+from lpsparse.recipe import FinetuneStep
+from lpsparse.training.conditioning.base import Conditioning
+from lpsparse.training.control import SparsityControl
+from lpsparse.training.distill import Teacher
+from lpsparse.training.loss import batch_loss
+from lpsparse.training.model import first_line
+from lpsparse.training.order import Part, batches, seed_pass
+from lpsparse.training.quality import Measured
+from lpsparse.training.resume import States, moved
+from lpsparse.training.stopping import Stop
+from lpsparse.training.tasks.base import Batch, Task
+
+SAVE_SECONDS = 15 * 60
+SPIKE = 10.0  # times the usual loss: said, since a batch may be broken
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One optimizer step, for a bar or a log."""
+
+    step: int  # steps done
+    steps: int
+    epoch: int
+    loss: float  # mean since the last one
+    lr: float
+    lambda_p: float
+    target: float  # zeros that the plan asks for now
+    sparsity: float  # exact zeros of the prunable weights
+    near_zero: float  # as good as zero
+
+
+class Run:
+    """One run of the loop: what moves, and how far it is."""
+
+    def __init__(
+        self, step: FinetuneStep, task: Task, accelerator: Accelerator, model: nn.Module, optimizer: Any,
+        control: SparsityControl, conditioning: Conditioning | None, teacher: Teacher | None, states: States,
+        before: Measured | None, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.step, self.task, self.accelerator = step, task, accelerator
+        self.model, self.optimizer, self.control = model, optimizer, control
+        self.conditioning, self.teacher, self.states, self.before = conditioning, teacher, states, before
+        self.say = say
+        self.done = 0  # steps
+        self.losses: list[float] = []  # since the last line of the log
+        self.stop = Stop(step.max_time)
+        self._saved = time.monotonic()
+        self._recent: deque[float] = deque(maxlen=20)
+
+    def loop(self, on_step: Callable[[Progress], None]) -> None:
+        rates = self.control.rates
+        self.model.train()
+        for parts in batches(self.step, self.task, self.done, len(rates)):
+            asked, due = self._guarded(self.done, parts)
+            self.done += 1
+            if self.done % self.step.log_every == 0 or self.done == len(rates):
+                on_step(self._progress(parts[0][0].epoch))
+            if asked or due:
+                self.states.save(self.done, self.state())
+                self._saved = time.monotonic()
+            if asked:
+                self._leave(len(rates), asked)
+
+    def _guarded(self, t: int, parts: list[Any]) -> tuple[int, bool]:
+        """`_step`; raises ResourceError where memory or another process is missing."""
+        try:
+            return self._step(t, parts)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            size, more = len(parts[0][0].examples), 2 * self.step.accumulate
+            what = f"out of memory at step {t + 1}, with {size} examples at a time"
+            mend = f"--accumulate {more} takes {max(1, size // 2)} at a time and makes the same step"
+            raise ResourceError(601, what, mend=mend) from error
+        except RuntimeError as error:
+            if distributed.ranks() == 1:
+                raise
+            # A process that is gone or late shows as an error of whatever waited for it.
+            what = f"process {distributed.rank()}: step {t + 1}: {first_line(error)}"
+            mend = "see what ended the other processes (--debug shows where this one was)"
+            raise ResourceError(604, what, mend=mend) from error
+
+    def _step(self, t: int, parts: list[Any]) -> tuple[int, bool]:
+        """One optimizer step. Whether the run was asked to stop (2: by Ctrl-C), and whether to save."""
+        control, conditioning, optimizer = self.control, self.conditioning, self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = control.rates[t] * group.get("lr_ratio", 1.0)
+        if conditioning is not None:
+            conditioning.progress(control.phases.progress(t + 1))
+        control.before_step(t)
+        loss = self._backward(parts)
+        if conditioning is not None:
+            conditioning.restore()
+        control.after_backward(t)
+        moved = [param for group in optimizer.param_groups for param in group["params"]]  # gains included
+        norm = distributed.number(self.accelerator.clip_grad_norm_(moved, self.step.clip or math.inf))
+        # A loss scaler (fp16) skips a step whose gradients overflow and goes on with a smaller scale.
+        bad = not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm))
+        asked = {"": 0, "SIGINT": 2}.get(self.stop.reason(), 1)
+        bad, asked, due = distributed.most([bad, asked, self._is_due(t + 1)])
+        if bad:
+            self._refuse(t, loss, norm)
+        self._note(t, loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if conditioning is not None:
+            conditioning.retract()
+        control.after_step(t)
+        return int(asked), bool(due)
+
+    def _note(self, t: int, loss: float) -> None:
+        self.losses.append(loss)
+        usual = statistics.median(self._recent) if len(self._recent) == self._recent.maxlen else math.inf
+        if loss > SPIKE * usual:
+            self.say(f"step {t + 1}: loss {loss:.4g} is {loss / usual:.0f} times the usual {usual:.4g}")
+        self._recent.append(loss)
+
+    def _backward(self, parts: list[Any]) -> float:
+        """The loss of this process's share of the step's batch; its gradients are there."""
+        step, task, ranks = self.step, self.task, distributed.ranks()
+        alone, device = ranks * step.accumulate == 1, self.accelerator.device
+        ready: list[tuple[Part, Batch]] = []
+        for part, batch in parts:
+            batch = {key: value.to(device) for key, value in batch.items()}
+            ready.append(
+                (part, batch if task.augment is None else task.augment(batch, part.seeds(step.seed)))
+            )
+        counts = [0 if part.empty else task.count(batch) for part, batch in ready]
+        total = 1.0 if alone else distributed.sums([sum(counts)])[0]
+        whole = 0.0
+        for k, (part, batch) in enumerate(ready):
+            last = k == len(ready) - 1
+            seed_pass(step, part)
+            with nullcontext() if last else distributed.without_sync(self.model):
+                with self.accelerator.autocast():
+                    loss = batch_loss(step, task, self.model, batch, self.teacher)
+                if not alone:  # so that the processes' mean is the mean over the whole batch
+                    loss = loss * (ranks * counts[k] / total)
+                self.accelerator.backward(loss)
+            whole += float(loss.detach())
+        return whole
+
+    def _is_due(self, done: int) -> bool:
+        if self.step.save_every is not None:
+            return done % self.step.save_every == 0
+        return time.monotonic() - self._saved >= SAVE_SECONDS
+
+    def _progress(self, epoch: int) -> Progress:
+        control = self.control
+        if not self.step.shard:
+            odd = distributed.odd_one(distributed.fingerprint(control.weights.values()))
+            if odd is not None:
+                what = f"step {self.done}: process {odd} has other weights than process 0"
+                raise ResourceError(
+                    605, what, mend="run the same command again; look at that machine's memory"
+                )
+        mean = distributed.sums([sum(self.losses) / len(self.losses)])[0] / distributed.ranks()
+        self.losses.clear()
+        return Progress(
+            self.done, len(control.rates), epoch, mean, control.rates[self.done - 1], control.lambda_p,
+            control.scheduled(self.done) / max(1, control.size), control.zeros() / max(1, control.size),
+            control.near_zero(),
+        )  # fmt: skip
+
+    def _refuse(self, t: int, loss: float, norm: float) -> None:
+        last = self.states.last()
+        kept = f"the state of step {last} is whole" if last else "nothing was written"
+        what = f"step {t + 1} of {len(self.control.rates)}: loss {loss}, gradient norm {norm}; {kept}"
+        raise NumericError(501, what, mend="lower --lr (with --resume never); the input is untouched")
+
+    def _leave(self, steps: int, asked: int) -> None:
+        reason = self.stop.reason() or "another process"
+        what = f"stopped by {reason} after step {self.done} of {steps}; its state is in {self.states.folder}"
+        raise (InterruptError if asked == 2 else ResumableError)(
+            750, what, mend="the same command again goes on from there"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that decides the rest of the run; tensors, numbers and text."""
+        scaler, before = self.accelerator.scaler, self.before
+        return {
+            "done": self.done, "losses": list(self.losses),
+            "before": None if before is None else [before.loss, before.count, before.accuracy],
+            "weights": dict(self.task.loaded.module.state_dict()),
+            "optimizer": self.control.optimizer.state_dict(), "control": self.control.state_dict(),
+            "conditioning": {} if self.conditioning is None else self.conditioning.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        self.done, self.losses = state["done"], list(state["losses"])
+        self.before = None if state["before"] is None else Measured(*state["before"])
+        for name, value in self.task.loaded.module.state_dict().items():
+            distributed.local(value).copy_(state["weights"][name])
+        device = self.accelerator.device
+        self.control.load_state_dict(moved(state["control"], device))
+        if self.conditioning is not None:
+            self.conditioning.load_state_dict(moved(state["conditioning"], device))
+        distributed.load_averages(self.control.optimizer, state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])

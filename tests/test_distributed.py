@@ -1,0 +1,154 @@
+"""Two processes on a CPU: the same weights as one, DDP and FSDP2, and what happens when one of them fails."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import Ran, cli_environment, tree_hash
+
+from lpsparse import ExitCode
+from lpsparse.checkpoint.writer import STATE
+from lpsparse.recipe import FinetuneStep
+from lpsparse.settings import resolve
+
+Options = dict[str, Any]
+
+
+def command(given: Options, out: Path, **more: Any) -> list[str]:
+    step = resolve(FinetuneStep, {**given, "out": out, **more})
+    return [sys.executable, "-m", "lpsparse", "finetune", step.model, str(step.out), *step.options()]
+
+
+def start(words: list[str], **env: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(words, env=cli_environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def end(process: subprocess.Popen[bytes]) -> Ran:
+    out, err = process.communicate(timeout=120)
+    return Ran(process.returncode, out.decode(), err.decode())
+
+
+def run(given: Options, out: Path, fault: str = "", **more: Any) -> Ran:
+    return end(start(command(given, out, **more), TEST_FAULT=fault))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(out / "model.safetensors")
+
+
+@pytest.fixture
+def plain(faulty: Options) -> Options:
+    """Without dropout, which no two numbers of processes can share."""
+    code = Path(str(faulty["model_fn"]).rpartition(":")[0])
+    code.write_text(code.read_text().replace("nn.Dropout(0.1)", "nn.Identity()"))
+    return {**faulty, "target_sparsity": "0.6"}
+
+
+@pytest.mark.parametrize("way", [{}, {"shard": True}, {"accumulate": 2}], ids=["DDP", "FSDP2", "two parts"])
+def test_two_processes_train_as_one_does(way: Options, plain: Options, tmp_path: Path) -> None:
+    assert run(plain, tmp_path / "one").rc == 0
+    ran = run(plain, tmp_path / "two", processes=2, **way)
+    assert ran.rc == 0, ran.stderr
+    assert ran.stderr.count("wrote") == ran.stdout.count("prunable weights are zero") == 1
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
+        assert torch.equal(two[name] == 0, weight == 0)
+
+
+@pytest.mark.parametrize("way", [{}, {"shard": True}], ids=["DDP", "FSDP2"])
+def test_two_processes_that_were_stopped_end_in_the_bits_of_two_that_were_not(
+    way: Options, plain: Options, tmp_path: Path
+) -> None:
+    given = {**plain, **way, "processes": 2}
+    assert run(given, tmp_path / "whole").rc == 0
+    stopped = run(given, tmp_path / "out", "1:4:SIGTERM")  # one process is asked; both stop
+    assert stopped.rc == ExitCode.RESUMABLE, stopped.stderr
+    assert "after step 4 of" in stopped.stderr and not (tmp_path / "out").exists()
+    resumed = run(given, tmp_path / "out")
+    assert resumed.rc == 0 and "goes on after step 4" in resumed.stderr
+    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
+
+
+def test_a_signal_to_the_launcher_stops_all_after_a_state(plain: Options, tmp_path: Path) -> None:
+    given = {**plain, "processes": 2, "epochs": 2000}
+    process = start(command(given, tmp_path / "out"))
+    metrics = tmp_path / "out.partial" / "metrics.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    ran = end(process)
+    assert ran.rc == ExitCode.RESUMABLE and "its state is in" in ran.stderr, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert [path.name[:5] for path in (tmp_path / "out.partial" / STATE).iterdir()] == ["step-"]
+
+
+def test_a_killed_process_ends_the_run_in_time_and_its_last_state_is_whole(
+    plain: Options, tmp_path: Path
+) -> None:
+    given = {**plain, "processes": 2, "save_every": 3}
+    begun = time.monotonic()
+    ran = run(given, tmp_path / "out", "1:8:SIGKILL")
+    assert time.monotonic() - begun < 60  # start-up included
+    assert ran.rc == ExitCode.RESOURCE and "process 1 was ended by SIGKILL" in ran.stderr, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "goes on after step 6" in run(given, tmp_path / "out").stderr
+
+
+def test_a_frozen_process_ends_the_run_when_the_others_have_waited_long_enough(
+    plain: Options, tmp_path: Path
+) -> None:
+    ran = run({**plain, "processes": 2, "rank_timeout": 4.0}, tmp_path / "out", "1:5:SIGSTOP")
+    assert ran.rc == ExitCode.RESOURCE and "process 0: step 5" in ran.stderr, ran.stderr
+    assert "Traceback" not in ran.stderr and not (tmp_path / "out").exists()
+
+
+def test_nan_on_one_process_stops_all_before_the_step(plain: Options, tmp_path: Path) -> None:
+    ran = run({**plain, "processes": 2, "save_every": 2}, tmp_path / "out", "1:5:nan")
+    assert ran.rc == ExitCode.NUMERIC and "step 5 of 15" in ran.stderr, ran.stderr
+    assert "the state of step 4 is whole" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_the_exit_code_and_the_two_lines_of_a_failing_process_are_kept(
+    plain: Options, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.npz"
+    bad.write_bytes(b"no images")
+    ran = run({**plain, "data": str(bad), "processes": 2}, tmp_path / "out")
+    assert ran.rc == ExitCode.INPUT
+    assert ran.stderr.count("error[LPS") == 1 and ran.stderr.count("mend:") == 1, ran.stderr
+
+
+@pytest.mark.parametrize("differs", ["seed", "data"])
+def test_processes_that_differ_are_refused_before_the_first_step(
+    differs: str, plain: Options, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.npz"
+    other.write_bytes(Path(str(plain["data"])).read_bytes())
+    changes: list[Options] = [{}, {"seed": 1} if differs == "seed" else {"data": str(other)}]
+    processes = []
+    for rank, changed in enumerate(changes):
+        env = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost", "MASTER_PORT": "29611",
+        }  # fmt: skip
+        processes.append(start(command(plain, tmp_path / "out", **changed), **env))
+    ran = [end(process) for process in processes]
+    assert ran[0].rc == ExitCode.STATE, ran[0].stderr
+    assert "process 1 has other options, another model or other data" in ran[0].stderr
+    assert ran[1].stderr == "" and not list(tmp_path.glob("out*"))
+
+
+def test_sharding_refuses_what_needs_whole_tensors(plain: Options, tmp_path: Path) -> None:
+    alone = run({**plain, "shard": True}, tmp_path / "out")
+    assert alone.rc == ExitCode.USAGE and "--processes 2 or more" in alone.stderr
+    ran = run({**plain, "shard": True, "processes": 2, "allocation": "lamp"}, tmp_path / "out")
+    assert ran.rc == ExitCode.USAGE and "--allocation lamp needs whole tensors" in ran.stderr
+    assert not list(tmp_path.glob("out*"))
