@@ -362,6 +362,12 @@ class FinetuneStep(_DataStep):
         1, ge=1,
         description="Backward passes a step, each on a part of --batch-size: less memory, the same step.",
     )  # fmt: skip
+    checkpointing: bool = Field(
+        False,
+        description="Compute a block's activations again in the backward pass instead of keeping them: less "
+        "memory, a third more time (Hugging Face models).",
+    )
+    compile: bool = Field(False, description="Compile the model with torch.compile.")
     processes: int | None = Field(
         None, ge=1,
         description="Processes to start on this machine, one a GPU. Default: this one (or what a launcher "

@@ -257,6 +257,9 @@ class Net(nn.Module):
         rank, call, what = (os.environ.get("TEST_FAULT") or "0:0:").split(":")
         if rank != os.environ.get("RANK", "0") or int(call) != self.calls:
             return self.body(x)
+        if what == "perturb":
+            self.body[1].weight.data.add_(1)
+            return self.body(x)
         if what in ("nan", "spike"):
             return self.body(x) * (float("nan") if what == "nan" else 1e3)
         for name in what.split("+"):

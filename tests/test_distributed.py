@@ -116,6 +116,12 @@ def test_nan_on_one_process_stops_all_before_the_step(plain: Options, tmp_path: 
     assert "the state of step 4 is whole" in ran.stderr and "Traceback" not in ran.stderr
 
 
+def test_weights_that_come_apart_end_the_run(plain: Options, tmp_path: Path) -> None:
+    ran = run({**plain, "processes": 2}, tmp_path / "out", "1:9:perturb")
+    assert ran.rc == ExitCode.RESOURCE, ran.stderr
+    assert "process 1 has other weights than process 0" in ran.stderr and "Traceback" not in ran.stderr
+
+
 def test_the_exit_code_and_the_two_lines_of_a_failing_process_are_kept(
     plain: Options, tmp_path: Path
 ) -> None:
@@ -144,6 +150,23 @@ def test_processes_that_differ_are_refused_before_the_first_step(
     assert ran[0].rc == ExitCode.STATE, ran[0].stderr
     assert "process 1 has other options, another model or other data" in ran[0].stderr
     assert ran[1].stderr == "" and not list(tmp_path.glob("out*"))
+
+
+def test_another_launcher_starts_the_same_run(plain: Options, tmp_path: Path) -> None:
+    words = command(plain, tmp_path / "out")[1:]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29617",
+    ]
+    ran = end(start([*launcher, *words]))
+    assert ran.rc == 0 and ran.stdout.count("prunable weights are zero") == 1, ran.stderr
+    refused = end(start(command(plain, tmp_path / "two"), ACCELERATE_USE_DEEPSPEED="true"))
+    assert refused.rc == ExitCode.USAGE and "DeepSpeed" in refused.stderr and "--shard" in refused.stderr
 
 
 def test_sharding_refuses_what_needs_whole_tensors(plain: Options, tmp_path: Path) -> None:

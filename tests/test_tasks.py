@@ -366,3 +366,46 @@ def test_a_worker_process_prepares_the_same_batches(faulty: dict[str, Any], tmp_
     lpsparse.finetune(out=tmp_path / "two", **{**faulty, "workers": 2})
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("none", "two"))
     assert one == two
+
+
+def test_a_dead_worker_process_ends_the_run_with_exit_6(faulty: dict[str, Any], tmp_path: Path) -> None:
+    code = tmp_path / "faulty.py"
+    code.write_text(code.read_text() + KILLS_WORKERS)
+    words = _words({**faulty, "workers": 1, "epochs": 50})
+    ran = run_cli(["finetune", faulty["model"], tmp_path / "out", *words])
+    assert ran.rc == 6 and "a process that prepares batches is gone" in ran.stderr, ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+KILLS_WORKERS = """
+import psutil
+
+class Killer(Net):
+    def forward(self, x):
+        if self.training:
+            for child in psutil.Process().children():
+                child.kill()
+        return super().forward(x)
+
+def build():
+    return Killer()
+"""
+
+
+def test_checkpointing_and_compiling_change_the_time_alone(text: Path, tmp_path: Path) -> None:
+    source, given = llama(tmp_path / "model"), {**RUN, "data": str(text), "task": "causal-lm"}
+    for name, more in {"plain": {}, "again": {"checkpointing": True}, "compiled": {"compile": True}}.items():
+        words = resolve(FinetuneStep, {**given, **more, "model": str(source), "out": "o"}).options()
+        ran = run_cli(["finetune", source, tmp_path / name, *words])
+        assert ran.rc == 0, ran.stderr
+    plain, again, compiled = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again", "compiled")
+    )
+    for name, weight in plain.items():
+        assert torch.equal(again[name], weight)
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpointing_of_a_bare_module_is_refused(faulty: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(LpsparseError, match="Net has no gradient checkpointing"):
+        lpsparse.finetune(out=tmp_path / "out", **{**faulty, "checkpointing": True})

@@ -40,7 +40,7 @@ def demo(
 ) -> None:
     from lpsparse import pipeline, verbs
 
-    if folder.exists():
+    if folder.exists() and not any(folder.glob("*.partial")):  # of one that was interrupted
         raise OutputError(401, f"{folder}: exists already", mend="remove it, or give another DIR")
     say = teller(quiet)
     changes = {"out": str(folder)}

@@ -31,6 +31,7 @@ from lpsparse.training.setup import (
     choose_weights,
     make_conditioning,
     make_optimizer,
+    prepare_module,
     resolve_auto,
 )
 from lpsparse.training.stopping import listening
@@ -105,6 +106,7 @@ def train(
         check_shard(step)
         distributed.shard(model, blocks(model), bf16=step.mixed_precision == "bf16")
         weights = _named_again(task, weights)
+    prepare_module(step, model)
     optimizer = make_optimizer(step, model, weights)
     # Sharding is torch's own: accelerate's does not know processes without a GPU.
     prepared = model if step.shard else accelerator.prepare(model)

@@ -13,7 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lpsparse import distributed
+from lpsparse.errors import ResourceError
 from lpsparse.recipe import FinetuneStep
+from lpsparse.training.model import first_line
 from lpsparse.training.tasks.base import Batch, Task
 
 _POOL = 32  # batches whose examples are sorted by length together
@@ -100,11 +102,20 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
         worker_init_fn=_one_thread if step.workers else None,
     )  # fmt: skip
     of_step: list[tuple[Part, Batch]] = []
-    for batch in loader:
+    for batch in _watched(loader) if step.workers else loader:
         of_step.append((given.pop(0), batch))
         if len(of_step) == step.accumulate:
             yield of_step
             of_step = []
+
+
+def _watched(loader: Any) -> Iterator[Batch]:
+    """The loader's batches. Raises ResourceError where one of its processes is gone."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        what = f"a process that prepares batches is gone: {first_line(error)}"
+        raise ResourceError(606, what, mend="use fewer --workers, or 0") from error
 
 
 def _one_thread(_: int) -> None:

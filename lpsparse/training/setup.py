@@ -55,6 +55,18 @@ def check_shard(step: FinetuneStep) -> None:
             raise UsageError(233, what, mend=f"leave --shard out, or choose another {name}")
 
 
+def prepare_module(step: FinetuneStep, model: Any) -> None:
+    """--checkpointing and --compile, in place. Raises UsageError for a model that cannot be checkpointed."""
+    if step.checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            what = f"--checkpointing: {type(model).__name__} has no gradient checkpointing"
+            raise UsageError(255, what, mend="use --accumulate for less memory")
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+        (enable or model.gradient_checkpointing_enable)()
+    if step.compile:
+        model.compile()
+
+
 def choose_weights(
     step: FinetuneStep, loaded: Loaded
 ) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
