@@ -4,6 +4,7 @@ One process is the same code: every function then answers at once. A function th
 processes" is a collective: all of them call it, or none.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from torch import Tensor, distributed, nn
 from lpsparse.errors import ExitCode, LaunchError, ResourceError
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _TOGETHER = 2.0  # seconds: failures so near to the first one may be its cause
 
 
@@ -212,6 +214,12 @@ def launch(processes: int, arguments: list[str]) -> None:
         raise LaunchError(ExitCode.INTERRUPT if stop else ExitCode.RESUMABLE) from None
     finally:
         shutil.rmtree(logs, ignore_errors=True)
+
+
+def end_with_launcher() -> None:
+    """On Linux: have this process asked to stop when its launcher is killed, which cannot ask any more."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
 
 
 def _quiet_elastic() -> None:

@@ -59,8 +59,8 @@ Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]
 
 
-def _silent(_: Any) -> None:
-    pass
+def silent(_: Any) -> None:
+    """Says nothing. Given as `say`, processes that a step starts are silent too."""
 
 
 def prune(model: str | Path, out: str | Path, **options: Any) -> Report:
@@ -117,7 +117,7 @@ def load(path: str | Path) -> dict[str, Any]:
     return {tensor.name: to_tensor(tensor) for tensor in open_checkpoint(path).tensors}
 
 
-def prune_step(step: PruneStep, say: Say = _silent) -> Report:
+def prune_step(step: PruneStep, say: Say = silent) -> Report:
     source = _open(step.model, say)
     check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
     plan = plan_prune(
@@ -153,7 +153,7 @@ def prune_step(step: PruneStep, say: Say = _silent) -> Report:
         return finish(counts, quality if same else ())
 
 
-def pack_step(step: PackStep | UnpackStep, say: Say = _silent) -> Report:
+def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     source = _open(step.model, say)
     chosen = prunable_of(source)
     check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
@@ -166,7 +166,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = _silent) -> Report:
         return finish(counts, own_quality(source))
 
 
-def report_step(step: ReportStep, say: Say = _silent) -> Report:
+def report_step(step: ReportStep, say: Say = silent) -> Report:
     checkpoint = _open(step.model, say)
     quality = own_quality(checkpoint)
     manifest = own_manifest(checkpoint)
@@ -179,7 +179,7 @@ def report_step(step: ReportStep, say: Say = _silent) -> Report:
     return check_budgets(found, step.min_sparsity, step.max_bytes, step.max_quality_drop)
 
 
-def verify_step(step: VerifyStep, say: Say = _silent) -> dict[str, Any]:
+def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
     folder = Path(step.model)
     if not folder.is_dir():
         raise InputError(327, f"{folder}: no such folder", mend="give a folder that lpsparse wrote")
@@ -189,7 +189,7 @@ def verify_step(step: VerifyStep, say: Say = _silent) -> dict[str, Any]:
     return found
 
 
-def inspect_step(step: InspectStep, say: Say = _silent) -> dict[str, Any]:
+def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
     checkpoint = _open(step.model, say)
     chosen = prunable_of(checkpoint)
     tensors = [
@@ -209,7 +209,7 @@ def inspect_step(step: InspectStep, say: Say = _silent) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def evaluate_step(step: EvalStep, say: Say = _silent) -> dict[str, Any]:
+def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     source = _open(step.model, say)
     from lpsparse.training.data import find
     from lpsparse.training.loop import prepare
@@ -227,7 +227,7 @@ def evaluate_step(step: EvalStep, say: Say = _silent) -> dict[str, Any]:
 
 
 def finetune_step(
-    step: FinetuneStep, say: Say = _silent, on_step: Callable[[Any], None] = _silent
+    step: FinetuneStep, say: Say = silent, on_step: Callable[[Any], None] = silent
 ) -> Report | dict[str, Any]:
     """Train and write. With dry_run: {"steps", "prunable_weights", ...} and nothing written.
 
@@ -244,13 +244,14 @@ def finetune_step(
         say("dry run: nothing is written")
         return plan_training(step, prepare(step, source))
     if step.processes is not None and step.processes > 1 and not launched:
-        return _launch(step, quiet=say is _silent)
+        return _launch(step, quiet=say is silent)
     from lpsparse import distributed
     from lpsparse.training.loop import prepare, start, train
     from lpsparse.training.model import trained_checkpoint
     from lpsparse.training.resume import States
     from lpsparse.training.tracking import Tracker
 
+    distributed.end_with_launcher()
     start(step)
     task = prepare(step, source)
     for note in task.loaded.notes:
@@ -344,7 +345,7 @@ def _metrics(
 ) -> Generator[Callable[[Any], None]]:
     """Records progress as lines of `path`, after those of the run that left the state `found`."""
     if not first:
-        yield _silent
+        yield silent
         return
     earlier = path if found is None else found[0].parents[1] / METRICS
     done = 0 if found is None else found[1]["step"]

@@ -20,6 +20,7 @@ from lpsparse.training.conditioning import condition
 from lpsparse.training.control import SparsityControl, quantile
 from lpsparse.training.decay import kill_magnitude
 from lpsparse.training.factors import Factors
+from lpsparse.training.memory import estimate
 from lpsparse.training.phases import plan_phases
 from lpsparse.training.regrow import is_due, regrow
 
@@ -584,3 +585,32 @@ def test_two_ranks_agree_with_one_process_and_have_its_zeros(way: str, tmp_path:
         for name, weight in alone.items():
             torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)
             assert torch.equal(found[name] == 0, weight == 0)
+
+
+@pytest.mark.parametrize("way", [{}, {"method": "gradual"}, {"target_sparsity": None}, {"method": "dense"}])
+def test_the_estimate_of_memory_is_what_a_run_keeps(way: dict[str, object]) -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
+    weights = {"0.weight": model[0].weight, "2.weight": model[2].weight}
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    given = {"target_sparsity": "0.5", "condition": "none", **way}
+    if way.get("method") == "dense":
+        del given["target_sparsity"]
+    step = step_of(**{key: value for key, value in given.items() if value is not None})
+    control = control_of(step, weights if step.method != "dense" else {}, inner, 60)
+    for t in range(12):
+        control.before_step(t)
+        model(torch.randn(5, 64)).square().mean().backward()
+        control.after_backward(t)
+        inner.step()
+        control.after_step(t)
+    tensors = [*model.parameters(), *(param.grad for param in model.parameters())]
+    tensors += [each for state in inner.state.values() for each in state.values()]
+    tensors += [*control.masks.values(), *control.spare.values(), *control._covered.values()]
+    kept = sum(each.numel() * each.element_size() for each in tensors if each is not None and each.ndim)
+    size, prunable = sum(param.numel() for param in model.parameters()), 64 * 96 + 96 * 32
+    found = estimate(step, trained=size, frozen=0, prunable=prunable, processes=1)
+    assert found.kept == kept
+    shared = estimate(
+        step.model_copy(update={"shard": True}), trained=size, frozen=0, prunable=prunable, processes=4
+    )
+    assert shared.kept == kept // 4 and shared.exchanged == 3 * (2 * 4 + 4) * size // 4

@@ -1,9 +1,11 @@
 """Two processes on a CPU: the same weights as one, DDP and FSDP2, and what happens when one of them fails."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from conftest import Ran, cli_environment, tree_hash
 
 from lpsparse import ExitCode
-from lpsparse.checkpoint.writer import STATE
+from lpsparse.checkpoint.writer import OWNER, STATE
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
 
@@ -76,13 +78,41 @@ def test_two_processes_that_were_stopped_end_in_the_bits_of_two_that_were_not(
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
 
 
-def test_a_signal_to_the_launcher_stops_all_after_a_state(plain: Options, tmp_path: Path) -> None:
-    given = {**plain, "processes": 2, "epochs": 2000}
-    process = start(command(given, tmp_path / "out"))
-    metrics = tmp_path / "out.partial" / "metrics.jsonl"
+def test_quiet_processes_say_nothing(plain: Options, tmp_path: Path) -> None:
+    ran = end(start([*command(plain, tmp_path / "out", processes=2, steps=1), "--quiet", "--json"]))
+    assert (ran.rc, ran.stderr) == (0, "") and json.loads(ran.stdout)["prunable"]["zeros"] > 0
+
+
+def started(plain: Options, out: Path) -> subprocess.Popen[bytes]:
+    """A long run of two processes that has done its first steps."""
+    process = start(command({**plain, "processes": 2, "epochs": 2000}, out))
+    metrics = out.with_name(out.name + ".partial") / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+    return process
+
+
+def wait_for(there: Callable[[], bool]) -> None:
     until = time.monotonic() + 60
-    while time.monotonic() < until and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+    while not there() and time.monotonic() < until:
         time.sleep(0.1)
+    assert there()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_processes_whose_launcher_was_killed_save_their_state_and_end(plain: Options, tmp_path: Path) -> None:
+    process = started(plain, tmp_path / "out")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()  # the others hold its ends, and go on
+    folder = tmp_path / "out.partial"
+    wait_for(lambda: json.loads((folder / OWNER).read_text())["pid"] == -1)
+    assert [path.name[:5] for path in (folder / STATE).iterdir()] == ["step-"]
+
+
+def test_a_signal_to_the_launcher_stops_all_after_a_state(plain: Options, tmp_path: Path) -> None:
+    process = started(plain, tmp_path / "out")
     process.send_signal(signal.SIGTERM)
     ran = end(process)
     assert ran.rc == ExitCode.RESUMABLE and "its state is in" in ran.stderr, ran.stderr

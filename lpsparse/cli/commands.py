@@ -70,10 +70,10 @@ def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, quiet: bool)
 
 
 def _finetune(step: recipe.FinetuneStep, as_json: bool, quiet: bool) -> None:
-    from lpsparse.verbs import finetune_step
+    from lpsparse.verbs import finetune_step, silent
 
     with TrainingBar(quiet) as bar:
-        found = finetune_step(step, teller(quiet), bar.update)
+        found = finetune_step(step, silent if quiet else teller(quiet), bar.update)
     if isinstance(found, dict):
         _facts(found, as_json=as_json)
     else:

@@ -20,6 +20,7 @@ from lpsparse.training.control import SparsityControl
 from lpsparse.training.data import check_apart
 from lpsparse.training.distill import blocks, make_teacher
 from lpsparse.training.loss import check_dropout
+from lpsparse.training.memory import estimate
 from lpsparse.training.model import quiet_transformers
 from lpsparse.training.order import steps_of
 from lpsparse.training.phases import plan_phases
@@ -71,10 +72,16 @@ def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
     """What `train` would do, as plain data."""
     step = resolve_auto(step, task.loaded.module, steps_of(step, task))
     prunable, weights = choose_weights(step, task.loaded)
+    params = list(task.loaded.module.parameters())
+    size = sum(weight.numel() for weight in weights.values())
+    trained = sum(param.numel() for param in params if param.requires_grad)
+    frozen = sum(param.numel() for param in params) - trained
+    memory = estimate(step, trained=trained, frozen=frozen, prunable=size, processes=step.processes or 1)
     return {
+        "bytes_kept": memory.kept, "bytes_peak": memory.kept + memory.peak,
         "method": step.method, "steps": steps_of(step, task), "examples": len(task.train),
         "held_out": len(task.held_out),
-        "prunable_weights": sum(weight.numel() for weight in weights.values()),
+        "prunable_weights": size,
         "prunable_tensors": len(weights),
         "kept": kept_in_words(prunable), "fresh": list(task.loaded.new),
     }  # fmt: skip
