@@ -597,7 +597,7 @@ def test_the_estimate_of_memory_is_what_a_run_keeps(way: dict[str, object]) -> N
         del given["target_sparsity"]
     step = step_of(**{key: value for key, value in given.items() if value is not None})
     control = control_of(step, weights if step.method != "dense" else {}, inner, 60)
-    for t in range(12):
+    for t in range(20):
         control.before_step(t)
         model(torch.randn(5, 64)).square().mean().backward()
         control.after_backward(t)
