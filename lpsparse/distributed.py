@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor, distributed, nn
 from lpsparse.errors import ExitCode, LaunchError, ResourceError
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_PATIENCE = 24 * 3600  # seconds that processes which were asked to stop have to end their step and save
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_patient: Any = None  # a process group without a time limit to speak of
 _TOGETHER = 2.0  # seconds: failures so near to the first one may be its cause
 
 
@@ -85,9 +88,20 @@ def gathered(value: Any) -> list[Any]:
 
 
 def wait() -> None:
-    """Until all processes have come here."""
+    """Until all processes have come here, however long one of them works alone (writing, tokenising)."""
+    global _patient
+    if _is_one():
+        return
+    if _patient is None:
+        _patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    distributed.barrier(_patient)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers (running statistics) of process 0, which are those that are written."""
     if not _is_one():
-        distributed.barrier()
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
 
 
 def average_(tensors: Sequence[Tensor]) -> None:
@@ -180,12 +194,6 @@ def _like(param: Any, part: Tensor) -> Tensor:
     )
 
 
-def leave() -> None:
-    """Close the process group, so that a process that is done does not look lost."""
-    if not _is_one():
-        distributed.destroy_process_group()
-
-
 def launch(processes: int, arguments: list[str]) -> None:
     """Run `python -m lpsparse ARGUMENTS` in that many processes on this machine, and wait for them.
 
@@ -202,6 +210,7 @@ def launch(processes: int, arguments: list[str]) -> None:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=str(os.getpid()), max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.OUT),
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", shutdown_timeout=_PATIENCE,
     )  # fmt: skip
     _quiet_elastic()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -217,16 +226,24 @@ def launch(processes: int, arguments: list[str]) -> None:
 
 
 def end_with_launcher() -> None:
-    """On Linux: have this process asked to stop when its launcher is killed, which cannot ask any more."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
+    """Have this process asked to stop when its launcher is killed, which cannot ask any more."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Linux sends it once for every thread of the dying parent: one that may be repeated.
+        end_with_parent(signal.SIGUSR1)
+
+
+def end_with_parent(number: int) -> None:
+    """Get signal `number` when the process that started this one is gone. Only Linux can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(number))
 
 
 def _quiet_elastic() -> None:
     import logging
 
-    for name in ("torch.distributed", "torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
@@ -242,6 +259,11 @@ def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
         what = f"process {first.local_rank} was ended by {name}; the others were stopped"
         raise_with = "run the same command again: it goes on from the last training state, if there is one"
         return ResourceError(603, what, mend=raise_with)
-    codes = [each.exitcode for each in near if each.exitcode > 0]
-    own = [code for code in codes if code != ExitCode.RESOURCE] or codes or [int(ExitCode.RESOURCE)]
-    return LaunchError(ExitCode(own[0]) if own[0] in list(ExitCode) else ExitCode.BUG)
+    failed = [each for each in near if each.exitcode > 0]
+    # What misses another process ends with RESOURCE, and what the launcher then stops as if it were asked to:
+    # the cause is one that ended otherwise, or has said more.
+    after = (ExitCode.RESOURCE, ExitCode.RESUMABLE, ExitCode.INTERRUPT)
+    cause = next((each for each in failed if each.exitcode not in after), None)
+    cause = cause or next((each for each in failed if "LPS601" in str(each.message)), None) or first
+    code = ExitCode(cause.exitcode) if cause.exitcode in list(ExitCode) else ExitCode.RESOURCE
+    return LaunchError(code, said="" if cause.local_rank == 0 else str(cause.message))

@@ -77,8 +77,10 @@ class InterruptError(LpsparseError):
 
 
 class LaunchError(LpsparseError):
-    """A process that was started for this run ended with `exit_code`, and has said why."""
+    """A process that was started for this run ended with `exit_code`. Process 0 has said why; of another,
+    which is silent, it is in `said`."""
 
-    def __init__(self, exit_code: ExitCode) -> None:
+    def __init__(self, exit_code: ExitCode, *, said: str = "") -> None:
         super().__init__(600, f"a process of the run ended with exit code {int(exit_code)}", mend="see above")
         self.exit_code = exit_code
+        self.said = said

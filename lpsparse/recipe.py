@@ -416,6 +416,12 @@ class FinetuneStep(_DataStep):
         return self
 
     @model_validator(mode="after")
+    def _parts(self) -> Self:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"--accumulate {self.accumulate}: a step has {self.batch_size} examples")
+        return self
+
+    @model_validator(mode="after")
     def _score_needs(self) -> Self:
         if self.score == "fisher" and self.optimizer != "adamw":
             raise ValueError(

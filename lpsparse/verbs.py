@@ -4,6 +4,7 @@ The command line calls only these.
 Torch is imported where training begins, nowhere else.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Generator
@@ -265,11 +266,16 @@ def finetune_step(
         distributed.wait()
         states = States(folder, made_by, keep=step.keep_last, shard=step.shard)
         states.find(step.resume, say)
+        if distributed.odd_one(str(states.found and states.found[1]["step"])) is not None:
+            what = f"{folder}: the processes do not find the same training state"
+            raise StateError(710, what, mend="put OUT on a disk that all machines see")
         tracker = Tracker(step.track, step.out, say) if first and step.track != "none" else None
-        with _metrics(folder / METRICS, states.found, on_step, first=first) as record:
-            trained = train(step, task, _both(record, tracker), say, states)
-        if tracker is not None:
-            tracker.close()
+        try:
+            with _metrics(folder / METRICS, states.found, on_step, first=first) as record:
+                trained = train(step, task, _both(record, tracker), say, states)
+        finally:
+            if tracker is not None:
+                tracker.close()
         written = trained_checkpoint(source, task.loaded)
         if not first:
             follow(written)
@@ -326,7 +332,18 @@ def _made_by(step: FinetuneStep, source: Checkpoint) -> dict[str, Any]:
     files = {record.name: record.sha256 for record in source_of(source).files}
     numbers = {"lpsparse": __version__, "torch": version("torch")}
     versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
-    return {"recipe": recorded(step), "model": files, "versions": versions}
+    return {
+        "recipe": recorded(step), "model": files, "versions": versions, "shard": step.shard,
+        "code": {"model_fn": _code(step.model_fn), "optimizer": _code(step.optimizer)},
+    }  # fmt: skip
+
+
+def _code(spec: str | None) -> str | None:
+    """What code that a person named is: its file by its hash, else by its name."""
+    file = Path((spec or "").rpartition(":")[0])
+    if file.suffix == ".py" and file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    return spec
 
 
 @contextmanager
@@ -335,7 +352,8 @@ def _training_folder(step: FinetuneStep, *, first: bool) -> Generator[Path]:
     if not first:
         yield partial_of(step.out)
         return
-    with output_folder(step.out, overwrite=step.overwrite, resumes=step.resume != "never") as folder:
+    states = "drop" if step.resume == "never" else "resume"
+    with output_folder(step.out, overwrite=step.overwrite, states=states) as folder:
         yield folder
 
 

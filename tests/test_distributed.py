@@ -1,6 +1,7 @@
 """Two processes on a CPU: the same weights as one, DDP and FSDP2, and what happens when one of them fails."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ import safetensors.torch
 import torch
 from conftest import Ran, cli_environment, tree_hash
 
+import lpsparse
 from lpsparse import ExitCode
+from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.writer import OWNER, STATE
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
+from lpsparse.training.loop import prepare
+from lpsparse.training.quality import evaluate
 
 Options = dict[str, Any]
 
@@ -70,11 +75,15 @@ def test_two_processes_that_were_stopped_end_in_the_bits_of_two_that_were_not(
 ) -> None:
     given = {**plain, **way, "processes": 2}
     assert run(given, tmp_path / "whole").rc == 0
-    stopped = run(given, tmp_path / "out", "1:4:SIGTERM")  # one process is asked; both stop
+    # One process is asked, and both stop: between two lines of the metrics.
+    stopped = run(given, tmp_path / "out", "1:5:SIGTERM")
     assert stopped.rc == ExitCode.RESUMABLE, stopped.stderr
-    assert "after step 4 of" in stopped.stderr and not (tmp_path / "out").exists()
+    assert "after step 5 of" in stopped.stderr and not (tmp_path / "out").exists()
+    if "shard" not in way:
+        other = run({**given, "shard": True}, tmp_path / "out")
+        assert other.rc == ExitCode.STATE and "shard was False, is True" in other.stderr
     resumed = run(given, tmp_path / "out")
-    assert resumed.rc == 0 and "goes on after step 4" in resumed.stderr
+    assert resumed.rc == 0 and "goes on after step 5" in resumed.stderr
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
 
 
@@ -146,6 +155,57 @@ def test_nan_on_one_process_stops_all_before_the_step(plain: Options, tmp_path: 
     assert "the state of step 4 is whole" in ran.stderr and "Traceback" not in ran.stderr
 
 
+def test_a_parameter_without_a_gradient_is_no_lost_process_and_quality_is_that_of_the_files(
+    plain: Options, tmp_path: Path
+) -> None:
+    code = Path(str(plain["model_fn"]).rpartition(":")[0])
+    code.write_text(
+        code.read_text().replace("nn.ReLU(), nn.Identity()", "nn.ReLU(), nn.BatchNorm1d(13)") + ODD
+    )
+    build: dict[str, Any] = {}
+    exec(code.read_text(), build)
+    torch.save(build["build"]().state_dict(), str(plain["model"]))
+    ran = run({**plain, "processes": 2, "epochs": 6}, tmp_path / "out")
+    assert ran.rc == 0, ran.stderr
+    manifest = json.loads((tmp_path / "out" / "lpsparse.json").read_text())
+    options = {key: plain[key] for key in ("task", "data", "model_fn", "batch_size")}
+    found = lpsparse.evaluate(tmp_path / "out", split="train", **options)
+    held = resolve(FinetuneStep, {**plain, "out": "o"})
+    task = prepare(held, open_checkpoint(tmp_path / "out"))
+    assert manifest["quality"][0]["after"] == pytest.approx(evaluate(held, task).of("accuracy"), abs=1e-9)
+    assert found["images"] == 44
+
+
+ODD = """
+class Odd(Net):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(3, 5)
+
+def build():
+    return Odd()
+"""
+
+
+def test_what_a_process_other_than_the_first_says_is_passed_on(plain: Options, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PICKY)
+    ran = run({**plain, "processes": 2, "optimizer": f"{tmp_path / 'mine.py'}:Picky"}, tmp_path / "out")
+    assert ran.rc == ExitCode.USAGE, ran.stderr
+    assert "no room on process 1" in ran.stderr and ran.stderr.count("mend:") == 1, ran.stderr
+
+
+PICKY = """
+import os
+import torch
+
+class Picky(torch.optim.SGD):
+    def __init__(self, params, lr):
+        if os.environ.get("RANK") == "1":
+            raise ValueError("no room on process 1")
+        super().__init__(params, lr)
+"""
+
+
 def test_weights_that_come_apart_end_the_run(plain: Options, tmp_path: Path) -> None:
     ran = run({**plain, "processes": 2}, tmp_path / "out", "1:9:perturb")
     assert ran.rc == ExitCode.RESOURCE, ran.stderr
@@ -205,3 +265,38 @@ def test_sharding_refuses_what_needs_whole_tensors(plain: Options, tmp_path: Pat
     ran = run({**plain, "shard": True, "processes": 2, "allocation": "lamp"}, tmp_path / "out")
     assert ran.rc == ExitCode.USAGE and "--allocation lamp needs whole tensors" in ran.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_signal_to_a_whole_job_with_workers_saves_the_state(plain: Options, tmp_path: Path) -> None:
+    words = command({**plain, "workers": 1, "epochs": 2000}, tmp_path / "out")
+    process = subprocess.Popen(
+        words, env=cli_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    metrics = tmp_path / "out.partial" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    ran = end(process)
+    assert ran.rc == ExitCode.RESUMABLE and "its state is in" in ran.stderr, ran.stderr
+
+
+def test_sigterm_before_the_first_step_exits_75_and_leaves_nothing(plain: Options, tmp_path: Path) -> None:
+    process = start([sys.executable, "-c", SLOW, *command(plain, tmp_path / "out")[3:]])
+    assert process.stdout is not None and process.stdout.readline() == b"loading\n"
+    process.send_signal(signal.SIGTERM)
+    ran = end(process)
+    assert ran.rc == ExitCode.RESUMABLE and "stopped by SIGTERM" in ran.stderr, ran.stderr
+    assert "Traceback" not in ran.stderr and not list(tmp_path.glob("out*"))
+
+
+SLOW = """
+import time
+from lpsparse import verbs
+from lpsparse.cli import main
+
+def slow(*_):
+    print("loading", flush=True)
+    time.sleep(60)
+
+verbs._open = slow
+main()
+"""

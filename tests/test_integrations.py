@@ -159,3 +159,18 @@ def test_a_plain_loop_is_taken_up_again_in_the_same_bits() -> None:
         run[2].finish()
     for name, weight in whole[0].state_dict().items():
         assert torch.equal(second[0].state_dict()[name], weight)
+
+
+def test_a_loop_whose_cut_has_emptied_a_tensor_is_taken_up_again() -> None:
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(13, 7), torch.nn.Linear(7, 11))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    options = {"target_sparsity": "0.6", "include": ("*.weight",)}
+    state = lpsparse.Sparsity(model, optimizer, steps=40, lr=0.01, **options).state_dict()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    again = lpsparse.Sparsity(model, torch.optim.AdamW(model.parameters()), steps=40, lr=0.01, **options)
+    again.load_state_dict(state)
+    other = lpsparse.Sparsity(model, torch.optim.AdamW(model.parameters()), steps=40, lr=0.02, **options)
+    with pytest.raises(LpsparseError, match="the state was made with another lr"):
+        other.load_state_dict(state)

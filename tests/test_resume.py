@@ -4,16 +4,19 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Ran, tree_hash
+from safetensors import SafetensorError
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.checkpoint.writer import METRICS, STATE
+from lpsparse.checkpoint.writer import METRICS, OWNER, STATE
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
 from lpsparse.training import resume as resume_module
@@ -150,6 +153,7 @@ def test_with_every_state_damaged_the_run_starts_afresh(
     (tmp_path / "out.partial" / STATE / "step-00000007" / "state.json").write_text("{")
     ran = train(tmp_path / "out", faulty, monkeypatch)
     assert ran.rc == 0 and "is damaged" in ran.stderr and "goes on" not in ran.stderr
+    assert "no state is whole: starts from the first step" in ran.stderr
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
 
 
@@ -168,6 +172,74 @@ def test_only_the_last_states_are_kept_and_an_older_one_goes_after_the_new_one_i
     assert ran.rc == ExitCode.OUTPUT and "No space left on device; earlier states are whole" in ran.stderr
     whole = [name for name in states(tmp_path / "out") if not name.endswith(".partial")]
     assert whole == ["step-00000006", "step-00000008", "step-00000009"]
+
+
+def test_a_damaged_newer_state_never_takes_the_place_of_a_whole_one(
+    faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**faulty, "save_every": 2, "keep_last": 2}
+    train(tmp_path / "out", given, monkeypatch, "0:9:SIGTERM")
+    (tmp_path / "out.partial" / STATE / "step-00000009" / "state.json").write_text("{")
+    ran = train(tmp_path / "out", {**given, "keep_last": 1}, monkeypatch, "0:1:SIGTERM")
+    assert "goes on after step 8" in ran.stderr
+    assert states(tmp_path / "out") == ["step-00000009"]  # written anew, and whole
+    assert "goes on after step 9" in train(tmp_path / "out", given, monkeypatch).stderr
+
+
+def test_a_full_disk_as_safetensors_tells_it_is_an_output_error(
+    faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(resume_module, "save_file", full)
+    ran = train(tmp_path / "out", {**faulty, "save_every": 2}, monkeypatch)
+    assert ran.rc == ExitCode.OUTPUT and "No space left on device" in ran.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_another_command_does_not_delete_the_states_of_a_run(
+    faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "out", faulty, monkeypatch, "0:3:SIGTERM")
+    with pytest.raises(LpsparseError, match="holds the training states of an unfinished run") as caught:
+        lpsparse.prune(faulty["model"], tmp_path / "out", sparsity=0.5)
+    assert caught.value.exit_code == ExitCode.STATE
+    assert "goes on after step 3" in train(tmp_path / "out", faulty, monkeypatch).stderr
+
+
+@pytest.mark.parametrize("holder", ["a later process of this number", "no mark"])
+def test_a_dead_holder_is_told_from_a_living_one(
+    holder: str, faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "out", faulty, monkeypatch, "0:3:SIGTERM")
+    mark = tmp_path / "out.partial" / OWNER
+    if holder == "no mark":
+        mark.unlink()
+    else:
+        mark.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": 12.0}))
+    assert "goes on after step 3" in train(tmp_path / "out", faulty, monkeypatch).stderr
+
+
+def test_a_living_holder_is_left_alone(
+    faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "out", faulty, monkeypatch, "0:3:SIGTERM")
+    since = psutil.Process().create_time()
+    record = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    (tmp_path / "out.partial" / OWNER).write_text(json.dumps(record))
+    ran = train(tmp_path / "out", faulty, monkeypatch)
+    assert ran.rc == ExitCode.STATE and f"process {os.getpid()}" in ran.stderr
+
+
+def test_other_code_of_the_model_is_another_run(
+    faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "out", faulty, monkeypatch, "0:3:SIGTERM")
+    code = Path(str(faulty["model_fn"]).rpartition(":")[0])
+    code.write_text(code.read_text().replace("ReLU", "Tanh"))
+    ran = train(tmp_path / "out", faulty, monkeypatch)
+    assert ran.rc == ExitCode.STATE and "code.model_fn was" in ran.stderr
 
 
 def test_a_signal_while_a_state_is_written_leaves_it_whole(
@@ -240,6 +312,10 @@ def test_a_state_may_be_named_and_one_that_is_none_is_refused(
     ran = train(tmp_path / "second", faulty, monkeypatch, resume=str(earlier))
     assert ran.rc == 0 and "goes on after step 8" in ran.stderr
     assert tree_hash(tmp_path / "second") == tree_hash(tmp_path / "whole")
+    stopped = train(tmp_path / "fourth", faulty, monkeypatch, "0:2:SIGTERM", resume=str(earlier))
+    assert "with --resume auto goes on from there" in stopped.stdout
+    again = train(tmp_path / "fourth", faulty, monkeypatch, resume=str(earlier))
+    assert again.rc == 0 and "goes on after step 10" in again.stderr  # not from the named one once more
     ran = train(tmp_path / "third", faulty, monkeypatch, resume=str(tmp_path))
     assert ran.rc == ExitCode.STATE and "is no whole training state" in ran.stderr
 

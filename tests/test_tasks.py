@@ -204,14 +204,21 @@ def test_a_large_text_is_tokenised_once_beside_the_data_and_gives_the_same_block
     monkeypatch.setattr(blocks_module, "LARGE", 1000)
     large = prepare(resolve(FinetuneStep, given), open_checkpoint(BUNDLED))
     kept = list((tmp_path / blocks_module.CACHE).iterdir())
-    assert len(kept) == 1 and kept[0].suffix == ".u32"
+    assert sorted(path.suffix for path in kept) == [".sha256", ".u32"]
     assert len(small.train) > 30 and abs(len(large.train) - len(small.train)) < 12
     text.write_text(text.read_text() + "More. " * 30)
     os.utime(text, (1, 1))  # by what it holds, not by its date
     monkeypatch.setattr(blocks_module, "_write", _write_once(blocks_module._write))
     for _ in range(2):
         prepare(resolve(FinetuneStep, given), open_checkpoint(BUNDLED))
-    assert len(list((tmp_path / blocks_module.CACHE).iterdir())) == 2
+    found = sorted((tmp_path / blocks_module.CACHE).glob("*.u32"))
+    assert len(found) == 2
+    found[1].write_bytes(found[1].read_bytes()[:400])  # cut off: made again
+    found[0].write_bytes(b"\0" * found[0].stat().st_size)
+    monkeypatch.undo()
+    monkeypatch.setattr(blocks_module, "LARGE", 1000)
+    again = prepare(resolve(FinetuneStep, given), open_checkpoint(BUNDLED))
+    assert len(again.train) > len(small.train) and any(block.any() for block in again.train)
 
 
 def _write_once(write: Any) -> Any:

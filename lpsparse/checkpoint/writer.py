@@ -12,8 +12,9 @@ import re
 import shutil
 import socket
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -101,14 +102,16 @@ def check_output(
 
 
 @contextmanager
-def output_folder(out: Path, *, overwrite: bool = False, resumes: bool = False) -> Generator[Path]:
+def output_folder(
+    out: Path, *, overwrite: bool = False, states: Literal["refuse", "resume", "drop"] = "refuse"
+) -> Generator[Path]:
     """A sibling `OUT.partial` to write into; renamed to OUT on success, removed on any failure, unless it
-    holds training states: these stay, and with `resumes` an earlier run's are found there again.
+    holds training states: these stay. An earlier run's are found there again, or dropped, or refused.
 
-    Raises StateError when a living process holds it.
+    Raises StateError when a living process holds it, or states that are not looked for.
     """
     partial = partial_of(out)
-    _take(partial, resumes=resumes)
+    _take(partial, states)
     try:
         yield partial
         fsync(partial)
@@ -125,7 +128,8 @@ def output_folder(out: Path, *, overwrite: bool = False, resumes: bool = False) 
     finally:
         if partial.exists():
             if has_states(partial):
-                _own(partial, _NOBODY)
+                with suppress(OSError):  # a full disk: then the process is found to be gone
+                    _own(partial, _NOBODY)
             else:
                 remove_ours(partial, OWNER)
 
@@ -139,13 +143,17 @@ def has_states(partial: Path) -> bool:
     return any(path.name[5:].isdecimal() for path in (partial / STATE).glob("step-*"))
 
 
-def _take(partial: Path, *, resumes: bool) -> None:
+def _take(partial: Path, states: str) -> None:
     if os.path.lexists(partial):
-        host, pid = _holder(partial)
-        if pid != _NOBODY and (host != socket.gethostname() or psutil.pid_exists(pid)):
+        host, pid, since = _holder(partial)
+        if pid != _NOBODY and (host != socket.gethostname() or _is_running(pid, since)):
             what = f"{partial}: process {pid} on {host} is writing it"
-            raise StateError(702, what, mend="wait for it, or delete it if that run is dead")
-        if resumes and has_states(partial):
+            mend = f"wait for it; if it is dead, delete {OWNER} in there (or all of it)"
+            raise StateError(702, what, mend=mend)
+        if states == "refuse" and has_states(partial):
+            what = f"{partial}: holds the training states of an unfinished run"
+            raise StateError(709, what, mend="choose another OUT, or delete it if you do not want them")
+        if states == "resume" and has_states(partial):
             _take_over(partial)
             return
         remove_ours(partial, OWNER)  # left by a killed run; nothing in it was ever finished
@@ -156,9 +164,20 @@ def _take(partial: Path, *, resumes: bool) -> None:
         raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
 
 
+def _is_running(pid: int, since: float) -> bool:
+    """Whether it is that process, and not a later one of its number (a container's is often the same)."""
+    try:
+        return abs(psutil.Process(pid).create_time() - since) < 2
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
 def _take_over(partial: Path) -> None:
     """Of an unfinished run all but its states and metrics goes. Of two that try only one can."""
     try:
+        (partial / OWNER).touch()
         (partial / OWNER).rename(partial / f"{OWNER}.{os.getpid()}")
     except FileNotFoundError:
         what = f"{partial}: another process is taking it"
@@ -171,18 +190,21 @@ def _take_over(partial: Path) -> None:
 
 def _own(partial: Path, pid: int) -> None:
     fresh = partial / _NEW
-    fresh.write_text(json.dumps({"pid": pid, "host": socket.gethostname()}))
+    since = 0.0 if pid == _NOBODY else psutil.Process(pid).create_time()
+    fresh.write_text(json.dumps({"pid": pid, "host": socket.gethostname(), "since": since}))
     fresh.replace(partial / OWNER)
 
 
-def _holder(partial: Path) -> tuple[str, int]:
-    """Host and process that hold a `.partial`; nobody when it died before it could say so."""
+def _holder(partial: Path) -> tuple[str, int, float]:
+    """Host and process that hold a `.partial`, and when it began; nobody when it died before it could say so,
+    and when a person has deleted the mark."""
     try:
         holder = json.loads((partial / OWNER).read_text())
-        return str(holder["host"]), int(holder["pid"])
+        return str(holder["host"]), int(holder["pid"]), float(holder.get("since", 0))
     except (OSError, ValueError, KeyError, TypeError):
-        if partial.is_dir() and not partial.is_symlink() and set(os.listdir(partial)) <= {OWNER, _NEW}:
-            return socket.gethostname(), _NOBODY
+        ours = partial.is_dir() and not partial.is_symlink()
+        if ours and (set(os.listdir(partial)) <= {OWNER, _NEW} or has_states(partial)):
+            return socket.gethostname(), _NOBODY, 0.0
         raise StateError(701, f"{partial}: exists and is not ours", mend="move it away") from None
 
 

@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from traceback import print_exc
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -28,6 +32,7 @@ _HELP = """Make pretrained checkpoints small, and prove that they still work.
 Start with:
   lpsparse demo
 """
+_asked: list[int] = []  # signals that have asked this process to end
 _EXITS = "Exit codes: " + ", ".join(f"{int(code)} {code.name.lower()}" for code in ExitCode)
 
 
@@ -40,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII still shows every name
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)  # training has a handler of its own
     try:
         check_environment()
         code = _app()(args=words, prog_name="lpsparse", standalone_mode=False)
@@ -49,8 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     except LpsparseError as error:
         if debug:
             print_exc()
-        if not isinstance(error, LaunchError):  # the process that failed has said why
+        if not isinstance(error, LaunchError):
             _say_error(error.code, error.what, error.mend)
+        elif error.said:
+            tell(error.said)
         _leave("", error.exit_code)
     except (BrokenPipeError, SystemExit):  # nobody reads on; SystemExit is how Typer takes it
         silence(sys.stdout)
@@ -62,9 +71,19 @@ def main(arguments: list[str] | None = None) -> None:
         if code is None:
             print_exc()
             code = ExitCode.BUG
+    if code == ExitCode.INTERRUPT and _asked:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher that stops its processes says why
+            _say_error("LPS751", "stopped by SIGTERM before anything was kept", "run the command again")
+        _leave("", ExitCode.RESUMABLE)
     if code == ExitCode.INTERRUPT:  # Typer turns Ctrl-C inside a command into this code
         _leave("interrupted: the input is untouched, no half-written OUT is left", ExitCode.INTERRUPT)
-    sys.exit(int(code) if isinstance(code, int) else 0)
+    _end(int(code) if isinstance(code, int) else 0)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """SIGTERM: clean up as for Ctrl-C, whatever is being done."""
+    _asked.append(number)
+    raise KeyboardInterrupt
 
 
 def _usage(error: Exception, words: list[str]) -> int | None:
@@ -95,10 +114,20 @@ def _say_error(code: str, what: str, mend: str) -> None:
         tell(text)
 
 
-def _leave(text: str, code: ExitCode) -> None:
-    if text:
+def _leave(text: str, code: ExitCode) -> NoReturn:
+    if text and is_first():
         tell(f"\n{text}")
-    sys.exit(int(code))
+    _end(int(code))
+
+
+def _end(code: int) -> NoReturn:
+    """Exit. One of several processes goes at once: torch's threads would wait for the others, or abort."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _app() -> typer.Typer:

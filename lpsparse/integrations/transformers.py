@@ -40,7 +40,10 @@ class SparsityCallback(TrainerCallback):
             given["model"], optimizer, steps=state.max_steps, lr=args.learning_rate, **self.options
         )
         if state.global_step:
-            self._load(self.sparsity, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            named = args.resume_from_checkpoint  # where the Trainer was told so, else its own newest
+            folder = Path(named) if isinstance(named, str) else Path(args.output_dir)
+            own = f"checkpoint-{state.global_step}"
+            self._load(self.sparsity, folder if folder.name == own else folder / own)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self._running().before_step()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
@@ -30,6 +30,7 @@ from lpsparse.training.run import Progress, Run
 from lpsparse.training.setup import (
     check_shard,
     choose_weights,
+    leaves_unused,
     make_conditioning,
     make_optimizer,
     prepare_module,
@@ -116,6 +117,9 @@ def train(
     prepare_module(step, model)
     optimizer = make_optimizer(step, model, weights)
     # Sharding is torch's own: accelerate's does not know processes without a GPU.
+    if distributed.ranks() > 1 and not step.shard and leaves_unused(task, accelerator.device):
+        unused: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator.ddp_handler = unused
     prepared = model if step.shard else accelerator.prepare(model)
     wrapped = accelerator.prepare(optimizer)
     conditioning = make_conditioning(step, model, weights, optimizer)
@@ -134,6 +138,7 @@ def train(
     control.after_step(steps)  # hold the mask through the last retraction
     if not step.shard:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # or it would be measured under autocast
+    distributed.share_buffers(model)
     task.loaded.round_to_storage()
     return Trained(task, prunable, run.before, evaluate(step, task), facts)
 

@@ -5,17 +5,18 @@ batch of a step is the same for any number of processes; they take parts of it.
 """
 
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from traceback import extract_tb
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from lpsparse import distributed
-from lpsparse.errors import ResourceError
 from lpsparse.recipe import FinetuneStep
-from lpsparse.training.model import first_line
+from lpsparse.training.stopping import ASKS
 from lpsparse.training.tasks.base import Batch, Task
 
 _POOL = 32  # batches whose examples are sorted by length together
@@ -99,26 +100,28 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
     data: Any = task.train
     loader = DataLoader(
         data, batch_sampler=_Plan(indices), collate_fn=task.collate, num_workers=step.workers,
-        worker_init_fn=_one_thread if step.workers else None,
+        worker_init_fn=_in_worker if step.workers else None,
     )  # fmt: skip
     of_step: list[tuple[Part, Batch]] = []
-    for batch in _watched(loader) if step.workers else loader:
+    for batch in loader:
         of_step.append((given.pop(0), batch))
         if len(of_step) == step.accumulate:
             yield of_step
             of_step = []
 
 
-def _watched(loader: Any) -> Iterator[Batch]:
-    """The loader's batches. Raises ResourceError where one of its processes is gone."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        what = f"a process that prepares batches is gone: {first_line(error)}"
-        raise ResourceError(606, what, mend="use fewer --workers, or 0") from error
+def of_worker(error: RuntimeError) -> bool:
+    """Whether it is how torch tells that one of a loader's processes is gone: while it waits for it, or from
+    a signal's handler at any moment."""
+    where = {frame.name for frame in extract_tb(error.__traceback__)}
+    return not where.isdisjoint({"_error_if_any_worker_fails", "_try_get_data"})
 
 
-def _one_thread(_: int) -> None:
+def _in_worker(_: int) -> None:
+    """A signal to all of a job's processes is for those that train; workers end with them."""
+    for number in ASKS:
+        signal.signal(number, signal.SIG_IGN)
+    distributed.end_with_parent(signal.SIGKILL)
     torch.set_num_threads(1)
 
 

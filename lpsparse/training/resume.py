@@ -76,14 +76,20 @@ class States:
             return
         if resume == "auto":
             self.found = _newest(self.folder, say)
+            if self.found is None and self.last():
+                say("no state is whole: starts from the first step")
         else:
-            path = Path(resume)
-            record = _whole(path)
-            if record is None:
-                raise StateError(706, f"{path}: is no whole training state", mend="give another, or auto")
-            self.found = path, record
+            self.found = self._named(Path(resume).resolve(), say)
         if self.found is not None:
             _check(*self.found, self.made_by)
+
+    def _named(self, path: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+        """The state that was asked for, or of another run's what this one has made of it since."""
+        record = _whole(path)
+        if record is None:
+            raise StateError(706, f"{path}: is no whole training state", mend="give another, or auto")
+        own = None if path.is_relative_to(self.folder.resolve()) else _newest(self.folder, say)
+        return own if own is not None and own[1]["step"] > record["step"] else (path, record)
 
     def read(self) -> Any:
         """The state that was found, as it was saved by this process; None without."""
@@ -101,7 +107,8 @@ class States:
         fresh = final.with_name(final.name + ".partial")
         try:
             if distributed.rank() == 0:
-                shutil.rmtree(fresh, ignore_errors=True)
+                for left in (self.folder / STATE).glob("*.partial"):  # of a run that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 fresh.mkdir(parents=True)
             distributed.wait()
             own = _write_part(fresh, state) if self.shard or distributed.rank() == 0 else None
@@ -109,8 +116,10 @@ class States:
             if distributed.rank() == 0:
                 self._complete(fresh, final, step, parts)
             distributed.wait()
-        except OSError as error:
-            what = f"{error.filename or fresh}: {error.strerror or error}; earlier states are whole"
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error)
+            what = f"{getattr(error, 'filename', None) or fresh}: {reason}; earlier states are whole"
             mend = "free some space and run the same command again"
             raise OutputError(412, what, mend=mend) from error
 
@@ -124,7 +133,8 @@ class States:
         shutil.rmtree(final, ignore_errors=True)
         fresh.rename(final)
         fsync(final.parent)
-        for old in _named(self.folder)[self.keep :]:
+        before = [path for path in _named(self.folder) if path.name <= final.name]
+        for old in before[self.keep :]:  # this one first; what is newer is damaged, or was gone back from
             shutil.rmtree(old)
 
 

@@ -4,8 +4,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from lpsparse.training.control import SparsityControl
 from lpsparse.training.distill import Teacher
 from lpsparse.training.loss import batch_loss
 from lpsparse.training.model import first_line
-from lpsparse.training.order import Part, batches, seed_pass
+from lpsparse.training.order import Part, batches, of_worker, seed_pass
 from lpsparse.training.quality import Measured
 from lpsparse.training.resume import States, moved
 from lpsparse.training.stopping import Stop
@@ -67,27 +67,35 @@ class Run:
     def loop(self, on_step: Callable[[Progress], None]) -> None:
         rates = self.control.rates
         self.model.train()
-        for parts in batches(self.step, self.task, self.done, len(rates)):
-            asked, due = self._guarded(self.done, parts)
-            self.done += 1
-            if self.done % self.step.log_every == 0 or self.done == len(rates):
-                on_step(self._progress(parts[0][0].epoch))
-            if asked or due:
-                self.states.save(self.done, self.state())
-                self._saved = time.monotonic()
+        given = batches(self.step, self.task, self.done, len(rates))
+        while self.done < len(rates):
+            with self._guarded(self.done):
+                parts = next(given)
+                asked, due = self._step(self.done, parts)
+                self.done += 1
+                if self.done % self.step.log_every == 0 or self.done == len(rates):
+                    on_step(self._progress(parts[0][0].epoch))
+                if asked or due:
+                    self.states.save(self.done, self.state())
+                    self._saved = time.monotonic()
             if asked:
                 self._leave(len(rates), asked)
 
-    def _guarded(self, t: int, parts: list[Any]) -> tuple[int, bool]:
-        """`_step`; raises ResourceError where memory or another process is missing."""
+    @contextmanager
+    def _guarded(self, t: int) -> Generator[None]:
+        """Raises ResourceError where memory or another process is missing."""
         try:
-            return self._step(t, parts)
+            yield
         except (torch.OutOfMemoryError, MemoryError) as error:
-            size, more = len(parts[0][0].examples), 2 * self.step.accumulate
+            size = max(1, self.step.batch_size // (distributed.ranks() * self.step.accumulate))
+            more = 2 * self.step.accumulate
             what = f"out of memory at step {t + 1}, with {size} examples at a time"
             mend = f"--accumulate {more} takes {max(1, size // 2)} at a time and makes the same step"
             raise ResourceError(601, what, mend=mend) from error
         except RuntimeError as error:
+            if of_worker(error):
+                what = f"a process that prepares batches is gone: {first_line(error)}"
+                raise ResourceError(606, what, mend="use fewer --workers, or 0") from error
             if distributed.ranks() == 1:
                 raise
             # A process that is gone or late shows as an error of whatever waited for it.
@@ -185,16 +193,17 @@ class Run:
 
     def _leave(self, steps: int, asked: int) -> None:
         reason = self.stop.reason() or "another process"
+        how = " again" if self.step.resume == "auto" else " with --resume auto"
         what = f"stopped by {reason} after step {self.done} of {steps}; its state is in {self.states.folder}"
         raise (InterruptError if asked == 2 else ResumableError)(
-            750, what, mend="the same command again goes on from there"
+            750, what, mend=f"the same command{how} goes on from there"
         )
 
     def state(self) -> dict[str, Any]:
         """All that decides the rest of the run; tensors, numbers and text."""
         scaler, before = self.accelerator.scaler, self.before
         return {
-            "done": self.done, "losses": list(self.losses),
+            "done": self.done, "losses": distributed.gathered(list(self.losses)),
             "before": None if before is None else [before.loss, before.count, before.accuracy],
             "weights": dict(self.task.loaded.module.state_dict()),
             "optimizer": self.control.optimizer.state_dict(), "control": self.control.state_dict(),
@@ -204,7 +213,7 @@ class Run:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        self.done, self.losses = state["done"], list(state["losses"])
+        self.done, self.losses = state["done"], list(state["losses"][distributed.rank()])
         self.before = None if state["before"] is None else Measured(*state["before"])
         for name, value in self.task.loaded.module.state_dict().items():
             distributed.local(value).copy_(state["weights"][name])

@@ -15,6 +15,7 @@ from lpsparse.training.allocation import SETTLED
 from lpsparse.training.conditioning import condition
 from lpsparse.training.conditioning.base import Conditioning
 from lpsparse.training.model import Loaded
+from lpsparse.training.tasks.base import Task
 
 
 def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneStep:
@@ -55,6 +56,18 @@ def check_shard(step: FinetuneStep) -> None:
             raise UsageError(233, what, mend=f"leave --shard out, or choose another {name}")
 
 
+def leaves_unused(task: Task, device: torch.device) -> bool:
+    """Whether a parameter that is trained gets no gradient: DDP has to look for such."""
+    module = task.loaded.module.eval()
+    batch = task.collate([task.train[0]])
+    batch = batch if task.augment is None else task.augment(batch, [0])
+    logits, labels = task.predict(module, {key: value.to(device) for key, value in batch.items()})
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    unused = any(param.requires_grad and param.grad is None for param in module.parameters())
+    module.zero_grad(set_to_none=True)
+    return unused
+
+
 def prepare_module(step: FinetuneStep, model: Any) -> None:
     """--checkpointing and --compile, in place. Raises UsageError for a model that cannot be checkpointed."""
     if step.checkpointing:
@@ -68,7 +81,7 @@ def prepare_module(step: FinetuneStep, model: Any) -> None:
 
 
 def choose_weights(
-    step: FinetuneStep, loaded: Loaded
+    step: FinetuneStep, loaded: Loaded, *, resumes: bool = False
 ) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
     """Which tensors of OUT may be cut, and those that are
     trained here, by their name in OUT; frozen ones set."""
@@ -101,7 +114,7 @@ def choose_weights(
     if not weights and step.method != "dense":
         raise UsageError(211, "no prunable tensor is left to train", mend="freeze less, or --method dense")
     empty = sorted(out for out, weight in weights.items() if not weight.any())
-    if empty and step.method == "lp":
+    if empty and step.method == "lp" and not resumes:
         raise InputError(
             410, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
         )

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lpsparse.errors import UsageError
+from lpsparse.errors import StateError, UsageError
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
 from lpsparse.training.allocation import keep_only_
@@ -40,7 +40,9 @@ class Sparsity:
         fixed = {"model": "-", "out": "-", "data": "-", "task": "causal-lm", "lr": lr}
         kind = "adamw" if isinstance(optimizer, AdamW) else "sgd"
         step = resolve_auto(resolve(FinetuneStep, {**fixed, **options, "optimizer": kind}), model, steps)
-        _, weights = choose_weights(step, Loaded(model, {name: name for name in model.state_dict()}, (), ()))
+        loaded = Loaded(model, {name: name for name in model.state_dict()}, (), ())
+        _, weights = choose_weights(step, loaded, resumes=True)  # a cut may have emptied a tensor
+        self.options = step.recorded()
         self.model, self.done = model, 0
         self.conditioning = make_conditioning(step, model, weights, optimizer)
         self.control = SparsityControl(step, weights, optimizer, plan_phases(step, steps))
@@ -86,10 +88,20 @@ class Sparsity:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed loop needs beside the weights and the optimizer's state: tensors, numbers, text."""
         kept = {} if self.conditioning is None else self.conditioning.state_dict()
-        return {"done": self.done, "control": self.control.state_dict(), "conditioning": kept}
+        return {
+            "options": self.options,
+            "done": self.done,
+            "control": self.control.state_dict(),
+            "conditioning": kept,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; the weights are loaded before, the optimizer's state after."""
+        """Go on from `state`; the weights are loaded before, the optimizer's state after. Raises StateError
+        for a state of other options."""
+        if state["options"] != self.options:
+            other = [key for key, value in self.options.items() if state["options"].get(key) != value]
+            what = f"the state was made with another {', '.join(other[:3])}"
+            raise StateError(711, what, mend="give the same options")
         self.done = state["done"]
         self.control.load_state_dict(state["control"])
         if self.conditioning is not None:

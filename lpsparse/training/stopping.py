@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_ASKS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+ASKS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Stop:
@@ -24,8 +25,10 @@ class Stop:
         return self._reason
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """A signal's handler. The second one does not wait for the step to end."""
-        if self._reason in _ASKS:
+        """A signal's handler. The second one does not wait for the step to end; SIGUSR1 never hurries."""
+        if number == signal.SIGUSR1 and self._reason:
+            return
+        if self._reason in _NAMES:
             raise KeyboardInterrupt
         self._reason = signal.Signals(number).name
 
@@ -36,10 +39,9 @@ def listening(stop: Stop) -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [getattr(signal, name) for name in _ASKS if hasattr(signal, name)]
-    before: list[Any] = [signal.signal(number, stop.ask) for number in numbers]
+    before: list[Any] = [signal.signal(number, stop.ask) for number in ASKS]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(ASKS, before, strict=True):
             signal.signal(number, handler)

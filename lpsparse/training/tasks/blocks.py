@@ -6,7 +6,6 @@ token ids beside the data, named by what it was made of, and read from there blo
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.writer import write_text
 from lpsparse.errors import InputError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import find, read_text
@@ -100,10 +100,19 @@ def _tokens(step: FinetuneStep | EvalStep, data: str, split: str, tokenizer: Any
     if not _is_large(files):
         return _encode(tokenizer, read_text(files, part, step.text_field))
     path = _kept(files, part, tokenizer)
-    if distributed.rank() == 0 and not path.exists():
+    if distributed.rank() == 0 and not _is_whole(path):
         _write(path, _pieces(files, part), tokenizer)
     distributed.wait()
     return np.memmap(path, np.uint32, mode="r")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the tokens are those that were written."""
+    try:
+        with path.open("rb") as file:
+            return path.with_suffix(".sha256").read_text() == hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return False
 
 
 def _kept(files: list[Path], part: slice, tokenizer: Any) -> Path:
@@ -114,19 +123,26 @@ def _kept(files: list[Path], part: slice, tokenizer: Any) -> Path:
         with path.open("rb") as file:
             made_of.update(hashlib.file_digest(file, "sha256").digest())
     beside = files[0].parent
-    folder = beside / CACHE if os.access(beside, os.W_OK) else Path(tempfile.gettempdir()) / CACHE
+    own = Path.home() / ".cache" / "lpsparse"  # nobody else's, where the data's folder is read-only
+    folder = beside / CACHE if os.access(beside, os.W_OK) else own / CACHE
     return folder / f"{made_of.hexdigest()}.u32"
 
 
 def _write(path: Path, pieces: Iterator[str], tokenizer: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    written = hashlib.sha256()
     try:
         with partial.open("wb") as file:
             while lines := list(islice(pieces, _LINES)):
                 for ids in tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]:
-                    file.write(np.array(ids, np.uint32).tobytes())
+                    raw = np.array(ids, np.uint32).tobytes()
+                    written.update(raw)
+                    file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
+        write_text(path.with_suffix(".sha256"), written.hexdigest())
     finally:
         partial.unlink(missing_ok=True)
 
