@@ -167,7 +167,8 @@ def _take(partial: Path, states: str) -> None:
 def _is_running(pid: int, since: float) -> bool:
     """Whether it is that process, and not a later one of its number (a container's is often the same)."""
     try:
-        return since == 0 or abs(psutil.Process(pid).create_time() - since) < 2
+        started = psutil.Process(pid).create_time()
+        return since == 0 or abs(started - since) < 2
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
