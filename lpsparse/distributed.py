@@ -25,6 +25,7 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _PATIENCE = 24 * 3600  # seconds that processes which were asked to stop have to end their step and save
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _patient: Any = None  # a process group without a time limit to speak of
+MISSED = 604  # code of the error of a process that waited for one that is gone or late
 _TOGETHER = 2.0  # seconds: failures so near to the first one may be its cause
 
 
@@ -38,11 +39,6 @@ def rank() -> int:
 
 def ranks() -> int:
     return 1 if _is_one() else distributed.get_world_size()
-
-
-def is_launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _device() -> torch.device:
@@ -257,13 +253,22 @@ def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
     if first.exitcode < 0 and first.exitcode != -signal.SIGTERM:
         name = signal.Signals(-first.exitcode).name
         what = f"process {first.local_rank} was ended by {name}; the others were stopped"
-        raise_with = "run the same command again: it goes on from the last training state, if there is one"
-        return ResourceError(603, what, mend=raise_with)
+        mend = "run the same command again: it goes on from the last training state, if there is one"
+        return ResourceError(603, what, mend=mend)
     failed = [each for each in near if each.exitcode > 0]
-    # What misses another process ends with RESOURCE, and what the launcher then stops as if it were asked to:
-    # the cause is one that ended otherwise, or has said more.
-    after = (ExitCode.RESOURCE, ExitCode.RESUMABLE, ExitCode.INTERRUPT)
-    cause = next((each for each in failed if each.exitcode not in after), None)
-    cause = cause or next((each for each in failed if "LPS601" in str(each.message)), None) or first
+    # What misses another process says so, and what the launcher then stops ends as if it were asked to.
+    after = (ExitCode.RESUMABLE, ExitCode.INTERRUPT)
+    causes = (each for each in failed if each.exitcode not in after and _said(each, "code") != f"LPS{MISSED}")
+    cause = next(causes, first)
     code = ExitCode(cause.exitcode) if cause.exitcode in list(ExitCode) else ExitCode.RESOURCE
-    return LaunchError(code, said="" if cause.local_rank == 0 else str(cause.message))
+    said = _said(cause, "message")
+    if not said:
+        said = f"process {cause.local_rank} ended with exit code {cause.exitcode}"
+    elif cause.local_rank == 0:
+        said = ""  # it spoke for itself
+    return LaunchError(code, said=said)
+
+
+def _said(failure: Any, key: str) -> str:
+    """What the command line of a process that failed wrote of it, if it did."""
+    return str(failure.error_file_data.get(key, ""))

@@ -1,4 +1,5 @@
-"""From what was given to a checked step: flags over LPSPARSE_* over the recipe over the defaults."""
+"""From what was given to a checked step: flags over LPSPARSE_* over the recipe over the defaults; and what a
+launcher's environment says of this process."""
 
 import os
 from collections.abc import Mapping
@@ -9,9 +10,40 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lpsparse.errors import LpsparseError, UsageError
-from lpsparse.recipe import STEPS, InspectStep, Step, flag
+from lpsparse.recipe import STEPS, FinetuneStep, InspectStep, Step, flag
 
 S = TypeVar("S", bound=BaseModel)
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, accelerate, our own) started this process, be it alone."""
+    return "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this is process 0 of a job, or alone: the others are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def as_launched(step: FinetuneStep) -> FinetuneStep:
+    """`step` under the plugin that `accelerate launch` was configured with. Sharding is our own FSDP2.
+
+    Raises UsageError for a plugin whose partitions know no rows.
+    """
+    for name, other in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron"),
+    ):
+        if os.environ.get(name, "").lower() == "true":
+            what = f"{other}: its flat partitions know no rows and no masks"
+            raise UsageError(254, what, mend="configure accelerate without it, and give --shard (FSDP2)")
+    if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return step.model_copy(update={"shard": True})
+    return step
 
 
 def variable(field: str) -> str:

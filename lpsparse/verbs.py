@@ -4,32 +4,17 @@ The command line calls only these.
 Torch is imported where training begins, nowhere else.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from lpsparse import __version__
 from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, source_of, write_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.output import check_output, output_folder
 from lpsparse.checkpoint.rewrite import Count, count, follow, rewrite
-from lpsparse.checkpoint.writer import (
-    CARD,
-    METRICS,
-    REPORT,
-    check_output,
-    copy_sidecars,
-    fsync,
-    output_folder,
-    partial_of,
-    write_json,
-    write_text,
-)  # fmt: skip
-from lpsparse.errors import InputError, OutputError, StateError, UsageError
+from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
+from lpsparse.errors import InputError, OutputError
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.recipe import (
@@ -54,7 +39,7 @@ from lpsparse.reporting.measure import (
     prunable_of,
     tensor_records,
 )  # fmt: skip
-from lpsparse.settings import resolve  # fmt: skip
+from lpsparse.settings import as_launched, is_first, is_launched, resolve
 
 Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]
@@ -234,50 +219,38 @@ def finetune_step(
 
     Every process of a launched job calls it; process 0 writes and speaks. With --processes it starts them.
     """
-    first, launched = os.environ.get("RANK", "0") == "0", "RANK" in os.environ
-    step = _as_launched(step)
+    step = as_launched(step)
     source = _open(step.model, say)
-    if first:
+    if is_first():
         check_output(step.out, source, 2 * _bytes(source), overwrite=step.overwrite, reads=_data_files(step))
     if step.dry_run:
         from lpsparse.training.loop import plan_training, prepare
 
         say("dry run: nothing is written")
         return plan_training(step, prepare(step, source))
-    if step.processes is not None and step.processes > 1 and not launched:
+    if step.processes is not None and step.processes > 1 and not is_launched():
         return _launch(step, quiet=say is silent)
+    return _train(step, source, say, on_step)
+
+
+def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
     from lpsparse import distributed
+    from lpsparse.training import job
     from lpsparse.training.loop import prepare, start, train
     from lpsparse.training.model import trained_checkpoint
-    from lpsparse.training.resume import States
-    from lpsparse.training.tracking import Tracker
 
     distributed.end_with_launcher()
     start(step)
     task = prepare(step, source)
     for note in task.loaded.notes:
         say(note)
-    made_by = _made_by(step, source)
-    odd = distributed.odd_one(json.dumps(made_by, sort_keys=True))
-    if odd is not None:
-        what = f"process {odd} has other options, another model or other data than process 0"
-        raise StateError(707, what, mend="give every process the same")
-    with _training_folder(step, first=first) as folder:
-        distributed.wait()
-        states = States(folder, made_by, keep=step.keep_last, shard=step.shard)
-        states.find(step.resume, say)
-        if distributed.odd_one(str(states.found and states.found[1]["step"])) is not None:
-            what = f"{folder}: the processes do not find the same training state"
-            raise StateError(710, what, mend="put OUT on a disk that all machines see")
-        tracker = Tracker(step.track, step.out, say) if first and step.track != "none" else None
-        try:
-            with _metrics(folder / METRICS, states.found, on_step, first=first) as record:
-                trained = train(step, task, _both(record, tracker), say, states)
-        finally:
-            if tracker is not None:
-                tracker.close()
+    made_by = job.made_by(step, source, recorded(step))
+    with job.training_folder(step) as folder:
+        states = job.find_states(step, folder, made_by, say)
+        with job.recording(step, states, on_step, say) as record:
+            trained = train(step, task, record, say, states)
         written = trained_checkpoint(source, task.loaded)
-        if not first:
+        if not is_first():
             follow(written)
             distributed.wait()
             return report(step.out)
@@ -296,104 +269,15 @@ def finetune_step(
     return found
 
 
-def _as_launched(step: FinetuneStep) -> FinetuneStep:
-    """The step under the plugin that `accelerate launch` was configured with. Sharding is our own FSDP2."""
-    for name, other in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron"),
-    ):
-        if os.environ.get(name, "").lower() == "true":
-            what = f"{other}: its flat partitions know no rows and no masks"
-            raise UsageError(254, what, mend="configure accelerate without it, and give --shard (FSDP2)")
-    if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return step.model_copy(update={"shard": True})
-    return step
-
-
 def _launch(step: FinetuneStep, *, quiet: bool) -> Report:
     """The step in `step.processes` processes, which say what there is to say; then what is in OUT."""
     from lpsparse import distributed
 
-    words = [
-        "finetune",
-        step.model,
-        str(step.out),
-        *step.options(),
-        "--json",
-        *(["--quiet"] if quiet else []),
-    ]
+    words = ["finetune", step.model, str(step.out), *step.options(), "--json"]
+    words += ["--quiet"] if quiet else []
     distributed.launch(step.processes or 1, words)
     found = report(step.out)
     return found.model_copy(update={"model": read_manifest(step.out).source.name})
-
-
-def _made_by(step: FinetuneStep, source: Checkpoint) -> dict[str, Any]:
-    """What a state must share with a run to go on in it exactly."""
-    files = {record.name: record.sha256 for record in source_of(source).files}
-    numbers = {"lpsparse": __version__, "torch": version("torch")}
-    versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
-    return {
-        "recipe": recorded(step), "model": files, "versions": versions, "shard": step.shard,
-        "code": {"model_fn": _code(step.model_fn), "optimizer": _code(step.optimizer)},
-    }  # fmt: skip
-
-
-def _code(spec: str | None) -> str | None:
-    """What code that a person named is: its file by its hash, else by its name."""
-    file = Path((spec or "").rpartition(":")[0])
-    if file.suffix == ".py" and file.is_file():
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    return spec
-
-
-@contextmanager
-def _training_folder(step: FinetuneStep, *, first: bool) -> Generator[Path]:
-    """OUT.partial, which process 0 makes and completes."""
-    if not first:
-        yield partial_of(step.out)
-        return
-    states = "drop" if step.resume == "never" else "resume"
-    with output_folder(step.out, overwrite=step.overwrite, states=states) as folder:
-        yield folder
-
-
-@contextmanager
-def _metrics(
-    path: Path, found: tuple[Path, dict[str, Any]] | None, on_step: Callable[[Any], None], *, first: bool
-) -> Generator[Callable[[Any], None]]:
-    """Records progress as lines of `path`, after those of the run that left the state `found`."""
-    if not first:
-        yield silent
-        return
-    earlier = path if found is None else found[0].parents[1] / METRICS
-    done = 0 if found is None else found[1]["step"]
-    lines = earlier.read_text(encoding="utf-8").splitlines(keepends=True) if earlier.exists() else []
-    path.write_text("".join(line for line in lines if _step_of(line) <= done), encoding="utf-8")
-    with path.open("a", encoding="utf-8") as log:
-
-        def record(progress: Any) -> None:
-            log.write(json.dumps({key: getattr(progress, key) for key in progress.__slots__}) + "\n")
-            log.flush()
-            on_step(progress)
-
-        yield record
-
-
-def _both(record: Callable[[Any], None], tracker: Any) -> Callable[[Any], None]:
-    def each(progress: Any) -> None:
-        record(progress)
-        if tracker is not None:
-            tracker.log(progress)
-
-    return each
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; of one that was cut off, more than any."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def _data_files(step: FinetuneStep) -> list[Path]:

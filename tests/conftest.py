@@ -211,17 +211,23 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
+def built(path: Path, code: str, *, seed: int) -> dict[str, Any]:
+    """Write `code` to `path`; the state dict of what its `build` makes."""
+    import torch
+
+    path.write_text(code)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    torch.manual_seed(seed)
+    return names["build"]().state_dict()
+
+
 @pytest.fixture
 def net(tmp_path: Path) -> dict[str, object]:
     """A bare state dict as training scripts save them, its module, and images of four classes."""
     import torch
 
-    (tmp_path / "net.py").write_text(NET)
-    code: dict[str, object] = {}
-    exec(NET, code)
-    torch.manual_seed(3)
-    module = code["build"]()  # type: ignore[operator]
-    state = {f"module.{name}": value for name, value in module.state_dict().items()}
+    state = {f"module.{name}": value for name, value in built(tmp_path / "net.py", NET, seed=3).items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "net.pth")
     generator = np.random.default_rng(0)
     y = np.arange(80) % 4
@@ -276,11 +282,7 @@ def faulty(tmp_path: Path) -> dict[str, object]:
     """A run of 15 steps of 3 epochs, whose module can be told to fail (FAULTY)."""
     import torch
 
-    (tmp_path / "faulty.py").write_text(FAULTY)
-    code: dict[str, object] = {}
-    exec(FAULTY, code)
-    torch.manual_seed(5)
-    torch.save(code["build"]().state_dict(), tmp_path / "net.pt")  # type: ignore[operator]
+    torch.save(built(tmp_path / "faulty.py", FAULTY, seed=5), tmp_path / "net.pt")
     y = np.arange(44) % 4
     x = (np.random.default_rng(1).integers(0, 60, (44, 4, 4, 3)) + 60 * y[:, None, None, None]).astype("u1")
     np.savez(tmp_path / "images.npz", x=x, y=y)

@@ -86,7 +86,7 @@ def test_what_does_not_turn_back_into_the_checkpoints_tensors_is_refused(
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     np.savez(tmp_path / "images.npz", x=np.zeros((8, 16, 16, 3), np.uint8), y=np.arange(8) % 2)
-    monkeypatch.setattr("lpsparse.training.model._turned_back", lambda model, tensors: {})
+    monkeypatch.setattr("lpsparse.training.names.turned_back", lambda model, tensors: {})
     given = {"data": tmp_path / "images.npz", "task": "image-classification", "steps": 1}
     with pytest.raises(LpsparseError, match="renames or fuses 16 tensors") as caught:
         lpsparse.finetune(tmp_path / "vit", tmp_path / "out", **given)

@@ -34,7 +34,8 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from lpsparse import prune, verify
-from lpsparse.checkpoint.writer import OWNER, REPLACED, remove_ours
+from lpsparse.checkpoint.output import remove_ours
+from lpsparse.checkpoint.writer import OWNER, REPLACED
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
 
 Cli = Callable[..., Ran]

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
+from lpsparse.checkpoint.output import _take_over  # pyright: ignore[reportPrivateUsage]
 from lpsparse.checkpoint.writer import METRICS, OWNER, STATE
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
@@ -219,6 +220,20 @@ def test_a_dead_holder_is_told_from_a_living_one(
     else:
         mark.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": 12.0}))
     assert "goes on after step 3" in train(tmp_path / "out", faulty, monkeypatch).stderr
+
+
+@pytest.mark.parametrize("since", ["taken", "being taken"])
+def test_of_two_that_take_over_one_can(
+    since: str, faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "out", faulty, monkeypatch, "0:3:SIGTERM")
+    partial = tmp_path / "out.partial"
+    dead = (partial / OWNER).read_text()  # what both have read
+    (partial / OWNER).write_text("of the first") if since == "taken" else (partial / OWNER).unlink()
+    before = tree_hash(partial)
+    with pytest.raises(LpsparseError, match="another process is taking it"):
+        _take_over(partial, dead)
+    assert tree_hash(partial) == before
 
 
 def test_a_living_holder_is_left_alone(

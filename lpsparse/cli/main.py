@@ -16,9 +16,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lpsparse import __version__
-from lpsparse.cli.output import is_first, silence, tell
+from lpsparse.cli.output import silence, tell
 from lpsparse.errors import ExitCode, LaunchError, LpsparseError
-from lpsparse.settings import check_environment
+from lpsparse.settings import check_environment, is_first, is_one_of_several
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 
@@ -109,7 +109,7 @@ def _say_error(code: str, what: str, mend: str) -> None:
     text = f"error[{code}]: {what}\n  mend: {clean(mend)}"
     note = os.environ.get("TORCHELASTIC_ERROR_FILE")  # where a launcher looks for the error of a process
     if note:
-        Path(note).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+        Path(note).write_text(json.dumps({"message": text, "code": code, "timestamp": int(time.time())}))
     if is_first():
         tell(text)
 
@@ -122,7 +122,7 @@ def _leave(text: str, code: ExitCode) -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     """Exit. One of several processes goes at once: torch's threads would wait for the others, or abort."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_one_of_several():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()

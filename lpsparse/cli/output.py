@@ -11,11 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from lpsparse.reporting.text import clean
-
-
-def is_first() -> bool:
-    """Whether this is process 0 of a job, or alone: the others are silent."""
-    return os.environ.get("RANK", "0") == "0"
+from lpsparse.settings import is_first
 
 
 def print_result(text: str) -> None:

@@ -15,15 +15,13 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.conditioning import fold
-from lpsparse.training.control import SparsityControl
+from lpsparse.settings import is_one_of_several
 from lpsparse.training.data import check_apart
 from lpsparse.training.distill import blocks, make_teacher
 from lpsparse.training.loss import check_dropout
 from lpsparse.training.memory import estimate
 from lpsparse.training.model import quiet_transformers
 from lpsparse.training.order import steps_of
-from lpsparse.training.phases import plan_phases
 from lpsparse.training.quality import Measured, evaluate
 from lpsparse.training.resume import States
 from lpsparse.training.run import Progress, Run
@@ -31,11 +29,11 @@ from lpsparse.training.setup import (
     check_shard,
     choose_weights,
     leaves_unused,
-    make_conditioning,
     make_optimizer,
     prepare_module,
     resolve_auto,
 )
+from lpsparse.training.sparsity import Method
 from lpsparse.training.stopping import listening
 from lpsparse.training.summary import in_words
 from lpsparse.training.tasks import TASKS
@@ -122,20 +120,18 @@ def train(
         accelerator.ddp_handler = unused
     prepared = model if step.shard else accelerator.prepare(model)
     wrapped = accelerator.prepare(optimizer)
-    conditioning = make_conditioning(step, model, weights, optimizer)
-    control = SparsityControl(step, weights, optimizer, plan_phases(step, steps))
-    facts = in_words(step, control, steps)
+    method = Method(step, model, weights, optimizer, steps)
+    facts = in_words(step, method.control, steps)
     say(facts)
-    run = Run(step, task, accelerator, prepared, wrapped, control, conditioning, teacher, states, before, say)
+    run = Run(step, task, accelerator, prepared, wrapped, method, teacher, states, before, say)
     if found is not None:
         run.restore(found)
         say(f"goes on after step {run.done} of {steps}")
     with listening(run.stop):
         run.loop(on_step)
-    fold(model)
+    method.finish()
     if teacher is not None:
         teacher.close()
-    control.after_step(steps)  # hold the mask through the last retraction
     if not step.shard:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # or it would be measured under autocast
     distributed.share_buffers(model)
@@ -159,7 +155,7 @@ def _named_again(task: Task, weights: dict[str, torch.Tensor]) -> dict[str, torc
 
 def _accelerator(step: FinetuneStep) -> Accelerator:
     # Left to itself, accelerate takes processes without a GPU for one process each.
-    alone_on_cpu = distributed.is_launched() and not torch.accelerator.is_available()
+    alone_on_cpu = is_one_of_several() and not torch.accelerator.is_available()
     try:
         limit = InitProcessGroupKwargs(timeout=timedelta(seconds=step.rank_timeout))
         accelerator = Accelerator(
@@ -168,5 +164,5 @@ def _accelerator(step: FinetuneStep) -> Accelerator:
     except (ValueError, ImportError) as error:  # accelerate's own check of the device
         what = f"--mixed-precision {step.mixed_precision}: {str(error).strip().splitlines()[0]}"
         raise UsageError(248, what, mend="use bf16 or no") from None
-    assert accelerator.num_processes == distributed.ranks() or not distributed.is_launched()
+    assert accelerator.num_processes == distributed.ranks() or not is_one_of_several()
     return accelerator

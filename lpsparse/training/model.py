@@ -21,13 +21,13 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.opening import Blocks, Checkpoint
 from lpsparse.errors import InputError
 from lpsparse.training.model_fn import build
+from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_LEGACY = {".weight": ".gamma", ".bias": ".beta"}  # BERT's first checkpoints name their LayerNorm so
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -161,12 +161,12 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
             f"{type(model).__name__}: {names[:200]}"
         )
         raise InputError(396, what, mend="check --task and config.json")
-    sources = _sources(model, keys)
-    fused, own = _trace(model, state, sources)
+    sources = sources_of(model, keys)
+    fused, own = trace(model, state, sources)
     if fused and missing:
         what = f"{checkpoint.name}: transformers fuses its tensors, and it has no head for the task yet"
         raise InputError(396, what, mend="add a head with transformers, save it, then use that")
-    _refuse_untraced(checkpoint, model, {*sources, *missing, *fused.values()})
+    refuse_untraced(checkpoint, model, {*sources, *missing, *fused.values()})
     # The source's own keys; the class's own where the class adds a head, so that it finds them all.
     names = {
         name: own.get(str(name), str(name)) if missing else wrapper + sources[name]
@@ -187,44 +187,6 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
     return Loaded(model, names, tuple(missing), tuple(notes), origin, dtypes, parts)
 
 
-def _trace(
-    model: Any, state: dict[str, Tensor], sources: dict[str, str]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Of the checkpoint's keys that no tensor of the module is called by: into `sources` those that
-    transformers renames, and as the result those that it fuses, key -> fused tensor; and what a checkpoint of
-    this very class calls the renamed, module name -> key.
-
-    transformers knows how to turn its names and tensors back; it is asked to do so for tensors that hold
-    their own number. What does not come back bit for bit is left out.
-    """
-    own = model.state_dict()
-    numbers = {i: name for i, name in enumerate(own) if name not in sources}
-    left = set(state) - set(sources.values())
-    if not numbers or not left:
-        return {}, {}
-    prefix = f"{model.base_model_prefix}."
-    marks = {name: torch.tensor(float(i)).expand(own[name].shape) for i, name in numbers.items()}
-    fused: dict[str, str] = {}
-    called: dict[str, str] = {}
-    for full, mark in _turned_back(model, marks).items():
-        key = full if full in left else full.removeprefix(prefix)  # a base model's have no prefix
-        if key not in left or not mark.numel() or (mark != mark.flatten()[0]).any():
-            continue
-        name = numbers[int(mark.flatten()[0])]
-        if mark.shape == own[name].shape and torch.equal(own[name], state[key].to(own[name].dtype)):
-            sources[name], called[name] = key, full
-        elif torch.equal(_turned_back(model, {name: own[name]})[full], state[key].to(own[name].dtype)):
-            fused[key] = name
-    return fused, called
-
-
-def _turned_back(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a transformers module by the names and in the shapes that its checkpoints have."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, tensors)
-
-
 def first_line(error: Exception) -> str:
     """Kind and first line of an error of another library."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
@@ -232,37 +194,6 @@ def first_line(error: Exception) -> str:
 
 def _training_dtype(tensor: opening.Tensor) -> torch.dtype:
     return torch.float32 if DTYPES[tensor.dtype].is_float else TORCH_DTYPES[tensor.dtype]
-
-
-def _sources(model: nn.Module, source: set[str]) -> dict[str, str]:
-    """Module name -> the checkpoint's key of it:
-    the same, without or with the base model's prefix, or a legacy one."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found: dict[str, str] = {}
-    used: set[str] = set()
-    for name in model.state_dict():
-        near = [name, name.removeprefix(prefix), prefix + name]
-        for new, old in _LEGACY.items():
-            near += [key.removesuffix(new) + old for key in near[:3] if key.endswith(f"LayerNorm{new}")]
-        key = next((key for key in near if key in source), None)
-        if key is not None and key not in used:
-            used.add(key)
-            found[name] = key
-    return found
-
-
-def _refuse_untraced(checkpoint: Checkpoint, model: nn.Module, known: set[str]) -> None:
-    """A parameter that transformers made of tensors with other names
-    (renamed, fused) would be trained and then lost: raises InputError."""
-    names: dict[int, list[str]] = {}  # a tied parameter has several
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name)
-    lost = sorted(group[0] for group in names.values() if known.isdisjoint(group))
-    if lost:
-        what = (
-            f"{checkpoint.name}: transformers renames or fuses {len(lost)} tensors ({', '.join(lost)[:160]})"
-        )
-        raise InputError(396, what, mend="save it with this version of transformers, then use that")
 
 
 def _dtypes(checkpoint: Checkpoint, origin: dict[str, str], new: list[str]) -> dict[str, str]:
@@ -328,7 +259,7 @@ def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Te
 
     def blocks() -> Blocks:
         whole = distributed.whole(module.state_dict()[name])
-        turned = _turned_back(module, {name: whole})
+        turned = turned_back(module, {name: whole})
         key = tensor.name if tensor.name in turned else tensor.name.removeprefix("module.")
         value = turned[key]
         yield 0, from_tensor(value, tensor.dtype).reshape(tensor.shape[0] if tensor.shape else 1, -1)

@@ -92,14 +92,14 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
     plan = parts_of(step, task, first, steps)
     given: list[Part] = []  # to the loader, whose workers may run ahead
 
-    def indices() -> Iterator[tuple[int, ...]]:
+    def indices() -> Iterator[list[int]]:
         for part in plan:
             given.append(part)
-            yield part.examples
+            yield list(part.examples)
 
     data: Any = task.train
     loader = DataLoader(
-        data, batch_sampler=_Plan(indices), collate_fn=task.collate, num_workers=step.workers,
+        data, batch_sampler=indices(), collate_fn=task.collate, num_workers=step.workers,
         worker_init_fn=_in_worker if step.workers else None,
     )  # fmt: skip
     of_step: list[tuple[Part, Batch]] = []
@@ -123,16 +123,6 @@ def _in_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     distributed.end_with_parent(signal.SIGKILL)
     torch.set_num_threads(1)
-
-
-class _Plan:
-    """A batch sampler from a generator function; the loader asks for an object that can be iterated."""
-
-    def __init__(self, indices: Any) -> None:
-        self._indices = indices
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._indices()
 
 
 def seed_pass(step: FinetuneStep, part: Part) -> None:

@@ -1,7 +1,8 @@
 """The state of a run on disk: all that a resumed run needs to end in the very bits of an uninterrupted one.
 
-    OUT.partial/state/step-00000120/state.json            what made it, counters, and the hashes of the rest
-                                    rank-00000.safetensors  weights, buffers, averages, masks
+    OUT.partial/.lpsparse-state/step-00000120/
+        state.json              what made it, counters, and the hashes of the rest
+        rank-00000.safetensors  weights, buffers, averages, masks
 
 Tensors and JSON, never pickle. A folder gets its name when it is whole and was read back; an older one goes
 only after that. Data order and dropout are functions of seed and step (`order`), so no random state is kept.
@@ -97,7 +98,7 @@ class States:
 
     def last(self) -> int:
         """Steps of the newest state in the folder, 0 without."""
-        names = [path.name for path in _named(self.folder)]
+        names = [path.name for path in _completed(self.folder)]
         return int(names[0][5:]) if names else 0
 
     def save(self, step: int, state: Any) -> None:
@@ -133,7 +134,7 @@ class States:
         shutil.rmtree(final, ignore_errors=True)
         fresh.rename(final)
         fsync(final.parent)
-        before = [path for path in _named(self.folder) if path.name <= final.name]
+        before = [path for path in _completed(self.folder) if path.name <= final.name]
         for old in before[self.keep :]:  # this one first; what is newer is damaged, or was gone back from
             shutil.rmtree(old)
 
@@ -169,7 +170,7 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _named(folder: Path) -> list[Path]:
+def _completed(folder: Path) -> list[Path]:
     """The states that were completed, newest first."""
     found = (folder / STATE).glob("step-*")
     return sorted((path for path in found if path.name[5:].isdecimal()), reverse=True)
@@ -177,7 +178,7 @@ def _named(folder: Path) -> list[Path]:
 
 def _newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """One that is damaged is passed over, and said so; it is never deleted for that."""
-    for path in _named(folder):
+    for path in _completed(folder):
         record = _whole(path)
         if record is not None:
             return path, record

@@ -16,14 +16,13 @@ from torch import nn
 from lpsparse import distributed
 from lpsparse.errors import InterruptError, NumericError, ResourceError, ResumableError
 from lpsparse.recipe import FinetuneStep
-from lpsparse.training.conditioning.base import Conditioning
-from lpsparse.training.control import SparsityControl
 from lpsparse.training.distill import Teacher
 from lpsparse.training.loss import batch_loss
 from lpsparse.training.model import first_line
 from lpsparse.training.order import Part, batches, of_worker, seed_pass
 from lpsparse.training.quality import Measured
 from lpsparse.training.resume import States, moved
+from lpsparse.training.sparsity import Method
 from lpsparse.training.stopping import Stop
 from lpsparse.training.tasks.base import Batch, Task
 
@@ -51,28 +50,30 @@ class Run:
 
     def __init__(
         self, step: FinetuneStep, task: Task, accelerator: Accelerator, model: nn.Module, optimizer: Any,
-        control: SparsityControl, conditioning: Conditioning | None, teacher: Teacher | None, states: States,
-        before: Measured | None, say: Callable[[str], None],
+        method: Method, teacher: Teacher | None, states: States, before: Measured | None,
+        say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.step, self.task, self.accelerator = step, task, accelerator
-        self.model, self.optimizer, self.control = model, optimizer, control
-        self.conditioning, self.teacher, self.states, self.before = conditioning, teacher, states, before
-        self.say = say
-        self.done = 0  # steps
+        self.model, self.optimizer, self.method = model, optimizer, method
+        self.teacher, self.states, self.before, self.say = teacher, states, before, say
         self.losses: list[float] = []  # since the last line of the log
         self.stop = Stop(step.max_time)
         self._saved = time.monotonic()
         self._recent: deque[float] = deque(maxlen=20)
 
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return self.method.done
+
     def loop(self, on_step: Callable[[Progress], None]) -> None:
-        rates = self.control.rates
+        rates = self.method.control.rates
         self.model.train()
         given = batches(self.step, self.task, self.done, len(rates))
         while self.done < len(rates):
             with self._guarded(self.done):
                 parts = next(given)
                 asked, due = self._step(self.done, parts)
-                self.done += 1
                 if self.done % self.step.log_every == 0 or self.done == len(rates):
                     on_step(self._progress(parts[0][0].epoch))
                 if asked or due:
@@ -101,22 +102,16 @@ class Run:
             # A process that is gone or late shows as an error of whatever waited for it.
             what = f"process {distributed.rank()}: step {t + 1}: {first_line(error)}"
             mend = "see what ended the other processes (--debug shows where this one was)"
-            raise ResourceError(604, what, mend=mend) from error
+            raise ResourceError(distributed.MISSED, what, mend=mend) from error
 
     def _step(self, t: int, parts: list[Any]) -> tuple[int, bool]:
         """One optimizer step. Whether the run was asked to stop (2: by Ctrl-C), and whether to save."""
-        control, conditioning, optimizer = self.control, self.conditioning, self.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = control.rates[t] * group.get("lr_ratio", 1.0)
-        if conditioning is not None:
-            conditioning.progress(control.phases.progress(t + 1))
-        control.before_step(t)
+        self.method.before_step()
         loss = self._backward(parts)
-        if conditioning is not None:
-            conditioning.restore()
-        control.after_backward(t)
-        moved = [param for group in optimizer.param_groups for param in group["params"]]  # gains included
-        norm = distributed.number(self.accelerator.clip_grad_norm_(moved, self.step.clip or math.inf))
+        self.method.after_backward()
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        params = [param for group in groups for param in group["params"]]  # gains included
+        norm = distributed.number(self.accelerator.clip_grad_norm_(params, self.step.clip or math.inf))
         # A loss scaler (fp16) skips a step whose gradients overflow and goes on with a smaller scale.
         bad = not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm))
         asked = {"": 0, "SIGINT": 2}.get(self.stop.reason(), 1)
@@ -124,11 +119,9 @@ class Run:
         if bad:
             self._refuse(t, loss, norm)
         self._note(t, loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        if conditioning is not None:
-            conditioning.retract()
-        control.after_step(t)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.method.after_step()
         return int(asked), bool(due)
 
     def _note(self, t: int, loss: float) -> None:
@@ -169,7 +162,7 @@ class Run:
         return time.monotonic() - self._saved >= SAVE_SECONDS
 
     def _progress(self, epoch: int) -> Progress:
-        control = self.control
+        control = self.method.control
         if not self.step.shard:
             odd = distributed.odd_one(distributed.fingerprint(control.weights.values()))
             if odd is not None:
@@ -188,7 +181,7 @@ class Run:
     def _refuse(self, t: int, loss: float, norm: float) -> None:
         last = self.states.last()
         kept = f"the state of step {last} is whole" if last else "nothing was written"
-        what = f"step {t + 1} of {len(self.control.rates)}: loss {loss}, gradient norm {norm}; {kept}"
+        what = f"step {t + 1} of {len(self.method.control.rates)}: loss {loss}, gradient norm {norm}; {kept}"
         raise NumericError(501, what, mend="lower --lr (with --resume never); the input is untouched")
 
     def _leave(self, steps: int, asked: int) -> None:
@@ -203,24 +196,20 @@ class Run:
         """All that decides the rest of the run; tensors, numbers and text."""
         scaler, before = self.accelerator.scaler, self.before
         return {
-            "done": self.done, "losses": distributed.gathered(list(self.losses)),
+            "losses": distributed.gathered(list(self.losses)),
             "before": None if before is None else [before.loss, before.count, before.accuracy],
             "weights": dict(self.task.loaded.module.state_dict()),
-            "optimizer": self.control.optimizer.state_dict(), "control": self.control.state_dict(),
-            "conditioning": {} if self.conditioning is None else self.conditioning.state_dict(),
+            "optimizer": self.method.control.optimizer.state_dict(), "method": self.method.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }  # fmt: skip
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        self.done, self.losses = state["done"], list(state["losses"][distributed.rank()])
+        self.losses = list(state["losses"][distributed.rank()])
         self.before = None if state["before"] is None else Measured(*state["before"])
         for name, value in self.task.loaded.module.state_dict().items():
             distributed.local(value).copy_(state["weights"][name])
-        device = self.accelerator.device
-        self.control.load_state_dict(moved(state["control"], device))
-        if self.conditioning is not None:
-            self.conditioning.load_state_dict(moved(state["conditioning"], device))
-        distributed.load_averages(self.control.optimizer, state["optimizer"])
+        self.method.load_state_dict(moved(state["method"], self.accelerator.device))
+        distributed.load_averages(self.method.control.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

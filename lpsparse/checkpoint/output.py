@@ -1,0 +1,229 @@
+"""OUT is either absent or whole: refuse early, write into OUT.partial that one process holds, rename it last.
+
+A half-written safetensors file is valid and looks wonderfully sparse, so nothing has its name before it was
+read back.
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, fsync
+from lpsparse.errors import OutputError, StateError
+
+_NEW = f"{OWNER}.new"
+_NOBODY = -1  # a process id that no process has
+
+
+def check_output(
+    out: Path, source: Checkpoint, need_bytes: int, *, overwrite: bool, reads: Iterable[Path] = ()
+) -> None:
+    """Refuse early what would fail late; `reads` are inputs beside `source`.
+
+    Raises OutputError; nothing is touched but an interrupted exchange, which is undone.
+    """
+    if out.name in ("", ".."):
+        raise OutputError(401, f"{out}: exists already", mend="choose another OUT")
+    try:
+        os.lstat(partial_of(out))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name too long, a folder closed to us
+        raise OutputError(404, f"{out}: {error.strerror}", mend="choose another OUT") from error
+    old = out.with_name(out.name + ".old")
+    if (old / REPLACED).is_file() and not os.path.lexists(out):
+        old.rename(out)  # a run that died between the two renames of --overwrite
+        (out / REPLACED).unlink()
+    if overwrite and os.path.lexists(old) and not (old / REPLACED).is_file():
+        raise OutputError(402, f"{old}: is in the way of --overwrite", mend="move it away")
+    if out.is_symlink() or (out.exists() and not overwrite):
+        raise OutputError(
+            401,
+            f"{out}: exists already",
+            mend="choose another OUT, or --overwrite (overwrite: true in a recipe)",
+        )
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise OutputError(
+            402, f"{out}: --overwrite replaces only what lpsparse wrote", mend="choose another OUT"
+        )
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(403, f"{parent}: no such folder", mend=f"mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(404, f"{parent}: no permission to write here", mend="choose another OUT")
+    inputs = {path.resolve() for path in (*source.files, *reads)}
+    folder = source.root.resolve() if source.root else None
+    target = out.resolve()
+    if folder is not None and (target == folder or folder in target.parents):
+        raise OutputError(405, f"{out}: lies inside the input", mend="choose an OUT outside MODEL")
+    if any(target == path or target in path.parents for path in inputs):
+        raise OutputError(405, f"{out}: holds the input", mend="choose another OUT")
+    free = shutil.disk_usage(parent).free
+    if need_bytes * 1.05 > free:
+        what = f"{out}: needs {need_bytes} bytes, {free} are free"
+        raise OutputError(406, what, mend="free some space or choose another disk")
+
+
+@contextmanager
+def output_folder(
+    out: Path, *, overwrite: bool = False, states: Literal["refuse", "resume", "drop"] = "refuse"
+) -> Generator[Path]:
+    """A sibling `OUT.partial` to write into; renamed to OUT on success, removed on any failure, unless it
+    holds training states: these stay. An earlier run's are found there again, or dropped, or refused.
+
+    Raises StateError when a living process holds it, or states that are not looked for.
+    """
+    partial = partial_of(out)
+    _take(partial, states)
+    try:
+        yield partial
+        fsync(partial)
+        _exchange(partial, out, overwrite=overwrite)
+        shutil.rmtree(out / STATE, ignore_errors=True)
+        (out / OWNER).unlink()  # not before: killed in between, nobody could tell that OUT.partial was ours
+        fsync(out)
+        fsync(out.absolute().parent)
+    except OSError as error:
+        what = f"{error.filename or out}: {error.strerror or error}"
+        raise OutputError(
+            407, what, mend="mend the disk or choose another OUT; the input is untouched"
+        ) from error
+    finally:
+        if partial.exists():
+            if has_states(partial):
+                with suppress(OSError):  # a full disk: then the process is found to be gone
+                    _own(partial, _NOBODY)
+            else:
+                remove_ours(partial, OWNER)
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def has_states(partial: Path) -> bool:
+    """Whether a run left training states there."""
+    return any(path.name[5:].isdecimal() for path in (partial / STATE).glob("step-*"))
+
+
+def _take(partial: Path, states: str) -> None:
+    if os.path.lexists(partial):
+        mark = _read_mark(partial)
+        host, pid, since = _holder(partial, mark)
+        if pid != _NOBODY and (host != socket.gethostname() or _is_running(pid, since)):
+            what = f"{partial}: process {pid} on {host} is writing it"
+            mend = f"wait for it; if it is dead, delete {OWNER} in there (or all of it)"
+            raise StateError(702, what, mend=mend)
+        if states == "refuse" and has_states(partial):
+            what = f"{partial}: holds the training states of an unfinished run"
+            raise StateError(709, what, mend="choose another OUT, or delete it if you do not want them")
+        if states == "resume" and has_states(partial):
+            _take_over(partial, mark)
+            return
+        remove_ours(partial, OWNER)  # left by a killed run; nothing in it was ever finished
+    try:
+        partial.mkdir()
+        _own(partial, os.getpid())
+    except OSError as error:
+        raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
+
+
+def _is_running(pid: int, since: float) -> bool:
+    """Whether it is that process, and not a later one of its number (a container's is often the same)."""
+    try:
+        started = psutil.Process(pid).create_time()
+        return since == 0 or abs(started - since) < 2
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _take_over(partial: Path, mark: str | None) -> None:
+    """Hold it after the run that left `mark`; all but that one's states and metrics goes. Of two that try,
+    one can, or none."""
+    aside = partial / f"{OWNER}.{os.getpid()}"
+    own = _mark_of(os.getpid())
+    try:
+        if mark is not None:
+            (partial / OWNER).rename(aside)
+            if aside.read_text() != mark:  # another has taken it since that was read
+                aside.rename(partial / OWNER)
+                raise FileExistsError
+        with (partial / OWNER).open("x") as file:
+            file.write(own)
+        if (partial / OWNER).read_text() != own:  # another took the file while it was empty
+            raise FileExistsError
+    except (FileExistsError, FileNotFoundError):
+        what = f"{partial}: another process is taking it"
+        raise StateError(702, what, mend="wait for it, or delete it if that run is dead") from None
+    for path in partial.iterdir():
+        if path.name not in (OWNER, STATE, METRICS):
+            _remove(path)
+
+
+def _own(partial: Path, pid: int) -> None:
+    fresh = partial / _NEW
+    fresh.write_text(_mark_of(pid))
+    fresh.replace(partial / OWNER)
+
+
+def _mark_of(pid: int) -> str:
+    since = 0.0 if pid == _NOBODY else psutil.Process(pid).create_time()
+    return json.dumps({"pid": pid, "host": socket.gethostname(), "since": since})
+
+
+def _read_mark(partial: Path) -> str | None:
+    try:
+        return (partial / OWNER).read_text()
+    except (OSError, ValueError):
+        return None
+
+
+def _holder(partial: Path, mark: str | None) -> tuple[str, int, float]:
+    """Host and process that hold a `.partial`, and when it began; nobody when it died before it could say so,
+    and when a person has deleted the mark."""
+    try:
+        holder = json.loads(mark or "")
+        return str(holder["host"]), int(holder["pid"]), float(holder.get("since", 0))
+    except (ValueError, KeyError, TypeError):
+        ours = partial.is_dir() and not partial.is_symlink()
+        if ours and (set(os.listdir(partial)) <= {OWNER, _NEW} or has_states(partial)):
+            return socket.gethostname(), _NOBODY, 0.0
+        raise StateError(701, f"{partial}: exists and is not ours", mend="move it away") from None
+
+
+def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:
+    old = out.with_name(out.name + ".old")
+    if overwrite and out.exists():
+        if (old / REPLACED).is_file():
+            remove_ours(old, REPLACED)
+        (out / REPLACED).touch()
+        out.rename(old)  # an OSError where a folder that is not ours has come to stand there
+        partial.rename(out)
+        remove_ours(old, REPLACED)
+    else:
+        partial.rename(out)
+
+
+def remove_ours(folder: Path, mark: str) -> None:
+    """Delete a folder of ours, the mark that it is ours last: killed in between, it can still be told."""
+    for path in folder.iterdir():
+        if path.name != mark:
+            _remove(path)
+    shutil.rmtree(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

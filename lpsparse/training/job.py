@@ -1,0 +1,117 @@
+"""One fine-tune as a job: what made it, the folder in which it goes on after a stop, and its metrics.
+
+Every process of a launched job calls these functions; process 0 writes.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lpsparse import __version__, distributed
+from lpsparse.checkpoint.manifest import source_of
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.output import output_folder, partial_of
+from lpsparse.checkpoint.writer import METRICS
+from lpsparse.errors import StateError
+from lpsparse.recipe import FinetuneStep
+from lpsparse.training.resume import States
+from lpsparse.training.run import Progress
+from lpsparse.training.tracking import Tracker
+
+Say = Callable[[str], None]
+OnStep = Callable[[Progress], None]
+
+
+def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a state must share with a run to go on in it exactly. Raises StateError, on all processes, where
+    one was given something else."""
+    files = {record.name: record.sha256 for record in source_of(source).files}
+    numbers = {"lpsparse": __version__, "torch": version("torch")}
+    versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
+    found = {
+        "recipe": recipe, "model": files, "versions": versions, "shard": step.shard,
+        "code": {"model_fn": _code(step.model_fn), "optimizer": _code(step.optimizer)},
+    }  # fmt: skip
+    odd = distributed.odd_one(json.dumps(found, sort_keys=True))
+    if odd is not None:
+        what = f"process {odd} has other options, another model or other data than process 0"
+        raise StateError(707, what, mend="give every process the same")
+    return found
+
+
+def _code(spec: str | None) -> str | None:
+    """What code that a person named is: its file by its hash, else by its name."""
+    file = Path((spec or "").rpartition(":")[0])
+    if file.suffix == ".py" and file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    return spec
+
+
+@contextmanager
+def training_folder(step: FinetuneStep) -> Generator[Path]:
+    """OUT.partial, which process 0 makes and completes."""
+    if distributed.rank() > 0:
+        yield partial_of(step.out)
+        return
+    states = "drop" if step.resume == "never" else "resume"
+    with output_folder(step.out, overwrite=step.overwrite, states=states) as folder:
+        yield folder
+
+
+def find_states(step: FinetuneStep, folder: Path, made: dict[str, Any], say: Say) -> States:
+    """The run's states, and in `found` the one to go on from. Raises StateError where it cannot be used, and
+    where the processes see different ones."""
+    distributed.wait()
+    states = States(folder, made, keep=step.keep_last, shard=step.shard)
+    states.find(step.resume, say)
+    if distributed.odd_one(str(states.found and states.found[1]["step"])) is not None:
+        what = f"{folder}: the processes do not find the same training state"
+        raise StateError(710, what, mend="put OUT on a disk that all machines see")
+    return states
+
+
+@contextmanager
+def recording(step: FinetuneStep, states: States, on_step: OnStep, say: Say) -> Generator[OnStep]:
+    """A function that takes progress to the metrics, the tracker and `on_step`; nowhere but on process 0."""
+    if distributed.rank() > 0:
+        yield lambda progress: None
+        return
+    tracker = Tracker(step.track, step.out, say) if step.track != "none" else None
+    path = states.folder / METRICS
+    path.write_text("".join(_earlier(path, states)), encoding="utf-8")
+    with path.open("a", encoding="utf-8") as log:
+
+        def record(progress: Progress) -> None:
+            log.write(json.dumps({key: getattr(progress, key) for key in progress.__slots__}) + "\n")
+            log.flush()
+            if tracker is not None:
+                tracker.log(progress)
+            on_step(progress)
+
+        try:
+            yield record
+        finally:
+            if tracker is not None:
+                tracker.close()
+
+
+def _earlier(path: Path, states: States) -> list[str]:
+    """The lines of the run that left the state that was found, up to that state."""
+    if states.found is None:
+        return []
+    folder, state = states.found
+    path = folder.parents[1] / path.name
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if _step_of(line) <= state["step"]]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; of one that was cut off, more than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,82 @@
+"""What a checkpoint calls the tensors of a transformers module: the same, with or without a prefix, by a
+legacy name, renamed, or as parts that transformers fuses.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.errors import InputError
+
+_LEGACY = {".weight": ".gamma", ".bias": ".beta"}  # BERT's first checkpoints name their LayerNorm so
+
+
+def sources_of(model: nn.Module, source: set[str]) -> dict[str, str]:
+    """Module name -> the checkpoint's key of it:
+    the same, without or with the base model's prefix, or a legacy one."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, str] = {}
+    used: set[str] = set()
+    for name in model.state_dict():
+        near = [name, name.removeprefix(prefix), prefix + name]
+        for new, old in _LEGACY.items():
+            near += [key.removesuffix(new) + old for key in near[:3] if key.endswith(f"LayerNorm{new}")]
+        key = next((key for key in near if key in source), None)
+        if key is not None and key not in used:
+            used.add(key)
+            found[name] = key
+    return found
+
+
+def trace(
+    model: Any, state: dict[str, Tensor], sources: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Of the checkpoint's keys that no tensor of the module is called by: into `sources` those that
+    transformers renames, and as the result those that it fuses, key -> fused tensor; and what a checkpoint of
+    this very class calls the renamed, module name -> key.
+
+    transformers knows how to turn its names and tensors back; it is asked to do so for tensors that hold
+    their own number. What does not come back bit for bit is left out.
+    """
+    own = model.state_dict()
+    numbers = {i: name for i, name in enumerate(own) if name not in sources}
+    left = set(state) - set(sources.values())
+    if not numbers or not left:
+        return {}, {}
+    prefix = f"{model.base_model_prefix}."
+    marks = {name: torch.tensor(float(i)).expand(own[name].shape) for i, name in numbers.items()}
+    fused: dict[str, str] = {}
+    called: dict[str, str] = {}
+    for full, mark in turned_back(model, marks).items():
+        key = full if full in left else full.removeprefix(prefix)  # a base model's have no prefix
+        if key not in left or not mark.numel() or (mark != mark.flatten()[0]).any():
+            continue
+        name = numbers[int(mark.flatten()[0])]
+        if mark.shape == own[name].shape and torch.equal(own[name], state[key].to(own[name].dtype)):
+            sources[name], called[name] = key, full
+        elif torch.equal(turned_back(model, {name: own[name]})[full], state[key].to(own[name].dtype)):
+            fused[key] = name
+    return fused, called
+
+
+def turned_back(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a transformers module by the names and in the shapes that its checkpoints have."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
+
+
+def refuse_untraced(checkpoint: Checkpoint, model: nn.Module, known: set[str]) -> None:
+    """A parameter that transformers made of tensors with other names
+    (renamed, fused) would be trained and then lost: raises InputError."""
+    names: dict[int, list[str]] = {}  # a tied parameter has several
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    lost = sorted(group[0] for group in names.values() if known.isdisjoint(group))
+    if lost:
+        what = (
+            f"{checkpoint.name}: transformers renames or fuses {len(lost)} tensors ({', '.join(lost)[:160]})"
+        )
+        raise InputError(396, what, mend="save it with this version of transformers, then use that")
