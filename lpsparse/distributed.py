@@ -10,16 +10,18 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from lpsparse.errors import ExitCode, LaunchError, ResourceError
+from lpsparse.errors import ExitCode, LaunchError, LpsparseError, ResourceError
+
+T = TypeVar("T")
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _PATIENCE = 24 * 3600  # seconds that processes which were asked to stop have to end their step and save
@@ -83,6 +85,25 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
+def of_first(make: Callable[[], T]) -> T:
+    """What `make` gives on process 0, on all processes, however long it takes; a LpsparseError of it, too."""
+    if _is_one():
+        return make()
+    found: T | None = None
+    error: LpsparseError | None = None
+    if rank() == 0:
+        try:
+            found = make()
+        except LpsparseError as raised:
+            error = raised
+    wait()
+    told = None if error is None else (type(error), int(error.code[3:]), error.what, error.mend)
+    found, told = gathered((found, told))[0]
+    if told is not None:
+        raise error or told[0](told[1], told[2], mend=told[3])
+    return cast("T", found)
+
+
 def wait() -> None:
     """Until all processes have come here, however long one of them works alone (writing, tokenising)."""
     global _patient
@@ -131,16 +152,48 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], *, bf16: bool) -> None:
-    """Share the parameters of `model` out among all processes by their first dimension (FSDP2), to be
-    gathered block by block."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def spread(
+    model: nn.Module, device: torch.device, blocks: Iterable[nn.Module] = (), *, shard: bool, bf16: bool
+) -> None:
+    """Bring `model` to `device` with the values of process 0 on all processes; those of the others may be on
+    the meta device until then.
 
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
-    options: dict[str, Any] = {} if policy is None else {"mp_policy": policy}
-    for block in blocks:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    With `shard` each keeps its part of the first dimension of every parameter (FSDP2), to be gathered block
+    by block; beside these parts no process but the first has more than one block's parameters at a time.
+    """
+    if shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options: dict[str, Any] = {"mp_policy": policy} if bf16 else {}
+        for part in (*blocks, model):
+            _receive(part, device)
+            fully_shard(part, **options)
+    elif not _is_one():
+        _receive(model, device)
+    model.to(device)
+    share_buffers(model)
+
+
+def _receive(module: nn.Module, device: torch.device) -> None:
+    """The parameters of process 0 that are not sharded yet; tied ones stay tied."""
+    for param in module.parameters():
+        if is_sharded(param):
+            continue
+        value = torch.empty_like(param, device=device) if param.is_meta else param.detach().to(device)
+        value = value.contiguous()
+        distributed.broadcast(value, 0)
+        if param.is_meta:
+            torch.utils.swap_tensors(param, nn.Parameter(value, requires_grad=param.requires_grad))
+        else:
+            param.data = value
+
+
+def share_again(model: Any) -> None:
+    """After a forward pass without a backward one: FSDP2 leaves the outermost parameters whole, in the place
+    of those that train."""
+    if hasattr(model, "reshard"):
+        model.reshard()
 
 
 @contextmanager

@@ -20,6 +20,12 @@ class ExitCode(IntEnum):
     INTERRUPT = 130
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also torch's: a class of its own for an accelerator, a RuntimeError with this name in it on a CPU."""
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and named)
+
+
 class LpsparseError(Exception):
     """A failure with a code (LPSnnn), what is wrong (with numbers) and the one thing to do (`mend`)."""
 

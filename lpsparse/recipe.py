@@ -5,6 +5,7 @@ Light on purpose: this module is imported by `--help`.
 
 from collections.abc import Collection
 from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,7 +23,8 @@ def _listed(value: Any) -> Any:
 
 def _optimizer(value: str) -> str:
     if value not in OPTIMIZERS and ":" not in value:
-        raise ValueError(f"--optimizer {value}: not {', '.join(OPTIMIZERS)} or MODULE:CLASS")
+        near = [f"; did you mean {name}?" for name in get_close_matches(value, OPTIMIZERS, n=1)]
+        raise ValueError(f"--optimizer {value}: not {', '.join(OPTIMIZERS)} or MODULE:CLASS{''.join(near)}")
     return value
 
 

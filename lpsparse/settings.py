@@ -29,6 +29,11 @@ def is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def as_launched(step: FinetuneStep) -> FinetuneStep:
     """`step` under the plugin that `accelerate launch` was configured with. Sharding is our own FSDP2.
 

@@ -246,7 +246,7 @@ import torch
 from torch import nn
 
 class Net(nn.Module):
-    # Does what TEST_FAULT says: RANK:CALL:WHAT at its CALL-th training pass on process RANK.
+    # Does what TEST_FAULT says: RANK:CALL:WHAT, ... at its CALL-th training pass on process RANK.
 
     def __init__(self):
         super().__init__()
@@ -260,9 +260,13 @@ class Net(nn.Module):
         if not self.training:
             return self.body(x)
         self.calls += 1
-        rank, call, what = (os.environ.get("TEST_FAULT") or "0:0:").split(":")
-        if rank != os.environ.get("RANK", "0") or int(call) != self.calls:
+        faults = [fault.split(":") for fault in (os.environ.get("TEST_FAULT") or "0:0:").split(",")]
+        here = os.environ.get("RANK", "0"), str(self.calls)
+        what = next((what for rank, call, what in faults if (rank, call) == here), None)
+        if what is None:
             return self.body(x)
+        if what == "memory":
+            torch.empty(2**50)
         if what == "perturb":
             self.body[1].weight.data.add_(1)
             return self.body(x)

@@ -555,7 +555,7 @@ def _trained(rank: int, ranks: int, way: str) -> dict[str, Tensor]:
     torch.manual_seed(19)
     model: nn.Module = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5)).double()
     if way == "FSDP2" and ranks > 1:
-        distributed.shard(model, [model[0]], bf16=False)  # type: ignore[index]
+        distributed.spread(model, torch.device("cpu"), [model[0]], shard=True, bf16=False)  # type: ignore[index]
     weights = {name: param for name, param in model.named_parameters() if name.endswith("weight")}
     inner = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     if way == "DDP":

@@ -143,20 +143,6 @@ def test_a_tied_tensor_decays_once_and_a_tensor_without_gradient_not_at_all() ->
     assert torch.equal(idle, torch.full((3, 2), 0.5))
 
 
-def test_a_step_that_the_scaler_skips_decays_nothing() -> None:
-    weight = nn.Parameter(torch.full((2, 2), 0.5))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    LpDecay(optimizer, p=0.8, lambda_p=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(torch.ones(()))  # its state is made on first use
-    for bad in (float("inf"), 0.0):
-        weight.grad = torch.full_like(weight, bad)
-        before = weight.detach().clone()
-        scaler.step(optimizer)
-        scaler.update()
-        assert torch.equal(weight, before) == math.isinf(bad)
-
-
 def test_remove_detaches_and_half_precision_is_refused() -> None:
     weight = nn.Parameter(torch.full((2, 2), 0.5))
     optimizer = torch.optim.SGD([weight], lr=0.1)

@@ -2,26 +2,32 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import Ran, cli_environment, tree_hash
+from conftest import BUNDLED, Ran, cli_environment, tree_hash
+from test_tasks import experts, gpt2, llama
+from transformers import AutoModelForCausalLM
 
 import lpsparse
-from lpsparse import ExitCode
+from lpsparse import ExitCode, distributed
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.writer import OWNER, STATE
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
+from lpsparse.training.distill import blocks
 from lpsparse.training.loop import prepare
+from lpsparse.training.model import load_transformer
 from lpsparse.training.quality import evaluate
 
 Options = dict[str, Any]
@@ -69,21 +75,98 @@ def test_two_processes_train_as_one_does(way: Options, plain: Options, tmp_path:
         assert torch.equal(two[name] == 0, weight == 0)
 
 
+TEXT = "The quick brown fox jumps over the lazy dog and says that it is a fine day. " * 60
+
+
+@pytest.mark.parametrize(("way", "make"), [({}, gpt2), ({"shard": True}, llama), ({"shard": True}, experts)])
+def test_two_processes_train_a_transformer_as_one_does(
+    way: Options, make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = {
+        "model": str(make(tmp_path / "model")), "data": str(tmp_path / "text.txt"), "task": "causal-lm",
+        "steps": 8, "batch_size": 4, "max_length": 16, "lr": 1e-3, "target_sparsity": "0.6", "threads": 1,
+        "distill": 0.5,
+    }  # fmt: skip
+    alone = lpsparse.finetune(out=tmp_path / "one", **given)
+    ran = end(start([*command(given, tmp_path / "two", processes=2, **way), "--json"]))
+    assert ran.rc == 0, ran.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+    found = json.loads(ran.stdout)
+    assert found["prunable"]["zeros"] == alone.prunable.zeros
+    assert found["quality"][0]["before"] == pytest.approx(alone.quality[0].before, abs=1e-5)
+    assert found["quality"][0]["after"] == pytest.approx(alone.quality[0].after, abs=1e-3)
+
+
+def _unreadable(*_: Any) -> Any:
+    raise AssertionError("only process 0 reads the weights")
+
+
+def _load(rank: int, folder: str, shard: bool) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    checkpoint = open_checkpoint(BUNDLED)
+    if rank > 0:
+        tensors = tuple(replace(tensor, blocks=_unreadable) for tensor in checkpoint.tensors)
+        checkpoint = replace(checkpoint, tensors=tensors)
+    model: Any = load_transformer(checkpoint, AutoModelForCausalLM, {}).module
+    assert all(param.is_meta == (rank > 0) for param in model.parameters())
+    distributed.spread(model, torch.device("cpu"), blocks(model), shard=shard, bf16=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    parts = [distributed.local(param).numel() for param in model.parameters()]
+    whole = {name: distributed.whole(value) for name, value in model.state_dict().items()}
+    torch.save((parts, whole, dict(model.named_buffers())), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_the_weights_are_read_once_and_spread(shard: bool, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_load, (str(tmp_path), shard), nprocs=2)
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    (mine, *first), (theirs, *second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    own = [model.state_dict(), dict(model.named_buffers())]
+    for tables in (first, second):
+        for found, given in zip(tables, own, strict=True):
+            assert found.keys() == given.keys()
+            assert all(torch.equal(found[name], given[name]) for name in given)
+    sizes = [param.numel() for param in model.parameters()]
+    assert [a + b for a, b in zip(mine, theirs, strict=True)] == [(2 - shard) * size for size in sizes]
+
+
+def test_what_process_0_finds_in_the_checkpoint_all_are_told(tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(BUNDLED / "model.safetensors")
+    del tensors["model.norm.weight"]
+    shutil.copytree(BUNDLED, tmp_path / "model")
+    safetensors.torch.save_file(tensors, tmp_path / "model" / "model.safetensors")
+    given = {"model": str(tmp_path / "model"), "data": "bundled:shakespeare", "task": "causal-lm"}
+    ran = run(given, tmp_path / "out", processes=2)
+    assert ran.rc == ExitCode.INPUT and ran.stderr.count("error[LPS396]") == 1, ran.stderr
+    assert "Traceback" not in ran.stderr and not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("way", [{}, {"shard": True}], ids=["DDP", "FSDP2"])
 def test_two_processes_that_were_stopped_end_in_the_bits_of_two_that_were_not(
     way: Options, plain: Options, tmp_path: Path
 ) -> None:
     given = {**plain, **way, "processes": 2}
     assert run(given, tmp_path / "whole").rc == 0
-    # One process is asked, and both stop: between two lines of the metrics.
-    stopped = run(given, tmp_path / "out", "1:5:SIGTERM")
-    assert stopped.rc == ExitCode.RESUMABLE, stopped.stderr
-    assert "after step 5 of" in stopped.stderr and not (tmp_path / "out").exists()
+    done = 0
+    for steps in (
+        1,
+        4,
+        2,
+        8,
+    ):  # to the first, the end of an epoch, between two lines of the metrics, the last
+        done += steps
+        stopped = run(given, tmp_path / "out", f"1:{steps}:SIGTERM")  # one process is asked, and both stop
+        assert stopped.rc == ExitCode.RESUMABLE, stopped.stderr
+        assert f"after step {done} of 15" in stopped.stderr and not (tmp_path / "out").exists()
     if "shard" not in way:
         other = run({**given, "shard": True}, tmp_path / "out")
         assert other.rc == ExitCode.STATE and "shard was False, is True" in other.stderr
     resumed = run(given, tmp_path / "out")
-    assert resumed.rc == 0 and "goes on after step 5" in resumed.stderr
+    assert resumed.rc == 0 and "goes on after step 15" in resumed.stderr
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
 
 
@@ -204,6 +287,17 @@ class Picky(torch.optim.SGD):
             raise ValueError("no room on process 1")
         super().__init__(params, lr)
 """
+
+
+def test_out_of_memory_on_any_process_ends_the_run_with_the_batch_that_would_fit(
+    plain: Options, tmp_path: Path
+) -> None:
+    ran = run({**plain, "processes": 2}, tmp_path / "out", "1:4:memory")
+    assert ran.rc == ExitCode.RESOURCE, ran.stderr
+    assert (
+        "out of memory at step 4, with 4 examples at a time" in ran.stderr and "--accumulate 2" in ran.stderr
+    )
+    assert "Traceback" not in ran.stderr
 
 
 def test_weights_that_come_apart_end_the_run(plain: Options, tmp_path: Path) -> None:

@@ -416,3 +416,13 @@ def test_a_prunable_tensor_that_no_gradient_reaches_is_named(net: dict, tmp_path
     with pytest.raises(LpsparseError, match=r"no gradient has reached .*spare\.weight"):
         lpsparse.finetune(out=tmp_path / "out", steps=60, score="fisher", target_sparsity="0.5", **net)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU can do it")
+def test_fp16_without_a_gpu_and_an_optimizer_of_no_name_are_refused(tmp_path: Path) -> None:
+    for options, what in (
+        ({"mixed_precision": "fp16"}, "fp16: needs a GPU"), ({"optimizer": "mun"}, "did you mean muon"),
+    ):  # fmt: skip
+        with pytest.raises(LpsparseError, match=what) as caught:
+            lpsparse.finetune(BUNDLED, tmp_path / "out", **SMALL, **options)
+        assert caught.value.exit_code == ExitCode.USAGE and not list(tmp_path.iterdir())

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from accelerate import Accelerator
 from conftest import Ran, tree_hash
 from safetensors import SafetensorError
 
@@ -331,8 +333,12 @@ def test_a_state_may_be_named_and_one_that_is_none_is_refused(
     assert "with --resume auto goes on from there" in stopped.stdout
     again = train(tmp_path / "fourth", faulty, monkeypatch, resume=str(earlier))
     assert again.rc == 0 and "goes on after step 10" in again.stderr  # not from the named one once more
-    ran = train(tmp_path / "third", faulty, monkeypatch, resume=str(tmp_path))
-    assert ran.rc == ExitCode.STATE and "is no whole training state" in ran.stderr
+    for folder, what in ((tmp_path, "is no whole training state"), (tmp_path / "nver", "no such folder")):
+        ran = train(tmp_path / "third", faulty, monkeypatch, resume=str(folder))
+        assert ran.rc == ExitCode.STATE and what in ran.stderr and "auto, never or a state" in ran.stdout
+    train(tmp_path / "fifth", faulty, monkeypatch, "0:2:SIGTERM")
+    ran = train(tmp_path / "third", faulty, monkeypatch, resume=str(tmp_path / "fifth.partial"))
+    assert ran.rc == ExitCode.STATE and ran.stdout.endswith("fifth.partial/.lpsparse-state/step-00000002")
 
 
 def test_nothing_in_a_state_is_ever_run(
@@ -365,6 +371,37 @@ def test_nan_stops_before_the_step_and_names_the_last_whole_state(
     assert ran.rc == ExitCode.NUMERIC and "step 8 of 15: loss nan" in ran.stderr
     assert "the state of step 6 is whole" in ran.stderr and "lower --lr" in ran.stdout
     assert train(tmp_path / "out", given, monkeypatch).rc == 0  # what was bad was outside of the data
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_out_of_memory_says_the_batch_that_would_fit(
+    states: bool, faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**faulty, "save_every": 3} if states else faulty
+    ran = train(tmp_path / "out", given, monkeypatch, "0:4:memory")
+    assert ran.rc == ExitCode.RESOURCE and "out of memory at step 4, with 8 examples at a time" in ran.stderr
+    assert ran.stdout.startswith("--accumulate 2 takes 4 at a time")
+    assert ("--resume never" in ran.stdout) == states == (tmp_path / "out.partial").exists()
+    ran = train(tmp_path / "two", {**faulty, "accumulate": 8}, monkeypatch, "0:4:memory")
+    assert "with 1 examples at a time" in ran.stderr and "--checkpointing" in ran.stdout
+
+
+def test_steps_that_a_loss_scaler_leaves_out_are_counted(
+    faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaled(_: FinetuneStep) -> Accelerator:
+        accelerator = Accelerator(cpu=True)  # which has a scaler on a GPU only
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        return accelerator
+
+    monkeypatch.setattr("lpsparse.training.loop._accelerator", scaled)
+    given = {**faulty, "target_sparsity": "0.6"}
+    assert train(tmp_path / "whole", given, monkeypatch, "0:2:spike,0:4:spike").rc == 0
+    notes = " ".join(json.loads((tmp_path / "whole" / "lpsparse.json").read_text())["notes"])
+    assert "; 2 steps left out, whose gradients overflowed in fp16" in notes
+    train(tmp_path / "out", given, monkeypatch, "0:2:spike,0:4:spike,0:9:SIGTERM")
+    assert train(tmp_path / "out", given, monkeypatch).rc == 0
+    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
 
 
 def test_a_spike_of_the_loss_is_said(

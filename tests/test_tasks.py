@@ -47,7 +47,16 @@ def bert(folder: Path, tokenizer: Path) -> Path:
 
 
 def gpt2(folder: Path) -> Path:
-    config = transformers.GPT2Config(vocab_size=512, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    config = transformers.GPT2Config(
+        vocab_size=512,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
     return saved(transformers.GPT2LMHeadModel(config), folder, BUNDLED)
 
 

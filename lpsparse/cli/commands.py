@@ -1,6 +1,6 @@
 """The commands that are one step and one verb each: what is shown of the result."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -88,6 +88,8 @@ def _facts(found: dict[str, Any], *, as_json: bool) -> None:
         shown = (
             f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         )
+        if isinstance(value, list):
+            shown = ", ".join(cast("list[str]", value)) or "none"
         print_result(f"{key.replace('_', ' '):<18} {text.clean(str(shown))}")
 
 

@@ -17,7 +17,7 @@ import typer
 
 from lpsparse import __version__
 from lpsparse.cli.output import silence, tell
-from lpsparse.errors import ExitCode, LaunchError, LpsparseError
+from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
 from lpsparse.settings import check_environment, is_first, is_one_of_several
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
@@ -63,10 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
         _leave("", error.exit_code)
     except (BrokenPipeError, SystemExit):  # nobody reads on; SystemExit is how Typer takes it
         silence(sys.stdout)
-    except MemoryError:
-        _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
-        _leave("", ExitCode.RESOURCE)
     except Exception as error:
+        if is_out_of_memory(error):
+            _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
+            _leave("", ExitCode.RESOURCE)
         code = _usage(error, words)
         if code is None:
             print_exc()

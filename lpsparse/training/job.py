@@ -15,9 +15,10 @@ from lpsparse import __version__, distributed
 from lpsparse.checkpoint.manifest import source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.output import output_folder, partial_of
-from lpsparse.checkpoint.writer import METRICS
+from lpsparse.checkpoint.writer import METRICS, write_text
 from lpsparse.errors import StateError
 from lpsparse.recipe import FinetuneStep
+from lpsparse.settings import local_rank
 from lpsparse.training.resume import States
 from lpsparse.training.run import Progress
 from lpsparse.training.tracking import Tracker
@@ -29,7 +30,10 @@ OnStep = Callable[[Progress], None]
 def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> dict[str, Any]:
     """What a state must share with a run to go on in it exactly. Raises StateError, on all processes, where
     one was given something else."""
-    files = {record.name: record.sha256 for record in source_of(source).files}
+    files = None
+    if local_rank() == 0:  # it is read once a machine
+        files = {record.name: record.sha256 for record in source_of(source).files}
+    files = distributed.gathered(files)[distributed.rank() - local_rank()]
     numbers = {"lpsparse": __version__, "torch": version("torch")}
     versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
     found = {
@@ -82,7 +86,9 @@ def recording(step: FinetuneStep, states: States, on_step: OnStep, say: Say) -> 
         return
     tracker = Tracker(step.track, step.out, say) if step.track != "none" else None
     path = states.folder / METRICS
-    path.write_text("".join(_earlier(path, states)), encoding="utf-8")
+    fresh = path.with_name(f"{METRICS}.new")  # killed meanwhile, the next run finds the old lines
+    write_text(fresh, "".join(_earlier(path, states)))
+    fresh.replace(path)
     with path.open("a", encoding="utf-8") as log:
 
         def record(progress: Progress) -> None:

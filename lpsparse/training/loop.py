@@ -80,8 +80,7 @@ def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
         "bytes_kept": memory.kept, "bytes_peak": memory.kept + memory.peak,
         "method": step.method, "steps": steps_of(step, task), "examples": len(task.train),
         "held_out": len(task.held_out),
-        "prunable_weights": size,
-        "prunable_tensors": len(weights),
+        "processes": step.processes or 1, "prunable_weights": size, "prunable_tensors": len(weights),
         "kept": kept_in_words(prunable), "fresh": list(task.loaded.new),
     }  # fmt: skip
 
@@ -101,17 +100,17 @@ def train(
     model = task.loaded.module
     steps = steps_of(step, task)
     step = resolve_auto(step, model, steps)
-    found = states.read()
-    before = None if task.loaded.new or found is not None else evaluate(step, task)
-    prunable, weights = choose_weights(step, task.loaded)
-    check_dropout(step, model)
-    teacher = make_teacher(step, task)
-    say(kept_in_words(prunable))
-    model.to(accelerator.device)  # before anything is kept beside the weights
     if step.shard:
         check_shard(step)
-        distributed.shard(model, blocks(model), bf16=step.mixed_precision == "bf16")
-        weights = _named_again(task, weights)
+    check_dropout(step, model)
+    teacher = make_teacher(step, task)
+    for each in (model,) if teacher is None else (model, teacher.model):
+        bf16 = step.mixed_precision == "bf16"
+        distributed.spread(each, accelerator.device, blocks(each), shard=step.shard, bf16=bf16)
+    prunable, weights = choose_weights(step, task.loaded)  # sharding has put others in their place
+    say(kept_in_words(prunable))
+    found = states.read()
+    before = None if task.loaded.new or found is not None else evaluate(step, task)
     prepare_module(step, model)
     optimizer = make_optimizer(step, model, weights)
     # Sharding is torch's own: accelerate's does not know processes without a GPU.
@@ -129,6 +128,8 @@ def train(
         say(f"goes on after step {run.done} of {steps}")
     with listening(run.stop):
         run.loop(on_step)
+    if run.skipped:
+        facts += f"; {run.skipped} steps left out, whose gradients overflowed in fp16"
     method.finish()
     if teacher is not None:
         teacher.close()
@@ -146,16 +147,12 @@ def start(step: FinetuneStep) -> Accelerator:
     return _accelerator(step)
 
 
-def _named_again(task: Task, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights after sharding, which puts others in their place."""
-    names = task.loaded.names
-    params = {names.get(name, name): param for name, param in task.loaded.module.named_parameters()}
-    return {name: params[name] for name in weights}
-
-
 def _accelerator(step: FinetuneStep) -> Accelerator:
+    has_gpu = torch.accelerator.is_available()
+    if step.mixed_precision == "fp16" and not has_gpu:
+        raise UsageError(248, "--mixed-precision fp16: needs a GPU", mend="use bf16 or no")
     # Left to itself, accelerate takes processes without a GPU for one process each.
-    alone_on_cpu = is_one_of_several() and not torch.accelerator.is_available()
+    alone_on_cpu = is_one_of_several() and not has_gpu
     try:
         limit = InitProcessGroupKwargs(timeout=timedelta(seconds=step.rank_timeout))
         accelerator = Accelerator(

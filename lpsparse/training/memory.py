@@ -34,7 +34,7 @@ def estimate(step: FinetuneStep, *, trained: int, frozen: int, prunable: int, pr
     each = _WEIGHT + _GRADIENT + _AVERAGES.get(step.optimizer, 8)
     kept = (each * trained + _WEIGHT * frozen + extra * prunable) / share
     if step.distill or step.distill_blocks:
-        kept += _WEIGHT * (trained + frozen)  # every process has a whole teacher
+        kept += _WEIGHT * (trained + frozen) / share  # the teacher
     decays = step.method in ("lp", "l1")
     work = max(_DIVISOR * decays, _CHOICE * (step.target_sparsity is not None)) * prunable / share
     ring = (processes - 1) / processes

@@ -7,12 +7,13 @@ matter.
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from lpsparse import distributed
@@ -29,6 +30,7 @@ TORCH_DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_Shared = tuple[list[str], tuple[int, ...], torch.dtype]  # a parameter's names, shape and dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,8 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
     """The Hugging Face model of a checkpoint under an Auto class, in float32.
 
     `changes` go into its config (labels, say). A base model may lack the head's tensors: they are made fresh
-    and are named in `new`; anything else that is missing or of another shape raises InputError.
+    and are named in `new`; anything else that is missing or of another shape raises InputError. All
+    processes call it; see `_read_once` for their values.
     """
     from transformers import AutoConfig
 
@@ -133,6 +136,46 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
     except Exception as error:  # a broken config makes transformers stumble over anything
         what = f"{checkpoint.name}: config.json: {first_line(error)}"
         raise InputError(394, what, mend="mend config.json, or upgrade transformers") from None
+
+    def empty() -> nn.Module:
+        with init_empty_weights(include_buffers=False):
+            return auto.from_config(config)
+
+    return _read_once(lambda: _load_transformer(checkpoint, auto, config), empty)
+
+
+def _read_once(load: Callable[[], Loaded], empty: Callable[[], nn.Module]) -> Loaded:
+    """What `load` gives on process 0. The others get the same but for the values: a module of `empty` whose
+    parameters are on the meta device, until `distributed.spread`."""
+    mine: list[Loaded] = []
+
+    def outline() -> tuple[Loaded, list[_Shared]]:
+        mine.append(load())
+        return replace(mine[0], module=nn.Identity()), _shared(mine[0].module)
+
+    loaded, params = distributed.of_first(outline)
+    return mine[0] if mine else replace(loaded, module=_on_meta(empty(), params))
+
+
+def _shared(module: nn.Module) -> list[_Shared]:
+    """Each parameter with all of its names; tied ones have several."""
+    names: dict[int, list[str]] = {}
+    params = dict(module.named_parameters(remove_duplicate=False))
+    for name, param in params.items():
+        names.setdefault(id(param), []).append(name)
+    return [(group, tuple(params[group[0]].shape), params[group[0]].dtype) for group in names.values()]
+
+
+def _on_meta(module: nn.Module, params: list[_Shared]) -> nn.Module:
+    for names, shape, dtype in params:
+        param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), dtype.is_floating_point)
+        for name in names:
+            parent, _, own = name.rpartition(".")
+            module.get_submodule(parent).register_parameter(own, param)
+    return module.eval()
+
+
+def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
     # A wrapper's prefix is looked through, and stays in OUT.
     wrapper = "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
     state = {
@@ -206,8 +249,14 @@ def _dtypes(checkpoint: Checkpoint, origin: dict[str, str], new: list[str]) -> d
 
 
 def load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None = None) -> Loaded:
-    """The module that `model_fn` builds, with a bare state
-    dict loaded into it in float32; every name must fit."""
+    """The module that `model_fn` builds, with a bare state dict loaded into it in float32; every name must
+    fit. All processes call it; see `_read_once` for their values."""
+    return _read_once(
+        lambda: _load_module(checkpoint, model_fn, folder), lambda: build(model_fn, folder).float()
+    )
+
+
+def _load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None) -> Loaded:
     module = build(model_fn, folder)
     own = module.state_dict()
     prefix = "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
@@ -259,6 +308,8 @@ def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Te
 
     def blocks() -> Blocks:
         whole = distributed.whole(module.state_dict()[name])
+        if distributed.rank() > 0:  # it only gives its part
+            return
         turned = turned_back(module, {name: whole})
         key = tensor.name if tensor.name in turned else tensor.name.removeprefix("module.")
         value = turned[key]
@@ -273,6 +324,8 @@ def _from_training(name: str, dtype: str, file: str, value: Tensor) -> opening.T
     def blocks() -> Blocks:
         if value.numel():
             whole = distributed.whole(value)  # one tensor at a time, on all processes
+            if distributed.rank() > 0:  # it only gives its part
+                return
             yield 0, from_tensor(whole, dtype).reshape(value.shape[0] if value.ndim else 1, -1)
 
     nbytes = value.numel() * DTYPES[dtype].bits // 8

@@ -44,6 +44,7 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
                 loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
                 count += len(labels)
                 correct += int((logits.argmax(-1) == labels).sum())
+    distributed.share_again(model)
     loss, count, correct = distributed.sums([loss, count, correct])
     if not math.isfinite(loss):
         what = f"loss {loss} over {int(count)} {task.unit} held out"

@@ -88,7 +88,10 @@ class States:
         """The state that was asked for, or of another run's what this one has made of it since."""
         record = _whole(path)
         if record is None:
-            raise StateError(706, f"{path}: is no whole training state", mend="give another, or auto")
+            what = "is no whole training state" if path.exists() else "no such folder"
+            inside = [state.name for state in _completed(path)]
+            mend = f"give {path / STATE / inside[0]}" if inside else "give auto, never or a state's folder"
+            raise StateError(706, f"{path}: {what}", mend=mend)
         own = None if path.is_relative_to(self.folder.resolve()) else _newest(self.folder, say)
         return own if own is not None and own[1]["step"] > record["step"] else (path, record)
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lpsparse import distributed
-from lpsparse.errors import InterruptError, NumericError, ResourceError, ResumableError
+from lpsparse.errors import InterruptError, NumericError, ResourceError, ResumableError, is_out_of_memory
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training.distill import Teacher
 from lpsparse.training.loss import batch_loss
@@ -57,6 +57,7 @@ class Run:
         self.model, self.optimizer, self.method = model, optimizer, method
         self.teacher, self.states, self.before, self.say = teacher, states, before, say
         self.losses: list[float] = []  # since the last line of the log
+        self.skipped = 0  # steps whose gradients overflowed in fp16
         self.stop = Stop(step.max_time)
         self._saved = time.monotonic()
         self._recent: deque[float] = deque(maxlen=20)
@@ -87,14 +88,10 @@ class Run:
         """Raises ResourceError where memory or another process is missing."""
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            size = max(1, self.step.batch_size // (distributed.ranks() * self.step.accumulate))
-            more = 2 * self.step.accumulate
-            what = f"out of memory at step {t + 1}, with {size} examples at a time"
-            mend = f"--accumulate {more} takes {max(1, size // 2)} at a time and makes the same step"
-            raise ResourceError(601, what, mend=mend) from error
-        except RuntimeError as error:
-            if of_worker(error):
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory(t) from error
+            if isinstance(error, RuntimeError) and of_worker(error):
                 what = f"a process that prepares batches is gone: {first_line(error)}"
                 raise ResourceError(606, what, mend="use fewer --workers, or 0") from error
             if distributed.ranks() == 1:
@@ -103,6 +100,16 @@ class Run:
             what = f"process {distributed.rank()}: step {t + 1}: {first_line(error)}"
             mend = "see what ended the other processes (--debug shows where this one was)"
             raise ResourceError(distributed.MISSED, what, mend=mend) from error
+
+    def _out_of_memory(self, t: int) -> ResourceError:
+        each = distributed.ranks() * self.step.accumulate
+        size, half = (math.ceil(self.step.batch_size / share) for share in (each, 2 * each))
+        what = f"out of memory at step {t + 1}, with {size} examples at a time"
+        mend = "add --checkpointing, --shard or memory"
+        if half < size:
+            mend = f"--accumulate {2 * self.step.accumulate} takes {half} at a time and makes the same step"
+            mend += ", with --resume never" if self.states.last() else ""
+        return ResourceError(601, what, mend=mend)
 
     def _step(self, t: int, parts: list[Any]) -> tuple[int, bool]:
         """One optimizer step. Whether the run was asked to stop (2: by Ctrl-C), and whether to save."""
@@ -120,6 +127,7 @@ class Run:
             self._refuse(t, loss, norm)
         self._note(t, loss)
         self.optimizer.step()
+        self.skipped += self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
         self.method.after_step()
         return int(asked), bool(due)
@@ -196,7 +204,7 @@ class Run:
         """All that decides the rest of the run; tensors, numbers and text."""
         scaler, before = self.accelerator.scaler, self.before
         return {
-            "losses": distributed.gathered(list(self.losses)),
+            "losses": distributed.gathered(list(self.losses)), "skipped": self.skipped,
             "before": None if before is None else [before.loss, before.count, before.accuracy],
             "weights": dict(self.task.loaded.module.state_dict()),
             "optimizer": self.method.control.optimizer.state_dict(), "method": self.method.state_dict(),
@@ -205,7 +213,7 @@ class Run:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        self.losses = list(state["losses"][distributed.rank()])
+        self.losses, self.skipped = list(state["losses"][distributed.rank()]), state["skipped"]
         self.before = None if state["before"] is None else Measured(*state["before"])
         for name, value in self.task.loaded.module.state_dict().items():
             distributed.local(value).copy_(state["weights"][name])

@@ -48,6 +48,7 @@ def check_shard(step: FinetuneStep) -> None:
         "--condition": step.condition != "none" and step.condition,
         "--method": step.method in ("dwf", "rigl") and step.method,
         "--optimizer": step.optimizer == "muon" and step.optimizer,
+        "--mixed-precision": step.mixed_precision == "fp16" and step.mixed_precision,
         "--allocation": step.allocation != "global" and step.allocation,
     }
     for name, value in whole.items():
@@ -113,7 +114,8 @@ def choose_weights(
         raise UsageError(212, "--freeze leaves nothing to train", mend="freeze less")
     if not weights and step.method != "dense":
         raise UsageError(211, "no prunable tensor is left to train", mend="freeze less, or --method dense")
-    empty = sorted(out for out, weight in weights.items() if not weight.any())
+    some = distributed.most([float(distributed.local(weight).any()) for weight in weights.values()])
+    empty = sorted(out for out, there in zip(weights, some, strict=True) if not there)
     if empty and step.method == "lp" and not resumes:
         raise InputError(
             410, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"

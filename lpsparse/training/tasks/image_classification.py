@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
@@ -29,7 +30,8 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     if step.model_fn is None:
         return _of_folder(step, checkpoint, train, held)
     loaded = load_module(checkpoint, step.model_fn)
-    return _task(step, loaded, train, held, _classes(loaded.module, (train or held)[0]), None)
+    classes = distributed.of_first(lambda: _classes(loaded.module, (train or held)[0]))
+    return _task(step, loaded, train, held, classes, None)
 
 
 def _of_folder(
