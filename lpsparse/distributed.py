@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from lpsparse.errors import ExitCode, LaunchError, LpsparseError, ResourceError
+from lpsparse.errors import ExitCode, LaunchError, LpsparseError, ResourceError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -104,14 +104,32 @@ def of_first(make: Callable[[], T]) -> T:
     return cast("T", found)
 
 
+def make_patient() -> None:
+    """What `wait` needs. All processes call it, early: only one that was met is missed when it dies."""
+    global _patient
+    if not _is_one() and _patient is None:
+        _patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
 def wait() -> None:
     """Until all processes have come here, however long one of them works alone (writing, tokenising)."""
-    global _patient
-    if _is_one():
-        return
-    if _patient is None:
-        _patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    distributed.barrier(_patient)
+    make_patient()
+    if not _is_one():
+        distributed.barrier(_patient)
+
+
+@contextmanager
+def missing_others(doing: str = "") -> Generator[None]:
+    """Raises ResourceError for an error of whatever waited for a process that is gone or late."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_one() or is_out_of_memory(error):
+            raise
+        line = str(error).strip().partition("\n")[0][:200]
+        what = f"process {rank()}: {doing}{type(error).__name__}: {line}"
+        mend = "see what ended the other processes (--debug shows where this one was)"
+        raise ResourceError(MISSED, what, mend=mend) from error
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -324,4 +342,5 @@ def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
 
 def _said(failure: Any, key: str) -> str:
     """What the command line of a process that failed wrote of it, if it did."""
-    return str(failure.error_file_data.get(key, ""))
+    said = str(failure.error_file_data.get(key, ""))
+    return "" if said == "<NONE>" else said  # elastic's own word

@@ -21,9 +21,10 @@ class ExitCode(IntEnum):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also torch's: a class of its own for an accelerator, a RuntimeError with this name in it on a CPU."""
-    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and named)
+    """Also torch's, which has a class for the one that its allocator tells, and for others only words."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or told
 
 
 class LpsparseError(Exception):

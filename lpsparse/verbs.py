@@ -230,7 +230,10 @@ def finetune_step(
         return plan_training(step, prepare(step, source))
     if step.processes is not None and step.processes > 1 and not is_launched():
         return _launch(step, quiet=say is silent)
-    return _train(step, source, say, on_step)
+    from lpsparse.distributed import missing_others
+
+    with missing_others():
+        return _train(step, source, say, on_step)
 
 
 def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
@@ -241,7 +244,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
 
     distributed.end_with_launcher()
     start(step)
-    task = prepare(step, source)
+    task = prepare(step, source, spread=False)
     for note in task.loaded.notes:
         say(note)
     made_by = job.made_by(step, source, recorded(step))

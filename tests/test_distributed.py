@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import BUNDLED, Ran, cli_environment, tree_hash
-from test_tasks import experts, gpt2, llama
+from test_tasks import experts, gemma, gpt2, llama
 from transformers import AutoModelForCausalLM
 
 import lpsparse
@@ -78,7 +78,9 @@ def test_two_processes_train_as_one_does(way: Options, plain: Options, tmp_path:
 TEXT = "The quick brown fox jumps over the lazy dog and says that it is a fine day. " * 60
 
 
-@pytest.mark.parametrize(("way", "make"), [({}, gpt2), ({"shard": True}, llama), ({"shard": True}, experts)])
+@pytest.mark.parametrize(
+    ("way", "make"), [({}, gpt2), ({}, gemma), ({"shard": True}, llama), ({"shard": True}, experts)]
+)
 def test_two_processes_train_a_transformer_as_one_does(
     way: Options, make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
@@ -93,7 +95,8 @@ def test_two_processes_train_a_transformer_as_one_does(
     assert ran.rc == 0, ran.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+        # A gradient near zero is noise, which AdamW makes as large as any; gemma is rounded to bfloat16.
+        torch.testing.assert_close(two[name], weight, rtol=1e-2, atol=3e-4)
     found = json.loads(ran.stdout)
     assert found["prunable"]["zeros"] == alone.prunable.zeros
     assert found["quality"][0]["before"] == pytest.approx(alone.quality[0].before, abs=1e-5)
@@ -323,17 +326,49 @@ def test_processes_that_differ_are_refused_before_the_first_step(
     other = tmp_path / "other.npz"
     other.write_bytes(Path(str(plain["data"])).read_bytes())
     changes: list[Options] = [{}, {"seed": 1} if differs == "seed" else {"data": str(other)}]
-    processes = []
-    for rank, changed in enumerate(changes):
-        env = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "localhost", "MASTER_PORT": "29611",
-        }  # fmt: skip
-        processes.append(start(command(plain, tmp_path / "out", **changed), **env))
-    ran = [end(process) for process in processes]
+    ran = [end(process) for process in by_hand(plain, tmp_path / "out", changes, 29611)]
     assert ran[0].rc == ExitCode.STATE, ran[0].stderr
     assert "process 1 has other options, another model or other data" in ran[0].stderr
     assert ran[1].stderr == "" and not list(tmp_path.glob("out*"))
+
+
+def by_hand(given: Options, out: Path, changes: list[Options], port: int) -> list[subprocess.Popen[bytes]]:
+    """The processes of a job that nobody watches over, each with its own changes."""
+    return [
+        start(
+            command(given, out, **changed), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port),
+        )
+        for rank, changed in enumerate(changes)
+    ]  # fmt: skip
+
+
+def test_a_process_that_ends_before_the_first_step_ends_the_others(plain: Options, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    missing = {"data": str(tmp_path / "nowhere.npz")}  # the others load the model and wait for it
+    ran = [end(process) for process in by_hand(plain, tmp_path / "out", [{}, missing], 29613)]
+    assert time.monotonic() - begun < 60
+    assert ran[0].rc == ExitCode.RESOURCE and "error[LPS604]" in ran[0].stderr, ran[0].stderr
+    assert ran[1].rc == ExitCode.INPUT and "Traceback" not in ran[0].stderr + ran[1].stderr
+
+
+EVALUATED = """
+import sys
+import lpsparse
+given = dict(data="bundled:shakespeare", task="causal-lm", max_length=16, batch_size=4)
+lpsparse.finetune("bundled:stories260k", sys.argv[1], steps=2, split="train[:2000]",
+                  eval_split="validation[:2000]", method="dense", **given)
+sys.stdout.write(f"{lpsparse.evaluate(sys.argv[1], split='validation[:2000]', **given)['loss']}\\n")
+"""
+
+
+def test_a_program_of_two_processes_trains_and_then_measures(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(EVALUATED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29619"]
+    ran = end(start([*launcher, str(tmp_path / "mine.py"), str(tmp_path / "out")]))
+    assert ran.rc == 0, ran.stderr
+    after = json.loads((tmp_path / "out" / "lpsparse.json").read_text())["quality"][0]["after"]
+    assert [float(line) for line in ran.stdout.split()] == [pytest.approx(after, abs=1e-6)] * 2
 
 
 def test_another_launcher_starts_the_same_run(plain: Options, tmp_path: Path) -> None:

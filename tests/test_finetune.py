@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import BUNDLED, LISTENING, ROWS, SMALL, cli_environment
+from conftest import BUNDLED, LISTENING, ROWS, SMALL, cli_environment, tree_hash
 from torch import nn
 
 import lpsparse
@@ -416,6 +416,15 @@ def test_a_prunable_tensor_that_no_gradient_reaches_is_named(net: dict, tmp_path
     with pytest.raises(LpsparseError, match=r"no gradient has reached .*spare\.weight"):
         lpsparse.finetune(out=tmp_path / "out", steps=60, score="fisher", target_sparsity="0.5", **net)
     assert not (tmp_path / "out").exists()
+
+
+def test_outputs_of_blocks_are_learnt_from_at_every_step(tmp_path: Path) -> None:
+    given = {**SMALL, "target_sparsity": "0.5", "distill": 0.5}
+    plain = lpsparse.finetune(BUNDLED, tmp_path / "plain", **given)
+    taught = lpsparse.finetune(BUNDLED, tmp_path / "taught", **given, distill_blocks=1.0)
+    assert taught.prunable.zeros == plain.prunable.zeros
+    assert taught.quality[0].before == plain.quality[0].before
+    assert tree_hash(tmp_path / "taught") != tree_hash(tmp_path / "plain")
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU can do it")

@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import psutil
@@ -18,8 +21,9 @@ from safetensors import SafetensorError
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.checkpoint.output import _take_over  # pyright: ignore[reportPrivateUsage]
+from lpsparse.checkpoint.output import _take  # pyright: ignore[reportPrivateUsage]
 from lpsparse.checkpoint.writer import METRICS, OWNER, STATE
+from lpsparse.errors import StateError
 from lpsparse.recipe import FinetuneStep
 from lpsparse.settings import resolve
 from lpsparse.training import resume as resume_module
@@ -224,18 +228,29 @@ def test_a_dead_holder_is_told_from_a_living_one(
     assert "goes on after step 3" in train(tmp_path / "out", faulty, monkeypatch).stderr
 
 
-@pytest.mark.parametrize("since", ["taken", "being taken"])
-def test_of_two_that_take_over_one_can(
-    since: str, faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(tmp_path / "out", faulty, monkeypatch, "0:3:SIGTERM")
+@pytest.mark.parametrize("left", ["states", "a dead run's", "nothing"])
+def test_of_many_that_take_one_out_at_once_one_can(left: str, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
-    dead = (partial / OWNER).read_text()  # what both have read
-    (partial / OWNER).write_text("of the first") if since == "taken" else (partial / OWNER).unlink()
-    before = tree_hash(partial)
-    with pytest.raises(LpsparseError, match="another process is taking it"):
-        _take_over(partial, dead)
-    assert tree_hash(partial) == before
+    for _ in range(60):
+        shutil.rmtree(partial, ignore_errors=True)
+        if left != "nothing":
+            (partial / STATE / "step-00000003").mkdir(parents=True)
+            (partial / OWNER).write_text(json.dumps({"pid": -1, "host": socket.gethostname()}))
+            (partial / "model.safetensors").write_text("half")
+        together = Barrier(4)
+
+        def take(together: Barrier) -> int:
+            together.wait()
+            try:
+                _take(partial, "resume" if left == "states" else "drop")
+                return 1
+            except StateError:
+                return 0
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(take, [together] * 4)) == 1
+        assert json.loads((partial / OWNER).read_text())["pid"] == os.getpid()
+        assert {path.name for path in partial.iterdir()} == {OWNER, STATE} if left == "states" else {OWNER}
 
 
 def test_a_living_holder_is_left_alone(
@@ -383,7 +398,11 @@ def test_out_of_memory_says_the_batch_that_would_fit(
     assert ran.stdout.startswith("--accumulate 2 takes 4 at a time")
     assert ("--resume never" in ran.stdout) == states == (tmp_path / "out.partial").exists()
     ran = train(tmp_path / "two", {**faulty, "accumulate": 8}, monkeypatch, "0:4:memory")
-    assert "with 1 examples at a time" in ran.stderr and "--checkpointing" in ran.stdout
+    assert "with 1 examples at a time" in ran.stderr and ran.stdout.startswith("use --checkpointing, a ")
+    odd = {**faulty, "accumulate": 2, "batch_size": 3}
+    assert train(tmp_path / "three", odd, monkeypatch, "0:4:memory").stdout.startswith(
+        "--accumulate 3 takes 1"
+    )
 
 
 def test_steps_that_a_loss_scaler_leaves_out_are_counted(

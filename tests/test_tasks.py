@@ -68,6 +68,15 @@ def llama(folder: Path) -> Path:
     return saved(transformers.LlamaForCausalLM(config), folder, BUNDLED)
 
 
+def gemma(folder: Path) -> Path:
+    """Stored in bfloat16; it has a buffer that is computed."""
+    config = transformers.GemmaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    return saved(transformers.GemmaForCausalLM(config).bfloat16(), folder, BUNDLED)
+
+
 def experts(folder: Path) -> Path:
     config = transformers.MixtralConfig(
         vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

@@ -115,25 +115,45 @@ def has_states(partial: Path) -> bool:
 
 
 def _take(partial: Path, states: str) -> None:
-    if os.path.lexists(partial):
-        mark = _read_mark(partial)
-        host, pid, since = _holder(partial, mark)
-        if pid != _NOBODY and (host != socket.gethostname() or _is_running(pid, since)):
-            what = f"{partial}: process {pid} on {host} is writing it"
-            mend = f"wait for it; if it is dead, delete {OWNER} in there (or all of it)"
-            raise StateError(702, what, mend=mend)
-        if states == "refuse" and has_states(partial):
-            what = f"{partial}: holds the training states of an unfinished run"
-            raise StateError(709, what, mend="choose another OUT, or delete it if you do not want them")
-        if states == "resume" and has_states(partial):
-            _take_over(partial, mark)
-            return
-        remove_ours(partial, OWNER)  # left by a killed run; nothing in it was ever finished
     try:
-        partial.mkdir()
-        _own(partial, os.getpid())
+        with suppress(FileExistsError):
+            partial.mkdir()
+        if not _is_ours(partial):
+            raise StateError(701, f"{partial}: exists and is not ours", mend="move it away")
+        with _locked(partial):
+            _check_free(partial, states)
+            kept = {OWNER, STATE, METRICS} if states == "resume" and has_states(partial) else {OWNER}
+            for path in partial.iterdir():  # left by a run that was killed, its mark last
+                if path.name not in kept:
+                    _remove(path)
+            _own(partial, os.getpid())
     except OSError as error:
         raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
+
+
+def _check_free(partial: Path, states: str) -> None:
+    host, pid, since = _holder(partial)
+    if pid != _NOBODY and (host != socket.gethostname() or _is_running(pid, since)):
+        what = f"{partial}: process {pid} on {host} is writing it"
+        mend = f"wait for it; if it is dead, delete {OWNER} in there (or all of it)"
+        raise StateError(702, what, mend=mend)
+    if states == "refuse" and has_states(partial):
+        what = f"{partial}: holds the training states of an unfinished run"
+        raise StateError(709, what, mend="choose another OUT, or delete it if you do not want them")
+
+
+@contextmanager
+def _locked(folder: Path) -> Generator[None]:
+    """One process at a time is in here, where the system and the disk have locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_running(pid: int, since: float) -> bool:
@@ -147,58 +167,27 @@ def _is_running(pid: int, since: float) -> bool:
         return True
 
 
-def _take_over(partial: Path, mark: str | None) -> None:
-    """Hold it after the run that left `mark`; all but that one's states and metrics goes. Of two that try,
-    one can, or none."""
-    aside = partial / f"{OWNER}.{os.getpid()}"
-    own = _mark_of(os.getpid())
-    try:
-        if mark is not None:
-            (partial / OWNER).rename(aside)
-            if aside.read_text() != mark:  # another has taken it since that was read
-                aside.rename(partial / OWNER)
-                raise FileExistsError
-        with (partial / OWNER).open("x") as file:
-            file.write(own)
-        if (partial / OWNER).read_text() != own:  # another took the file while it was empty
-            raise FileExistsError
-    except (FileExistsError, FileNotFoundError):
-        what = f"{partial}: another process is taking it"
-        raise StateError(702, what, mend="wait for it, or delete it if that run is dead") from None
-    for path in partial.iterdir():
-        if path.name not in (OWNER, STATE, METRICS):
-            _remove(path)
-
-
 def _own(partial: Path, pid: int) -> None:
+    since = 0.0 if pid == _NOBODY else psutil.Process(pid).create_time()
     fresh = partial / _NEW
-    fresh.write_text(_mark_of(pid))
+    fresh.write_text(json.dumps({"pid": pid, "host": socket.gethostname(), "since": since}))
     fresh.replace(partial / OWNER)
 
 
-def _mark_of(pid: int) -> str:
-    since = 0.0 if pid == _NOBODY else psutil.Process(pid).create_time()
-    return json.dumps({"pid": pid, "host": socket.gethostname(), "since": since})
+def _is_ours(partial: Path) -> bool:
+    """Whether it is a folder with our mark; a run may die before it, and a person may delete it."""
+    if not partial.is_dir() or partial.is_symlink():
+        return False
+    return (partial / OWNER).is_file() or set(os.listdir(partial)) <= {_NEW} or has_states(partial)
 
 
-def _read_mark(partial: Path) -> str | None:
+def _holder(partial: Path) -> tuple[str, int, float]:
+    """Host and process that hold a `.partial`, and when it began; nobody where no mark can be read."""
     try:
-        return (partial / OWNER).read_text()
-    except (OSError, ValueError):
-        return None
-
-
-def _holder(partial: Path, mark: str | None) -> tuple[str, int, float]:
-    """Host and process that hold a `.partial`, and when it began; nobody when it died before it could say so,
-    and when a person has deleted the mark."""
-    try:
-        holder = json.loads(mark or "")
+        holder = json.loads((partial / OWNER).read_text())
         return str(holder["host"]), int(holder["pid"]), float(holder.get("since", 0))
-    except (ValueError, KeyError, TypeError):
-        ours = partial.is_dir() and not partial.is_symlink()
-        if ours and (set(os.listdir(partial)) <= {OWNER, _NEW} or has_states(partial)):
-            return socket.gethostname(), _NOBODY, 0.0
-        raise StateError(701, f"{partial}: exists and is not ours", mend="move it away") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        return socket.gethostname(), _NOBODY, 0.0
 
 
 def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:

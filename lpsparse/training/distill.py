@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lpsparse import distributed
 from lpsparse.errors import UsageError
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training.tasks.base import Batch, Task
@@ -26,18 +27,22 @@ class Teacher:
         self.step, self.task = step, task
         self.model = copy.deepcopy(task.loaded.module).eval().requires_grad_(False)
         self.theirs, self.ours = _Taps(), _Taps()
-        if step.distill_blocks:
+        if step.distill_blocks and not list(blocks(self.model)):
+            what = "--distill-blocks: the model has no nn.ModuleList or nn.Sequential of blocks"
+            raise UsageError(246, what, mend="use --distill alone")
+
+    def open(self) -> None:
+        """From now on every forward pass of the student is followed by one call of `loss`."""
+        if self.step.distill_blocks:
             self.theirs.attach(self.model)
-            self.ours.attach(task.loaded.module)
-            if not self.ours.handles:
-                what = "--distill-blocks: the model has no nn.ModuleList or nn.Sequential of blocks"
-                raise UsageError(246, what, mend="use --distill alone")
+            self.ours.attach(self.task.loaded.module)
 
     def loss(self, logits: Tensor, labels: Tensor, batch: Batch, passes: int = 1) -> Tensor:
         """The loss of the student's `logits`,
         whose forward pass on `batch`, repeated `passes` times, has just run."""
         with torch.no_grad():
             theirs, _ = self.task.predict(self.model, batch)
+        distributed.share_again(self.model)
         theirs = torch.cat([theirs] * passes)
         heat, share = self.step.temperature, self.step.distill
         gap = functional.kl_div(

@@ -33,6 +33,7 @@ def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> d
     files = None
     if local_rank() == 0:  # it is read once a machine
         files = {record.name: record.sha256 for record in source_of(source).files}
+    distributed.wait()
     files = distributed.gathered(files)[distributed.rank() - local_rank()]
     numbers = {"lpsparse": __version__, "torch": version("torch")}
     versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
@@ -84,12 +85,12 @@ def recording(step: FinetuneStep, states: States, on_step: OnStep, say: Say) -> 
     if distributed.rank() > 0:
         yield lambda progress: None
         return
-    tracker = Tracker(step.track, step.out, say) if step.track != "none" else None
     path = states.folder / METRICS
     fresh = path.with_name(f"{METRICS}.new")  # killed meanwhile, the next run finds the old lines
     write_text(fresh, "".join(_earlier(path, states)))
     fresh.replace(path)
     with path.open("a", encoding="utf-8") as log:
+        tracker = Tracker(step.track, step.out, say) if step.track != "none" else None
 
         def record(progress: Progress) -> None:
             log.write(json.dumps({key: getattr(progress, key) for key in progress.__slots__}) + "\n")

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -51,8 +51,11 @@ class Trained:
     facts: str  # steps, lambda_p, sum of learning rates, w_kill, in words
 
 
-def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
-    """Model and data of a step, checked; a fresh head and the data order follow from the seed."""
+def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint, *, spread: bool = True) -> Task:
+    """Model and data of a step, checked; a fresh head and the data order follow from the seed.
+
+    All processes call it. Without `spread` only process 0 has the model's values (`distributed.spread`).
+    """
     quiet_transformers()
     torch.manual_seed(step.seed)
     if isinstance(step, FinetuneStep) and (step.eval_data or step.eval_split):
@@ -61,10 +64,14 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
         what = f"--augment {step.augment} is not for --task {step.task}"
         raise UsageError(249, what, mend=f"use --augment {AUGMENT.get(step.task, 'none')}")
     try:
-        return TASKS[step.task](step, checkpoint)
+        task = TASKS[step.task](step, checkpoint)
     except OSError as error:
         what = f"{error.filename or step.data}: {error.strerror or error}"
         raise InputError(371, what, mend="check the data and its permissions") from error
+    if spread:
+        device = PartialState().device or torch.device("cpu")
+        distributed.spread(task.loaded.module, device, shard=False, bf16=False)
+    return task
 
 
 def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
@@ -126,6 +133,8 @@ def train(
     if found is not None:
         run.restore(found)
         say(f"goes on after step {run.done} of {steps}")
+    if teacher is not None:
+        teacher.open()
     with listening(run.stop):
         run.loop(on_step)
     if run.skipped:
@@ -144,7 +153,9 @@ def start(step: FinetuneStep) -> Accelerator:
     """Accelerate for this run; with it the processes know one another."""
     # One process may train twice, with another precision each time; accelerate has no public name for this.
     AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
-    return _accelerator(step)
+    accelerator = _accelerator(step)
+    distributed.make_patient()
+    return accelerator
 
 
 def _accelerator(step: FinetuneStep) -> Accelerator:

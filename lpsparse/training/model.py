@@ -7,7 +7,7 @@ matter.
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lpsparse import distributed
 from lpsparse.checkpoint import opening
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.opening import Blocks, Checkpoint
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, StateError
 from lpsparse.training.model_fn import build
 from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
 
@@ -30,7 +30,7 @@ TORCH_DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-_Shared = tuple[list[str], tuple[int, ...], torch.dtype]  # a parameter's names, shape and dtype
+_Shared = tuple[list[str], tuple[int, ...], torch.dtype]  # a tensor's names, shape and dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,39 +139,51 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
 
     def empty() -> nn.Module:
         with init_empty_weights(include_buffers=False):
-            return auto.from_config(config)
+            return auto.from_config(config, dtype=torch.float32)
 
     return _read_once(lambda: _load_transformer(checkpoint, auto, config), empty)
 
 
 def _read_once(load: Callable[[], Loaded], empty: Callable[[], nn.Module]) -> Loaded:
-    """What `load` gives on process 0. The others get the same but for the values: a module of `empty` whose
-    parameters are on the meta device, until `distributed.spread`."""
+    """What `load` gives on process 0. The others get the same but for the values, until `distributed.spread`:
+    a module of `empty`, with parameters and buffers like those of process 0."""
     mine: list[Loaded] = []
 
-    def outline() -> tuple[Loaded, list[_Shared]]:
+    def outline() -> tuple[Loaded, list[_Shared], list[_Shared]]:
         mine.append(load())
-        return replace(mine[0], module=nn.Identity()), _shared(mine[0].module)
+        module = mine[0].module
+        params = _shared(module.named_parameters(remove_duplicate=False))
+        buffers = _shared(module.named_buffers(remove_duplicate=False))
+        return replace(mine[0], module=nn.Identity()), params, buffers
 
-    loaded, params = distributed.of_first(outline)
-    return mine[0] if mine else replace(loaded, module=_on_meta(empty(), params))
+    loaded, params, buffers = distributed.of_first(outline)
+    return mine[0] if mine else replace(loaded, module=_alike(empty(), params, buffers))
 
 
-def _shared(module: nn.Module) -> list[_Shared]:
-    """Each parameter with all of its names; tied ones have several."""
+def _shared(named: Iterable[tuple[str, Tensor]]) -> list[_Shared]:
+    """Each tensor with all of its names; tied ones have several."""
+    tensors = dict(named)
     names: dict[int, list[str]] = {}
-    params = dict(module.named_parameters(remove_duplicate=False))
-    for name, param in params.items():
-        names.setdefault(id(param), []).append(name)
-    return [(group, tuple(params[group[0]].shape), params[group[0]].dtype) for group in names.values()]
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [(group, tuple(tensors[group[0]].shape), tensors[group[0]].dtype) for group in names.values()]
 
 
-def _on_meta(module: nn.Module, params: list[_Shared]) -> nn.Module:
-    for names, shape, dtype in params:
-        param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), dtype.is_floating_point)
-        for name in names:
-            parent, _, own = name.rpartition(".")
-            module.get_submodule(parent).register_parameter(own, param)
+def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> nn.Module:
+    """What a person's own code has made stays, as something else in there may hold it, too."""
+    if all(param.is_meta for param in module.parameters()):
+        for names, shape, dtype in params:
+            param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), dtype.is_floating_point)
+            for name in names:
+                parent, _, own = name.rpartition(".")
+                module.get_submodule(parent).register_parameter(own, param)
+        for names, shape, dtype in buffers:
+            parent, _, own = names[0].rpartition(".")
+            module.get_submodule(parent)._buffers[own] = torch.zeros(shape, dtype=dtype)  # pyright: ignore[reportPrivateUsage]
+    found = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    if [_shared(each) for each in found] != [params, buffers]:
+        what = f"process {distributed.rank()} builds another {type(module).__name__} than process 0"
+        raise StateError(712, what, mend="give every process the same code and versions")
     return module.eval()
 
 
@@ -306,14 +318,14 @@ def _replaced(tensor: opening.Tensor, out: str | None, values: dict[str, Tensor]
 def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Tensor:
     """`tensor` of the source with the values that it has in the fused tensor `name` of the module."""
 
-    def blocks() -> Blocks:
+    def blocks(first: int = 0, last: int | None = None) -> Blocks:
         whole = distributed.whole(module.state_dict()[name])
         if distributed.rank() > 0:  # it only gives its part
             return
         turned = turned_back(module, {name: whole})
         key = tensor.name if tensor.name in turned else tensor.name.removeprefix("module.")
         value = turned[key]
-        yield 0, from_tensor(value, tensor.dtype).reshape(tensor.shape[0] if tensor.shape else 1, -1)
+        yield first, from_tensor(value, tensor.dtype).reshape(tensor.rows, -1)[first:last]
 
     return opening.Tensor(
         tensor.name, tensor.dtype, tensor.shape, tensor.file, "dense", tensor.nbytes, blocks
@@ -321,12 +333,15 @@ def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Te
 
 
 def _from_training(name: str, dtype: str, file: str, value: Tensor) -> opening.Tensor:
-    def blocks() -> Blocks:
+    def blocks(first: int = 0, last: int | None = None) -> Blocks:
         if value.numel():
             whole = distributed.whole(value)  # one tensor at a time, on all processes
             if distributed.rank() > 0:  # it only gives its part
                 return
-            yield 0, from_tensor(whole, dtype).reshape(value.shape[0] if value.ndim else 1, -1)
+            yield (
+                first,
+                from_tensor(whole, dtype).reshape(value.shape[0] if value.ndim else 1, -1)[first:last],
+            )
 
     nbytes = value.numel() * DTYPES[dtype].bits // 8
     return opening.Tensor(name, dtype, tuple(value.shape), file, "dense", nbytes, blocks)

@@ -25,7 +25,7 @@ from lpsparse import distributed
 from lpsparse.checkpoint.writer import STATE, fsync, write_json
 from lpsparse.errors import OutputError, StateError
 
-VERSION = 1
+VERSION = 2
 _RECORD = "state.json"
 
 

@@ -86,28 +86,26 @@ class Run:
     @contextmanager
     def _guarded(self, t: int) -> Generator[None]:
         """Raises ResourceError where memory or another process is missing."""
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise self._out_of_memory(t) from error
-            if isinstance(error, RuntimeError) and of_worker(error):
-                what = f"a process that prepares batches is gone: {first_line(error)}"
-                raise ResourceError(606, what, mend="use fewer --workers, or 0") from error
-            if distributed.ranks() == 1:
+        with distributed.missing_others(f"step {t + 1}: "):
+            try:
+                yield
+            except (MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise self._out_of_memory(t) from error
+                if isinstance(error, RuntimeError) and of_worker(error):
+                    what = f"a process that prepares batches is gone: {first_line(error)}"
+                    raise ResourceError(606, what, mend="use fewer --workers, or 0") from error
                 raise
-            # A process that is gone or late shows as an error of whatever waited for it.
-            what = f"process {distributed.rank()}: step {t + 1}: {first_line(error)}"
-            mend = "see what ended the other processes (--debug shows where this one was)"
-            raise ResourceError(distributed.MISSED, what, mend=mend) from error
 
     def _out_of_memory(self, t: int) -> ResourceError:
-        each = distributed.ranks() * self.step.accumulate
-        size, half = (math.ceil(self.step.batch_size / share) for share in (each, 2 * each))
+        step, ranks = self.step, distributed.ranks()
+        more = min(2 * step.accumulate, step.batch_size)
+        size, half = (math.ceil(step.batch_size / (ranks * parts)) for parts in (step.accumulate, more))
         what = f"out of memory at step {t + 1}, with {size} examples at a time"
-        mend = "add --checkpointing, --shard or memory"
+        ways = ["--checkpointing"] * (not step.checkpointing) + ["--shard"] * (not step.shard and ranks > 1)
+        mend = f"use {', '.join([*ways, 'a smaller model or more memory'])}"
         if half < size:
-            mend = f"--accumulate {2 * self.step.accumulate} takes {half} at a time and makes the same step"
+            mend = f"--accumulate {more} takes {half} at a time and makes the same step"
             mend += ", with --resume never" if self.states.last() else ""
         return ResourceError(601, what, mend=mend)
 

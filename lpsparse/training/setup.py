@@ -114,15 +114,20 @@ def choose_weights(
         raise UsageError(212, "--freeze leaves nothing to train", mend="freeze less")
     if not weights and step.method != "dense":
         raise UsageError(211, "no prunable tensor is left to train", mend="freeze less, or --method dense")
-    some = distributed.most([float(distributed.local(weight).any()) for weight in weights.values()])
-    empty = sorted(out for out, there in zip(weights, some, strict=True) if not there)
-    if empty and step.method == "lp" and not resumes:
+    empty = [] if resumes or step.method != "lp" else _empty(weights)
+    if empty:
         raise InputError(
             410, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
         )
     kept = {each for out in weights for each in parts.get(out, [out])}
     frozen = [out for out, (yes, _) in prunable.items() if yes and out not in kept]
     return prunable | {out: (False, "--freeze") for out in frozen}, weights
+
+
+def _empty(weights: dict[str, torch.Tensor]) -> list[str]:
+    """Those with nothing but zeros. All processes call it."""
+    some = distributed.most([float(distributed.local(weight).any()) for weight in weights.values()])
+    return sorted(out for out, there in zip(weights, some, strict=True) if not there)
 
 
 def _dtype_name(value: torch.Tensor) -> str:
