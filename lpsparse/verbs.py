@@ -9,12 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, source_of, write_manifest
+from lpsparse.checkpoint.manifest import (
+    Quality,
+    Source,
+    own_manifest,
+    read_manifest,
+    source_of,
+    write_manifest,
+)
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import check_output, output_folder
-from lpsparse.checkpoint.rewrite import Count, count, follow, rewrite
+from lpsparse.checkpoint.rewrite import Written, count_all, follow, rewrite
+from lpsparse.checkpoint.threads import beside, using
 from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
-from lpsparse.errors import InputError, OutputError
+from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.recipe import (
@@ -121,22 +129,21 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report:
         say(f"threshold {plan.threshold:.6g}")
     if step.dry_run:
         say("dry run: nothing is written; the zeros are those that the cut would leave")
-        return measure(source, chosen, cut=plan.cut)
+        return measure(source, chosen, counts=count_all(source, plan.cut))
     with _writing(step, source, chosen, say) as (folder, finish):
-        counts = rewrite(source, folder, plan.cut, step.layout)
+        written = rewrite(source, folder, plan.cut, step.layout)
+        counts = written.counts
         whole = [t.name for t in source.tensors if chosen[t.name][0] and counts[t.name].zeros == t.size]
         if whole:
             say(f"nothing is left of {', '.join(whole[:4])} ({len(whole)} tensors); --exclude would keep it")
-        same = all(
-            counts[t.name].zeros == count(t, t.blocks()).zeros for t in source.tensors if chosen[t.name][0]
-        )
         quality = own_quality(source)
+        same = bool(quality) and counts == count_all(source)
         if quality and not same:
             say(
                 "quality recorded in MODEL is left out: the cut changed weights; measure again with "
                 "`lpsparse eval`"
             )
-        return finish(counts, quality if same else ())
+        return finish(written, quality if same else ())
 
 
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
@@ -148,8 +155,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
         return measure(source, chosen)
     with _writing(step, source, chosen, say) as (folder, finish):
         layout = step.layout if isinstance(step, PackStep) else "dense"
-        counts = rewrite(source, folder, lambda _: None, layout)
-        return finish(counts, own_quality(source))
+        return finish(rewrite(source, folder, lambda _: None, layout), own_quality(source))
 
 
 def report_step(step: ReportStep, say: Say = silent) -> Report:
@@ -257,7 +263,8 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             follow(written)
             distributed.wait()
             return report(step.out)
-        counts = rewrite(written, folder, lambda _: None, "dense")
+        with using(1):  # a sharded tensor is gathered by all processes, one after another
+            result = rewrite(written, folder, lambda _: None, "dense")
         quality = Quality(
             metric=task.metric, before=trained.before.of(task.metric) if trained.before else None,
             after=trained.after.of(task.metric), higher_is_better=task.higher_is_better,
@@ -267,7 +274,8 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors
         }
         notes = (*task.loaded.notes, trained.facts)
-        found = _finish(step, source, folder, chosen, say, counts, (quality,), task.sidecars, notes)
+        record = source_of(source)
+        found = _finish(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
     distributed.wait()
     return found
 
@@ -302,46 +310,55 @@ def _bytes(source: Checkpoint) -> int:
     return sum(tensor.nbytes for tensor in source.tensors)
 
 
-Finish = Callable[[dict[str, Count], tuple[Quality, ...]], Report]
+Finish = Callable[[Written, tuple[Quality, ...]], Report]
 
 
 @contextmanager
 def _writing(
     step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, say: Say
 ) -> Generator[tuple[Path, Finish]]:
-    """A folder to rewrite into, and the call that completes it."""
-    with output_folder(step.out, overwrite=step.overwrite) as folder:
+    """A folder to rewrite into, and the call that completes it. Raises InputError when `source` changes
+    meanwhile."""
+    before = [_changed(path) for path in source.files]
+    with (
+        output_folder(step.out, overwrite=step.overwrite) as folder,
+        beside(lambda: source_of(source)) as record,
+    ):
 
-        def finish(counts: dict[str, Count], quality: tuple[Quality, ...]) -> Report:
-            return _finish(step, source, folder, chosen, say, counts, quality)
+        def finish(written: Written, quality: tuple[Quality, ...]) -> Report:
+            found = _finish(step, source, record(), folder, chosen, say, written, quality)
+            for path, known in zip(source.files, before, strict=True):
+                if _changed(path) != known:
+                    what = f"{path}: was changed while it was read"
+                    raise InputError(344, what, mend="run again when nobody writes it")
+            return found
 
         yield folder, finish
 
 
+def _changed(path: Path) -> tuple[int, int]:
+    info = path.stat()
+    return info.st_size, info.st_mtime_ns
+
+
 def _finish(
-    step: Step, source: Checkpoint, folder: Path, chosen: Chosen, say: Say, counts: dict[str, Count],
+    step: Step, source: Checkpoint, record: Source, folder: Path, chosen: Chosen, say: Say, written: Written,
     quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None = None, notes: tuple[str, ...] = (),
 ) -> Report:  # fmt: skip
-    """Sidecars, then everything read back and compared
-    with what was meant, then report, card and manifest."""
+    """Sidecars beside the weights, then report, card and manifest."""
     left = copy_sidecars(source, folder)
     if sidecars is not None:
         sidecars(folder)
     notes = (*source.notes, *notes, *((f"left behind: {', '.join(left)}",) if left else ()))
     if left:
         say(notes[-1])
-    found = measure(open_checkpoint(folder), chosen, name=source.name, quality=quality)
-    for row in found.tensors:
-        if row.zeros != counts[row.name].zeros or row.nonfinite:
-            what = (
-                f"{source.name}: {row.name!r}: {row.zeros} zeros read back, {counts[row.name].zeros} written"
-            )
-            raise OutputError(408, what, mend="check the disk and run again; nothing was kept")
+    found = measure(open_checkpoint(folder), chosen, name=source.name, quality=quality, counts=written.counts)
     write_json(folder / REPORT, found.model_dump(mode="json"))
-    record = source_of(source)
     base_card = (folder / "README.base.md").exists()
     write_text(folder / CARD, card.render(found, record, quality, base_card=base_card))
-    write_manifest(folder, record, recorded(step), tensor_records(found), found.layout, quality, notes)
+    write_manifest(
+        folder, record, recorded(step), tensor_records(found), found.layout, quality, notes, written.files
+    )
     fsync(folder)
     return found
 

@@ -16,12 +16,22 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
 
 from lpsparse import prune
-from lpsparse.checkpoint.dtypes import DTYPES, infinity, key_of, magnitudes, value_of
+from lpsparse.checkpoint.dtypes import (
+    DTYPES,
+    F32_INF,
+    F64_INF,
+    code_of,
+    infinity,
+    key_of,
+    magnitudes,
+    ordered,
+    value_of,
+)
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.errors import InputError, UsageError, VerdictError
 from lpsparse.pruning.plan import Plan, plan_prune
 from lpsparse.pruning.prunable import prunable
-from lpsparse.pruning.select import kth_smallest, target_count
+from lpsparse.pruning.select import Scored, cut_smallest, select, target_count
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -56,8 +66,9 @@ def test_magnitude_keys_stand_for_the_absolute_values_torch_reads(dtype: str, wi
     raw = codes(dtype)
     keys, values = magnitudes(raw, dtype, wide=wide), np.abs(floats(raw, dtype))
     finite = np.isfinite(values)
-    assert np.array_equal(keys < infinity(keys), finite)
-    assert np.array_equal(np.isinf(values), keys == infinity(keys))
+    top = F64_INF if keys.itemsize == 8 else F32_INF
+    assert np.array_equal(keys < top, finite) and np.array_equal(np.isinf(values), keys == top)
+    assert np.array_equal(ordered(raw, dtype) < infinity(dtype), finite)
     assert keys.dtype == (np.uint64 if wide or dtype == "F64" else np.uint32)
     assert np.array_equal(keys[finite].view(np.float64 if keys.itemsize == 8 else np.float32), values[finite])
 
@@ -69,6 +80,19 @@ def test_magnitude_order_is_float_order(dtype: str) -> None:
     keys = magnitudes(raw, dtype)[np.isfinite(values)]
     order = np.argsort(values[np.isfinite(values)], kind="stable")
     assert np.array_equal(np.argsort(keys, kind="stable"), order)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", TORCH)
+def test_the_code_of_a_key_is_the_smallest_that_reaches_it(dtype: str, wide: bool) -> None:
+    if dtype == "F64" and not wide:
+        return
+    codes_of = np.sort(ordered(codes(dtype), dtype))
+    codes_of = codes_of[codes_of < infinity(dtype)]
+    keys = magnitudes(codes_of, dtype, wide=wide)
+    for code, key in zip(codes_of[::7].tolist(), keys[::7].tolist(), strict=True):
+        assert code_of(key, dtype, wide=wide) == code
+        assert code_of(key + 1, dtype, wide=wide) == code + 1
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -84,18 +108,91 @@ def test_a_key_is_the_smallest_whose_magnitude_reaches_the_value(value: float, w
 # The k-th smallest
 
 
-@settings(max_examples=60, deadline=None)
+def scored(name: str, dtype: str, codes: np.ndarray, step: int = 5) -> Scored:
+    """The scores of a tensor of rows, given a few rows at a time."""
+
+    def blocks(first: int, last: int) -> Iterator[np.ndarray]:
+        for row in range(first, last, step):
+            yield codes[row : min(row + step, last)]
+
+    return Scored(name, dtype, len(codes), codes.shape[1], blocks)
+
+
+def cut_by_a_sort(group: list[Scored], wanted: int, wide: bool) -> list[np.ndarray]:
+    """What is left of each tensor's codes when the smallest are set to 0, ties by position."""
+    codes = [np.concatenate(list(each.blocks(0, each.rows))) for each in group]
+    keys = [magnitudes(c, each.dtype, wide=wide).ravel() for c, each in zip(codes, group, strict=True)]
+    dead = np.zeros(sum(k.size for k in keys), bool)
+    dead[np.argsort(np.concatenate(keys), kind="stable")[:wanted]] = True
+    found, start = [], 0
+    for each in codes:
+        found.append(np.where(dead[start : start + each.size].reshape(each.shape), 0, each))
+        start += each.size
+    return found
+
+
+def check_selection(group: list[Scored], sparsity: Decimal, wide: bool) -> None:
+    codes = [np.concatenate(list(each.blocks(0, each.rows))) for each in group]
+    zeros = sum(int(np.count_nonzero(c == 0)) for c in codes)
+    wanted = target_count(sparsity, sum(each.size for each in group), zeros)
+    found = select(group, sparsity, wide=wide)
+    for each, own, expected in zip(group, codes, cut_by_a_sort(group, wanted, wide), strict=True):
+        left = own.copy()
+        cut_smallest(left, own, code_of(found.key, each.dtype, wide=wide), found.ties[each.name])
+        assert np.array_equal(left, expected)
+
+
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), wide=st.booleans())
-def test_kth_smallest_is_what_a_sort_gives(data: st.DataObject, wide: bool) -> None:
-    kind, top = (np.uint64, 2**64 - 1) if wide else (np.uint32, 2**32 - 1)
-    few = st.sampled_from([0, 1, 7, 2**16 - 1, 2**16, 2**16 + 1, top // 2, top - 1, top])
-    shapes = hnp.array_shapes(max_dims=2, max_side=13)
-    blocks = data.draw(
-        st.lists(hnp.arrays(kind, shapes, elements=few | st.integers(0, top)), min_size=1, max_size=4)
-    )
-    everything = np.sort(np.concatenate([block.ravel() for block in blocks]))
-    for k in {1, data.draw(st.integers(1, everything.size)), everything.size}:
-        assert kth_smallest(lambda: iter(blocks), k, wide=wide) == everything[k - 1]
+def test_a_selection_is_what_a_sort_gives(data: st.DataObject, wide: bool) -> None:
+    names = st.sampled_from([name for name in TORCH if wide or name != "F64"])
+    group = []
+    for i, dtype in enumerate(data.draw(st.lists(names, min_size=1, max_size=4))):
+        storage, top = DTYPES[dtype].storage, infinity(dtype) - 1
+        few = st.sampled_from([0, 1, 2, top // 2, top // 2 + 1, top - 1, top])
+        shapes = hnp.array_shapes(min_dims=2, max_dims=2, max_side=13)
+        codes = data.draw(hnp.arrays(storage, shapes, elements=few | st.integers(0, top)))
+        group.append(scored(str(i), dtype, codes))
+    sparsity = data.draw(st.sampled_from([Decimal(0), Decimal(1)]) | st.decimals(0, 1, places=3))
+    check_selection(group, sparsity, wide)
+
+
+@pytest.mark.parametrize("kind", ["normal", "all equal", "two values", "sorted", "zeros", "heavy tail"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F64", "F8_E4M3"])
+def test_a_selection_among_many_needs_few_passes_and_is_exact(dtype: str, kind: str) -> None:
+    draw = np.random.default_rng(5)
+    values = {
+        "normal": draw.standard_normal((1009, 257)), "all equal": np.full((1009, 257), 0.5),
+        "two values": np.where(draw.random((1009, 257)) < 0.6, 0.25, 2.0),
+        "sorted": np.sort(draw.standard_normal(1009 * 257)).reshape(1009, 257),
+        "zeros": np.where(draw.random((1009, 257)) < 0.7, 0, draw.standard_normal((1009, 257))),
+        "heavy tail": np.exp(8 * draw.standard_normal((1009, 257))).clip(1e-30, 1e30),
+    }[kind]  # fmt: skip
+    torch_dtype = TORCH[dtype]
+    largest = torch.finfo(torch_dtype).max
+    cast = torch.from_numpy(values.clip(-largest, largest)).to(torch_dtype)
+    raw = cast.view(getattr(torch, f"int{8 * cast.element_size()}")).numpy().view(DTYPES[dtype].storage)
+    codes, passes = ordered(raw, dtype), []
+
+    def blocks(first: int, last: int) -> Iterator[np.ndarray]:
+        passes.append(last - first)
+        yield codes[first:last]
+
+    counted = Scored("a", dtype, 1009, 257, blocks)
+    for sparsity in ("0.5", "0.8", "0.999"):
+        check_selection([scored("a", dtype, codes, 100)], Decimal(sparsity), dtype == "F64")
+        passes.clear()
+        select([counted], Decimal(sparsity), wide=dtype == "F64")
+        assert sum(size == 1009 for size in passes) <= 8
+
+
+def test_a_selection_among_more_than_2_to_the_24_is_exact() -> None:
+    codes = np.random.default_rng(6).integers(0, 3000, (1 << 13, 2100), np.uint32)  # many ties
+    found = select([scored("a", "F32", codes, 64)], Decimal("0.7"), wide=False)
+    wanted = target_count(Decimal("0.7"), codes.size, 0)
+    below = int(np.count_nonzero(codes < found.key))
+    assert below < wanted <= below + int(np.count_nonzero(codes == found.key))
+    assert below + found.ties["a"] == wanted
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ float32 first (exact), so that one threshold can be compared across tensors of d
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ F32_INF = 0x7F800000
 F64_INF = 0x7FF0000000000000
 
 
+@cache
 def _e4m3_magnitudes() -> NDArray[np.uint32]:
     """float32 bits of |x| for each of the 256 codes of f8 e4m3fn (bias 7, no infinity, 0x7f is NaN)."""
     code = np.arange(256) & 0x7F
@@ -73,9 +75,32 @@ def magnitudes(raw: Bits, dtype: str, *, wide: bool = False) -> Bits:
         return narrow.view(np.float32).astype(np.float64).view(np.uint64)
 
 
-def infinity(keys: Bits) -> int:
-    """The magnitude key at and above which a value is Inf or NaN."""
-    return F64_INF if keys.dtype.itemsize == 8 else F32_INF
+def ordered(raw: Bits, dtype: str) -> Bits:
+    """|x| as integers of the storage's own width, in the order of magnitudes; zero of either sign is 0."""
+    return raw & raw.dtype.type((1 << (raw.dtype.itemsize * 8 - 1)) - 1)
+
+
+def code_of(key: int, dtype: str, *, wide: bool) -> int:
+    """The smallest of the integers of `ordered` whose magnitude key (`magnitudes`) is at least `key`."""
+    if dtype == "F64":
+        return key
+    if dtype == "F32":
+        return key_of(value_of(key, wide=True), wide=False) if wide else key
+    keys = _keys(dtype, wide)
+    return int(np.searchsorted(keys, keys.dtype.type(key)))  # a Python int would be compared as a float
+
+
+@cache
+def _keys(dtype: str, wide: bool) -> Bits:
+    """The key of each integer of `ordered`, of a dtype of 16 bits or fewer."""
+    storage = DTYPES[dtype].storage
+    return magnitudes(np.arange(1 << (DTYPES[dtype].bits - 1)).astype(storage), dtype, wide=wide)
+
+
+@cache
+def infinity(dtype: str) -> int:
+    """The integer of `ordered` at and above which a value is Inf or NaN."""
+    return code_of(F64_INF if dtype == "F64" else F32_INF, dtype, wide=False)
 
 
 def key_of(value: float, *, wide: bool) -> int:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lpsparse import __version__
 from lpsparse.checkpoint.header import unique_json
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_json
 from lpsparse.errors import InputError
 
@@ -71,7 +72,7 @@ def digest(path: Path, root: Path) -> FileRecord:
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
-    files = tuple(digest(path, path.parent) for path in checkpoint.files)
+    files = tuple(parallel(lambda path: digest(path, path.parent), checkpoint.files))
     earlier = own_manifest(checkpoint)
     base = checkpoint.name if earlier is None else earlier.source.base
     return Source(name=checkpoint.name, revision=checkpoint.revision, files=files, base=base)
@@ -98,8 +99,13 @@ def write_manifest(
     layout: str,
     quality: tuple[Quality, ...] = (),
     notes: tuple[str, ...] = (),
+    known: tuple[FileRecord, ...] = (),
 ) -> Manifest:
-    files = tuple(digest(path, folder) for path in list_files(folder))
+    """`known` are files that were hashed already, as they were read back."""
+    records = {record.name: record for record in known}
+    rest = [path for path in list_files(folder) if path.relative_to(folder).as_posix() not in records]
+    records |= {record.name: record for record in parallel(lambda path: digest(path, folder), rest)}
+    files = tuple(records[path.relative_to(folder).as_posix()] for path in list_files(folder))
     manifest = Manifest(
         lpsparse=__version__, source=source, recipe=recipe, layout=layout,
         files=files, tensors=tensors, quality=quality, notes=notes,

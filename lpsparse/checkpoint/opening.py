@@ -19,7 +19,7 @@ from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.errors import InputError
 
-BLOCK_BYTES = 8 << 20  # rows are read about this much at a time
+BLOCK_BYTES = 2 << 20  # rows are read about this much at a time: with the work on it, it stays in the cache
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 _MAX_INDEX_BYTES = 200_000_000
@@ -42,11 +42,16 @@ class Tensor:
     file: str  # weight file it lies in
     layout: str  # dense or bitmask
     stored_bytes: int
-    blocks: Callable[[], Blocks] = field(repr=False, compare=False)
+    blocks: Callable[..., Blocks] = field(repr=False, compare=False)  # of rows (first=0, last=None)
 
     @property
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; a 0-dim tensor is one row."""
+        return self.shape[0] if self.shape else 1
 
     @property
     def nbytes(self) -> int:
@@ -245,8 +250,11 @@ def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ..
     table, notes = read_torch_file(path)
 
     def tensor(name: str, dtype: str, raw: Bits) -> Tensor:
-        def blocks() -> Blocks:
-            yield 0, raw.reshape(_rows(raw.shape), -1) if raw.size else raw.reshape(0, 1)
+        def blocks(first: int = 0, last: int | None = None) -> Blocks:
+            table = raw.reshape(_rows(raw.shape), -1) if raw.size else raw.reshape(0, 1)
+            step = max(1, BLOCK_BYTES // max(table.shape[1] * raw.itemsize, 1))
+            for row in range(first, len(table) if last is None else last, step):
+                yield row, table[row : min(row + step, len(table) if last is None else last)]
 
         return Tensor(name, dtype, raw.shape, path.name, "dense", raw.nbytes, blocks)
 
@@ -258,7 +266,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 
 def _dense(path: Path, entry: Entry) -> Tensor:
-    def blocks() -> Blocks:
+    def blocks(first: int = 0, last: int | None = None) -> Blocks:
         if entry.nbytes == 0:
             return
         storage = DTYPES[entry.dtype].storage
@@ -266,9 +274,10 @@ def _dense(path: Path, entry: Entry) -> Tensor:
         rows = _rows(entry.shape) if DTYPES[entry.dtype].bits >= 8 else 1  # sub-byte rows may share a byte
         columns = count // rows
         step = max(1, BLOCK_BYTES // max(columns * storage.itemsize, 1))
+        end = rows if last is None else last
         with path.open("rb") as file:
-            for row in range(0, rows, step):
-                taken = min(step, rows - row)
+            for row in range(first, end, step):
+                taken = min(step, end - row)
                 yield row, read_exactly(file, entry, row * columns, taken * columns).reshape(taken, columns)
 
     return Tensor(entry.name, entry.dtype, entry.shape, path.name, "dense", entry.nbytes, blocks)
@@ -306,9 +315,10 @@ def _bitmask_tensor(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
 
     packed = bitmask.check(path, name, entries, read)
 
-    def blocks() -> Blocks:
+    def blocks(first: int = 0, last: int | None = None) -> Blocks:
         step = max(1, BLOCK_BYTES // max(packed.columns * DTYPES[packed.dtype].bits // 8, 1))
-        for row in range(0, packed.rows, step):
-            yield row, packed.decode(row, min(packed.rows, row + step))
+        end = packed.rows if last is None else last
+        for row in range(first, end, step):
+            yield row, packed.decode(row, min(end, row + step))
 
     return Tensor(name, packed.dtype, packed.shape, path.name, "bitmask", packed.stored_bytes, blocks)

@@ -7,77 +7,164 @@ from pathlib import Path
 
 import numpy as np
 
-from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, magnitudes
+from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, ordered
 from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
+from lpsparse.checkpoint.manifest import FileRecord, digest
+from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor, open_checkpoint
+from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import Named, Part, weight_file_names, write_index, write_tensors
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, OutputError
+
+_TASK_BYTES = 32 << 20  # what a thread counts at a time
 
 Cut = Callable[[Blocks], Blocks]  # a stream of row blocks in, the same rows out with more zeros
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """What is in OUT, as it was read back: in each tensor, and each weight file."""
+
+    counts: dict[str, "Count"]
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Count:
-    """What is in a tensor, counted block by block."""
+    """What is in a tensor, or in some of its rows."""
 
     zeros: int  # exact zeros of either sign (for integers: zero)
     stored: int  # values that are not the all-zero bit pattern: -0.0 counts
     nonfinite: int
+    total: int  # sum of the raw bits as integers, modulo 2**64: another one shows that bits are others
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(
+            self.zeros + other.zeros, self.stored + other.stored, self.nonfinite + other.nonfinite,
+            (self.total + other.total) % 2**64,
+        )  # fmt: skip
+
+
+NOTHING = Count(0, 0, 0, 0)
+
+
+def count_block(block: Bits, dtype: str) -> Count:
+    stored = int(np.count_nonzero(block))
+    total = int(block.sum(dtype=np.uint64))
+    if not DTYPES[dtype].is_float:
+        return Count(block.size - stored, stored, 0, total)
+    codes = ordered(block, dtype)
+    return Count(block.size - int(np.count_nonzero(codes)), stored, nonfinite(codes, dtype), total)
 
 
 def count(tensor: Tensor, blocks: Blocks) -> Count:
-    zeros = stored = nonfinite = 0
-    is_float = DTYPES[tensor.dtype].is_float
-    for _, block in blocks:
-        keys = magnitudes(block, tensor.dtype) if is_float else block
-        zeros += int(block.size - np.count_nonzero(keys))
-        stored += int(np.count_nonzero(block))
-        nonfinite += int(np.count_nonzero(keys >= infinity(keys))) if is_float else 0
-    return Count(zeros, stored, nonfinite)
+    return sum((count_block(block, tensor.dtype) for _, block in blocks), NOTHING)
 
 
-def check_finite(where: str, tensor: Tensor, keys: Bits) -> None:
-    """Raise InputError when a block of magnitude keys has NaN or Inf in it."""
-    bad = int(np.count_nonzero(keys >= infinity(keys)))
+def count_all(
+    checkpoint: Checkpoint, cut: Callable[[Tensor], Cut | None] = lambda _: None
+) -> dict[str, Count]:
+    """What is in each tensor, or would be after `cut`."""
+    tasks: list[tuple[Tensor, int, int]] = []
+    for tensor in checkpoint.tensors:
+        step = max(1, _TASK_BYTES * tensor.rows // max(tensor.nbytes, 1))
+        if cut(tensor) is not None:  # it goes from the first row to the last
+            step = max(tensor.rows, 1)
+        tasks += [(tensor, row, min(row + step, tensor.rows)) for row in range(0, tensor.rows, step)]
+
+    def counted(task: tuple[Tensor, int, int]) -> Count:
+        tensor, first, last = task
+        apply = cut(tensor)
+        return count(tensor, apply(tensor.blocks()) if apply else tensor.blocks(first, last))
+
+    found = {tensor.name: NOTHING for tensor in checkpoint.tensors}
+    for (tensor, _, _), each in zip(tasks, parallel(counted, tasks), strict=True):
+        found[tensor.name] += each
+    return found
+
+
+def nonfinite(codes: Bits, dtype: str) -> int:
+    """How many of some ordered magnitudes are NaN or Inf."""
+    limit = infinity(dtype)
+    if not codes.size or int(codes.max()) < limit:
+        return 0
+    return int(np.count_nonzero(codes >= codes.dtype.type(limit)))
+
+
+def check_finite(where: str, tensor: Tensor, codes: Bits) -> None:
+    """Raise InputError when a block of ordered magnitudes has NaN or Inf in it."""
+    bad = nonfinite(codes, tensor.dtype)
     if bad:
         what = f"{where}: {tensor.name!r}: {bad} values are NaN or Inf"
         raise InputError(334, what, mend="mend the checkpoint; `lpsparse report` lists the tensors")
 
 
-def rewrite(
-    source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None], layout: str
-) -> dict[str, Count]:
-    """Write `source` into `folder` in `layout` (dense or bitmask),
-    applying `cut`; what was written, by tensor.
+def rewrite(source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None], layout: str) -> Written:
+    """Write `source` into `folder` in `layout` (dense or bitmask), applying `cut`, and read it back.
 
-    Decides nothing. Keeps the source's sharding. Raises InputError on NaN or Inf in any float tensor.
+    Decides nothing. Keeps the source's sharding. Raises InputError on NaN or Inf in any float tensor,
+    OutputError when a file does not hold what was written.
     """
     names = weight_file_names(source, packed=layout == "bitmask")
+
+    def written(path: Path) -> tuple[list[Named], dict[str, Count], FileRecord]:
+        target = folder / names[path.name]
+        entries, counts = _rewrite_file(source, path, target, cut, layout)
+        return entries, counts, _read_back(source, target, counts)
+
     weight_map: dict[str, str] = {}
     counts: dict[str, Count] = {}
-    total_bytes = 0
-    for path in source.files:
-        tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
-        streams = {tensor.name: _stream(source, tensor, cut(tensor)) for tensor in tensors}
-        counts |= {tensor.name: count(tensor, streams[tensor.name]()) for tensor in tensors}
-        packed = {
-            tensor.name
-            for tensor in tensors
-            if layout == "bitmask" and bitmask.pays(tensor.dtype, tensor.shape, counts[tensor.name].stored)
-        }
-        taken = [t.name for t in tensors if layout == "bitmask" and bitmask.is_taken(t.name, packed)]
+    files: list[FileRecord] = []
+    for entries, counted, record in parallel(written, source.files, waiting=2):
+        weight_map |= {name: record.name for name, _, _ in entries}
+        counts |= counted
+        files.append(record)
+    if len(source.files) > 1:
+        total_bytes = sum(tensor.nbytes for tensor in source.tensors)
+        write_index(folder, "lpsparse" if layout == "bitmask" else "model", weight_map, total_bytes)
+    return Written(counts, tuple(files))
+
+
+def _read_back(source: Checkpoint, target: Path, counts: dict[str, Count]) -> FileRecord:
+    """Open a file again that was written, and compare. Raises OutputError."""
+    read = count_all(open_checkpoint(target))
+    for name, written in counts.items():
+        if read.get(name) != written:
+            what = f"{source.name}: {name!r}: {read.get(name)} read back, {written} written"
+            raise OutputError(408, what, mend="check the disk and run again; nothing was kept")
+    return digest(target, target.parent)
+
+
+def _rewrite_file(
+    source: Checkpoint, path: Path, target: Path, cut: Callable[[Tensor], Cut | None], layout: str
+) -> tuple[list[Named], dict[str, Count]]:
+    """The entries of the new file, and what is in its tensors."""
+    tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
+    streams = {tensor.name: _stream(source, tensor, cut(tensor)) for tensor in tensors}
+    counts = dict.fromkeys(streams, NOTHING)
+    packed: set[str] = set()
+    if layout == "bitmask":  # its header says how many values there are
+        for tensor in tensors:
+            counted = count(tensor, streams[tensor.name]())
+            if bitmask.pays(tensor.dtype, tensor.shape, counted.stored):
+                packed.add(tensor.name)
+                counts[tensor.name] = counted
+        taken = [t.name for t in tensors if bitmask.is_taken(t.name, packed)]
         if taken:
             what = f"{source.name}/{path.name}: {taken[0]!r}: this name belongs to the bitmask layout"
             raise InputError(342, what, mend="keep this model dense, or rename the tensor")
-        entries = [entry for t in tensors for entry in entries_of(t, counts[t.name], t.name in packed)]
-        metadata = metadata_of(source, path.name, layout)
-        parts = (part for t in tensors for part in _parts(t, streams[t.name](), t.name in packed))
-        write_tensors(folder / names[path.name], entries, metadata, parts)
-        weight_map |= {name: names[path.name] for name, _, _ in entries}
-        total_bytes += sum(tensor.nbytes for tensor in tensors)
-    if len(source.files) > 1:
-        write_index(folder, "lpsparse" if layout == "bitmask" else "model", weight_map, total_bytes)
-    return counts
+    entries = [entry for t in tensors for entry in entries_of(t, counts[t.name], t.name in packed)]
+
+    def parts() -> Iterator[Part]:
+        for tensor in tensors:
+            if tensor.name in packed:
+                yield from _packed_parts(tensor, streams[tensor.name]())
+                continue
+            for row, block in streams[tensor.name]():
+                counts[tensor.name] += count_block(block, tensor.dtype)
+                yield tensor.name, row * block.shape[1], block
+
+    write_tensors(target, entries, metadata_of(source, path.name, layout), parts())
+    return entries, counts
 
 
 def follow(source: Checkpoint) -> None:
@@ -85,7 +172,7 @@ def follow(source: Checkpoint) -> None:
     their parts of the tensors."""
     for path in source.files:
         tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
-        for tensor in (*tensors, *tensors):  # counted first, then written
+        for tensor in tensors:
             for _ in tensor.blocks():
                 pass
 
@@ -101,7 +188,7 @@ def _stream(source: Checkpoint, tensor: Tensor, cut: Cut | None) -> Callable[[],
 
 def _finite(source: Checkpoint, tensor: Tensor) -> Blocks:
     for row, block in tensor.blocks():
-        check_finite(f"{source.name}/{tensor.file}", tensor, magnitudes(block, tensor.dtype))
+        check_finite(f"{source.name}/{tensor.file}", tensor, ordered(block, tensor.dtype))
         yield row, block
 
 
@@ -121,17 +208,13 @@ def entries_of(tensor: Tensor, counted: Count, packed: bool) -> list[Named]:
     return [(tensor.name, tensor.dtype, tensor.shape)]
 
 
-def _parts(tensor: Tensor, blocks: Blocks, packed: bool) -> Iterator[Part]:
-    if packed:
-        yield f"{tensor.name}.shape", 0, np.array(tensor.shape, "<i8").view("<u8")
+def _packed_parts(tensor: Tensor, blocks: Blocks) -> Iterator[Part]:
+    yield f"{tensor.name}.shape", 0, np.array(tensor.shape, "<i8").view("<u8")
     stored = 0
     for row, block in blocks:
-        if packed:
-            parts = bitmask.encode(block, stored)
-            width = parts["bitmask"].shape[1]
-            yield f"{tensor.name}.compressed", stored, parts["compressed"]
-            yield f"{tensor.name}.bitmask", row * width, parts["bitmask"]
-            yield f"{tensor.name}.row_offsets", row, parts["row_offsets"]
-            stored += parts["compressed"].size
-        else:
-            yield tensor.name, row * block.shape[1], block
+        parts = bitmask.encode(block, stored)
+        width = parts["bitmask"].shape[1]
+        yield f"{tensor.name}.compressed", stored, parts["compressed"]
+        yield f"{tensor.name}.bitmask", row * width, parts["bitmask"]
+        yield f"{tensor.name}.row_offsets", row, parts["row_offsets"]
+        stored += parts["compressed"].size

@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.opening import WEIGHT_SUFFIXES, Checkpoint
 from lpsparse.errors import OutputError
@@ -62,7 +64,7 @@ def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], pa
         for name, first, values in parts:
             start, itemsize = offsets[name]
             file.seek(8 + len(text) + start + first * itemsize)
-            file.write(values.tobytes())
+            file.write(np.ascontiguousarray(values).data)
             written += values.nbytes
         file.flush()
         os.fsync(file.fileno())

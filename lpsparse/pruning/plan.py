@@ -1,22 +1,24 @@
-"""Decide what to cut, as plain data: one threshold and
-a share of its ties for each tensor. Writes nothing."""
+"""Decide what to cut, as plain data: one threshold and a share of its ties for each tensor, or a pattern.
+Writes nothing."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal
 
 import numpy as np
 
-from lpsparse.checkpoint.dtypes import Bits, key_of, magnitudes, value_of
+from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, magnitudes, ordered, value_of
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
 from lpsparse.checkpoint.rewrite import Cut, check_finite
-from lpsparse.errors import VerdictError
+from lpsparse.checkpoint.threads import parallel
+from lpsparse.errors import UsageError, VerdictError
 from lpsparse.pruning.gap import Band, find_band
 from lpsparse.pruning.prunable import choose
-from lpsparse.pruning.select import cut_rows, cut_smallest, kth_smallest, target_count
+from lpsparse.pruning.select import Scored, cut_blocks, cut_n_m, cut_rows, cut_smallest, select
 
 Scope = Literal["global", "tensor", "row"]
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class TensorPlan:
     threshold: int = 0  # magnitude key: below it is cut
     ties: int = 0  # how many that equal it are cut, first positions first
     row_sparsity: Decimal | None = None  # cut this much of each row instead
+    n_m: Pair | None = None  # leave n of each m neighbours instead
+    block: Pair | None = None  # what is cut are blocks of rows x columns, by the key of their sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,102 +46,163 @@ class Plan:
         plan = self.tensors[tensor.name]
         if not plan.prunable:
             return None
+        scores = tensor.dtype if plan.block is None else "F64"
+        low = code_of(plan.threshold, scores, wide=self.wide)
 
         def apply(blocks: Blocks) -> Blocks:
             ties = plan.ties
-            for row, block in blocks:
-                keys, cut = magnitudes(block, tensor.dtype, wide=self.wide), block.copy()
+            for row, block in blocks if plan.block is None else _by_rows(blocks, plan.block[0]):
+                codes, cut = ordered(block, tensor.dtype), block.copy()
                 if plan.row_sparsity is not None:
-                    cut_rows(cut, keys, plan.row_sparsity)
+                    cut_rows(cut, codes, plan.row_sparsity)
+                elif plan.n_m is not None:
+                    cut_n_m(cut, codes, *plan.n_m)
+                elif plan.block is not None:
+                    sums = _sums(block, tensor, plan.block)
+                    kept = np.ones_like(sums)
+                    ties -= cut_smallest(kept, sums, low, ties)
+                    cut_blocks(cut, kept != 0, *plan.block)
                 else:
-                    ties -= cut_smallest(cut, keys, plan.threshold, ties)
+                    ties -= cut_smallest(cut, codes, low, ties)
                 yield row, cut
 
         return apply
 
 
 def plan_prune(
-    source: Checkpoint,
-    *,
-    sparsity: Decimal | None = None,
-    below: float | None = None,
-    gap: bool = False,
-    scope: Scope = "global",
-    include: tuple[str, ...] = (),
-    exclude: tuple[str, ...] = (),
-) -> Plan:
-    """Exactly one of `sparsity` (met exactly within each scope), `below` and `gap` decides.
+    source: Checkpoint, *, sparsity: Decimal | None = None, below: float | None = None, gap: bool = False,
+    n_m: Pair | None = None, block: Pair | None = None, scope: Scope = "global",
+    include: tuple[str, ...] = (), exclude: tuple[str, ...] = (),
+) -> Plan:  # fmt: skip
+    """Exactly one of `sparsity` (met exactly within each scope), `below`, `gap` and `n_m` decides. With
+    `block` it is blocks of rows x columns that are counted, and ranked by the sum of their magnitudes.
 
     Ties go by tensor name, then position. Raises InputError on NaN or Inf in a prunable tensor, UsageError
-    on patterns that match nothing, VerdictError when `gap` finds no band.
+    on patterns that match nothing and on shapes that n_m or block do not divide, VerdictError when `gap`
+    finds no band.
     """
     chosen = choose(((t.name, t.dtype, t.shape) for t in source.tensors), include, exclude)
-    units = _Units(source, [tensor for tensor in source.tensors if chosen[tensor.name][0]])
-    plans = {name: TensorPlan(yes, reason) for name, (yes, reason) in chosen.items()}
-    threshold, band = None, None
+    tensors = sorted((t for t in source.tensors if chosen[t.name][0]), key=lambda tensor: tensor.name)
+    wide = block is not None or any(tensor.dtype == "F64" for tensor in tensors)
+    base = {name: TensorPlan(yes, reason, block=block) for name, (yes, reason) in chosen.items()}
+    plans, threshold, band = dict(base), None, None
     if gap:
-        band = _band(units)
+        band = _band(source, tensors, wide)
         threshold = band.threshold
-    elif below is not None:
-        units.check()
+    elif sparsity is None or scope == "row":
+        parallel(lambda tensor: _check(source, tensor), tensors)
         threshold = below
     if threshold is not None:
-        key = key_of(threshold, wide=units.wide)
-        plans |= {t.name: TensorPlan(True, chosen[t.name][1], key) for t in units.tensors}
+        key = key_of(threshold, wide=wide)
+        plans |= {t.name: replace(base[t.name], threshold=key) for t in tensors}
+    elif n_m is not None:
+        _check_divides("--n-m", tensors, 1, n_m[1])
+        plans |= {t.name: replace(base[t.name], n_m=n_m) for t in tensors}
     elif scope == "row":
-        units.check()
-        plans |= {t.name: TensorPlan(True, chosen[t.name][1], row_sparsity=sparsity) for t in units.tensors}
+        plans |= {t.name: replace(base[t.name], row_sparsity=sparsity) for t in tensors}
     else:
         assert sparsity is not None
-        groups = [units.tensors] if scope == "global" else [[tensor] for tensor in units.tensors]
-        for group in groups:
-            key, shares = units.select(group, sparsity)
-            plans |= {t.name: TensorPlan(True, chosen[t.name][1], key, shares[t.name]) for t in group}
-            threshold = value_of(key, wide=units.wide) if scope == "global" else None
-    return Plan(plans, units.wide, threshold, band)
+        if block is not None:
+            _check_divides("--block", tensors, *block)
+        scored = [_scored(source, tensor, block) for tensor in tensors]
+        groups = [scored] if scope == "global" else [[each] for each in scored]
+        selected = parallel(lambda group: select(group, sparsity, wide=wide), groups)
+        for found in selected:
+            for name, ties in found.ties.items():
+                plans[name] = replace(base[name], threshold=found.key, ties=ties)
+        if scope == "global" and block is None:
+            threshold = value_of(selected[0].key, wide=wide)
+    return Plan(plans, wide, threshold, band)
 
 
-class _Units:
-    """The prunable tensors, streamed as magnitude keys that compare across dtypes."""
-
-    def __init__(self, source: Checkpoint, tensors: list[Tensor]) -> None:
-        self.source = source
-        self.tensors = sorted(tensors, key=lambda tensor: tensor.name)
-        self.wide = any(tensor.dtype == "F64" for tensor in tensors)
-
-    def keys(self, group: list[Tensor]) -> Iterator[Bits]:
-        for tensor in group:
-            for _, block in tensor.blocks():
-                keys = magnitudes(block, tensor.dtype, wide=self.wide)
-                check_finite(f"{self.source.name}/{tensor.file}", tensor, keys)
-                yield keys
-
-    def check(self) -> None:
-        for _ in self.keys(self.tensors):
-            pass
-
-    def select(self, group: list[Tensor], sparsity: Decimal) -> tuple[int, dict[str, int]]:
-        """Threshold key of a group and each tensor's share of the ties at it."""
-        zeros = sum(int(keys.size - np.count_nonzero(keys)) for keys in self.keys(group))
-        wanted = target_count(sparsity, sum(tensor.size for tensor in group), zeros)
-        if wanted == 0:
-            return 0, {tensor.name: 0 for tensor in group}
-        key = kth_smallest(lambda: self.keys(group), wanted, wide=self.wide)
-        below, equal = 0, dict[str, int]()
-        for tensor in group:
-            equal[tensor.name] = 0
-            for keys in self.keys([tensor]):
-                below += int(np.count_nonzero(keys < keys.dtype.type(key)))
-                equal[tensor.name] += int(np.count_nonzero(keys == keys.dtype.type(key)))
-        shares: dict[str, int] = {}
-        for tensor in group:  # by name: the result does not depend on the sharding
-            shares[tensor.name] = min(equal[tensor.name], wanted - below)
-            below += shares[tensor.name]
-        return key, shares
+def _check_divides(flag: str, tensors: list[Tensor], rows: int, columns: int) -> None:
+    """Raises UsageError for a tensor that does not consist of such blocks."""
+    for tensor in tensors:
+        high, wide = _table(tensor)
+        whole = tensor.rows if len(tensor.shape) < 3 else high // max(tensor.rows, 1)
+        if high % rows or whole % rows or wide % columns:
+            what = f"{flag}: {tensor.name!r}: {high} rows of {wide} are not made of {rows} x {columns}"
+            raise UsageError(215, what, mend=f"--exclude '{tensor.name}', or choose other numbers")
 
 
-def _band(units: _Units) -> Band:
-    band, widest = find_band(lambda: units.keys(units.tensors), wide=units.wide)
+def _table(tensor: Tensor) -> Pair:
+    """Rows and columns as blocks and neighbours see them: of three dimensions (experts) the first two are
+    rows, else the first one."""
+    rows = tensor.shape[0] * tensor.shape[1] if len(tensor.shape) == 3 else tensor.rows
+    return rows, tensor.size // max(rows, 1)
+
+
+def _scored(source: Checkpoint, tensor: Tensor, block: Pair | None) -> Scored:
+    """The magnitudes of a tensor, or the sums of its blocks."""
+
+    def codes(first: int, last: int) -> Iterator[Bits]:
+        for _, raw in tensor.blocks(first, last):
+            yield _finite_codes(source, tensor, raw)
+
+    if block is None:
+        return Scored(tensor.name, tensor.dtype, tensor.rows, tensor.size // tensor.rows, codes)
+    rows = block[0] if len(tensor.shape) < 3 else 1  # of the first dimension, to a row of scores
+
+    def sums(first: int, last: int) -> Iterator[Bits]:
+        for _, raw in _by_rows(tensor.blocks(first * rows, last * rows), rows):
+            _finite_codes(source, tensor, raw)
+            yield _sums(raw, tensor, block)
+
+    high = tensor.rows // rows
+    return Scored(tensor.name, "F64", high, tensor.size // (block[0] * block[1]) // high, sums)
+
+
+def _sums(raw: Bits, tensor: Tensor, block: Pair) -> Bits:
+    """Sums of the magnitudes of the blocks in some rows of a tensor: ordered integers of float64."""
+    rows, columns = block
+    values = magnitudes(raw, tensor.dtype, wide=True).view(np.float64).reshape(-1, _table(tensor)[1])
+    with np.errstate(over="ignore"):  # an infinite sum is a large one
+        across = values.reshape(len(values), -1, columns).sum(axis=2)
+    total = across[::rows].copy()
+    for row in range(1, rows):  # one after another, so that it never depends on what is read together
+        with np.errstate(over="ignore"):
+            total += across[row::rows]
+    return total.view(np.uint64)
+
+
+def _by_rows(blocks: Blocks, rows: int) -> Blocks:
+    """The same blocks with a multiple of `rows` rows each."""
+    held: list[Bits] = []
+    start = count = 0
+    for row, block in blocks:
+        if not held:
+            start, count = row, 0
+        held.append(block)
+        count += len(block)
+        whole = count - count % rows
+        if whole:
+            joined = np.concatenate(held)
+            yield start, joined[:whole]
+            held, start, count = [joined[whole:]] if whole < count else [], start + whole, count - whole
+    assert not count or not held, "rows are left over"
+
+
+def _finite_codes(source: Checkpoint, tensor: Tensor, raw: Bits) -> Bits:
+    codes = ordered(raw, tensor.dtype)
+    check_finite(f"{source.name}/{tensor.file}", tensor, codes)
+    return codes
+
+
+def _check(source: Checkpoint, tensor: Tensor) -> None:
+    for _, raw in tensor.blocks():
+        _finite_codes(source, tensor, raw)
+
+
+def _keys(source: Checkpoint, tensors: list[Tensor], wide: bool) -> Iterator[Bits]:
+    """Magnitude keys that compare across dtypes."""
+    for tensor in tensors:
+        for _, raw in tensor.blocks():
+            _finite_codes(source, tensor, raw)
+            yield magnitudes(raw, tensor.dtype, wide=wide)
+
+
+def _band(source: Checkpoint, tensors: list[Tensor], wide: bool) -> Band:
+    band, widest = find_band(lambda: _keys(source, tensors, wide), wide=wide)
     if band is None:
         seen = "no empty band with 1 % of the weights below it"
         if widest is not None:
@@ -145,10 +210,7 @@ def _band(units: _Units) -> Band:
                 f"the widest empty band is {widest.decades:.2f} decades ({widest.low:.3g} to "
                 f"{widest.high:.3g})"
             )
-        what = (
-            f"{units.source.name}: no band of 2 decades among {sum(t.size for t in units.tensors)} "
-            f"weights: {seen}"
-        )
+        what = f"{source.name}: no band of 2 decades among {sum(t.size for t in tensors)} weights: {seen}"
         raise VerdictError(
             101, what, mend="fine-tune with p < 1 first (or for more steps), or give --sparsity or --below"
         )

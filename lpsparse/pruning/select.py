@@ -1,18 +1,63 @@
-"""Exact selection by magnitude over any number of weights,
-in constant memory. Sources: radix select (textbook).
+"""Exact selection by score over any number of weights, in constant memory, on all cores.
 
-Keys are the integers of `checkpoint.dtypes.magnitudes`: their order is the order of magnitudes.
+A sample says roughly where the threshold lies. One pass counts exactly what lies below that bracket and, in
+bins, what lies inside it; the bracket becomes the bin with the threshold, until that is a single score. Where
+the sample misled, the bracket moves. The sample decides how many passes there are, never the result.
+
+Scores travel as the ordered integers of `checkpoint.dtypes`, in their own width; brackets are magnitude keys,
+which compare across dtypes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from decimal import Decimal
-from math import floor
+from math import ceil, floor
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lpsparse.checkpoint.dtypes import Bits
+from lpsparse.checkpoint.dtypes import F32_INF, F64_INF, Bits, code_of, magnitudes
+from lpsparse.checkpoint.threads import parallel
 
-_DIGIT = 16  # bits a pass: 65,536 counters
+Counts = NDArray[np.int64]
+
+_BITS = 12  # 4,096 bins a pass
+_SAMPLE = 1 << 20  # scores
+_SPREAD = 0.005  # of all scores, on either side of the sample's quantile
+_FEW = 6  # scores in a bracket that are counted one by one, which is faster than taking them out
+_RUN = 4096  # neighbouring scores that the sample takes together
+_TASK = 1 << 24  # scores that a thread counts at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The scores of one tensor. `blocks(first, last)` gives those of rows first..last, of any shape."""
+
+    name: str
+    dtype: str  # of the scores
+    rows: int
+    columns: int
+    blocks: Callable[[int, int], Iterator[Bits]]
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What is cut: all scores below a key, and of those that equal it the first few of each tensor."""
+
+    key: int
+    ties: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tally:
+    zeros: int
+    below: int  # the bracket
+    places: Counts  # bins that are not empty
+    counts: Counts  # what they hold
 
 
 def target_count(sparsity: Decimal, size: int, zeros: int) -> int:
@@ -20,41 +65,158 @@ def target_count(sparsity: Decimal, size: int, zeros: int) -> int:
     return max(floor(sparsity * size), zeros)
 
 
-def kth_smallest(keys: Callable[[], Iterator[Bits]], k: int, *, wide: bool) -> int:
-    """The k-th smallest key (k from 1), in two passes over 2**16 counters each; four when `wide` (uint64)."""
-    prefix = 0
-    for shift in range((64 if wide else 32) - _DIGIT, -1, -_DIGIT):
-        counts = np.zeros(1 << _DIGIT, np.int64)
-        for block in keys():
-            kind = block.dtype.type
-            flat = block.ravel()
-            if shift + _DIGIT < flat.dtype.itemsize * 8:
-                flat = flat[(flat >> kind(shift + _DIGIT)) == kind(prefix)]
-            digits = ((flat >> kind(shift)) & kind((1 << _DIGIT) - 1)).astype(np.int64)
-            counts += np.bincount(digits, minlength=1 << _DIGIT)
-        below = np.cumsum(counts)
-        digit = int(np.searchsorted(below, k))
-        k -= int(below[digit - 1]) if digit else 0
-        prefix = (prefix << _DIGIT) | digit
-    return prefix
+def select(group: list[Scored], sparsity: Decimal, *, wide: bool) -> Selected:
+    """The smallest scores of a group, as many as `target_count` says; ties go by the group's order, then by
+    position."""
+    size = sum(scored.size for scored in group)
+    low, high = _bracket(group, floor(sparsity * size), size, wide)
+    while True:
+        shift = max(0, (high - low - 1).bit_length() - _BITS)
+        tallies = _pass(group, low, high, shift, wide)
+        zeros = {name: sum(tally.zeros for tally in of) for name, of in tallies.items()}
+        wanted = target_count(sparsity, size, sum(zeros.values()))
+        if wanted == sum(zeros.values()):  # nothing more to cut; -0 becomes +0
+            return Selected(0, zeros)
+        below = sum(tally.below for of in tallies.values() for tally in of)
+        bins = _bins(tally for of in tallies.values() for tally in of)
+        if wanted <= below:
+            low, high = 0, low
+        elif wanted > below + bins.sum():
+            low, high = high, _top(wide)
+        else:
+            place = int(np.searchsorted(np.cumsum(bins), wanted - below))
+            if shift == 0:
+                left = wanted - below - int(bins[:place].sum())
+                return Selected(low + place, _shares(tallies, place, left))
+            low, high = low + (place << shift), min(high, low + ((place + 1) << shift))
 
 
-def cut_smallest(block: Bits, keys: Bits, threshold: int, ties: int) -> int:
+def _top(wide: bool) -> int:
+    """The key above every score; a sum of finite ones may be infinite."""
+    return (F64_INF if wide else F32_INF) + 1
+
+
+def _shares(tallies: dict[str, list[_Tally]], place: int, left: int) -> dict[str, int]:
+    """How many of the scores in the bin at `place` are cut of each tensor."""
+    shares: dict[str, int] = {}
+    for name, of in tallies.items():
+        shares[name] = min(left, int(_bins(of)[place]))
+        left -= shares[name]
+    return shares
+
+
+def _bins(tallies: Iterable[_Tally]) -> Counts:
+    total = np.zeros(1 << _BITS, np.int64)
+    for tally in tallies:
+        total[tally.places] += tally.counts
+    return total
+
+
+def _pass(group: list[Scored], low: int, high: int, shift: int, wide: bool) -> dict[str, list[_Tally]]:
+    tasks: list[tuple[Scored, int, int]] = []
+    for scored in group:
+        step = max(1, _TASK // max(scored.columns, 1))
+        tasks += [(scored, row, min(row + step, scored.rows)) for row in range(0, scored.rows, step)]
+
+    def counted(task: tuple[Scored, int, int]) -> _Tally:
+        return _tally(*task, (low, high, shift), wide)
+
+    found = parallel(counted, tasks)
+    tallies: dict[str, list[_Tally]] = {scored.name: [] for scored in group}
+    for (scored, _, _), tally in zip(tasks, found, strict=True):
+        tallies[scored.name].append(tally)
+    return tallies
+
+
+def _tally(scored: Scored, first: int, last: int, bracket: tuple[int, int, int], wide: bool) -> _Tally:
+    low, high, shift = bracket
+    begin, end = (code_of(key, scored.dtype, wide=wide) for key in (low, high))
+    bins = np.zeros(1 << _BITS, np.int64)
+    zeros = below = 0
+    for codes in scored.blocks(first, last):
+        kind = codes.dtype.type
+        zeros += codes.size - int(np.count_nonzero(codes))
+        if end - begin <= _FEW:
+            edges = np.arange(begin, end + 1).astype(codes.dtype)
+            under = [int(np.count_nonzero(codes < edge)) for edge in edges]
+            inside, each = edges[:-1], np.diff(under)
+        else:  # what is below the bracket wraps round to a large number
+            under = [int(np.count_nonzero(codes < kind(begin)))]
+            inside = codes[(codes - kind(begin)) < kind(end - begin)]
+            each = np.ones(inside.size, np.int64)
+        below += under[0]
+        if inside.size:
+            keys = magnitudes(inside, scored.dtype, wide=wide)
+            offsets = (keys - keys.dtype.type(low)) >> keys.dtype.type(shift)
+            bins += np.bincount(offsets.astype(np.int64), each, bins.size).astype(np.int64)
+    places = np.flatnonzero(bins).astype(np.int64)
+    return _Tally(zeros, below, places, bins[places])
+
+
+def _bracket(group: list[Scored], wanted: int, size: int, wide: bool) -> tuple[int, int]:
+    """Two keys between which the `wanted`-th smallest score is likely to lie."""
+    sample = np.concatenate(parallel(lambda scored: _sample(scored, size, wide), group))
+    rank = wanted / size * sample.size
+    spread = _SPREAD * sample.size + 8
+    first, last = floor(rank - spread), ceil(rank + spread)
+    sample.partition([place for place in (first, last) if 0 <= place < sample.size] or [0])
+    low = int(sample[first]) if first >= 0 else 0
+    return low, int(sample[last]) + 1 if last < sample.size else _top(wide)
+
+
+def _sample(scored: Scored, size: int, wide: bool) -> Bits:
+    """Keys of this tensor's share of the sample, from runs of rows spread over it."""
+    wanted = min(scored.size, ceil(_SAMPLE * scored.size / size))
+    run = max(1, _RUN // scored.columns)  # rows
+    runs = min(ceil(wanted / (run * scored.columns)), ceil(scored.rows / run))
+    each = ceil(wanted / runs)
+    found: list[Bits] = []
+    for k in range(runs):
+        row = k * scored.rows // runs
+        codes = np.concatenate([c.ravel() for c in scored.blocks(row, min(row + run, scored.rows))])
+        found.append(magnitudes(codes[:: max(1, codes.size // each)], scored.dtype, wide=wide))
+    return np.concatenate(found)
+
+
+def cut_smallest(block: Bits, codes: Bits, threshold: int, ties: int) -> int:
     """Set to +0 in place what is below `threshold`,
     and the first `ties` that equal it; how many ties were cut."""
-    kind = keys.dtype.type
-    equal = np.flatnonzero(keys.ravel() == kind(threshold))[:ties]
-    block[keys < kind(threshold)] = 0
+    np.multiply(block, codes >= codes.dtype.type(threshold), out=block)
+    if not ties:
+        return 0
+    equal = np.flatnonzero(codes.ravel() == codes.dtype.type(threshold))[:ties]
     block.reshape(-1)[equal] = 0
     return equal.size
 
 
-def cut_rows(block: Bits, keys: Bits, sparsity: Decimal) -> None:
+def cut_rows(block: Bits, codes: Bits, sparsity: Decimal) -> None:
     """Zero the smallest of each row of (rows, columns) in place, ties by position; exact in every row."""
     columns = block.shape[1]
-    zeros = columns - np.count_nonzero(keys, axis=1)
-    wanted = np.maximum(floor(sparsity * columns), zeros)  # (rows,)
-    order = np.argsort(keys, axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(columns)[None, :], axis=1)
-    block[rank < wanted[:, None]] = 0
+    wanted = floor(sparsity * columns)
+    if wanted == 0:
+        block[codes == 0] = 0  # -0
+        return
+    kth = np.partition(codes, wanted - 1, axis=1)[:, wanted - 1 : wanted]  # (rows, 1); 0 where more are zero
+    below, equal = codes < kth, codes == kth
+    left = wanted - np.count_nonzero(below, axis=1)[:, None]
+    first = np.where(kth == 0, columns, left)
+    np.multiply(block, ~(below | (equal & (np.cumsum(equal, axis=1) <= first))), out=block)
+
+
+def cut_n_m(block: Bits, codes: Bits, n: int, m: int) -> None:
+    """Leave at most `n` non-zeros, the largest, in each `m` neighbours of a row, in place; ties by
+    position."""
+    groups = [np.ascontiguousarray(codes.reshape(-1, m)[:, i]) for i in range(m)]
+    ranks = [np.zeros(len(groups[0]), np.uint16) for _ in range(m)]  # how many of the group are cut before it
+    for j in range(m):
+        for i in range(j):
+            first = groups[i] <= groups[j]
+            ranks[j] += first
+            ranks[i] += ~first
+    kept = np.stack([rank >= m - n for rank in ranks], axis=1)
+    np.multiply(block, kept.reshape(block.shape), out=block)
+
+
+def cut_blocks(block: Bits, keep: Bits, rows: int, columns: int) -> None:
+    """Zero the blocks of `rows` x `columns` whose entry in `keep` is False, in place."""
+    np.multiply(block, keep.repeat(rows, axis=0).repeat(columns, axis=1), out=block)

@@ -6,7 +6,8 @@ from typing import Any
 
 from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.checkpoint.rewrite import count
+from lpsparse.checkpoint.rewrite import count_all
+from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError
 
 
@@ -22,8 +23,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     problems += [f"{name}: missing" for name in sorted(set(listed) - set(present))]
     extra = [name for name in set(present) - set(listed) if name[0] != "."]  # .git, .cache: a download's own
     problems += [f"{name}: not in the manifest" for name in sorted(extra)]
-    for name in sorted(set(listed) & set(present)):
-        found = digest(present[name], folder)
+    both = sorted(set(listed) & set(present))
+    for name, found in zip(both, parallel(lambda name: digest(present[name], folder), both), strict=True):
         if found != listed[name]:
             problems.append(f"{name}: {found.size} bytes, sha256 {found.sha256[:12]}, the manifest has "
                             f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
@@ -34,7 +35,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
 def _tensor_problems(folder: Path, records: tuple[TensorRecord, ...]) -> Iterator[str]:
     try:
         checkpoint = open_checkpoint(folder)
-        counts = {tensor.name: (tensor, count(tensor, tensor.blocks())) for tensor in checkpoint.tensors}
+        found = count_all(checkpoint)
+        counts = {tensor.name: (tensor, found[tensor.name]) for tensor in checkpoint.tensors}
     except InputError as error:
         yield error.what
         return

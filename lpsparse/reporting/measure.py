@@ -1,7 +1,6 @@
 """Measure a checkpoint from its files, in one streaming pass:
 the source of every view and of every budget."""
 
-from collections.abc import Callable
 from decimal import Decimal
 from math import floor
 from typing import Literal
@@ -12,7 +11,7 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.manifest import Quality, TensorRecord, digest, own_manifest
 from lpsparse.checkpoint.opening import Checkpoint, Tensor
-from lpsparse.checkpoint.rewrite import Count, Cut, count, entries_of, metadata_of
+from lpsparse.checkpoint.rewrite import Count, count_all, entries_of, metadata_of
 from lpsparse.checkpoint.writer import Named, file_size
 from lpsparse.pruning.prunable import choose
 
@@ -107,20 +106,18 @@ def measure(
     exclude: tuple[str, ...] = (),
     name: str | None = None,
     quality: tuple[Quality, ...] = (),
-    cut: Callable[[Tensor], Cut | None] = lambda _: None,
+    counts: dict[str, Count] | None = None,
 ) -> Report:
-    """Count every value of every tensor.
+    """Count every value of every tensor, unless `counts` has them.
     `chosen` says what is prunable; by default the names and patterns do.
-
-    With `cut`, what would be left after it is counted (a dry run).
     """
     if chosen is None:
         chosen = prunable_of(checkpoint, include, exclude)
     rows: list[TensorRow] = []
     stored: dict[str, list[Named]] = {path.name: [] for path in checkpoint.files}  # in the bitmask layout
+    counts = count_all(checkpoint) if counts is None else counts
     for tensor in checkpoint.tensors:
-        apply = cut(tensor)
-        counted = count(tensor, apply(tensor.blocks()) if apply else tensor.blocks())
+        counted = counts[tensor.name]
         rows.append(_row(tensor, counted, *chosen[tensor.name]))
         pays = bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
         stored[tensor.file] += entries_of(tensor, counted, pays)
