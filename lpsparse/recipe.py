@@ -7,7 +7,7 @@ from collections.abc import Collection
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -28,6 +28,30 @@ def _optimizer(value: str) -> str:
     return value
 
 
+def _n_m(value: Any) -> Any:
+    if isinstance(value, int):
+        raise ValueError('--n-m: write it in quotes in YAML, such as "2:4"')  # 2:4 is a time of day there
+    n, _, m = str(value).partition(":")
+    if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 1024):
+        raise ValueError(f"--n-m {value}: N:M with 0 < N < M <= 1024, such as 2:4")
+    return f"{int(n)}:{int(m)}"
+
+
+def _block(value: Any) -> Any:
+    rows, _, columns = str(value).partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) > 0 and int(columns) > 0):
+        raise ValueError(f"--block {value}: ROWSxCOLUMNS, such as 4x1 or 16x16")
+    return f"{int(rows)}x{int(columns)}"
+
+
+def pair(text: str | None) -> tuple[int, int] | None:
+    """The two numbers of --n-m or --block."""
+    if text is None:
+        return None
+    first, second = text.replace("x", ":").split(":")
+    return int(first), int(second)
+
+
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
@@ -40,12 +64,13 @@ _EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatab
 MODEL = Field(description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
 _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
+_THREADS = Field(None, ge=1, description="Threads; the result is the same. Default: one a core.")
 _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
 
-POSITIONAL = ("model", "out", "base")
+POSITIONAL = ("model", "out", "base", "source")
 REPEATED = ("include", "exclude", "freeze")  # flags that may be given more than once
 _UNRECORDED = {
-    "model", "out", "overwrite", "dry_run", "source", "base", "data", "eval_data", "model_fn",
+    "model", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data", "model_fn",
     "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track", "rank_timeout",
 }  # fmt: skip
 
@@ -59,10 +84,11 @@ class Step(BaseModel):
     """One command's settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    decides: ClassVar[frozenset[str]] = frozenset()  # what is recorded here, other than elsewhere
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide the bytes of the result: no paths of this machine."""
-        return self.model_dump(mode="json", exclude=_UNRECORDED)
+        return self.model_dump(mode="json", exclude=_UNRECORDED - type(self).decides)
 
     def at_default(self, name: str) -> bool:
         return getattr(self, name) == type(self).model_fields[name].default
@@ -100,21 +126,33 @@ class PruneStep(Step):
         False,
         description="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none.",
     )
+    n_m: Annotated[str, BeforeValidator(_n_m)] | None = Field(
+        None,
+        description="Leave at most N non-zeros, the largest, in each M neighbours of a row, as 2:4.",
+    )
     scope: Literal["global", "tensor", "row"] = Field("global", description="Where --sparsity holds.")
+    block: Annotated[str, BeforeValidator(_block)] | None = Field(
+        None,
+        description="Cut whole blocks of ROWSxCOLUMNS, those with the smallest sum of magnitudes; "
+        "--sparsity is then met in blocks.",
+    )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
     layout: Literal["dense", "bitmask"] = Field("dense", description="How the result is stored.")
+    threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
     dry_run: bool = _DRY_RUN
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         given = [n for n, v in (("--sparsity", self.sparsity), ("--below", self.below)) if v is not None]
-        given += ["--gap"] if self.gap else []
+        given += ["--gap"] * self.gap + ["--n-m"] * (self.n_m is not None)
         if len(given) != 1:
             raise ValueError(
-                f"give exactly one of --sparsity, --below, --gap (got {', '.join(given) or 'none'})"
+                f"give exactly one of --sparsity, --below, --gap, --n-m (got {', '.join(given) or 'none'})"
             )
+        if self.block is not None and (self.sparsity is None or self.scope == "row"):
+            raise ValueError("--block goes with --sparsity, of --scope global or tensor")
         if self.scope != "global" and self.sparsity is None:
             raise ValueError(f"--scope {self.scope} goes with --sparsity only")
         return self
@@ -126,6 +164,7 @@ class PackStep(Step):
     model: str = MODEL
     out: Path = _OUT
     layout: Literal["bitmask"] = Field("bitmask", description="How the result is stored.")
+    threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
     dry_run: bool = _DRY_RUN
 
@@ -135,6 +174,7 @@ class UnpackStep(Step):
 
     model: str = MODEL
     out: Path = _OUT
+    threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
     dry_run: bool = _DRY_RUN
 
@@ -143,6 +183,11 @@ class VerifyStep(Step):
     """Check that a folder is what its manifest says: files, hashes, zeros, finiteness."""
 
     model: str = MODEL
+    source: str | None = Field(
+        None,
+        description="What it was cut from: names, shapes and dtypes must be its, every value its bits or 0.",
+    )
+    threads: int | None = _THREADS
 
 
 class InspectStep(Step):
@@ -156,6 +201,7 @@ class ReportStep(Step):
 
     model: str = MODEL
     base: str | None = Field(None, description="The checkpoint it came from, to compare with.")
+    threads: int | None = _THREADS
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
     min_sparsity: float | None = Field(
@@ -217,6 +263,8 @@ class EvalStep(_DataStep):
 
 class FinetuneStep(_DataStep):
     """Train so that most weights go to zero by themselves, then cut them and recover."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({"threads"})  # sums in floating point
 
     out: Path = _OUT
     data: str = Field(description="File or folder of data, or hub data set id.")

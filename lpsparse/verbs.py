@@ -6,8 +6,9 @@ Torch is imported where training begins, nowhere else.
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lpsparse.checkpoint.manifest import (
     Quality,
@@ -35,9 +36,10 @@ from lpsparse.recipe import (
     Step,
     UnpackStep,
     VerifyStep,
+    pair,
 )
 from lpsparse.reporting import card
-from lpsparse.reporting.check import check_folder
+from lpsparse.reporting.check import check_against, check_folder
 from lpsparse.reporting.measure import (
     Report,
     check_budgets,
@@ -51,10 +53,23 @@ from lpsparse.settings import as_launched, is_first, is_launched, resolve
 
 Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]
+S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
+R = TypeVar("R")
 
 
 def silent(_: Any) -> None:
     """Says nothing. Given as `say`, processes that a step starts are silent too."""
+
+
+def _on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
+    """The verb, on the step's own number of threads."""
+
+    @wraps(verb)
+    def run(step: S, say: Say = silent) -> R:
+        with using(step.threads):
+            return verb(step, say)
+
+    return run
 
 
 def prune(model: str | Path, out: str | Path, **options: Any) -> Report:
@@ -84,9 +99,10 @@ def report(model: str | Path, base: str | Path | None = None, **options: Any) ->
     return report_step(resolve(ReportStep, given))
 
 
-def verify(model: str | Path) -> dict[str, Any]:
-    """Check a folder against its manifest: {"ok", "files", "tensors", "problems"}."""
-    return verify_step(VerifyStep(model=str(model)))
+def verify(model: str | Path, source: str | Path | None = None) -> dict[str, Any]:
+    """Check a folder against its manifest, and what it was cut from: {"ok", "files", "tensors",
+    "problems"}."""
+    return verify_step(VerifyStep(model=str(model), source=None if source is None else str(source)))
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
@@ -111,12 +127,14 @@ def load(path: str | Path) -> dict[str, Any]:
     return {tensor.name: to_tensor(tensor) for tensor in open_checkpoint(path).tensors}
 
 
+@_on_threads
 def prune_step(step: PruneStep, say: Say = silent) -> Report:
     source = _open(step.model, say)
+    stamps = {path: _stamp(path) for path in source.files}
     check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
     plan = plan_prune(
-        source, sparsity=step.sparsity, below=step.below, gap=step.gap, scope=step.scope,
-        include=step.include, exclude=step.exclude,
+        source, sparsity=step.sparsity, below=step.below, gap=step.gap, n_m=pair(step.n_m),
+        block=pair(step.block), scope=step.scope, include=step.include, exclude=step.exclude,
     )  # fmt: skip
     chosen = {name: (tensor.prunable, tensor.reason) for name, tensor in plan.tensors.items()}
     say(kept_in_words(chosen))
@@ -130,7 +148,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report:
     if step.dry_run:
         say("dry run: nothing is written; the zeros are those that the cut would leave")
         return measure(source, chosen, counts=count_all(source, plan.cut))
-    with _writing(step, source, chosen, say) as (folder, finish):
+    with _writing(step, source, stamps, chosen, say) as (folder, finish):
         written = rewrite(source, folder, plan.cut, step.layout)
         counts = written.counts
         whole = [t.name for t in source.tensors if chosen[t.name][0] and counts[t.name].zeros == t.size]
@@ -146,18 +164,21 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report:
         return finish(written, quality if same else ())
 
 
+@_on_threads
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     source = _open(step.model, say)
+    stamps = {path: _stamp(path) for path in source.files}
     chosen = prunable_of(source)
     check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
     if step.dry_run:
         say("dry run: nothing is written")
         return measure(source, chosen)
-    with _writing(step, source, chosen, say) as (folder, finish):
+    with _writing(step, source, stamps, chosen, say) as (folder, finish):
         layout = step.layout if isinstance(step, PackStep) else "dense"
         return finish(rewrite(source, folder, lambda _: None, layout), own_quality(source))
 
 
+@_on_threads
 def report_step(step: ReportStep, say: Say = silent) -> Report:
     checkpoint = _open(step.model, say)
     quality = own_quality(checkpoint)
@@ -171,11 +192,15 @@ def report_step(step: ReportStep, say: Say = silent) -> Report:
     return check_budgets(found, step.min_sparsity, step.max_bytes, step.max_quality_drop)
 
 
+@_on_threads
 def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
     folder = Path(step.model)
     if not folder.is_dir():
         raise InputError(327, f"{folder}: no such folder", mend="give a folder that lpsparse wrote")
     found = check_folder(folder)
+    if step.source is not None and found["ok"]:
+        found["problems"] = list(check_against(open_checkpoint(folder), _open(step.source, say)))
+        found["ok"] = not found["problems"]
     for problem in found["problems"]:
         say(problem)
     return found
@@ -315,11 +340,11 @@ Finish = Callable[[Written, tuple[Quality, ...]], Report]
 
 @contextmanager
 def _writing(
-    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, say: Say
-) -> Generator[tuple[Path, Finish]]:
-    """A folder to rewrite into, and the call that completes it. Raises InputError when `source` changes
-    meanwhile."""
-    before = [_changed(path) for path in source.files]
+    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, stamps: dict[Path, tuple[int, int]],
+    chosen: Chosen, say: Say,
+) -> Generator[tuple[Path, Finish]]:  # fmt: skip
+    """A folder to rewrite into, and the call that completes it. Raises InputError when a file of `source` no
+    longer has its stamp."""
     with (
         output_folder(step.out, overwrite=step.overwrite) as folder,
         beside(lambda: source_of(source)) as record,
@@ -327,8 +352,8 @@ def _writing(
 
         def finish(written: Written, quality: tuple[Quality, ...]) -> Report:
             found = _finish(step, source, record(), folder, chosen, say, written, quality)
-            for path, known in zip(source.files, before, strict=True):
-                if _changed(path) != known:
+            for path, known in stamps.items():
+                if _stamp(path) != known:
                     what = f"{path}: was changed while it was read"
                     raise InputError(344, what, mend="run again when nobody writes it")
             return found
@@ -336,7 +361,7 @@ def _writing(
         yield folder, finish
 
 
-def _changed(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, int]:
     info = path.stat()
     return info.st_size, info.st_mtime_ns
 

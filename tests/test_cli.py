@@ -75,7 +75,7 @@ def test_help_lists_every_setting_of_the_step(command: str, cli: Cli) -> None:
     text = cli(command, "--help").stdout
     for name, info in STEPS[command].model_fields.items():
         flag = f"--{(info.alias or name).replace('_', '-')}"
-        assert (name.upper() if name in ("model", "out", "base") else flag) in text
+        assert (name.upper() if name in ("model", "out", "base", "source") else flag) in text
 
 
 def test_version_is_the_packages_own(cli: Cli) -> None:

@@ -50,6 +50,7 @@ def test_the_loss_is_the_mix_of_its_three_terms() -> None:
     torch.manual_seed(1)
     net, batch = Net(), batch_of()
     teacher = Teacher(step_of(distill=0.3, temperature=2.0, distill_blocks=0.5), task_of(net))
+    teacher.open()
     dense = teacher.model(batch["x"]).detach()
     teacher.theirs.take()
     with torch.no_grad():
@@ -75,6 +76,7 @@ def test_blocks_that_drift_cost_their_relative_squared_error() -> None:
     torch.manual_seed(3)
     net, batch = Net(), batch_of()
     teacher = Teacher(step_of(distill_blocks=2.0), task_of(net))
+    teacher.open()
     with torch.no_grad():
         (
             net.layers[2][2].weight.mul_(2),
@@ -89,6 +91,7 @@ def test_blocks_are_the_repeated_parts_and_close_takes_the_hooks_off() -> None:
     net = Net()
     assert list(blocks(net)) == list(net.layers)
     teacher = Teacher(step_of(distill_blocks=1.0), task_of(net))
+    teacher.open()
     teacher.close()
     net(batch_of()["x"])
     assert teacher.ours.take() == []

@@ -41,6 +41,9 @@ def test_r_drop_goes_with_distillation() -> None:
     task = task_of(net)
     options = {"distill": 0.5, "distill_blocks": 2.0}
     teachers = [make_teacher(step_of(**options), task_of(net)) for _ in range(2)]
+    for teacher in teachers:
+        assert teacher is not None
+        teacher.open()
     with torch.no_grad():
         net.layers[1][0].weight.mul_(8.0)  # drift off, so that every term counts
     found = batch_loss(step_of(r_drop=3.0, **options), task, net, batch, teachers[0])

@@ -29,14 +29,17 @@ from conftest import (
     write_safetensors,
     write_sidecars,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from lpsparse import prune, verify
+from lpsparse import pack, prune, verify
 from lpsparse.checkpoint.output import remove_ours
 from lpsparse.checkpoint.writer import OWNER, REPLACED
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
+from lpsparse.recipe import PruneStep
+from lpsparse.settings import resolve
+from lpsparse.verbs import prune_step
 
 Cli = Callable[..., Ran]
 
@@ -534,3 +537,46 @@ def test_a_deletion_that_is_cut_short_leaves_the_mark_that_the_folder_is_ours(
     monkeypatch.undo()
     remove_ours(folder, mark)
     assert not folder.exists()
+
+
+# Against the source
+
+
+def test_what_was_cut_is_its_source_or_zero(tiny: Path, shards: Path, tmp_path: Path, cli: Cli) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    pack(tmp_path / "out", tmp_path / "packed")
+    for folder in (tmp_path / "out", tmp_path / "packed"):
+        for source in (tiny, shards):  # the same tensors
+            assert verify(folder, source)["ok"]
+    said = cli("verify", tmp_path / "out", tiny)
+    assert said.rc == 0 and f"every value is that of {tiny} or 0" in said.stdout
+
+
+def test_values_names_and_shapes_that_are_not_the_sources_are_named(tmp_path: Path, cli: Cli) -> None:
+    array = np.arange(1, 92, dtype=np.float32).reshape(7, 13)
+    base = {"a.weight": array, "b.weight": array, "c.weight": array, "ids": np.arange(1, 8)}
+    other = {"a.weight": array.copy(), "b.weight": array[:5], "d.weight": array, "ids": np.arange(7)}
+    other["a.weight"][2, 3] = np.nextafter(other["a.weight"][2, 3], np.float32(99))
+    for name, arrays in (("base", base), ("other", other)):
+        (tmp_path / name).mkdir()
+        save_file(arrays, tmp_path / name / "model.safetensors")
+    prune(tmp_path / "other", tmp_path / "out", sparsity=0)
+    said = cli("verify", tmp_path / "out", tmp_path / "base")
+    assert said.rc == 1 and "FAILED: 5 differences" in said.stdout
+    for what in (
+        "a.weight: 1 values are neither", "b.weight: F32 (5, 13), base has F32 (7, 13)",
+        "d.weight: not in base", "c.weight: missing", "ids: 7 values are neither",
+    ):  # fmt: skip
+        assert what in said.stderr, said.stderr
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tiny: Path, tmp_path: Path) -> None:
+    path = tiny / "model.safetensors"
+
+    def say(text: str) -> None:
+        if text.startswith("threshold"):  # decided, and not written yet
+            os.utime(path, ns=(1, 1))
+
+    with pytest.raises(InputError, match="was changed while it was read"):
+        prune_step(resolve(PruneStep, {"model": str(tiny), "out": tmp_path / "out", "sparsity": 0.5}), say)
+    assert not list(tmp_path.glob("out*"))

@@ -541,3 +541,91 @@ def test_nan_or_infinity_in_a_weight_names_the_tensor(value: float, dtype: str, 
     for rule in rules:
         with pytest.raises(InputError, match=r"'a\.weight': 2 values are NaN or Inf"):
             plan_prune(open_checkpoint(tmp_path / "m.safetensors"), **rule)
+
+
+# Patterns: N:M and blocks
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 7), (4, 8)])
+def test_n_of_m_leaves_the_largest_of_each_group_ties_by_position(
+    n: int, m: int, dtype: Any, tmp_path: Path
+) -> None:
+    draw = np.random.default_rng(3)
+    array = draw.integers(-3, 4, (13, 56)).astype(dtype)  # ties and zeros
+    experts = draw.standard_normal((3, 5, 56)).astype(dtype)
+    source = checkpoint_of(tmp_path / "m", {"a.weight": array, "b.experts": experts})
+    found = apply(plan_prune(source, n_m=(n, m)), source)
+    for name, original in (("a.weight", array), ("b.experts", experts)):
+        for group, left in zip(original.reshape(-1, m), found[name].reshape(-1, m), strict=True):
+            dead = np.argsort(np.abs(group), kind="stable")[: m - n]
+            expected = group.copy()
+            expected[dead] = 0
+            assert np.array_equal(left.view(dtype), expected)
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 3), (1, 7), (4, 1)])
+def test_blocks_are_cut_whole_the_smallest_sums_first(
+    rows: int, columns: int, scope: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 3 * 21 * 4)  # read three rows at a time
+    draw = np.random.default_rng(4)
+    arrays = {f"{name}.weight": draw.standard_normal((12, 21)).astype(np.float32) for name in "ab"}
+    arrays["b.weight"] *= 0.1
+    source = checkpoint_of(tmp_path / "m", arrays)
+    plan = plan_prune(source, sparsity=Decimal("0.3"), block=(rows, columns), scope=scope)
+    found = apply(plan, source)
+
+    def sums(array: np.ndarray) -> np.ndarray:
+        table = np.abs(array.astype(np.float64)).reshape(12 // rows, rows, 21 // columns, columns)
+        return table.sum(axis=(1, 3))
+
+    of = {name: sums(array).ravel() for name, array in arrays.items()}
+    dead = {name: sums(found[name].view(np.float32)).ravel() == 0 for name in arrays}
+    for name, array in arrays.items():  # what is not cut is as it was
+        kept = ~dead[name].reshape(12 // rows, -1).repeat(rows, 0).repeat(columns, 1)
+        assert np.array_equal(found[name].view(np.float32), np.where(kept, array, 0))
+    groups = [["a.weight", "b.weight"]] if scope == "global" else [["a.weight"], ["b.weight"]]
+    for group in groups:
+        scores = np.concatenate([of[name] for name in group])
+        cut = np.concatenate([dead[name] for name in group])
+        assert cut.sum() == math.floor(Decimal("0.3") * scores.size)
+        assert scores[cut].max() < scores[~cut].min()
+
+
+@pytest.mark.parametrize("rule", [{"n_m": (2, 4)}, {"sparsity": Decimal("0.5"), "block": (2, 13)}])
+def test_a_shape_that_a_pattern_does_not_divide_is_named(rule: dict[str, Any], tiny: Path) -> None:
+    with pytest.raises(UsageError, match=r"layers.0.attn.weight.*7 rows of 13") as caught:
+        plan_prune(open_checkpoint(tiny), **rule)
+    assert "--exclude" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"n_m": "4:2"}, "0 < N < M"), ({"n_m": 124}, "in quotes"), ({"n_m": "x"}, "such as 2:4"),
+        ({"n_m": "2:4", "sparsity": 0.5}, "one of"), ({"block": "4x", "sparsity": 0.5}, "ROWSxCOLUMNS"),
+        ({"block": "2x2"}, "one of"), ({"block": "2x2", "sparsity": 0.5, "scope": "row"}, "--block goes"),
+    ],
+)  # fmt: skip
+def test_a_pattern_that_means_nothing_is_refused(options: dict[str, Any], what: str, tiny: Path) -> None:
+    with pytest.raises(UsageError, match=what):
+        prune(tiny, tiny.parent / "out", **options)
+    assert not (tiny.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"sparsity": 0.5}, {"sparsity": 0.5, "scope": "tensor"}, {"sparsity": 0.5, "scope": "row"},
+        {"below": 0.5}, {"n_m": "3:13", "include": ["*attn.weight"]}, {"sparsity": 0.5, "block": "7x1"},
+    ],
+)  # fmt: skip
+def test_the_result_does_not_depend_on_the_threads(
+    rule: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    given = {"exclude": ["*mlp*"], **rule} if "block" in rule else rule
+    for threads in (1, 2, 5):
+        prune(shards, tmp_path / str(threads), **given, threads=threads)
+    assert tree_hash(tmp_path / "1") == tree_hash(tmp_path / "2") == tree_hash(tmp_path / "5")

@@ -110,8 +110,8 @@ def key_of(value: float, *, wide: bool) -> int:
         return int(np.float64(value).view(np.uint64))
     with np.errstate(over="ignore"):  # beyond float32 everything finite is smaller
         narrow = np.float32(value)
-    if float(narrow) < value:
-        narrow = np.nextafter(narrow, np.float32(np.inf))
+        if float(narrow) < value:
+            narrow = np.nextafter(narrow, np.float32(np.inf))
     return int(narrow.view(np.uint32))
 
 

@@ -53,6 +53,10 @@ class Tensor:
         """Length of the first dimension; a 0-dim tensor is one row."""
         return self.shape[0] if self.shape else 1
 
+    def rows_of(self, nbytes: int) -> int:
+        """How many rows take about so many bytes; at least one."""
+        return max(1, nbytes * self.rows // max(self.nbytes, 1))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the dense form."""

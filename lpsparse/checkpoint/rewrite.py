@@ -66,7 +66,7 @@ def count_all(
     """What is in each tensor, or would be after `cut`."""
     tasks: list[tuple[Tensor, int, int]] = []
     for tensor in checkpoint.tensors:
-        step = max(1, _TASK_BYTES * tensor.rows // max(tensor.nbytes, 1))
+        step = tensor.rows_of(_TASK_BYTES)
         if cut(tensor) is not None:  # it goes from the first row to the last
             step = max(tensor.rows, 1)
         tasks += [(tensor, row, min(row + step, tensor.rows)) for row in range(0, tensor.rows, step)]

@@ -19,7 +19,13 @@ def register(app: typer.Typer) -> None:
     add_command(app, "prune", recipe.PruneStep, _prune, examples=_PRUNE)
     add_command(app, "pack", recipe.PackStep, _pack, examples="  lpsparse pack sparse packed")
     add_command(app, "unpack", recipe.UnpackStep, _pack, examples="  lpsparse unpack packed dense")
-    add_command(app, "verify", recipe.VerifyStep, _verify, examples="  lpsparse verify sparse")
+    add_command(
+        app,
+        "verify",
+        recipe.VerifyStep,
+        _verify,
+        examples="  lpsparse verify sparse\n  lpsparse verify sparse MODEL",
+    )
     add_command(app, "inspect", recipe.InspectStep, _inspect, examples="  lpsparse inspect org/name@main")
     add_command(app, "eval", recipe.EvalStep, _eval, examples=_EVAL)
 
@@ -31,6 +37,7 @@ _FINETUNE = """\
 _PRUNE = """\
   lpsparse prune MODEL sparse --sparsity 0.8
   lpsparse prune MODEL sparse --gap
+  lpsparse prune MODEL sparse --n-m 2:4
   lpsparse prune MODEL sparse --below 1e-3 --exclude '*.layer.0.*'"""
 _EVAL = """\
   lpsparse eval sparse --data dev.tsv --task text-classification
@@ -102,10 +109,11 @@ def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
     elif found["ok"]:
         print_result(
             f"{step.model}: ok: {found['files']} files and {found['tensors']} tensors are as written"
+            + (f"; every value is that of {step.source} or 0" if step.source else "")
         )
     else:
         count = len(found["problems"])
-        print_result(f"{step.model}: FAILED: {count} difference{'s' * (count > 1)} from the manifest")
+        print_result(f"{step.model}: FAILED: {count} difference{'s' * (count > 1)}")
     if not found["ok"]:
         raise typer.Exit(ExitCode.VERDICT)
 

@@ -42,6 +42,8 @@ def report(
         str | None, typer.Option(metavar="NUMBER", help="Most that the recorded quality may fall, in "
             "its own unit.")
     ] = None,
+    threads: Annotated[str | None, typer.Option(metavar="INTEGER", help="Threads; the result is the same. "
+        "Default: one a core.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages.")] = False,
 ) -> None:  # fmt: skip
     from lpsparse.checkpoint.writer import check_report_file, write_beside
@@ -50,7 +52,7 @@ def report(
 
     given = {
         "model": model, "base": base, "include": include, "exclude": exclude, "min_sparsity": min_sparsity,
-        "max_bytes": max_bytes, "max_quality_drop": max_quality_drop,
+        "max_bytes": max_bytes, "max_quality_drop": max_quality_drop, "threads": threads,
     }  # fmt: skip
     step = resolve(ReportStep, {key: value for key, value in given.items() if value not in (None, [])})
     if json_file not in (None, "-"):

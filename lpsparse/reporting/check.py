@@ -1,11 +1,14 @@
-"""Does a folder still hold what its manifest says? Read from the files alone."""
+"""Does a folder still hold what its manifest says, and only what its source did? Read from files alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, read_manifest
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, open_checkpoint
 from lpsparse.checkpoint.rewrite import count_all
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError
@@ -30,6 +33,36 @@ def check_folder(folder: Path) -> dict[str, Any]:
                             f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
     problems += _tensor_problems(folder, manifest.tensors)
     return {"ok": not problems, "files": len(listed), "tensors": len(manifest.tensors), "problems": problems}
+
+
+def check_against(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
+    """Where `checkpoint` is more than `source` with zeros: names, shapes, dtypes, and values that are neither
+    the source's bits nor +0."""
+    theirs = {tensor.name: tensor for tensor in source.tensors}
+    ours = {tensor.name: tensor for tensor in checkpoint.tensors}
+    yield from (f"{name}: not in {source.name}" for name in sorted(set(ours) - set(theirs)))
+    yield from (f"{name}: missing, {source.name} has it" for name in sorted(set(theirs) - set(ours)))
+    tasks: list[tuple[Tensor, Tensor, int]] = []
+    for name in sorted(set(ours) & set(theirs)):
+        mine, base = ours[name], theirs[name]
+        if (mine.dtype, mine.shape) != (base.dtype, base.shape):
+            yield f"{name}: {mine.dtype} {mine.shape}, {source.name} has {base.dtype} {base.shape}"
+        else:
+            tasks += [(mine, base, row) for row in range(0, mine.rows, mine.rows_of(BLOCK_BYTES))]
+    others: dict[str, int] = {}
+    for (mine, _, _), count in zip(tasks, parallel(_others, tasks), strict=True):
+        others[mine.name] = others.get(mine.name, 0) + count
+    for name, count in others.items():
+        if count:
+            yield f"{name}: {count} values are neither those of {source.name} nor 0"
+
+
+def _others(task: tuple[Tensor, Tensor, int]) -> int:
+    mine, base, first = task
+    last = min(first + mine.rows_of(BLOCK_BYTES), mine.rows)
+    pairs = zip(mine.blocks(first, last), base.blocks(first, last), strict=True)
+    may_be_zero = DTYPES[mine.dtype].is_float
+    return sum(int(np.count_nonzero((a != b) & ((a != 0) | (not may_be_zero)))) for (_, a), (_, b) in pairs)
 
 
 def _tensor_problems(folder: Path, records: tuple[TensorRecord, ...]) -> Iterator[str]:
