@@ -53,6 +53,7 @@ from lpsparse.settings import as_launched, is_first, is_launched, resolve
 
 Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]
+Stamps = dict[Path, tuple[int, int] | None]
 S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
 R = TypeVar("R")
 
@@ -340,7 +341,7 @@ Finish = Callable[[Written, tuple[Quality, ...]], Report]
 
 @contextmanager
 def _writing(
-    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, stamps: dict[Path, tuple[int, int]],
+    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, stamps: Stamps,
     chosen: Chosen, say: Say,
 ) -> Generator[tuple[Path, Finish]]:  # fmt: skip
     """A folder to rewrite into, and the call that completes it. Raises InputError when a file of `source` no
@@ -361,9 +362,12 @@ def _writing(
         yield folder, finish
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    info = path.stat()
-    return info.st_size, info.st_mtime_ns
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        info = path.stat()
+        return info.st_size, info.st_mtime_ns
+    except OSError:
+        return None
 
 
 def _finish(

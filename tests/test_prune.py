@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from lpsparse import pack, prune, verify
+from lpsparse import pack, prune, report, verify
+from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.output import remove_ours
 from lpsparse.checkpoint.writer import OWNER, REPLACED
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
@@ -579,4 +581,57 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tiny: Path, tmp_path:
 
     with pytest.raises(InputError, match="was changed while it was read"):
         prune_step(resolve(PruneStep, {"model": str(tiny), "out": tmp_path / "out", "sparsity": 0.5}), say)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+def test_a_bit_that_the_disk_flips_is_seen_before_out_is_there(
+    layout: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def flip(descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        if size > 1000:
+            with suppress(OSError):  # of what is only read
+                os.pwrite(descriptor, b"\x55", size - 1)
+        sync(descriptor)
+
+    monkeypatch.setattr("lpsparse.checkpoint.writer.os.fsync", flip)
+    with pytest.raises(OutputError, match=r"read back") as caught:
+        prune(tiny, tmp_path / "out", sparsity=0.2, layout=layout)
+    assert caught.value.code == "LPS408" and not list(tmp_path.glob("out*"))
+
+
+def test_values_under_a_byte_are_counted_and_carried_within_their_own_bytes(tmp_path: Path, cli: Cli) -> None:
+    source = tmp_path / "m.safetensors"
+    given = {
+        "a.weight": ("F4", [6, 2], b"\x11" * 6),
+        "b.weight": f32(7, 13),
+        "c.weight": ("F4", [8], b"\x22" * 4),
+    }
+    write_safetensors(source, given)
+    found = {row.name: row for row in report(source).tensors}
+    assert [found[name].zeros for name in ("a.weight", "c.weight")] == [0, 0]
+    prune(source, tmp_path / "out", sparsity=0.5)
+    written = open_checkpoint(tmp_path / "out")
+    raw = {tensor.name: tensor.read().tobytes() for tensor in written.tensors if tensor.dtype == "F4"}
+    assert raw == {"a.weight": b"\x11" * 6, "c.weight": b"\x22" * 4}
+    assert verify(tmp_path / "out", source)["ok"]
+
+
+def test_an_empty_tensor_of_a_torch_file_is_like_its_source(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(7, 13), "b.weight": torch.ones(3, 0)}, tmp_path / "m.pt")
+    prune(tmp_path / "m.pt", tmp_path / "out", sparsity=0.5)
+    assert verify(tmp_path / "out", tmp_path / "m.pt")["ok"]
+
+
+def test_a_source_that_is_gone_when_all_is_written_is_refused(tiny: Path, tmp_path: Path) -> None:
+    def say(text: str) -> None:
+        if text.startswith("nothing is left"):  # said when all is written
+            (tiny / "model.safetensors").unlink()
+
+    step = resolve(PruneStep, {"model": str(tiny), "out": tmp_path / "out", "sparsity": 1})
+    with pytest.raises(LpsparseError, match=r"model\.safetensors"):
+        prune_step(step, say)
     assert not list(tmp_path.glob("out*"))

@@ -186,6 +186,15 @@ def test_a_selection_among_many_needs_few_passes_and_is_exact(dtype: str, kind: 
         assert sum(size == 1009 for size in passes) <= 8
 
 
+def test_a_selection_among_many_tensors_takes_fewer_bins_and_is_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lpsparse.pruning.select._HELD", 1000)
+    draw = np.random.default_rng(9)
+    group = [scored(f"{i:03d}", "F32", draw.integers(0, 1 << 30, (3, 7), np.uint32)) for i in range(120)]
+    check_selection(group, Decimal("0.37"), wide=False)
+
+
 def test_a_selection_among_more_than_2_to_the_24_is_exact() -> None:
     codes = np.random.default_rng(6).integers(0, 3000, (1 << 13, 2100), np.uint32)  # many ties
     found = select([scored("a", "F32", codes, 64)], Decimal("0.7"), wide=False)
@@ -592,6 +601,16 @@ def test_blocks_are_cut_whole_the_smallest_sums_first(
         cut = np.concatenate([dead[name] for name in group])
         assert cut.sum() == math.floor(Decimal("0.3") * scores.size)
         assert scores[cut].max() < scores[~cut].min()
+
+
+@pytest.mark.parametrize("block", [(4, 4), (8, 1), (1, 16)])
+def test_blocks_of_experts_lie_within_one_of_them(block: tuple[int, int], tmp_path: Path) -> None:
+    array = np.random.default_rng(8).standard_normal((4, 8, 16)).astype(np.float32)
+    source = checkpoint_of(tmp_path / "m", {"experts.weight": array})
+    found = apply(plan_prune(source, sparsity=Decimal("0.5"), block=block), source)["experts.weight"]
+    left = found.view(np.float32).reshape(32 // block[0], block[0], 16 // block[1], block[1])
+    dead = (left == 0).all(axis=(1, 3))
+    assert dead.sum() == dead.size // 2 and np.array_equal((left == 0).any(axis=(1, 3)), dead)
 
 
 @pytest.mark.parametrize("rule", [{"n_m": (2, 4)}, {"sparsity": Decimal("0.5"), "block": (2, 13)}])

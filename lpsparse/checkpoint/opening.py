@@ -17,6 +17,7 @@ from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.header import Entry, Header, check_regular, read_header, sniff, unique_json
 from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.checkpoint.threads import check_going_on
 from lpsparse.errors import InputError
 
 BLOCK_BYTES = 2 << 20  # rows are read about this much at a time: with the work on it, it stays in the cache
@@ -50,8 +51,9 @@ class Tensor:
 
     @property
     def rows(self) -> int:
-        """Length of the first dimension; a 0-dim tensor is one row."""
-        return self.shape[0] if self.shape else 1
+        """What `blocks` counts: the first dimension. A 0-dim tensor is one row, and so is one of values under
+        a byte, whose rows may share one."""
+        return self.shape[0] if self.shape and DTYPES[self.dtype].bits >= 8 else 1
 
     def rows_of(self, nbytes: int) -> int:
         """How many rows take about so many bytes; at least one."""
@@ -63,10 +65,11 @@ class Tensor:
         return self.size * DTYPES[self.dtype].bits // 8
 
     def read(self) -> Bits:
-        """The whole tensor, raw bits in its own shape."""
+        """The whole tensor, raw bits in its own shape; of values under a byte the bytes, in one dimension."""
         parts = [block for _, block in self.blocks()]
-        storage = DTYPES[self.dtype].storage
-        return np.concatenate(parts).reshape(self.shape) if parts else np.zeros(self.shape, storage)
+        if not parts:
+            return np.zeros(self.shape, DTYPES[self.dtype].storage)
+        return np.concatenate(parts).reshape(self.shape if DTYPES[self.dtype].bits >= 8 else -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +258,9 @@ def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ..
 
     def tensor(name: str, dtype: str, raw: Bits) -> Tensor:
         def blocks(first: int = 0, last: int | None = None) -> Blocks:
-            table = raw.reshape(_rows(raw.shape), -1) if raw.size else raw.reshape(0, 1)
+            if not raw.size:
+                return
+            table = raw.reshape(_rows(raw.shape), -1)
             step = max(1, BLOCK_BYTES // max(table.shape[1] * raw.itemsize, 1))
             for row in range(first, len(table) if last is None else last, step):
                 yield row, table[row : min(row + step, len(table) if last is None else last)]
@@ -290,6 +295,8 @@ def _dense(path: Path, entry: Entry) -> Tensor:
 def read_exactly(file: Any, entry: Entry, first: int, count: int) -> Bits:
     """`count` storage units of a stored tensor from unit `first` on, from an open file."""
     storage = DTYPES[entry.dtype].storage
+    assert (first + count) * storage.itemsize <= entry.nbytes, f"{entry.name}: read beyond its end"
+    check_going_on()
     file.seek(entry.offset + first * storage.itemsize)
     data = file.read(count * storage.itemsize)
     if len(data) != count * storage.itemsize:

@@ -151,6 +151,8 @@ def _locked(folder: Path) -> Generator[None]:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise StateError(702, f"{folder}: another process has just ended", mend="run it again")
         yield
     finally:
         os.close(descriptor)

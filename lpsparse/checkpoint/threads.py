@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from threading import Event
 from typing import TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
 
+_stop: ContextVar[Event | None] = ContextVar("stop", default=None)
 _count: ContextVar[int | None] = ContextVar("threads", default=None)
 
 
@@ -37,11 +39,27 @@ def parallel(function: Callable[[A], B], items: Iterable[A], *, waiting: int = 0
     count = min(given if given == 1 else (given or cores()) + waiting, len(work))
     if count < 2:
         return [function(item) for item in work]
-    with ThreadPoolExecutor(count, initializer=lambda: _count.set(1)) as pool:
+    stop = Event()
+
+    def begin() -> None:
+        _count.set(1)
+        _stop.set(stop)
+
+    with ThreadPoolExecutor(count, initializer=begin) as pool:
         try:
             return list(pool.map(function, work))
+        except BaseException:  # Ctrl-C, too: the others end with the block that they read
+            stop.set()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_going_on() -> None:
+    """Raises CancelledError on a thread of `parallel` whose work has become useless."""
+    stop = _stop.get()
+    if stop is not None and stop.is_set():
+        raise CancelledError
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Plan:
 
         def apply(blocks: Blocks) -> Blocks:
             ties = plan.ties
-            for row, block in blocks if plan.block is None else _by_rows(blocks, plan.block[0]):
+            for row, block in blocks if plan.block is None else _by_rows(blocks, _grain(tensor, plan.block)):
                 codes, cut = ordered(block, tensor.dtype), block.copy()
                 if plan.row_sparsity is not None:
                     cut_rows(cut, codes, plan.row_sparsity)
@@ -61,7 +61,7 @@ class Plan:
                     sums = _sums(block, tensor, plan.block)
                     kept = np.ones_like(sums)
                     ties -= cut_smallest(kept, sums, low, ties)
-                    cut_blocks(cut, kept != 0, *plan.block)
+                    cut_blocks(cut.reshape(-1, _table(tensor)[1]), kept != 0, *plan.block)
                 else:
                     ties -= cut_smallest(cut, codes, low, ties)
                 yield row, cut
@@ -86,6 +86,10 @@ def plan_prune(
     wide = block is not None or any(tensor.dtype == "F64" for tensor in tensors)
     base = {name: TensorPlan(yes, reason, block=block) for name, (yes, reason) in chosen.items()}
     plans, threshold, band = dict(base), None, None
+    if n_m is not None:
+        _check_divides("--n-m", tensors, 1, n_m[1])
+    if block is not None:
+        _check_divides("--block", tensors, *block)
     if gap:
         band = _band(source, tensors, wide)
         threshold = band.threshold
@@ -96,14 +100,11 @@ def plan_prune(
         key = key_of(threshold, wide=wide)
         plans |= {t.name: replace(base[t.name], threshold=key) for t in tensors}
     elif n_m is not None:
-        _check_divides("--n-m", tensors, 1, n_m[1])
         plans |= {t.name: replace(base[t.name], n_m=n_m) for t in tensors}
     elif scope == "row":
         plans |= {t.name: replace(base[t.name], row_sparsity=sparsity) for t in tensors}
     else:
         assert sparsity is not None
-        if block is not None:
-            _check_divides("--block", tensors, *block)
         scored = [_scored(source, tensor, block) for tensor in tensors]
         groups = [scored] if scope == "global" else [[each] for each in scored]
         selected = parallel(lambda group: select(group, sparsity, wide=wide), groups)
@@ -141,7 +142,7 @@ def _scored(source: Checkpoint, tensor: Tensor, block: Pair | None) -> Scored:
 
     if block is None:
         return Scored(tensor.name, tensor.dtype, tensor.rows, tensor.size // tensor.rows, codes)
-    rows = block[0] if len(tensor.shape) < 3 else 1  # of the first dimension, to a row of scores
+    rows = _grain(tensor, block)
 
     def sums(first: int, last: int) -> Iterator[Bits]:
         for _, raw in _by_rows(tensor.blocks(first * rows, last * rows), rows):
@@ -150,6 +151,11 @@ def _scored(source: Checkpoint, tensor: Tensor, block: Pair | None) -> Scored:
 
     high = tensor.rows // rows
     return Scored(tensor.name, "F64", high, tensor.size // (block[0] * block[1]) // high, sums)
+
+
+def _grain(tensor: Tensor, block: Pair) -> int:
+    """Rows of the first dimension that are made of whole blocks."""
+    return block[0] if len(tensor.shape) < 3 else 1
 
 
 def _sums(raw: Bits, tensor: Tensor, block: Pair) -> Bits:

@@ -21,7 +21,8 @@ from lpsparse.checkpoint.threads import parallel
 
 Counts = NDArray[np.int64]
 
-_BITS = 12  # 4,096 bins a pass
+_BITS = 12  # 4,096 bins a pass, or fewer where there are many tensors: each has its own
+_HELD = 1 << 22  # bins of all tensors together
 _SAMPLE = 1 << 20  # scores
 _SPREAD = 0.005  # of all scores, on either side of the sample's quantile
 _FEW = 6  # scores in a bracket that are counted one by one, which is faster than taking them out
@@ -70,9 +71,11 @@ def select(group: list[Scored], sparsity: Decimal, *, wide: bool) -> Selected:
     position."""
     size = sum(scored.size for scored in group)
     low, high = _bracket(group, floor(sparsity * size), size, wide)
+    tasks = _tasks(group)
+    bits = min(_BITS, max(4, (_HELD // len(tasks)).bit_length() - 1))
     while True:
-        shift = max(0, (high - low - 1).bit_length() - _BITS)
-        tallies = _pass(group, low, high, shift, wide)
+        shift = max(0, (high - low - 1).bit_length() - bits)
+        tallies = _pass(group, tasks, (low, high, shift), wide)
         zeros = {name: sum(tally.zeros for tally in of) for name, of in tallies.items()}
         wanted = target_count(sparsity, size, sum(zeros.values()))
         if wanted == sum(zeros.values()):  # nothing more to cut; -0 becomes +0
@@ -112,14 +115,20 @@ def _bins(tallies: Iterable[_Tally]) -> Counts:
     return total
 
 
-def _pass(group: list[Scored], low: int, high: int, shift: int, wide: bool) -> dict[str, list[_Tally]]:
+def _tasks(group: list[Scored]) -> list[tuple[Scored, int, int]]:
+    """Rows first..last of a tensor, as many as a thread counts at a time."""
     tasks: list[tuple[Scored, int, int]] = []
     for scored in group:
         step = max(1, _TASK // max(scored.columns, 1))
         tasks += [(scored, row, min(row + step, scored.rows)) for row in range(0, scored.rows, step)]
+    return tasks
 
+
+def _pass(
+    group: list[Scored], tasks: list[tuple[Scored, int, int]], bracket: tuple[int, int, int], wide: bool
+) -> dict[str, list[_Tally]]:
     def counted(task: tuple[Scored, int, int]) -> _Tally:
-        return _tally(*task, (low, high, shift), wide)
+        return _tally(*task, bracket, wide)
 
     found = parallel(counted, tasks)
     tallies: dict[str, list[_Tally]] = {scored.name: [] for scored in group}

@@ -60,6 +60,8 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
 def _others(task: tuple[Tensor, Tensor, int]) -> int:
     mine, base, first = task
     last = min(first + mine.rows_of(BLOCK_BYTES), mine.rows)
+    if not mine.size:
+        return 0
     pairs = zip(mine.blocks(first, last), base.blocks(first, last), strict=True)
     may_be_zero = DTYPES[mine.dtype].is_float
     return sum(int(np.count_nonzero((a != b) & ((a != 0) | (not may_be_zero)))) for (_, a), (_, b) in pairs)

@@ -178,8 +178,10 @@ def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> 
                 parent, _, own = name.rpartition(".")
                 module.get_submodule(parent).register_parameter(own, param)
         for names, shape, dtype in buffers:
-            parent, _, own = names[0].rpartition(".")
-            module.get_submodule(parent)._buffers[own] = torch.zeros(shape, dtype=dtype)  # pyright: ignore[reportPrivateUsage]
+            buffer = torch.zeros(shape, dtype=dtype)
+            for name in names:
+                parent, _, own = name.rpartition(".")
+                module.get_submodule(parent)._buffers[own] = buffer  # pyright: ignore[reportPrivateUsage]
     found = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     if [_shared(each) for each in found] != [params, buffers]:
         what = f"process {distributed.rank()} builds another {type(module).__name__} than process 0"
