@@ -27,6 +27,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or told
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM: it ends as at Ctrl-C, but what it has written so far may stay for another run."""
+
+
 class LpsparseError(Exception):
     """A failure with a code (LPSnnn), what is wrong (with numbers) and the one thing to do (`mend`)."""
 

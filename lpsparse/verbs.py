@@ -347,11 +347,14 @@ def _writing(
     """A folder to rewrite into, and the call that completes it. Raises InputError when a file of `source` no
     longer has its stamp."""
     with (
-        output_folder(step.out, overwrite=step.overwrite) as folder,
+        output_folder(step.out, overwrite=step.overwrite, weights="keep") as folder,
         beside(lambda: source_of(source)) as record,
     ):
 
         def finish(written: Written, quality: tuple[Quality, ...]) -> Report:
+            if written.kept:
+                of = f"{written.kept} of {len(written.files)} weight files"
+                say(f"{of} were there already, whole, from an interrupted run")
             found = _finish(step, source, record(), folder, chosen, say, written, quality)
             for path, known in stamps.items():
                 if _stamp(path) != known:

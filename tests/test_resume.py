@@ -242,7 +242,7 @@ def test_of_many_that_take_one_out_at_once_one_can(left: str, tmp_path: Path) ->
         def take(together: Barrier) -> int:
             together.wait()
             try:
-                _take(partial, "resume" if left == "states" else "drop")
+                _take(partial, "resume" if left == "states" else "drop", "drop")
                 return 1
             except StateError:
                 return 0

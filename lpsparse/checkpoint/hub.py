@@ -1,5 +1,6 @@
 """Files from the Hugging Face hub: the cache first, the network second, never when offline is asked for."""
 
+import os
 import re
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder
         what = f"{text}: the local cache holds a part of it without weights, or it has none"
         raise RemoteError(802, what, mend=f"go online, check the id, or give {replace_with}")
     return folder, folder.name
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a resolved path lies inside the hub's cache, which huggingface_hub finds in the same way."""
+    given = os.environ.get
+    home = given("HF_HOME", f"{given('XDG_CACHE_HOME', '~/.cache')}/huggingface")
+    cache = given("HF_HUB_CACHE", given("HUGGINGFACE_HUB_CACHE", f"{home}/hub"))
+    try:
+        folder = Path(os.path.expandvars(cache)).expanduser().resolve()
+    except RuntimeError:  # there is no home
+        return False
+    return path == folder or folder in path.parents
 
 
 def _has_weights(folder: Path) -> bool:

@@ -298,12 +298,11 @@ def read_exactly(file: Any, entry: Entry, first: int, count: int) -> Bits:
     assert (first + count) * storage.itemsize <= entry.nbytes, f"{entry.name}: read beyond its end"
     check_going_on()
     file.seek(entry.offset + first * storage.itemsize)
-    data = file.read(count * storage.itemsize)
-    if len(data) != count * storage.itemsize:
-        raise InputError(
-            333, f"{file.name}: {entry.name!r}: the file became shorter while it was read", mend="again"
-        )
-    return np.frombuffer(data, storage)
+    values = np.empty(count, storage)
+    if file.readinto(values.view(np.uint8).data) != values.nbytes:
+        what = f"{file.name}: {entry.name!r}: the file became shorter while it was read"
+        raise InputError(333, what, mend="run again when nobody writes it")
+    return values
 
 
 def _open_bitmask(path: Path, header: Header) -> list[Tensor]:

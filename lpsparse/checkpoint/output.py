@@ -4,10 +4,12 @@ A half-written safetensors file is valid and looks wonderfully sparse, so nothin
 read back.
 """
 
+import ctypes
 import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,12 +17,14 @@ from typing import Literal
 
 import psutil
 
+from lpsparse.checkpoint.hub import is_cached
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, fsync
-from lpsparse.errors import OutputError, StateError
+from lpsparse.errors import OutputError, StateError, TerminatedError
 
 _NEW = f"{OWNER}.new"
 _NOBODY = -1  # a process id that no process has
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 def check_output(
@@ -66,7 +70,9 @@ def check_output(
         raise OutputError(405, f"{out}: lies inside the input", mend="choose an OUT outside MODEL")
     if any(target == path or target in path.parents for path in inputs):
         raise OutputError(405, f"{out}: holds the input", mend="choose another OUT")
-    free = shutil.disk_usage(parent).free
+    if is_cached(target):
+        raise OutputError(405, f"{out}: lies inside the hub's cache", mend="choose an OUT outside of it")
+    free = shutil.disk_usage(parent).free + left_bytes(out)
     if need_bytes * 1.05 > free:
         what = f"{out}: needs {need_bytes} bytes, {free} are free"
         raise OutputError(406, what, mend="free some space or choose another disk")
@@ -74,16 +80,21 @@ def check_output(
 
 @contextmanager
 def output_folder(
-    out: Path, *, overwrite: bool = False, states: Literal["refuse", "resume", "drop"] = "refuse"
-) -> Generator[Path]:
+    out: Path, *, overwrite: bool = False, states: Literal["refuse", "resume", "drop"] = "refuse",
+    weights: Literal["keep", "drop"] = "drop",
+) -> Generator[Path]:  # fmt: skip
     """A sibling `OUT.partial` to write into; renamed to OUT on success, removed on any failure, unless it
     holds training states: these stay. An earlier run's are found there again, or dropped, or refused.
 
-    Raises StateError when a living process holds it, or states that are not looked for.
+    With `weights` to keep, the weight files of a run that was killed are found there again, whatever they
+    hold, and those of this run stay when it is asked to end by SIGTERM. Raises StateError when a living
+    process holds OUT.partial, or states that are not looked for.
     """
     partial = partial_of(out)
-    _take(partial, states)
+    _take(partial, states, weights)
+    stays = False
     try:
+        _check_renames(partial)
         yield partial
         fsync(partial)
         _exchange(partial, out, overwrite=overwrite)
@@ -96,13 +107,16 @@ def output_folder(
         raise OutputError(
             407, what, mend="mend the disk or choose another OUT; the input is untouched"
         ) from error
+    except TerminatedError:
+        stays = weights == "keep"
+        raise
     finally:
         if partial.exists():
-            if has_states(partial):
+            if stays or has_states(partial):
                 with suppress(OSError):  # a full disk: then the process is found to be gone
                     _own(partial, _NOBODY)
             else:
-                remove_ours(partial, OWNER)
+                remove_ours(partial, REPLACED if (partial / REPLACED).is_file() else OWNER)
 
 
 def partial_of(out: Path) -> Path:
@@ -114,7 +128,19 @@ def has_states(partial: Path) -> bool:
     return any(path.name[5:].isdecimal() for path in (partial / STATE).glob("step-*"))
 
 
-def _take(partial: Path, states: str) -> None:
+def left_bytes(out: Path) -> int:
+    """Bytes of the weight files that a killed run left for the next one to use."""
+    partial = partial_of(out)
+    return sum(path.stat().st_size for path in partial.glob("*") if _is_weights(path))
+
+
+def _is_weights(path: Path) -> bool:
+    """A file of its own: written into, it must not be anybody else's by a link."""
+    info = path.lstat()
+    return path.suffix == ".safetensors" and stat.S_ISREG(info.st_mode) and info.st_nlink == 1
+
+
+def _take(partial: Path, states: str, weights: str) -> None:
     try:
         with suppress(FileExistsError):
             partial.mkdir()
@@ -124,7 +150,7 @@ def _take(partial: Path, states: str) -> None:
             _check_free(partial, states)
             kept = {OWNER, STATE, METRICS} if states == "resume" and has_states(partial) else {OWNER}
             for path in partial.iterdir():  # left by a run that was killed, its mark last
-                if path.name not in kept:
+                if path.name not in kept and not (weights == "keep" and _is_weights(path)):
                     _remove(path)
             _own(partial, os.getpid())
     except OSError as error:
@@ -140,6 +166,20 @@ def _check_free(partial: Path, states: str) -> None:
     if states == "refuse" and has_states(partial):
         what = f"{partial}: holds the training states of an unfinished run"
         raise StateError(709, what, mend="choose another OUT, or delete it if you do not want them")
+
+
+def _check_renames(partial: Path) -> None:
+    """Refuse early a disk (an object store's mount) that cannot rename folders, as the last step needs."""
+    probe, renamed = partial / f"{OWNER}.a", partial / f"{OWNER}.b"
+    try:
+        probe.mkdir()
+        probe.rename(renamed)
+        renamed.rmdir()
+    except OSError as error:
+        what = f"{partial.parent}: cannot rename folders ({error.strerror})"
+        raise OutputError(
+            410, what, mend="choose an OUT on another disk, and copy it when it is whole"
+        ) from error
 
 
 @contextmanager
@@ -180,7 +220,8 @@ def _is_ours(partial: Path) -> bool:
     """Whether it is a folder with our mark; a run may die before it, and a person may delete it."""
     if not partial.is_dir() or partial.is_symlink():
         return False
-    return (partial / OWNER).is_file() or set(os.listdir(partial)) <= {_NEW} or has_states(partial)
+    marked = (partial / OWNER).is_file() or (partial / REPLACED).is_file()
+    return marked or set(os.listdir(partial)) <= {_NEW} or has_states(partial)
 
 
 def _holder(partial: Path) -> tuple[str, int, float]:
@@ -194,15 +235,27 @@ def _holder(partial: Path) -> tuple[str, int, float]:
 
 def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = out.with_name(out.name + ".old")
-    if overwrite and out.exists():
-        if (old / REPLACED).is_file():
-            remove_ours(old, REPLACED)
-        (out / REPLACED).touch()
+    if not overwrite or not out.exists():
+        partial.rename(out)
+        return
+    if (old / REPLACED).is_file():
+        remove_ours(old, REPLACED)
+    (out / REPLACED).touch()
+    if exchange_names(partial, out):
+        old = partial
+    else:
         out.rename(old)  # an OSError where a folder that is not ours has come to stand there
         partial.rename(out)
-        remove_ours(old, REPLACED)
-    else:
-        partial.rename(out)
+    remove_ours(old, REPLACED)
+
+
+def exchange_names(a: Path, b: Path) -> bool:
+    """Give each of two paths the other's name in one call; False where the system or the disk cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux, or a C library without it
+        return False
+    return rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0
 
 
 def remove_ours(folder: Path, mark: str) -> None:

@@ -1,6 +1,7 @@
 """The one loop of every command that writes a checkpoint:
 read a block, cut it (or not), encode it, write it."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,14 @@ from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.manifest import FileRecord, digest
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor, open_checkpoint
 from lpsparse.checkpoint.threads import parallel
-from lpsparse.checkpoint.writer import Named, Part, weight_file_names, write_index, write_tensors
+from lpsparse.checkpoint.writer import (
+    Named,
+    Part,
+    drop_weights,
+    weight_file_names,
+    write_index,
+    write_tensors,
+)
 from lpsparse.errors import InputError, OutputError
 
 _TASK_BYTES = 32 << 20  # what a thread counts at a time
@@ -26,6 +34,7 @@ class Written:
 
     counts: dict[str, "Count"]
     files: tuple[FileRecord, ...]
+    kept: int = 0  # weight files of an interrupted run that were right as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +44,8 @@ class Count:
     zeros: int  # exact zeros of either sign (for integers: zero)
     stored: int  # values that are not the all-zero bit pattern: -0.0 counts
     nonfinite: int
-    total: int  # sum of the raw bits as integers, modulo 2**64: another one shows that bits are others
+    total: int  # sum of the raw bits, 8 bytes a word where rows are made of them, modulo 2**64: another one
+    # shows that bits are others
 
     def __add__(self, other: "Count") -> "Count":
         return Count(
@@ -49,7 +59,8 @@ NOTHING = Count(0, 0, 0, 0)
 
 def count_block(block: Bits, dtype: str) -> Count:
     stored = int(np.count_nonzero(block))
-    total = int(block.sum(dtype=np.uint64))
+    words = block.view(np.uint64) if block.shape[-1] * block.itemsize % 8 == 0 else block
+    total = int(words.sum(dtype=np.uint64))
     if not DTYPES[dtype].is_float:
         return Count(block.size - stored, stored, 0, total)
     codes = ordered(block, dtype)
@@ -90,61 +101,84 @@ def nonfinite(codes: Bits, dtype: str) -> int:
     return int(np.count_nonzero(codes >= codes.dtype.type(limit)))
 
 
-def check_finite(where: str, tensor: Tensor, codes: Bits) -> None:
-    """Raise InputError when a block of ordered magnitudes has NaN or Inf in it."""
-    bad = nonfinite(codes, tensor.dtype)
+def check_finite(source: Checkpoint, tensor: Tensor, bad: int) -> None:
+    """Raise InputError when a block has `bad` values that are NaN or Inf."""
     if bad:
-        what = f"{where}: {tensor.name!r}: {bad} values are NaN or Inf"
+        what = f"{source.name}/{tensor.file}: {tensor.name!r}: {bad} values are NaN or Inf"
         raise InputError(334, what, mend="mend the checkpoint; `lpsparse report` lists the tensors")
 
 
 def rewrite(source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None], layout: str) -> Written:
     """Write `source` into `folder` in `layout` (dense or bitmask), applying `cut`, and read it back.
 
-    Decides nothing. Keeps the source's sharding. Raises InputError on NaN or Inf in any float tensor,
-    OutputError when a file does not hold what was written.
+    Decides nothing. Keeps the source's sharding, and the bytes that an interrupted run left in `folder`
+    where they are the same. Raises InputError on NaN or Inf in any float tensor, OutputError when a file
+    does not hold what was written.
     """
     names = weight_file_names(source, packed=layout == "bitmask")
+    drop_weights(folder, but=set(names.values()))
 
-    def written(path: Path) -> tuple[list[Named], dict[str, Count], FileRecord]:
+    def written(path: Path) -> tuple[list[Named], dict[str, Count], FileRecord, bool]:
         target = folder / names[path.name]
-        entries, counts = _rewrite_file(source, path, target, cut, layout)
-        return entries, counts, _read_back(source, target, counts)
+        found = target.exists()
+        entries, counts, changed = _rewrite_file(source, path, target, cut, layout)
+        return entries, counts, _read_back(source, target, counts), found and not changed
 
     weight_map: dict[str, str] = {}
     counts: dict[str, Count] = {}
     files: list[FileRecord] = []
-    for entries, counted, record in parallel(written, source.files, waiting=2):
+    kept = 0
+    for entries, counted, record, same in parallel(written, source.files, waiting=2):
         weight_map |= {name: record.name for name, _, _ in entries}
         counts |= counted
         files.append(record)
+        kept += same
     if len(source.files) > 1:
         total_bytes = sum(tensor.nbytes for tensor in source.tensors)
         write_index(folder, "lpsparse" if layout == "bitmask" else "model", weight_map, total_bytes)
-    return Written(counts, tuple(files))
+    return Written(counts, tuple(files), kept)
 
 
 def _read_back(source: Checkpoint, target: Path, counts: dict[str, Count]) -> FileRecord:
     """Open a file again that was written, and compare. Raises OutputError."""
-    read = count_all(open_checkpoint(target))
+    checkpoint = open_checkpoint(target)
+    if checkpoint.layout == "dense":
+        read, record = _count_and_digest(checkpoint, target)
+    else:
+        read, record = count_all(checkpoint), digest(target, target.parent)
     for name, written in counts.items():
         if read.get(name) != written:
             what = f"{source.name}: {name!r}: {read.get(name)} read back, {written} written"
             raise OutputError(408, what, mend="check the disk and run again; nothing was kept")
-    return digest(target, target.parent)
+    return record
+
+
+def _count_and_digest(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Count], FileRecord]:
+    """`count_all` and `digest` of a dense file, read once: its header, then its tensors one after another."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        sha256 = hashlib.sha256(file.read(size - sum(tensor.nbytes for tensor in checkpoint.tensors)))
+    counts: dict[str, Count] = {}
+    for tensor in checkpoint.tensors:
+        counts[tensor.name] = NOTHING
+        for _, block in tensor.blocks():
+            sha256.update(block.data)
+            counts[tensor.name] += count_block(block, tensor.dtype)
+    return counts, FileRecord(name=path.name, size=size, sha256=sha256.hexdigest())
 
 
 def _rewrite_file(
     source: Checkpoint, path: Path, target: Path, cut: Callable[[Tensor], Cut | None], layout: str
-) -> tuple[list[Named], dict[str, Count]]:
-    """The entries of the new file, and what is in its tensors."""
+) -> tuple[list[Named], dict[str, Count], bool]:
+    """The entries of the new file, what is in its tensors, and whether anything had to be written."""
     tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
-    streams = {tensor.name: _stream(source, tensor, cut(tensor)) for tensor in tensors}
+    streams = {tensor.name: _stream(tensor, cut(tensor)) for tensor in tensors}
     counts = dict.fromkeys(streams, NOTHING)
     packed: set[str] = set()
     if layout == "bitmask":  # its header says how many values there are
         for tensor in tensors:
             counted = count(tensor, streams[tensor.name]())
+            check_finite(source, tensor, counted.nonfinite)
             if bitmask.pays(tensor.dtype, tensor.shape, counted.stored):
                 packed.add(tensor.name)
                 counts[tensor.name] = counted
@@ -160,11 +194,13 @@ def _rewrite_file(
                 yield from _packed_parts(tensor, streams[tensor.name]())
                 continue
             for row, block in streams[tensor.name]():
-                counts[tensor.name] += count_block(block, tensor.dtype)
+                counted = count_block(block, tensor.dtype)
+                check_finite(source, tensor, counted.nonfinite)
+                counts[tensor.name] += counted
                 yield tensor.name, row * block.shape[1], block
 
-    write_tensors(target, entries, metadata_of(source, path.name, layout), parts())
-    return entries, counts
+    changed = write_tensors(target, entries, metadata_of(source, path.name, layout), parts())
+    return entries, counts, changed
 
 
 def follow(source: Checkpoint) -> None:
@@ -177,19 +213,8 @@ def follow(source: Checkpoint) -> None:
                 pass
 
 
-def _stream(source: Checkpoint, tensor: Tensor, cut: Cut | None) -> Callable[[], Blocks]:
-    def blocks() -> Blocks:
-        if not DTYPES[tensor.dtype].is_float:
-            return tensor.blocks()
-        return cut(_finite(source, tensor)) if cut else _finite(source, tensor)
-
-    return blocks
-
-
-def _finite(source: Checkpoint, tensor: Tensor) -> Blocks:
-    for row, block in tensor.blocks():
-        check_finite(f"{source.name}/{tensor.file}", tensor, ordered(block, tensor.dtype))
-        yield row, block
+def _stream(tensor: Tensor, cut: Cut | None) -> Callable[[], Blocks]:
+    return lambda: cut(tensor.blocks()) if cut else tensor.blocks()
 
 
 def metadata_of(source: Checkpoint, file: str, layout: str) -> dict[str, str]:

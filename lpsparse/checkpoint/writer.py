@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -52,23 +53,47 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], parts: Iterable[Part]) -> None:
-    """Write one safetensors file from a stream of parts, each placed by name and first storage unit.
+def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], parts: Iterable[Part]) -> bool:
+    """Write one safetensors file from a stream of parts, each placed by name and first storage unit; where
+    there is a file already, only what is not in it. Whether anything had to be written.
 
-    Memory is one part. Every byte must be given exactly once: less is our own bug and asserts.
+    Memory is two parts. Every byte must be given exactly once: less is our own bug and asserts.
     """
     text, offsets, position = _header(tensors, metadata)
-    written = 0
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    given, changed = 0, False
+    with path.open("r+b" if path.exists() else "x+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > 8 + len(text) + position:
+            file.truncate(8 + len(text) + position)
+        changed |= _put(file, size, 0, np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
         for name, first, values in parts:
             start, itemsize = offsets[name]
-            file.seek(8 + len(text) + start + first * itemsize)
-            file.write(np.ascontiguousarray(values).data)
-            written += values.nbytes
-        file.flush()
+            changed |= _put(file, size, 8 + len(text) + start + first * itemsize, values)
+            given += values.nbytes
         os.fsync(file.fileno())
-    assert written == position, f"{path.name}: {written} of {position} bytes were given"
+    assert given == position, f"{path.name}: {given} of {position} bytes were given"
+    return changed or size != 8 + len(text) + position
+
+
+def _put(file: FileIO, size: int, place: int, values: Bits) -> bool:
+    """Write at `place`, unless a file that had `size` bytes has these there already."""
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    if place + data.size <= size:
+        found = np.empty_like(data)
+        file.seek(place)
+        if file.readinto(found.data) == data.size and np.array_equal(found, data):
+            return False
+    file.seek(place)
+    while data.size:  # a system writes at most 2 GiB at once
+        data = data[file.write(data.data) or 0 :]
+    return True
+
+
+def drop_weights(folder: Path, *, but: set[str]) -> None:
+    """Delete the weight files in OUT.partial that an interrupted run of other settings left there."""
+    for path in folder.glob("*.safetensors"):
+        if path.name not in but:
+            path.unlink()
 
 
 def file_size(tensors: list[Named], metadata: dict[str, str]) -> int:

@@ -17,7 +17,7 @@ import typer
 
 from lpsparse import __version__
 from lpsparse.cli.output import silence, tell
-from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
+from lpsparse.errors import ExitCode, LaunchError, LpsparseError, TerminatedError, is_out_of_memory
 from lpsparse.settings import check_environment, is_first, is_one_of_several
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
             code = ExitCode.BUG
     if code == ExitCode.INTERRUPT and _asked:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher that stops its processes says why
-            _say_error("LPS751", "stopped by SIGTERM before anything was kept", "run the command again")
+            mend = "run the command again; it uses the weight files that `prune` and `pack` had written"
+            _say_error("LPS751", "stopped by SIGTERM before the result was whole", mend)
         _leave("", ExitCode.RESUMABLE)
     if code == ExitCode.INTERRUPT:  # Typer turns Ctrl-C inside a command into this code
         _leave("interrupted: the input is untouched, no half-written OUT is left", ExitCode.INTERRUPT)
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _terminated(number: int, frame: FrameType | None) -> None:
     """SIGTERM: clean up as for Ctrl-C, whatever is being done."""
     _asked.append(number)
-    raise KeyboardInterrupt
+    raise TerminatedError
 
 
 def _usage(error: Exception, words: list[str]) -> int | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, magnitudes, ordered, value_of
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
-from lpsparse.checkpoint.rewrite import Cut, check_finite
+from lpsparse.checkpoint.rewrite import Cut, check_finite, nonfinite
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import UsageError, VerdictError
 from lpsparse.pruning.gap import Band, find_band
@@ -190,7 +190,7 @@ def _by_rows(blocks: Blocks, rows: int) -> Blocks:
 
 def _finite_codes(source: Checkpoint, tensor: Tensor, raw: Bits) -> Bits:
     codes = ordered(raw, tensor.dtype)
-    check_finite(f"{source.name}/{tensor.file}", tensor, codes)
+    check_finite(source, tensor, nonfinite(codes, tensor.dtype))
     return codes
 
 

@@ -24,7 +24,8 @@ Counts = NDArray[np.int64]
 _BITS = 12  # 4,096 bins a pass, or fewer where there are many tensors: each has its own
 _HELD = 1 << 22  # bins of all tensors together
 _SAMPLE = 1 << 20  # scores
-_SPREAD = 0.005  # of all scores, on either side of the sample's quantile
+_SPREAD = 0.002  # of all scores, on either side of the sample's quantile: 5 standard deviations
+_WIDER = 16  # times the spread, where the sample misled
 _FEW = 6  # scores in a bracket that are counted one by one, which is faster than taking them out
 _RUN = 4096  # neighbouring scores that the sample takes together
 _TASK = 1 << 24  # scores that a thread counts at a time
@@ -70,7 +71,9 @@ def select(group: list[Scored], sparsity: Decimal, *, wide: bool) -> Selected:
     """The smallest scores of a group, as many as `target_count` says; ties go by the group's order, then by
     position."""
     size = sum(scored.size for scored in group)
-    low, high = _bracket(group, floor(sparsity * size), size, wide)
+    sample = np.concatenate(parallel(lambda scored: _sample(scored, size, wide), group))
+    rank, spread = float(sparsity) * sample.size, _SPREAD * sample.size + 8
+    low, high = _bracket(sample, rank, spread, wide)
     tasks = _tasks(group)
     bits = min(_BITS, max(4, (_HELD // len(tasks)).bit_length() - 1))
     while True:
@@ -83,9 +86,11 @@ def select(group: list[Scored], sparsity: Decimal, *, wide: bool) -> Selected:
         below = sum(tally.below for of in tallies.values() for tally in of)
         bins = _bins(tally for of in tallies.values() for tally in of)
         if wanted <= below:
-            low, high = 0, low
+            spread *= _WIDER
+            low, high = min(low - 1, _bracket(sample, rank, spread, wide)[0]), low
         elif wanted > below + bins.sum():
-            low, high = high, _top(wide)
+            spread *= _WIDER
+            low, high = high, max(high + 1, _bracket(sample, rank, spread, wide)[1])
         else:
             place = int(np.searchsorted(np.cumsum(bins), wanted - below))
             if shift == 0:
@@ -162,11 +167,8 @@ def _tally(scored: Scored, first: int, last: int, bracket: tuple[int, int, int],
     return _Tally(zeros, below, places, bins[places])
 
 
-def _bracket(group: list[Scored], wanted: int, size: int, wide: bool) -> tuple[int, int]:
-    """Two keys between which the `wanted`-th smallest score is likely to lie."""
-    sample = np.concatenate(parallel(lambda scored: _sample(scored, size, wide), group))
-    rank = wanted / size * sample.size
-    spread = _SPREAD * sample.size + 8
+def _bracket(sample: Bits, rank: float, spread: float, wide: bool) -> tuple[int, int]:
+    """Two keys between which the score of that rank is likely to lie."""
     first, last = floor(rank - spread), ceil(rank + spread)
     sample.partition([place for place in (first, last) if 0 <= place < sample.size] or [0])
     low = int(sample[first]) if first >= 0 else 0
