@@ -19,13 +19,22 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from lpsparse.errors import ExitCode, LaunchError, LpsparseError, ResourceError, is_out_of_memory
+from lpsparse.checkpoint.threads import Processes, among
+from lpsparse.errors import (
+    ExitCode,
+    LaunchError,
+    LpsparseError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+)
 
 T = TypeVar("T")
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _PATIENCE = 24 * 3600  # seconds that processes which were asked to stop have to end their step and save
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_MEETING = timedelta(minutes=10)  # that processes have to find one another
 _patient: Any = None  # a process group without a time limit to speak of
 MISSED = 604  # code of the error of a process that waited for one that is gone or late
 _TOGETHER = 2.0  # seconds: failures so near to the first one may be its cause
@@ -96,12 +105,55 @@ def of_first(make: Callable[[], T]) -> T:
             found = make()
         except LpsparseError as raised:
             error = raised
-    wait()
-    told = None if error is None else (type(error), int(error.code[3:]), error.what, error.mend)
-    found, told = gathered((found, told))[0]
+    found, told = gathered_late((found, error))[0]
     if told is not None:
-        raise error or told[0](told[1], told[2], mend=told[3])
+        raise error or told
     return cast("T", found)
+
+
+def gathered_late(value: Any) -> list[Any]:
+    """`gathered`, however long one of them works before it has its value."""
+    wait()
+    return gathered(value)
+
+
+@contextmanager
+def together() -> Generator[None]:
+    """Share the work on checkpoints inside among the processes of a launched job, which all come here: each
+    reads, cuts and writes its part, process 0 alone makes and renames OUT, and all get the result.
+
+    Over gloo, or the group that is there. Raises ResourceError when a process is gone, UsageError when the
+    launcher has not said where to meet.
+    """
+    mine = _is_one()
+    if mine:
+        _meet()
+    with missing_others():
+        make_patient()
+        with among(Processes(rank(), ranks(), gathered_late, of_first)):
+            yield
+        wait()
+        if mine:
+            _leave()
+
+
+def _meet() -> None:
+    try:
+        distributed.init_process_group("gloo", timeout=_MEETING)
+    except ValueError as error:  # WORLD_SIZE without MASTER_ADDR
+        raise UsageError(
+            257, f"several processes: {error}", mend="start them with torchrun or srun"
+        ) from error
+    except RuntimeError as error:
+        line = str(error).strip().partition("\n")[0][:200]
+        what = f"process {os.environ.get('RANK')}: the others did not come: {line}"
+        raise ResourceError(MISSED, what, mend="see what ended the other processes") from error
+
+
+def _leave() -> None:
+    global _patient
+    distributed.destroy_process_group()
+    _patient = None
 
 
 def make_patient() -> None:

@@ -1,6 +1,8 @@
 """Errors a person can act on, and the exit codes a script can rely on. Standard library only."""
 
 from enum import IntEnum
+from functools import partial
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -41,6 +43,10 @@ class LpsparseError(Exception):
         self.code = f"LPS{number}"
         self.what = what
         self.mend = mend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that one process can tell another."""
+        return partial(type(self), mend=self.mend), (int(self.code[3:]), self.what)
 
 
 class VerdictError(LpsparseError):

@@ -133,16 +133,17 @@ def execute(step: Step, say: Say, on_step: Callable[[Any], None]) -> Report | di
     """One step, by its kind."""
     if isinstance(step, FinetuneStep):
         return verbs.finetune_step(step, say, on_step)
-    if isinstance(step, PruneStep):
-        return verbs.prune_step(step, say)
-    if isinstance(step, (PackStep, UnpackStep)):
-        return verbs.pack_step(step, say)
     if isinstance(step, EvalStep):
         return verbs.evaluate_step(step, say)
-    if isinstance(step, VerifyStep):
-        return verbs.verify_step(step, say)
-    assert isinstance(step, ReportStep)
-    return verbs.report_step(step, say)
+    with verbs.together():
+        if isinstance(step, PruneStep):
+            return verbs.prune_step(step, say)
+        if isinstance(step, (PackStep, UnpackStep)):
+            return verbs.pack_step(step, say)
+        if isinstance(step, VerifyStep):
+            return verbs.verify_step(step, say)
+        assert isinstance(step, ReportStep)
+        return verbs.report_step(step, say)
 
 
 def passed(done: list[Done]) -> bool:

@@ -2,6 +2,7 @@
 launcher's environment says of this process."""
 
 import os
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +14,20 @@ from lpsparse.errors import LpsparseError, UsageError
 from lpsparse.recipe import STEPS, FinetuneStep, InspectStep, Step, flag
 
 S = TypeVar("S", bound=BaseModel)
+
+
+def name_as_launched() -> None:
+    """Give a process of an srun step the names that torch's own launchers give. A batch script, where SLURM
+    tells of tasks too, is no step of several."""
+    given = os.environ.get
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or int(given("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return
+    first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", given("SLURM_STEP_NODELIST", "localhost")).partition(",")[0]
+    port = 15000 + int(given("SLURM_JOB_ID", 0)) % 10000 + int(given("SLURM_STEP_ID", 0)) % 1000
+    os.environ |= {"RANK": given("SLURM_PROCID", ""), "WORLD_SIZE": given("SLURM_STEP_NUM_TASKS", "")}
+    os.environ["LOCAL_RANK"] = given("SLURM_LOCALID", "0")
+    os.environ.setdefault("MASTER_ADDR", first)
+    os.environ.setdefault("MASTER_PORT", str(port))
 
 
 def is_launched() -> bool:

@@ -19,9 +19,9 @@ from lpsparse.checkpoint.manifest import (
     write_manifest,
 )
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.output import check_output, output_folder
+from lpsparse.checkpoint.output import check_output, shared_folder
 from lpsparse.checkpoint.rewrite import Written, count_all, follow, rewrite
-from lpsparse.checkpoint.threads import beside, using
+from lpsparse.checkpoint.threads import beside, of_one, using
 from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune
@@ -49,13 +49,28 @@ from lpsparse.reporting.measure import (
     prunable_of,
     tensor_records,
 )  # fmt: skip
-from lpsparse.settings import as_launched, is_first, is_launched, resolve
+from lpsparse.settings import as_launched, is_first, is_launched, is_one_of_several, resolve
 
 Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]
 Stamps = dict[Path, tuple[int, int] | None]
 S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
 R = TypeVar("R")
+
+
+@contextmanager
+def together() -> Generator[None]:
+    """Have the processes of a launched job (torchrun, accelerate, srun), which all come here, share the work
+    of prune, pack, unpack, verify and report inside, over a file system that all of them see. Alone it does
+    nothing. Raises ResourceError when one of them is gone.
+    """
+    if not is_one_of_several():
+        yield
+        return
+    from lpsparse import distributed  # and torch with it
+
+    with distributed.together():
+        yield
 
 
 def silent(_: Any) -> None:
@@ -132,7 +147,7 @@ def load(path: str | Path) -> dict[str, Any]:
 def prune_step(step: PruneStep, say: Say = silent) -> Report:
     source = _open(step.model, say)
     stamps = {path: _stamp(path) for path in source.files}
-    check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
+    of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
     plan = plan_prune(
         source, sparsity=step.sparsity, below=step.below, gap=step.gap, n_m=pair(step.n_m),
         block=pair(step.block), scope=step.scope, include=step.include, exclude=step.exclude,
@@ -170,7 +185,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     source = _open(step.model, say)
     stamps = {path: _stamp(path) for path in source.files}
     chosen = prunable_of(source)
-    check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
+    of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
     if step.dry_run:
         say("dry run: nothing is written")
         return measure(source, chosen)
@@ -347,7 +362,7 @@ def _writing(
     """A folder to rewrite into, and the call that completes it. Raises InputError when a file of `source` no
     longer has its stamp."""
     with (
-        output_folder(step.out, overwrite=step.overwrite, weights="keep") as folder,
+        shared_folder(step.out, overwrite=step.overwrite) as folder,
         beside(lambda: source_of(source)) as record,
     ):
 
@@ -355,14 +370,19 @@ def _writing(
             if written.kept:
                 of = f"{written.kept} of {len(written.files)} weight files"
                 say(f"{of} were there already, whole, from an interrupted run")
-            found = _finish(step, source, record(), folder, chosen, say, written, quality)
-            for path, known in stamps.items():
-                if _stamp(path) != known:
-                    what = f"{path}: was changed while it was read"
-                    raise InputError(344, what, mend="run again when nobody writes it")
+            made_of = record()
+            found = of_one(lambda: _finish(step, source, made_of, folder, chosen, say, written, quality))
+            of_one(lambda: _check_unchanged(stamps))
             return found
 
         yield folder, finish
+
+
+def _check_unchanged(stamps: Stamps) -> None:
+    for path, known in stamps.items():
+        if _stamp(path) != known:
+            what = f"{path}: was changed while it was read"
+            raise InputError(344, what, mend="run again when nobody writes it")
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

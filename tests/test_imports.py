@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "cli": VERBS_MAY | {"verbs", "recipe_file", "pipeline"},
     "__main__": {"cli"},
     "__init__": set[str](),
-    "distributed": {"errors"},
+    "distributed": {"checkpoint.threads", "errors"},
 }
 
 

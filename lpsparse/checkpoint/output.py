@@ -11,7 +11,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ import psutil
 
 from lpsparse.checkpoint.hub import is_cached
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.threads import of_one
 from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, fsync
 from lpsparse.errors import OutputError, StateError, TerminatedError
 
@@ -103,20 +104,19 @@ def output_folder(
         fsync(out)
         fsync(out.absolute().parent)
     except OSError as error:
-        what = f"{error.filename or out}: {error.strerror or error}"
-        raise OutputError(
-            407, what, mend="mend the disk or choose another OUT; the input is untouched"
-        ) from error
+        raise failed(out, error) from error
     except TerminatedError:
         stays = weights == "keep"
         raise
     finally:
         if partial.exists():
-            if stays or has_states(partial):
-                with suppress(OSError):  # a full disk: then the process is found to be gone
+            with suppress(
+                OSError
+            ):  # what went wrong before is what to tell; the next run finds this one gone
+                if stays or has_states(partial):
                     _own(partial, _NOBODY)
-            else:
-                remove_ours(partial, REPLACED if (partial / REPLACED).is_file() else OWNER)
+                else:
+                    remove_ours(partial, REPLACED if (partial / REPLACED).is_file() else OWNER)
 
 
 def partial_of(out: Path) -> Path:
@@ -126,6 +126,24 @@ def partial_of(out: Path) -> Path:
 def has_states(partial: Path) -> bool:
     """Whether a run left training states there."""
     return any(path.name[5:].isdecimal() for path in (partial / STATE).glob("step-*"))
+
+
+@contextmanager
+def shared_folder(out: Path, *, overwrite: bool) -> Generator[Path]:
+    """`output_folder` for all processes of a job, `among` which one makes and renames it; their weights stay
+    where it says."""
+    with ExitStack() as stack:
+        of_one(lambda: stack.enter_context(output_folder(out, overwrite=overwrite, weights="keep")))
+        try:
+            yield partial_of(out)
+        except OSError as error:
+            raise failed(out, error) from error
+        of_one(stack.close)
+
+
+def failed(out: Path, error: OSError) -> OutputError:
+    what = f"{error.filename or out}: {error.strerror or error}"
+    return OutputError(407, what, mend="mend the disk or choose another OUT; the input is untouched")
 
 
 def left_bytes(out: Path) -> int:

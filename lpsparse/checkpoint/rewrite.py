@@ -12,7 +12,7 @@ from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, ordered
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.manifest import FileRecord, digest
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor, open_checkpoint
-from lpsparse.checkpoint.threads import parallel
+from lpsparse.checkpoint.threads import of_one, parallel
 from lpsparse.checkpoint.writer import (
     Named,
     Part,
@@ -116,7 +116,7 @@ def rewrite(source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None
     does not hold what was written.
     """
     names = weight_file_names(source, packed=layout == "bitmask")
-    drop_weights(folder, but=set(names.values()))
+    of_one(lambda: drop_weights(folder, but=set(names.values())))
 
     def written(path: Path) -> tuple[list[Named], dict[str, Count], FileRecord, bool]:
         target = folder / names[path.name]
@@ -135,7 +135,8 @@ def rewrite(source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None
         kept += same
     if len(source.files) > 1:
         total_bytes = sum(tensor.nbytes for tensor in source.tensors)
-        write_index(folder, "lpsparse" if layout == "bitmask" else "model", weight_map, total_bytes)
+        stem = "lpsparse" if layout == "bitmask" else "model"
+        of_one(lambda: write_index(folder, stem, weight_map, total_bytes))
     return Written(counts, tuple(files), kept)
 
 

@@ -1,23 +1,57 @@
-"""Work on all cores: numpy and hashlib let other threads run while they compute."""
+"""Work on all cores, where numpy and hashlib let other threads run while they compute; and in all processes
+of a launched job, each with its share.
+"""
 
 import os
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
 from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 _stop: ContextVar[Event | None] = ContextVar("stop", default=None)
 _count: ContextVar[int | None] = ContextVar("threads", default=None)
+_processes: ContextVar["Processes | None"] = ContextVar("processes", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """The processes of a job that take the same steps; each function is called by all of them."""
+
+    number: int  # of this one
+    count: int
+    gathered: Callable[[Any], list[Any]]  # a small value of each, by number
+    of_first: Callable[[Callable[[], Any]], Any]  # what a function gives on the first, or its error
+
+
+@contextmanager
+def among(processes: Processes | None) -> Generator[None]:
+    """Share the work inside with other processes, or not."""
+    token = _processes.set(processes)
+    try:
+        yield
+    finally:
+        _processes.reset(token)
+
+
+def of_one(make: Callable[[], B]) -> B:
+    """What only one process does, such as writing: what `make` gives there, or its error, on all of them."""
+    processes = _processes.get()
+    if processes is None:
+        return make()
+    with among(None):
+        return processes.of_first(make)
 
 
 def cores() -> int:
     """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
@@ -33,8 +67,27 @@ def using(count: int | None) -> Generator[None]:
 def parallel(function: Callable[[A], B], items: Iterable[A], *, waiting: int = 0) -> list[B]:
     """`function` of each item, in their order; the first error, in that order, is raised. Inside of such a
     function the threads are taken already, and it is a plain loop. `waiting` more threads where many of them
-    wait for a disk."""
+    wait for a disk. `among` processes each takes every n-th item, and all have what all of them found."""
     work = list(items)
+    processes = _processes.get()
+    if processes is None:
+        return _on_threads(function, work, waiting)
+    mine = work[processes.number :: processes.count]
+    found: list[B] = []
+    error: Exception | None = None
+    try:
+        with among(None):
+            found = _on_threads(function, mine, waiting)
+    except Exception as raised:  # told to all, so that none waits for this one
+        error = raised
+    shares = processes.gathered((found, error))
+    for _, told in shares:
+        if told is not None:
+            raise error or told
+    return [shares[i % processes.count][0][i // processes.count] for i in range(len(work))]
+
+
+def _on_threads(function: Callable[[A], B], work: list[A], waiting: int) -> list[B]:
     given = _count.get()
     count = min(given if given == 1 else (given or cores()) + waiting, len(work))
     if count < 2:
@@ -64,6 +117,10 @@ def check_going_on() -> None:
 
 @contextmanager
 def beside(function: Callable[[], B]) -> Generator[Callable[[], B]]:
-    """Begin with `function` beside the block; a call waits for what it gives, or raises its error."""
+    """Begin with `function` beside the block; a call waits for what it gives, or raises its error. `among`
+    processes it begins when it is called: what they tell one another has an order."""
+    if _processes.get() is not None:
+        yield function
+        return
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(copy_context().run, function).result

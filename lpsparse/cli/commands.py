@@ -65,15 +65,19 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
 
 
 def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:
-    from lpsparse.verbs import prune_step
+    from lpsparse.verbs import prune_step, together
 
-    _wrote(step, prune_step(step, teller(quiet)), as_json=as_json, quiet=quiet)
+    with together():
+        found = prune_step(step, teller(quiet))
+    _wrote(step, found, as_json=as_json, quiet=quiet)
 
 
 def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, quiet: bool) -> None:
-    from lpsparse.verbs import pack_step
+    from lpsparse.verbs import pack_step, together
 
-    _wrote(step, pack_step(step, teller(quiet)), as_json=as_json, quiet=quiet)
+    with together():
+        found = pack_step(step, teller(quiet))
+    _wrote(step, found, as_json=as_json, quiet=quiet)
 
 
 def _finetune(step: recipe.FinetuneStep, as_json: bool, quiet: bool) -> None:
@@ -101,9 +105,10 @@ def _facts(found: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
-    from lpsparse.verbs import verify_step
+    from lpsparse.verbs import together, verify_step
 
-    found = verify_step(step, teller(quiet))
+    with together():
+        found = verify_step(step, teller(quiet))
     if as_json:
         print_json(found)
     elif found["ok"]:

@@ -18,7 +18,7 @@ import typer
 from lpsparse import __version__
 from lpsparse.cli.output import silence, tell
 from lpsparse.errors import ExitCode, LaunchError, LpsparseError, TerminatedError, is_out_of_memory
-from lpsparse.settings import check_environment, is_first, is_one_of_several
+from lpsparse.settings import check_environment, is_first, is_one_of_several, name_as_launched
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)  # training has a handler of its own
     try:
+        name_as_launched()
         check_environment()
         code = _app()(args=words, prog_name="lpsparse", standalone_mode=False)
         sys.stdout.flush()

@@ -9,7 +9,7 @@ from lpsparse.cli.commands import show_report
 from lpsparse.cli.output import print_json, print_result, teller, width
 from lpsparse.errors import ExitCode
 from lpsparse.recipe import ReportStep
-from lpsparse.settings import resolve
+from lpsparse.settings import is_first, resolve
 
 _HELP = """Measure sparsity and bytes from the files alone; exit 1 when a budget fails.
 
@@ -48,7 +48,7 @@ def report(
 ) -> None:  # fmt: skip
     from lpsparse.checkpoint.writer import check_report_file, write_beside
     from lpsparse.reporting import table
-    from lpsparse.verbs import report_step
+    from lpsparse.verbs import report_step, together
 
     given = {
         "model": model, "base": base, "include": include, "exclude": exclude, "min_sparsity": min_sparsity,
@@ -57,11 +57,13 @@ def report(
     step = resolve(ReportStep, {key: value for key, value in given.items() if value not in (None, [])})
     if json_file not in (None, "-"):
         check_report_file(Path(json_file), (model, base))
-    found = report_step(step, teller(quiet))
+    with together():
+        found = report_step(step, teller(quiet))
     if json_file == "-":
         print_json(found.model_dump(mode="json"))
     elif json_file is not None:
-        write_beside(Path(json_file), found.model_dump(mode="json"))
+        if is_first():
+            write_beside(Path(json_file), found.model_dump(mode="json"))
         print_result(table.render(found, width()))
     else:
         show_report(found, as_json=False)

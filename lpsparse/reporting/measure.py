@@ -12,6 +12,7 @@ from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.manifest import Quality, TensorRecord, digest, own_manifest
 from lpsparse.checkpoint.opening import Checkpoint, Tensor
 from lpsparse.checkpoint.rewrite import Count, count_all, entries_of, metadata_of
+from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import Named, file_size
 from lpsparse.pruning.prunable import choose
 
@@ -232,5 +233,6 @@ def own_quality(checkpoint: Checkpoint) -> tuple[Quality, ...]:
     if manifest is None or checkpoint.root is None:
         return ()
     files = {record.name: record for record in manifest.files}
-    same = all(digest(path, checkpoint.root) == files.get(path.name) for path in checkpoint.files)
-    return manifest.quality if same else ()
+    root = checkpoint.root
+    found = parallel(lambda path: digest(path, root), checkpoint.files)
+    return manifest.quality if all(record == files.get(record.name) for record in found) else ()

@@ -1,0 +1,134 @@
+"""Several processes share the work on a checkpoint: the bytes are those of one, and none when one is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Ran, cli_environment, run_cli, tree_hash
+
+import lpsparse
+from lpsparse.errors import ExitCode
+from lpsparse.settings import name_as_launched
+
+# Every command on four processes, as a program of theirs; each says what it got.
+PROGRAM = """
+import json, sys
+import lpsparse
+model, out = sys.argv[1:]
+with lpsparse.together():
+    found = [lpsparse.prune(model, f"{out}/sparse", sparsity=0.8).prunable.zeros]
+    found += [lpsparse.prune(model, f"{out}/rows", sparsity=0.5, scope="tensor").prunable.zeros]
+    found += [lpsparse.pack(f"{out}/sparse", f"{out}/packed", layout="bitmask").bytes.file_bytes]
+    found += [lpsparse.unpack(f"{out}/packed", f"{out}/dense").bytes.file_bytes]
+    found += [lpsparse.verify(f"{out}/sparse", model)]
+    found += [lpsparse.report(f"{out}/packed", model).base.bytes_ratio]
+    for bad in ("prune", "pack"):
+        try:
+            getattr(lpsparse, bad)(model, f"{out}/sparse", **({"sparsity": 0.5} if bad == "prune" else {}))
+        except lpsparse.LpsparseError as error:
+            found += [error.code, int(error.exit_code)]
+print(json.dumps(found))
+"""
+# A process that is lost when it is to write.
+LOST = """
+import os, signal, sys
+from lpsparse.checkpoint import rewrite
+from lpsparse.cli import main
+if os.environ["RANK"] == os.environ["LOST"]:
+    rewrite.write_tensors = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+
+
+def start(words: list[str], **env: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, *words], env=cli_environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def names(rank: int, of: int, port: int) -> dict[str, str]:
+    """What a launcher tells a process."""
+    told = {"RANK": rank, "WORLD_SIZE": of, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}
+    return {key: str(value) for key, value in told.items()} | {"MASTER_ADDR": "localhost"}
+
+
+def end(process: subprocess.Popen[bytes]) -> Ran:
+    stdout, stderr = process.communicate(timeout=120)
+    return Ran(process.returncode, stdout.decode(), stderr.decode())
+
+
+def test_four_processes_write_the_bytes_of_one(shards: Path, tmp_path: Path) -> None:
+    for name in ("one", "four"):
+        (tmp_path / name).mkdir()
+    alone = end(start(["-c", PROGRAM, str(shards), str(tmp_path / "one")]))
+    words = ["-c", PROGRAM, str(shards), str(tmp_path / "four")]
+    ran = [end(each) for each in [start(words, **names(rank, 4, 29651)) for rank in range(4)]]
+    assert [each.rc for each in ran] == [0] * 4, ran[0].stderr
+    assert [json.loads(each.stdout) for each in ran] == [json.loads(alone.stdout)] * 4
+    assert tree_hash(tmp_path / "four") == tree_hash(tmp_path / "one")
+    assert json.loads(alone.stdout)[-4:] == ["LPS401", 4] * 2
+
+
+def test_a_launched_command_speaks_once_and_ends_as_alone(shards: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29653", "-m", "lpsparse"]
+    ran = end(start([*launcher, "prune", str(shards), str(tmp_path / "out"), "--sparsity", "0.8"]))
+    assert ran.rc == 0, ran.stderr
+    alone = run_cli(["prune", shards, tmp_path / "alone", "--sparsity", "0.8"])
+    assert ran.stdout == alone.stdout and ran.stderr.count("wrote ") == 1
+    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "alone")
+
+
+def test_the_processes_of_an_srun_step_find_one_another(shards: Path, tmp_path: Path) -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "77"}
+    words = ["-m", "lpsparse", "report", str(shards), "--json", str(tmp_path / "report.json")]
+    ran = [end(each) for each in [start(words, SLURM_PROCID=str(i), **step) for i in range(2)]]
+    assert [each.rc for each in ran] == [0, 0], ran[0].stderr
+    assert ran[1].stdout == "" and json.loads((tmp_path / "report.json").read_text())["model"] == "shards"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node7", "node7"), ("a1,b2", "a1"), ("node[003-007,9],b", "node003"), ("rack[1-2]n[3,4]", "rack1n3")],
+)
+def test_the_first_host_of_a_step_is_where_processes_meet(
+    nodes: str, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # to be put back as it was
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    name_as_launched()
+    assert "RANK" not in os.environ  # a batch script
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
+    name_as_launched()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "8")
+    assert os.environ["MASTER_ADDR"] == first
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_lost_process_ends_the_others_and_leaves_no_artefact(
+    lost: int, shards: Path, tmp_path: Path
+) -> None:
+    words = ["-c", LOST, "prune", str(shards), str(tmp_path / "out"), "--sparsity", "0.8"]
+    ran = [start(words, LOST=str(lost), **names(rank, 3, 29655 + lost)) for rank in range(3)]
+    ended = [end(each) for each in ran]
+    assert ended[lost].rc == -signal.SIGKILL and not (tmp_path / "out").exists()
+    assert [each.rc for i, each in enumerate(ended) if i != lost] == [ExitCode.RESOURCE] * 2
+    if lost:
+        assert "error[LPS604]" in ended[0].stderr and os.listdir(tmp_path) == ["shards"]
+    lpsparse.prune(shards, tmp_path / "out", sparsity=0.8)  # takes over what process 0 left
+    assert lpsparse.verify(tmp_path / "out", shards)["ok"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "shards"]
+
+
+def test_an_error_of_one_process_is_that_of_all(shards: Path, tmp_path: Path) -> None:
+    (shards / "model-00002-of-00003.safetensors").write_bytes(b"")
+    words = ["-m", "lpsparse", "prune", str(shards), str(tmp_path / "out"), "--sparsity", "0.8"]
+    ran = [end(each) for each in [start(words, **names(rank, 2, 29659)) for rank in range(2)]]
+    assert [each.rc for each in ran] == [ExitCode.INPUT] * 2
+    assert ran[0].stderr.count("error[LPS301]") == 1 and ran[1].stderr == ""
