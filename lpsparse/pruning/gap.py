@@ -5,14 +5,16 @@ when it is at least two decades wide with at least 1 % of the prunable weights b
 is taken.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import inf, log10, sqrt
+from math import log10, sqrt
 
 import numpy as np
 
-from lpsparse.checkpoint.dtypes import Bits, value_of
+from lpsparse.checkpoint.dtypes import Bits, magnitudes, value_of
+from lpsparse.checkpoint.threads import parallel
+from lpsparse.pruning.select import Counts, Scored, Task, tasks_of
 
 MIN_DECADES = 2.0
 MIN_BELOW = 0.01
@@ -37,16 +39,15 @@ class Band:
         return sqrt(max(self.low, ZERO)) * sqrt(self.high)
 
 
-def find_band(keys: Callable[[], Iterator[Bits]], *, wide: bool) -> tuple[Band | None, Band | None]:
+def find_band(group: list[Scored], *, wide: bool) -> tuple[Band | None, Band | None]:
     """The widest band that counts, and the widest one that fails by its width (for the message). Two passes.
 
     Bins are the upper 16 bits of a key (about 0.4 % wide in f32), so candidates are runs of empty bins; the
     second pass takes the exact magnitudes at both edges of every candidate.
     """
     shift = 48 if wide else 16
-    counts = np.zeros(_BINS, np.int64)
-    for block in keys():
-        counts += np.bincount((block.ravel() >> block.dtype.type(shift)).astype(np.int64), minlength=_BINS)
+    tasks = tasks_of(group)
+    counts = sum(parallel(lambda task: _count(task, shift, wide), tasks), np.zeros(_BINS, np.int64))
     used = np.flatnonzero(counts)
     cumulative = np.cumsum(counts)
     total = int(cumulative[-1])
@@ -55,28 +56,47 @@ def find_band(keys: Callable[[], Iterator[Bits]], *, wide: bool) -> tuple[Band |
     if not runs:
         return None, None
     runs = sorted(runs, key=lambda run: -_width(*run, shift, wide))[:8]
-    bands = [_exact(keys, a, b, shift, int(cumulative[a]), total, wide) for a, b in runs]
+    ends = parallel(lambda task: _ends(task, {bin for run in runs for bin in run}, shift, wide), tasks)
+    bands = [
+        Band(
+            value_of(max(each[a][1] for each in ends if a in each), wide=wide),
+            value_of(min(each[b][0] for each in ends if b in each), wide=wide), int(cumulative[a]), total,
+        )
+        for a, b in runs
+    ]  # fmt: skip
     # Between zeros and the smallest weight there is room without end, and nothing to cut: it counts only when
     # no band lies between two weights.
     best = max(bands, key=lambda band: (band.low > 0 and band.decades >= MIN_DECADES, band.decades))
     return (best, None) if best.decades >= MIN_DECADES else (None, best)
 
 
+def _keys(task: Task, wide: bool) -> Iterator[Bits]:
+    scored, first, last = task
+    for codes in scored.blocks(first, last):
+        yield magnitudes(codes.ravel(), scored.dtype, wide=wide)
+
+
+def _count(task: Task, shift: int, wide: bool) -> Counts:
+    counts = np.zeros(_BINS, np.int64)
+    for keys in _keys(task, wide):
+        counts += np.bincount((keys >> keys.dtype.type(shift)).astype(np.int64), minlength=_BINS)
+    return counts
+
+
+def _ends(task: Task, bins: set[int], shift: int, wide: bool) -> dict[int, tuple[int, int]]:
+    """The smallest and the largest key in each of some bins, where there is one."""
+    ends: dict[int, tuple[int, int]] = {}
+    for keys in _keys(task, wide):
+        places = keys >> keys.dtype.type(shift)
+        for each in bins:
+            inside = keys[places == each]
+            if inside.size:
+                low, high = ends.get(each, (int(inside[0]), int(inside[0])))
+                ends[each] = min(low, int(inside.min())), max(high, int(inside.max()))
+    return ends
+
+
 def _width(a: int, b: int, shift: int, wide: bool) -> float:
     """Decades of a run of empty bins, at most one bin off at each side."""
     low = max(value_of(a << shift, wide=wide), ZERO)
     return log10(max(value_of(b << shift, wide=wide), ZERO) / low)
-
-
-def _exact(
-    keys: Callable[[], Iterator[Bits]], a: int, b: int, shift: int, below: int, total: int, wide: bool
-) -> Band:
-    low, high = 0, None
-    for block in keys():
-        bins = block >> block.dtype.type(shift)
-        in_a, in_b = block[bins == a], block[bins == b]
-        low = max(low, int(in_a.max(initial=0)))
-        if in_b.size:
-            high = int(in_b.min()) if high is None else min(high, int(in_b.min()))
-    upper = inf if high is None else value_of(high, wide=wide)
-    return Band(value_of(low, wide=wide), upper, below, total)

@@ -199,16 +199,8 @@ def _check(source: Checkpoint, tensor: Tensor) -> None:
         _finite_codes(source, tensor, raw)
 
 
-def _keys(source: Checkpoint, tensors: list[Tensor], wide: bool) -> Iterator[Bits]:
-    """Magnitude keys that compare across dtypes."""
-    for tensor in tensors:
-        for _, raw in tensor.blocks():
-            _finite_codes(source, tensor, raw)
-            yield magnitudes(raw, tensor.dtype, wide=wide)
-
-
 def _band(source: Checkpoint, tensors: list[Tensor], wide: bool) -> Band:
-    band, widest = find_band(lambda: _keys(source, tensors, wide), wide=wide)
+    band, widest = find_band([_scored(source, tensor, None) for tensor in tensors], wide=wide)
     if band is None:
         seen = "no empty band with 1 % of the weights below it"
         if widest is not None:

@@ -46,6 +46,9 @@ class Scored:
         return self.rows * self.columns
 
 
+Task = tuple[Scored, int, int]  # rows first..last of a tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Selected:
     """What is cut: all scores below a key, and of those that equal it the first few of each tensor."""
@@ -74,7 +77,7 @@ def select(group: list[Scored], sparsity: Decimal, *, wide: bool) -> Selected:
     sample = np.concatenate(parallel(lambda scored: _sample(scored, size, wide), group))
     rank, spread = float(sparsity) * sample.size, _SPREAD * sample.size + 8
     low, high = _bracket(sample, rank, spread, wide)
-    tasks = _tasks(group)
+    tasks = tasks_of(group)
     bits = min(_BITS, max(4, (_HELD // len(tasks)).bit_length() - 1))
     while True:
         shift = max(0, (high - low - 1).bit_length() - bits)
@@ -120,9 +123,9 @@ def _bins(tallies: Iterable[_Tally]) -> Counts:
     return total
 
 
-def _tasks(group: list[Scored]) -> list[tuple[Scored, int, int]]:
+def tasks_of(group: list[Scored]) -> list[Task]:
     """Rows first..last of a tensor, as many as a thread counts at a time."""
-    tasks: list[tuple[Scored, int, int]] = []
+    tasks: list[Task] = []
     for scored in group:
         step = max(1, _TASK // max(scored.columns, 1))
         tasks += [(scored, row, min(row + step, scored.rows)) for row in range(0, scored.rows, step)]
@@ -130,9 +133,9 @@ def _tasks(group: list[Scored]) -> list[tuple[Scored, int, int]]:
 
 
 def _pass(
-    group: list[Scored], tasks: list[tuple[Scored, int, int]], bracket: tuple[int, int, int], wide: bool
+    group: list[Scored], tasks: list[Task], bracket: tuple[int, int, int], wide: bool
 ) -> dict[str, list[_Tally]]:
-    def counted(task: tuple[Scored, int, int]) -> _Tally:
+    def counted(task: Task) -> _Tally:
         return _tally(*task, bracket, wide)
 
     found = parallel(counted, tasks)
