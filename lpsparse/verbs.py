@@ -316,6 +316,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         }
         notes = (*task.loaded.notes, trained.facts)
         record = source_of(source)
+        _check_same(record, made_by["model"])
         found = _finish(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
     distributed.wait()
     return found
@@ -376,6 +377,16 @@ def _writing(
             return found
 
         yield folder, finish
+
+
+def _check_same(record: Source, known: dict[str, str]) -> None:
+    """Raises InputError when a file of the source has not the hash that it had when training began."""
+    for file in record.files:
+        if file.sha256 != known[file.name]:
+            what = f"{record.name}: {file.name} was changed during the training"
+            raise InputError(
+                344, what, mend="put it back, and run again: from the last training state, if any"
+            )
 
 
 def _check_unchanged(stamps: Stamps) -> None:

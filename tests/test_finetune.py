@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -19,7 +20,11 @@ from torch import nn
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune
+from lpsparse.recipe import FinetuneStep
+from lpsparse.settings import resolve
+from lpsparse.verbs import finetune_step
 
 
 def test_finetune_meets_the_target_exactly_and_writes_the_inputs_keys_shapes_and_dtypes(
@@ -179,6 +184,18 @@ def test_missing_weights_and_code_in_config_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
     with pytest.raises(LpsparseError, match="code of its own"):
         lpsparse.finetune(folder, tmp_path / "out", **SMALL)
+
+
+def test_a_source_that_changes_during_the_training_is_refused(net: dict, tmp_path: Path) -> None:
+    def change(_: Any) -> None:
+        with net["model"].open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x3f")
+
+    given = {**net, "model": str(net["model"]), "out": tmp_path / "out", "steps": 2}
+    with pytest.raises(InputError, match="was changed during the training"):
+        finetune_step(resolve(FinetuneStep, given), on_step=change)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_dry_run_says_the_plan_and_writes_nothing(tmp_path: Path) -> None:
