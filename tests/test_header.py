@@ -46,7 +46,11 @@ HOSTILE = {
     "eight bytes": (bytes(8), ["header"]),
     "header of 2**63": ((2**63).to_bytes(8, "little") + b"{}", ["9223372036854775808", "100000000"]),
     "header past the end": ((999).to_bytes(8, "little") + b"{}", ["1007", "10", "truncated"]),
-    "git lfs pointer": (LFS, ["Git LFS pointer", "git lfs pull"]),
+    "git lfs pointer": (LFS, ["Git LFS pointer", "90868376 bytes", "git lfs pull"]),
+    "git lfs pointer of no size": (LFS[:-20] + b"size -1\n", ["Git LFS pointer, not the weights |"]),
+    "git lfs pointer of any size": (LFS[:-9] + b"9" * 400 + b"\n", ["Git LFS pointer, not the weights |"]),
+    "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(64), ["protobuf", "ONNX"]),
+    "onnx without its maker": (b"\x08\x0a\x3a\xc3\x91\x04\x0a\x1c" + bytes(64), ["protobuf", "ONNX"]),
     "html page": (b"<!DOCTYPE html><html>not found</html>", ["HTML"]),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(64), ["GGUF"]),
     "zip": (b"PK\x03\x04\x14\0\0\0" + bytes(64), ["zip", ".pt"]),
@@ -64,13 +68,13 @@ HOSTILE = {
     "nested 5,000 deep": (with_header(b"[" * 5000 + b"]" * 5000), ["nested too deep"]),
     "nested in an entry": (entry(shape=[[[[]]]]), ["'a'", "shape"]),
     "number of 5,000 digits": (with_header('{"a": ' + "9" * 5000 + "}"), ["not valid"]),
-    "duplicate name": (with_header(f'{{"a": {A_TEXT}, "a": {A_TEXT}}}', bytes(7)), ["duplicate", "'a'"]),
+    "duplicate name": (with_header(f'{{"a": {A_TEXT}, "a": {A_TEXT}}}', bytes(7)), ["key 'a', at 1 and 2"]),
     "duplicate metadata": (with_header('{"__metadata__": {}, "__metadata__": {}}'), ["duplicate"]),
     "metadata not strings": (with_header({"__metadata__": {"format": 7}}), ["__metadata__"]),
     "metadata a list": (with_header({"__metadata__": ["pt"]}), ["__metadata__"]),
-    "overlap": (two((0, 7), (5, 12), 12), ["'b'", "overlaps"]),
+    "overlap": (two((0, 7), (5, 12), 12), ["'b' overlaps 'a'"]),
     "the same range twice": (two((0, 7), (0, 7), 7), ["overlaps"]),
-    "hole between": (two((0, 7), (9, 16), 16), ["'b'", "hole"]),
+    "hole between": (two((0, 7), (9, 16), 16), ["'b'", "hole after 'a'"]),
     "hole at the start": (two((2, 9), (9, 16), 16), ["'a'", "hole"]),
     "reversed offsets": (entry(data_offsets=[7, 0]), ["'a'", "[7, 0]"]),
     "negative offset": (entry(data_offsets=[-7, 0]), ["'a'", "[-7, 0]"]),
@@ -107,7 +111,7 @@ def test_a_hostile_file_is_refused_by_what_is_wrong_with_it(
     with pytest.raises(InputError) as refused:
         read_header(path)
     assert time.perf_counter() - started < 5  # the bound for any bad input, on a busy machine too
-    said = f"{refused.value.what} {refused.value.mend}"
+    said = f"{refused.value.what} | {refused.value.mend}"
     assert str(path) in said
     assert [word for word in words if word not in said] == []
 
@@ -121,13 +125,24 @@ def test_the_command_line_exits_3_in_two_lines_and_writes_nothing(tmp_path: Path
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("length", [60, 128, 384, 0x3C + 256, 0x80 + 512])
+LIKE_OTHERS = [60, 128, 384, 0x3C + 256, 0x80 + 512, 0x12_0708, 0x80 + 4 * 256, 0x213C]
+
+
+@pytest.mark.parametrize("length", LIKE_OTHERS)
 def test_a_header_length_that_looks_like_another_format_is_read(length: int, tmp_path: Path) -> None:
     text = json.dumps({"a": A})
     path = tmp_path / "model.safetensors"
     path.write_bytes(with_header(text + " " * (length - len(text)), bytes(7)))
     assert [each.name for each in read_header(path).entries] == ["a"]
-    assert path.read_bytes()[0] in b"<\x80"
+    assert path.read_bytes()[0] in b"<\x80\x08"
+
+
+@pytest.mark.parametrize("length", LIKE_OTHERS)
+def test_such_a_file_cut_short_is_told_as_cut_short(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b'{"a":')
+    with pytest.raises(InputError, match="truncated"):
+        read_header(path)
 
 
 def test_many_duplicate_names_are_refused_at_once(tmp_path: Path) -> None:

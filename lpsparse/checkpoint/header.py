@@ -6,6 +6,8 @@ checked, and two that the reference reader leaves out: duplicate names and the n
 
 import json
 import math
+import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +22,27 @@ MAX_TENSORS = 500_000  # 700,000 empty tensors took the reference reader 6 s to 
 MAX_DIMENSIONS = 64  # numpy's
 
 _DOWNLOAD_AGAIN = "download or copy the file again"
+_SAFETENSORS = "use the safetensors form of this model"
+_TORCH = "give it the suffix .pt and try again"
+# How files of other formats begin, told from a safetensors file that was cut short, which may begin with the
+# same bytes: of its eight bytes of length the last four are zero.
 _NOT_WEIGHTS: tuple[tuple[bytes, str, str], ...] = (
     (
-        b"version https://git-lfs",
+        rb"version https://git-lfs(?:[^\0]*\nsize (\d{1,19})\n)?",
         "a Git LFS pointer, not the weights",
         "run `git lfs pull` in that repository",
     ),
-    (b"GGUF", "a GGUF file, not safetensors", "use the safetensors form of this model"),
-    (b"PK\x03\x04", "a zip archive (a torch file?), not safetensors", "give it the suffix .pt and try again"),
-    (b"\x80", "a pickle (a torch file?), not safetensors", "give it the suffix .pt and try again"),
-    (b"\x89HDF", "an HDF5 file, not safetensors", "use the safetensors form of this model"),
-    (b"<", "an HTML or XML page, not weights", _DOWNLOAD_AGAIN),
+    (rb"GGUF", "a GGUF file, not safetensors", _SAFETENSORS),
+    (rb"PK\x03\x04", "a zip archive (a torch file?), not safetensors", _TORCH),
+    (rb"\x80[\x01-\x05][^\0]", "a pickle (a torch file?), not safetensors", _TORCH),
+    (rb"\x89HDF", "an HDF5 file, not safetensors", _SAFETENSORS),
+    # An ONNX model: the version of its format, then one of its other fields, such as what wrote it.
+    (
+        rb"\x08[\x01-\x7f][\x12\x1a\x22\x2a\x32\x3a\x42][^\0]{5}",
+        "a protobuf (an ONNX model?), not safetensors",
+        _SAFETENSORS,
+    ),
+    (rb"<[^\0]{1,7}\Z|<[^\0]{7}", "an HTML or XML page, not weights", _DOWNLOAD_AGAIN),
 )
 
 
@@ -75,15 +87,19 @@ def read_header(path: Path) -> Header:
             what = f"{path}: truncated: header needs {8 + length} bytes, the file has {size}"
             raise InputError(303, what, mend=_DOWNLOAD_AGAIN)
         file.seek(8)
-        table = _parse(path, file.read(length))
+        text = file.read(length)
+    _check_count(path, text.count(b'"data_offsets"'))  # parsed, so many would be gigabytes
+    table = _parse(path, text)
     metadata = _metadata(path, table.pop("__metadata__", {}))
-    if len(table) > MAX_TENSORS:
-        raise InputError(
-            304, f"{path}: {len(table)} tensors, the cap is {MAX_TENSORS}", mend="split the file"
-        )
+    _check_count(path, len(table))
     entries = sorted((_entry(path, name, value, 8 + length) for name, value in table.items()), key=_by_offset)
     _check_cover(path, entries, 8 + length, size)
     return Header(tuple(entries), metadata)
+
+
+def _check_count(path: Path, tensors: int) -> None:
+    if tensors > MAX_TENSORS:
+        raise InputError(304, f"{path}: {tensors} tensors, the cap is {MAX_TENSORS}", mend="split the file")
 
 
 def check_regular(path: Path) -> int:
@@ -94,8 +110,9 @@ def check_regular(path: Path) -> int:
         if stat.S_ISREG(info.st_mode):
             path.open("rb").close()
     except OSError as error:
+        link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
         raise InputError(
-            305, f"{path}: {error.strerror}", mend="check the path and its permissions"
+            305, f"{path}{link}: {error.strerror}", mend="check the path and its permissions"
         ) from error
     if not stat.S_ISREG(info.st_mode):
         raise InputError(306, f"{path}: not a regular file", mend="give a weight file or a model folder")
@@ -104,9 +121,11 @@ def check_regular(path: Path) -> int:
 
 def sniff(path: Path, head: bytes) -> None:
     """Name what a file really is when its first bytes belong to another format."""
-    for magic, what, mend in _NOT_WEIGHTS:
-        if head.startswith(magic):
-            raise InputError(307, f"{path}: {what}", mend=mend)
+    for beginning, what, mend in _NOT_WEIGHTS:
+        found = re.match(beginning, head)
+        if found is not None:
+            size = f" (their size: {int(found[1])} bytes)" if found.lastindex else ""
+            raise InputError(307, f"{path}: {what}{size}", mend=mend)
 
 
 def _by_offset(entry: Entry) -> tuple[int, int, str]:
@@ -120,9 +139,9 @@ def unique_json(text: bytes | str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(items)
         if len(table) != len(items):
-            seen: set[str] = set()
-            again = next(key for key, _ in items if key in seen or seen.add(key))
-            raise ValueError(f"duplicate key {again!r}")
+            seen: dict[str, int] = {}
+            n, again = next((n, key) for n, (key, _) in enumerate(items, 1) if seen.setdefault(key, n) != n)
+            raise ValueError(f"duplicate key {again!r}, at {seen[again]} and {n} of {len(items)}")
         "".join(
             word for item in items for word in item if isinstance(word, str)
         ).encode()  # "\\ud800" is no text
@@ -182,14 +201,14 @@ def _is_counts(value: Any) -> bool:
 
 def _check_cover(path: Path, entries: list[Entry], start: int, size: int) -> None:
     """Tensors lie one after another, without hole or overlap, up to the last byte of the file."""
-    position = start
+    position, before = start, "the header"
     for entry in entries:
         if entry.offset != position:
-            kind = "overlaps the one before" if entry.offset < position else "leaves a hole before it"
+            kind = "overlaps" if entry.offset < position else "leaves a hole after"
             raise InputError(
-                312, f"{path}: {entry.name!r} {kind}, at byte {entry.offset}", mend=_DOWNLOAD_AGAIN
+                312, f"{path}: {entry.name!r} {kind} {before}, at byte {entry.offset}", mend=_DOWNLOAD_AGAIN
             )
-        position += entry.nbytes
+        position, before = position + entry.nbytes, repr(entry.name)
     if position > size:
         cut = next(entry.name for entry in entries if entry.offset + entry.nbytes > size)
         what = f"{path}: truncated: {position - size} bytes missing, first cut tensor {cut!r}"

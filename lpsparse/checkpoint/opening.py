@@ -260,10 +260,12 @@ def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ..
         def blocks(first: int = 0, last: int | None = None) -> Blocks:
             if not raw.size:
                 return
-            table = raw.reshape(_rows(raw.shape), -1)
-            step = max(1, BLOCK_BYTES // max(table.shape[1] * raw.itemsize, 1))
-            for row in range(first, len(table) if last is None else last, step):
-                yield row, table[row : min(row + step, len(table) if last is None else last)]
+            rows = _rows(raw.shape)
+            step = max(1, BLOCK_BYTES * rows // raw.nbytes)
+            end = rows if last is None else last
+            for row in range(first, end, step):  # a view with strides of its own is never copied as a whole
+                taken = raw[row : min(row + step, end)] if raw.ndim else raw
+                yield row, np.ascontiguousarray(taken).reshape(min(step, end - row), -1)
 
         return Tensor(name, dtype, raw.shape, path.name, "dense", raw.nbytes, blocks)
 

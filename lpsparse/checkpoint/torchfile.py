@@ -5,6 +5,7 @@ under `model`; what is not a tensor is dropped. Names keep any `module.` prefix:
 writer keeps it.
 """
 
+import mmap
 import pickle
 import warnings
 import zipfile
@@ -25,24 +26,26 @@ _NAMES = {
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _STORAGE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-_MAX_ZIP_RATIO = 100  # torch stores members uncompressed; more is a bomb
+_MAX_SHARED = 100  # times the file's size that its tensors may be: some names may share one storage
 _CONVERT = "convert the file to safetensors where you trust it"
 
 
 def read_torch_file(path: Path) -> tuple[dict[str, tuple[str, Bits]], tuple[str, ...]]:
     """Each tensor as (dtype, raw bits in its own shape), and what was unwrapped or dropped.
 
-    Raises InputError when the restricted loader refuses the file (classes, functions, legacy tar files),
-    when a tensor declares more elements than its storage holds, and when there are no tensors.
+    The bits are views of what torch has read, strided as they were saved: no more memory than the file has
+    bytes. Raises InputError when the restricted loader refuses the file (classes, functions, legacy tar
+    files), when it declares more than it holds, and when there are no tensors.
     """
-    if check_regular(path) == 0:
+    size = check_regular(path)
+    if size == 0:
         raise InputError(
             301, f"{path}: 0 bytes: the copy or download did not finish", mend="download it again"
         )
-    table, notes = _unwrap(path, _load(path))
-    tensors = {
-        name: _raw(path, name, value) for name, value in table.items() if isinstance(value, torch.Tensor)
-    }
+    table, notes = _unwrap(path, _load(path, size))
+    values = {name: value for name, value in table.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: _raw(path, name, value) for name, value in values.items()}
+    _refuse_more_than(path, size, list(values.values()))
     dropped = sorted(name for name, value in table.items() if not isinstance(value, torch.Tensor))
     if dropped:
         notes.append(f"dropped, not tensors: {', '.join(dropped)}")
@@ -52,10 +55,9 @@ def read_torch_file(path: Path) -> tuple[dict[str, tuple[str, Bits]], tuple[str,
     return tensors, tuple(notes)
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, size: int) -> Any:
     try:
-        if zipfile.is_zipfile(path):
-            _refuse_bomb(path)
+        _refuse_bomb(path, size)
         with warnings.catch_warnings(action="ignore"):  # torch speaks of pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except (InputError, MemoryError):
@@ -69,14 +71,21 @@ def _load(path: Path) -> Any:
         raise InputError(323, what, mend="download or copy the file again") from None
 
 
-def _refuse_bomb(path: Path) -> None:
+def _refuse_bomb(path: Path, size: int) -> None:
+    """Refuse what would take memory before anybody could look at it: members that unpack to more than the
+    file, and a pickle that makes bytes out of a number, which the restricted loader allows."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        zipped = data[:4] == b"PK\x03\x04"  # as torch tells them
+        if data.find(b"\nbytearray\n") >= 0:
+            raise pickle.UnpicklingError
+    if not zipped:
+        return
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.file_size > _MAX_ZIP_RATIO * max(member.compress_size, 1):
-                what = (
-                    f"{path}: {member.filename!r} unpacks {member.compress_size} to {member.file_size} bytes"
-                )
-                raise InputError(321, what, mend=_CONVERT)
+        members = archive.infolist()
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        what = f"{path}: {size} bytes that unpack to {unpacked}; torch compresses nothing"
+        raise InputError(321, what, mend=_CONVERT)
 
 
 def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
@@ -102,14 +111,24 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-    if tensor.dtype not in _NAMES or not plain:
+    if tensor.dtype not in _NAMES or not plain or tensor.is_neg():
         kind = "without data" if tensor.is_meta else tensor.layout
         what = f"{path}: {name!r}: {tensor.dtype} {kind} cannot be written as safetensors"
         raise InputError(324, what, mend=_CONVERT)
     held = tensor.untyped_storage().nbytes()
-    if tensor.numel() * tensor.element_size() > held:
+    if tensor.nbytes > held:
         what = f"{path}: {name!r}: declares {tensor.numel()} elements over a storage of {held} bytes"
         raise InputError(325, what, mend=_CONVERT)
-    flat = tensor.detach().contiguous().view(-1).view(_STORAGE[tensor.element_size()])
-    storage = np.dtype(f"<u{tensor.element_size()}")
-    return _NAMES[tensor.dtype], flat.numpy().view(storage).reshape(tuple(tensor.shape))
+    raw = tensor.detach().view(_STORAGE[tensor.element_size()]).numpy()
+    return _NAMES[tensor.dtype], raw.view(np.dtype(f"<u{tensor.element_size()}"))
+
+
+def _refuse_more_than(path: Path, size: int, tensors: list[torch.Tensor]) -> None:
+    """Raises InputError for storages that do not come out of the file, which torch makes of a bare number,
+    and for so many names over few storages that writing them out would be a bomb."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    held = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    named = sum(tensor.nbytes for tensor in tensors)
+    if held > size or named > _MAX_SHARED * size:
+        what = f"{path}: {len(tensors)} names for {named} bytes over storages of {held}, in a file of {size}"
+        raise InputError(325, what, mend=_CONVERT)
