@@ -165,13 +165,13 @@ def is_finished(step: Any) -> bool:
             record.name in files and digest(files[record.name], step.out) == record
             for record in manifest.files
         )
-        return whole and manifest.recipe == verbs.recorded(step) and _same_source(manifest, step.model)
+        return whole and manifest.recipe == verbs.recorded(step) and _same_source(manifest, step)
     except (InputError, OSError):
         return False
 
 
-def _same_source(manifest: Manifest, source: str) -> bool:
-    opened: Checkpoint = open_checkpoint(source)
+def _same_source(manifest: Manifest, step: Any) -> bool:
+    opened: Checkpoint = open_checkpoint(step.model, step.weights)
     return tuple(digest(path, path.parent) for path in opened.files) == manifest.source.files
 
 

@@ -62,6 +62,10 @@ _INCLUDE = Field(
 )
 _EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatable, wins over --include.")
 MODEL = Field(description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
+_WEIGHTS = Field(
+    None,
+    description="Weight file or index in MODEL that is meant, a name alone. Default: the one that is there.",
+)
 _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _THREADS = Field(None, ge=1, description="Threads; the result is the same. Default: one a core.")
@@ -70,8 +74,9 @@ _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
 POSITIONAL = ("model", "out", "base", "source")
 REPEATED = ("include", "exclude", "freeze")  # flags that may be given more than once
 _UNRECORDED = {
-    "model", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data", "model_fn",
-    "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track", "rank_timeout",
+    "model", "weights", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data",
+    "model_fn", "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track",
+    "rank_timeout",
 }  # fmt: skip
 
 
@@ -115,6 +120,7 @@ class PruneStep(Step):
     """Cut the smallest weights to exact zeros."""
 
     model: str = MODEL
+    weights: str | None = _WEIGHTS
     out: Path = _OUT
     sparsity: Decimal | None = Field(
         None, ge=0, le=1,
@@ -162,6 +168,7 @@ class PackStep(Step):
     """Store zeros as no bytes, losslessly."""
 
     model: str = MODEL
+    weights: str | None = _WEIGHTS
     out: Path = _OUT
     layout: Literal["bitmask"] = Field("bitmask", description="How the result is stored.")
     threads: int | None = _THREADS
@@ -173,6 +180,7 @@ class UnpackStep(Step):
     """Turn a packed model back into an ordinary dense one, bit for bit."""
 
     model: str = MODEL
+    weights: str | None = _WEIGHTS
     out: Path = _OUT
     threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
@@ -194,12 +202,14 @@ class InspectStep(Step):
     """Say what a checkpoint holds, from its headers alone."""
 
     model: str = MODEL
+    weights: str | None = _WEIGHTS
 
 
 class ReportStep(Step):
     """Measure sparsity and bytes from the files, and check budgets."""
 
     model: str = MODEL
+    weights: str | None = _WEIGHTS
     base: str | None = Field(None, description="The checkpoint it came from, to compare with.")
     threads: int | None = _THREADS
     include: Patterns = _INCLUDE
@@ -219,6 +229,7 @@ class _DataStep(Step):
     """What finetune and eval share: the task and its data."""
 
     model: str = MODEL
+    weights: str | None = _WEIGHTS
     task: Task = Field(description="What the model does.")
     split: str = Field(
         "train",

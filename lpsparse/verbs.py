@@ -26,6 +26,7 @@ from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import kept_in_words
+from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import (
     EvalStep,
     FinetuneStep,
@@ -121,9 +122,9 @@ def verify(model: str | Path, source: str | Path | None = None) -> dict[str, Any
     return verify_step(VerifyStep(model=str(model), source=None if source is None else str(source)))
 
 
-def inspect(model: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds, from its headers."""
-    return inspect_step(InspectStep(model=str(model)))
+def inspect(model: str | Path, **options: Any) -> dict[str, Any]:
+    """What a checkpoint holds, from its headers. Options: fields of recipe.InspectStep."""
+    return inspect_step(resolve(InspectStep, {"model": str(model), **options}))
 
 
 def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -131,21 +132,23 @@ def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
     return evaluate_step(resolve(EvalStep, {"model": str(model), **options}))
 
 
-def open(path: str | Path) -> Checkpoint:
-    """A checkpoint of any kind, lazily: `.tensors`, each with name, dtype, shape and `.read()`."""
-    return open_checkpoint(path)
+def open(path: str | Path, weights: str | None = None) -> Checkpoint:
+    """A checkpoint of any kind, lazily: `.tensors`, each with name, dtype, shape and `.read()`. `weights`
+    names the file or index in a folder of several."""
+    return open_checkpoint(path, weights)
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path, weights: str | None = None) -> dict[str, Any]:
     """Every tensor of a checkpoint of any layout as a dense torch tensor, by name."""
     from lpsparse.training.model import to_tensor
 
-    return {tensor.name: to_tensor(tensor) for tensor in open_checkpoint(path).tensors}
+    return {tensor.name: to_tensor(tensor) for tensor in open_checkpoint(path, weights).tensors}
 
 
 @_on_threads
 def prune_step(step: PruneStep, say: Say = silent) -> Report:
-    source = _open(step.model, say)
+    source = _open(step.model, say, step.weights)
+    refuse_quantised(source)
     stamps = {path: _stamp(path) for path in source.files}
     of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
     plan = plan_prune(
@@ -182,7 +185,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report:
 
 @_on_threads
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
-    source = _open(step.model, say)
+    source = _open(step.model, say, step.weights)
     stamps = {path: _stamp(path) for path in source.files}
     chosen = prunable_of(source)
     of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
@@ -196,7 +199,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
 
 @_on_threads
 def report_step(step: ReportStep, say: Say = silent) -> Report:
-    checkpoint = _open(step.model, say)
+    checkpoint = _open(step.model, say, step.weights)
     quality = own_quality(checkpoint)
     manifest = own_manifest(checkpoint)
     if manifest is not None and manifest.quality and not quality:
@@ -223,7 +226,7 @@ def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
 
 
 def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
-    checkpoint = _open(step.model, say)
+    checkpoint = _open(step.model, say, step.weights)
     chosen = prunable_of(checkpoint)
     tensors = [
         {
@@ -243,7 +246,7 @@ def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
 
 
 def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
-    source = _open(step.model, say)
+    source = _open(step.model, say, step.weights)
     from lpsparse.training.data import find
     from lpsparse.training.loop import prepare
     from lpsparse.training.quality import evaluate as measure_quality
@@ -267,7 +270,8 @@ def finetune_step(
     Every process of a launched job calls it; process 0 writes and speaks. With --processes it starts them.
     """
     step = as_launched(step)
-    source = _open(step.model, say)
+    source = _open(step.model, say, step.weights)
+    refuse_quantised(source)
     if is_first():
         check_output(step.out, source, 2 * _bytes(source), overwrite=step.overwrite, reads=_data_files(step))
     if step.dry_run:
@@ -339,8 +343,8 @@ def _data_files(step: FinetuneStep) -> list[Path]:
     return [Path(text) for text in named if text and Path(text).exists()]
 
 
-def _open(model: str, say: Say) -> Checkpoint:
-    checkpoint = open_checkpoint(model)
+def _open(model: str, say: Say, weights: str | None = None) -> Checkpoint:
+    checkpoint = open_checkpoint(model, weights)
     for note in checkpoint.notes:
         say(f"{checkpoint.name}: {note}")
     if not checkpoint.tensors:

@@ -15,15 +15,17 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import f32, run_cli, tiny_arrays, write_safetensors
+from conftest import Ran, f32, run_cli, tiny_arrays, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from lpsparse import load
-from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError
+import lpsparse
+from lpsparse import load, pipeline
+from lpsparse.checkpoint.opening import WEIGHT_SUFFIXES, open_checkpoint
+from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError, UsageError
 
+Cli = Callable[..., Ran]
 EMPTY_INDEX = "model.safetensors.index.json"
 
 
@@ -96,6 +98,70 @@ def test_a_folder_must_name_one_checkpoint(names: tuple[str, ...], words: list[s
     assert [word for word in words if word not in said] == []
 
 
+@pytest.fixture
+def several(tiny: Path) -> Path:
+    """A folder with three checkpoints: safetensors, a sharded one with its index, a torch file."""
+    write_safetensors(tiny / "one.safetensors", {"a.weight": f32(7, 13)})
+    (tiny / EMPTY_INDEX).write_text(json.dumps({"weight_map": {"a.weight": "one.safetensors"}}))
+    torch.save({"b.weight": torch.ones(7, 13)}, tiny / "net.pt")
+    return tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("model.safetensors", "embed_tokens.weight"), (EMPTY_INDEX, "a.weight"), ("net.pt", "b.weight")],
+)
+def test_the_weights_that_are_named_are_opened_with_the_folder_around_them(
+    name: str, first: str, several: Path, tmp_path: Path
+) -> None:
+    assert "--weights" in refusal(several)
+    opened = lpsparse.open(several, weights=name)
+    assert first in {tensor.name for tensor in opened.tensors} and opened.root == several
+    assert lpsparse.load(several, weights=name).keys() == {tensor.name for tensor in opened.tensors}
+    assert lpsparse.inspect(several, weights=name)["files"][0]["name"] == opened.files[0].name
+    lpsparse.prune(several, tmp_path / "out", weights=name, sparsity=0.5)
+    assert (tmp_path / "out" / "config.json").exists()
+    assert len([path for path in (tmp_path / "out").iterdir() if path.suffix in WEIGHT_SUFFIXES]) == 1
+    assert first in {tensor.name for tensor in open_checkpoint(tmp_path / "out").tensors}
+
+
+@pytest.mark.parametrize("command", ["prune", "pack", "unpack", "report", "inspect"])
+def test_every_command_takes_the_name_of_the_weights(command: str, several: Path, cli: Cli) -> None:
+    out = [several.parent / "out"] if command in ("prune", "pack", "unpack") else []
+    flags = ["--sparsity", "0.5"] if command == "prune" else []
+    assert cli(command, several, *out, *flags).rc == ExitCode.INPUT
+    ran = cli(command, several, *out, *flags, "--weights", "net.pt")
+    assert ran.rc == 0, ran.stderr
+    assert "next: lpsparse report" not in ran.stderr or ran.stderr.rstrip().endswith("out")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../tiny/net.pt", "extra/x.pt", "/etc/passwd", "C:net.pt", "a\\b.pt", "net.pt\0"]
+)
+def test_weights_are_a_name_and_not_a_path(name: str, several: Path) -> None:
+    with pytest.raises(UsageError, match="not a path"):
+        open_checkpoint(several, name)
+
+
+def test_weights_that_are_not_there_are_told_with_those_that_are(several: Path) -> None:
+    with pytest.raises(InputError, match=r"only model.safetensors, model.safetensors.index.json, net.pt"):
+        open_checkpoint(several, "gone.safetensors")
+    with pytest.raises(UsageError, match="is a file already"):
+        open_checkpoint(several / "net.pt", "net.pt")
+
+
+def test_a_recipe_names_the_weights_of_a_step_and_finds_it_finished(
+    several: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(several.parent)
+    step = "steps: [prune: {sparsity: 0.5, weights: net.pt}]"
+    (several.parent / "r.yaml").write_text(f"model: tiny\nout: made\n{step}")
+    assert not pipeline.run("r.yaml")[0].skipped
+    assert pipeline.run("r.yaml")[0].skipped
+    torch.save({"b.weight": torch.zeros(7, 13)}, several / "net.pt")
+    assert pipeline.run("r.yaml", {"prune.overwrite": "true"})[0].skipped is False
+
+
 def write_index(folder: Path, table: Any) -> Path:
     write_safetensors(folder / "one.safetensors", {"a": f32(7, 13), "b": f32(7)})
     path = folder / EMPTY_INDEX
@@ -135,6 +201,7 @@ def test_an_index_cannot_point_outside_its_folder(shard: object, tmp_path: Path)
         (b'{"weight_map": {"a": "x", "a": "y"}}', ["duplicate key 'a'"]),
         (b"[" * 5000, ["nested too deep"]),
         (b"version https://git-lfs.github.com/spec/v1", ["Git LFS pointer"]),
+        ({"weight_map": {"a": "x" * 300}}, ["1 tensors is missing"]),
     ],
 )
 def test_a_broken_index_is_refused(table: object, words: list[str], tmp_path: Path) -> None:

@@ -14,16 +14,24 @@ from typing import Any
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.header import Entry, Header, check_regular, read_header, sniff, unique_json
+from lpsparse.checkpoint.header import (
+    MAX_HEADER_BYTES,
+    Entry,
+    Header,
+    check_regular,
+    read_header,
+    sniff,
+    unique_json,
+)
 from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.threads import check_going_on
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, UsageError
 
 BLOCK_BYTES = 2 << 20  # rows are read about this much at a time: with the work on it, it stays in the cache
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-_MAX_INDEX_BYTES = 200_000_000
+_NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
 _FOLDER_ORDER = (
     "lpsparse.safetensors.index.json", "lpsparse.safetensors",
     "model.safetensors.index.json", "model.safetensors",
@@ -93,22 +101,31 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.files)
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+def open_checkpoint(model: str | Path, weights: str | None = None) -> Checkpoint:
     """Open MODEL: a folder, a weight file, an `*.index.json`,
-    `bundled:NAME` or a hub id `org/name[@revision]`.
+    `bundled:NAME` or a hub id `org/name[@revision]`. `weights` names the file or index meant in a folder.
 
-    Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached.
+    Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached,
+    UsageError when `weights` is no name, or MODEL no folder.
     """
+    if weights is not None and not _is_bare(weights):
+        raise UsageError(216, f"--weights {weights}: a name in MODEL, not a path", mend="give the name alone")
     path, name, revision = locate(model)
     if path.is_dir():
-        weights, root = _find_weights(path), path
+        file, root = _find_weights(path) if weights is None else _named_weights(path, weights), path
+    elif weights is not None:
+        raise UsageError(
+            216,
+            f"--weights {weights}: {path.name} is a file already",
+            mend="give its folder, or no --weights",
+        )
     else:
-        weights, root = path, path.parent if path.name.endswith(".index.json") else None
-    if weights.name.endswith(".index.json"):
-        files = _read_index(weights)
+        file, root = path, path.parent if path.name.endswith(".index.json") else None
+    if file.name.endswith(".index.json"):
+        files = _read_index(file)
         checkpoint = _open_files(name, root, list(files), files)
     else:
-        checkpoint = _open_files(name, root, [weights], None)
+        checkpoint = _open_files(name, root, [file], None)
     if revision is not None:
         checkpoint = Checkpoint(
             name, root, checkpoint.files, checkpoint.tensors, checkpoint.metadata, revision
@@ -147,7 +164,7 @@ def _find_weights(folder: Path) -> Path:
     ]
     if len(present) > 1:
         both = " and ".join(path.name for path in present)
-        raise InputError(328, f"{folder}: two checkpoints here: {both}", mend="give the file that is meant")
+        raise InputError(328, f"{folder}: two checkpoints here: {both}", mend=_NAME_IT)
     if present:
         return present[0]
     loose = sorted(folder.glob("*.safetensors"))
@@ -158,12 +175,24 @@ def _find_weights(folder: Path) -> Path:
             return choice[0]
         if len(choice) > 1:
             names = ", ".join(path.name for path in choice[:4])
-            raise InputError(
-                328, f"{folder}: several weight files and no index: {names}", mend="give one of them"
-            )
+            raise InputError(328, f"{folder}: several weight files and no index: {names}", mend=_NAME_IT)
     raise InputError(
         329, f"{folder}: no weight file here", mend="give a folder with model.safetensors or an index"
     )
+
+
+def _named_weights(folder: Path, name: str) -> Path:
+    if not os.path.lexists(folder / name):
+        kinds = (*WEIGHT_SUFFIXES, ".index.json")
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.name.endswith(kinds))[:8])
+        what = f"{folder}: no {name} here, only {there or 'no weights at all'}"
+        raise InputError(329, what, mend="give one of these as --weights")
+    return folder / name
+
+
+def _is_bare(name: str) -> bool:
+    """Whether it is a file's name on every system, not a path to somewhere else."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
@@ -172,8 +201,8 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
     def refuse(why: str, mend: str = "download the checkpoint again") -> InputError:
         return InputError(330, f"{path}: {why}", mend=mend)
 
-    if check_regular(path) > _MAX_INDEX_BYTES:
-        raise refuse(f"larger than {_MAX_INDEX_BYTES} bytes")
+    if check_regular(path) > MAX_HEADER_BYTES:
+        raise refuse(f"larger than {MAX_HEADER_BYTES} bytes")
     text = path.read_bytes()
     sniff(path, text[:512])
     try:
@@ -185,11 +214,11 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
         raise refuse("has no weight_map")
     files: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name or any(c in name for c in "/\\:\0") or name in (".", ".."):
+        if not isinstance(name, str) or not _is_bare(name):
             raise refuse(f"{tensor!r}: shard {name!r} points outside the model folder", "repair the index")
         files.setdefault(path.parent / name, set()).add(tensor)
     for shard, tensors in files.items():
-        if not shard.exists():
+        if not os.path.exists(shard):  # Path.exists raises for a name too long
             raise refuse(f"shard {shard.name!r} with {len(tensors)} tensors is missing")
     return dict(sorted(files.items()))
 

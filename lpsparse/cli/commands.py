@@ -61,7 +61,8 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
 
     print_result(table.render(report, width()).partition("\n\ntensor")[0])
     if not step.dry_run:
-        teller(quiet)(f"wrote {step.out}; next: lpsparse report {step.out} {step.model}")
+        base = "" if step.weights else f" {step.model}"  # a folder of several cannot be BASE
+        teller(quiet)(f"wrote {step.out}; next: lpsparse report {step.out}{base}")
 
 
 def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:

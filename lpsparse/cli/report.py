@@ -30,6 +30,8 @@ def report(
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write report.json; - "
         "is stdout.")]
     = None,
+    weights: Annotated[str | None, typer.Option(metavar="NAME", help="Weight file or index in MODEL that "
+        "is meant.")] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors counted as "
         "prunable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors not so counted.")] = None,
@@ -51,8 +53,9 @@ def report(
     from lpsparse.verbs import report_step, together
 
     given = {
-        "model": model, "base": base, "include": include, "exclude": exclude, "min_sparsity": min_sparsity,
-        "max_bytes": max_bytes, "max_quality_drop": max_quality_drop, "threads": threads,
+        "model": model, "base": base, "weights": weights, "include": include, "exclude": exclude,
+        "min_sparsity": min_sparsity, "max_bytes": max_bytes, "max_quality_drop": max_quality_drop,
+        "threads": threads,
     }  # fmt: skip
     step = resolve(ReportStep, {key: value for key, value in given.items() if value not in (None, [])})
     if json_file not in (None, "-"):

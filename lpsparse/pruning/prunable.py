@@ -5,7 +5,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.writer import Named
 from lpsparse.errors import UsageError
+from lpsparse.pruning.quantised import quantised
 
 # Kept by default: they are small or every output depends on them, and pruning them costs the most quality.
 _EMBEDDINGS = (
@@ -19,8 +21,6 @@ _HEADS = (
     "output_layer.weight", "*.output_layer.weight", "*vocab_projector.*",
 )  # fmt: skip
 KEPT = {"embedding": _EMBEDDINGS, "normalisation": _NORMS, "output head": _HEADS}
-
-Named = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 def prunable(
@@ -59,9 +59,11 @@ def _matches(name: str, bare: str, patterns: tuple[str, ...]) -> bool:
 def choose(
     tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...], *, needed: bool = True
 ) -> dict[str, tuple[bool, str]]:
-    """`prunable` of every tensor. Raises UsageError for a pattern that matches nothing,
-    and when nothing is left although something is `needed`."""
-    table = {name: prunable(name, dtype, shape, include, exclude) for name, dtype, shape in tensors}
+    """`prunable` of every tensor that is not part of a quantised one. Raises UsageError for a pattern that
+    matches nothing, and when nothing is left although something is `needed`."""
+    named = list(tensors)
+    table = {name: prunable(name, dtype, shape, include, exclude) for name, dtype, shape in named}
+    table |= {name: (False, f"quantised ({method})") for name, method in quantised(named).items()}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
             if not any(_matches(name, name.removeprefix("module."), (pattern,)) for name in table):
