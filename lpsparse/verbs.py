@@ -199,7 +199,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
 
 @_on_threads
 def report_step(step: ReportStep, say: Say = silent) -> Report:
-    checkpoint = _open(step.model, say, step.weights)
+    checkpoint = _open(step.model, say, step.weights, needed=False)
     quality = own_quality(checkpoint)
     manifest = own_manifest(checkpoint)
     if manifest is not None and manifest.quality and not quality:
@@ -226,7 +226,7 @@ def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
 
 
 def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
-    checkpoint = _open(step.model, say, step.weights)
+    checkpoint = _open(step.model, say, step.weights, needed=False)
     chosen = prunable_of(checkpoint)
     tensors = [
         {
@@ -343,12 +343,15 @@ def _data_files(step: FinetuneStep) -> list[Path]:
     return [Path(text) for text in named if text and Path(text).exists()]
 
 
-def _open(model: str, say: Say, weights: str | None = None) -> Checkpoint:
+def _open(model: str, say: Say, weights: str | None = None, *, needed: bool = True) -> Checkpoint:
+    """The checkpoint, its notes said. Raises InputError when it has no tensors, where some are needed."""
     checkpoint = open_checkpoint(model, weights)
     for note in checkpoint.notes:
         say(f"{checkpoint.name}: {note}")
-    if not checkpoint.tensors:
+    if not checkpoint.tensors and needed:
         raise InputError(335, f"{checkpoint.name}: holds no tensors", mend="give a checkpoint with weights")
+    if not checkpoint.tensors:
+        say(f"{checkpoint.name}: holds no tensors")
     return checkpoint
 
 

@@ -116,39 +116,6 @@ def test_a_missing_out_is_named(tiny: Path, cli: Cli) -> None:
     assert "OUT" in failed(cli("prune", tiny), 2)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--sparsity", "1.5"), ["--sparsity", "1.5", "less than or equal to 1", "0..1"]),
-        (("--sparsity", "-0.1"), ["--sparsity", "-0.1", "0..1"]),
-        (("--sparsity", "50%"), ["--sparsity", "50%", "fractions are 0..1"]),
-        (("--sparsity", "nan"), ["--sparsity", "nan"]),
-        (("--sparsity", "inf"), ["--sparsity", "inf"]),
-        (("--sparsity", ""), ["--sparsity"]),
-        (("--below", "-1"), ["--below", "-1"]),
-        (("--below", "nan"), ["--below", "nan"]),
-        (("--below", "inf"), ["--below", "inf"]),
-        (("--below", "small"), ["--below", "small"]),
-        (("--sparsity", "0.5", "--below", "1"), ["--sparsity, --below"]),
-        (("--sparsity", "0.5", "--gap"), ["--sparsity, --gap"]),
-        ((), ["--sparsity, --below, --gap", "got none"]),
-        (("--below", "1", "--scope", "row"), ["--scope row", "--sparsity"]),
-        (("--sparsity", "0.5", "--scope", "layer"), ["--scope", "'layer'", "'tensor'"]),
-        (("--sparsity", "0.5", "--layout", "zip"), ["--layout", "'zip'", "'bitmask'"]),
-        (("--sparsity",), ["--sparsity"]),
-        (("--sparsity", "0.5", "surplus"), ["surplus"]),
-        (("--sparsity", "0.5", "--include", "layers.0.atn.weight"), ["nearest tensor: layers.0.attn.weight"]),
-    ],
-)  # fmt: skip
-def test_a_wrong_setting_is_named_with_what_is_allowed(
-    flags: tuple[str, ...], words: list[str], tiny: Path, cli: Cli
-) -> None:
-    before = tree_hash(tiny.parent)
-    said = failed(cli("prune", tiny, tiny.parent / "out", *flags), 2)
-    assert [word for word in words if word not in said] == []
-    assert tree_hash(tiny.parent) == before
-
-
 ERRORS: dict[str, tuple[tuple[str, ...], int]] = {
     "missing model": (("inspect", "gone.safetensors"), 3),
     "missing folder": (("verify", "gone"), 3),

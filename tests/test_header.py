@@ -2,15 +2,12 @@
 
 import contextlib
 import json
-import os
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import f32, run_cli, safetensors_bytes, tiny_arrays, with_header, write_safetensors
+from conftest import f32, safetensors_bytes, tiny_arrays, with_header, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -116,15 +113,6 @@ def test_a_hostile_file_is_refused_by_what_is_wrong_with_it(
     assert [word for word in words if word not in said] == []
 
 
-def test_the_command_line_exits_3_in_two_lines_and_writes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(GOOD[:-5])
-    rc, stdout, stderr = run_cli(["prune", path, tmp_path / "out", "--sparsity", "0.5"])
-    assert (rc, stdout) == (3, "")
-    assert [line[:9] for line in stderr.splitlines()] == ["error[LPS", "  mend: d"]
-    assert sorted(tmp_path.iterdir()) == [path]
-
-
 LIKE_OTHERS = [60, 128, 384, 0x3C + 256, 0x80 + 512, 0x12_0708, 0x80 + 4 * 256, 0x213C]
 
 
@@ -160,58 +148,6 @@ def test_more_tensors_than_the_cap_are_refused(tmp_path: Path, monkeypatch: pyte
     path = write_safetensors(tmp_path / "m.safetensors", {str(i): ("U8", [0], b"") for i in range(13)})
     with pytest.raises(InputError, match="13 tensors, the cap is 12"):
         read_header(path)
-
-
-def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "model.safetensors")
-    assert run_cli(["inspect", tmp_path])[0] == 3
-    with pytest.raises(InputError, match="not a regular file"):
-        read_header(tmp_path / "model.safetensors")
-
-
-def test_a_fifo_with_a_torch_suffix_is_refused_likewise(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "model.pt")
-    rc, _, stderr = run_cli(["inspect", tmp_path / "model.pt"])
-    assert rc == 3 and "not a regular file" in stderr
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_a_folder_with_a_weight_files_name_is_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / "m" / name).mkdir(parents=True)
-    with pytest.raises(InputError, match="not a regular file"):
-        open_checkpoint(tmp_path / "m")
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_a_dangling_link_and_a_link_loop_are_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).symlink_to(tmp_path / "gone")
-    with pytest.raises(InputError, match="No such file"):
-        open_checkpoint(tmp_path / name)
-    (tmp_path / "gone").symlink_to(tmp_path / name)
-    with pytest.raises(InputError, match="symbolic links"):
-        open_checkpoint(tmp_path / name)
-
-
-@pytest.fixture
-def nobody() -> Iterator[Path]:
-    """A folder that a user without rights may enter, and this process as that user."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, own = Path(name), os.geteuid()
-        folder.chmod(0o755)
-        for kind in ("safetensors", "pt"):
-            (folder / f"model.{kind}").write_bytes(GOOD)
-            (folder / f"model.{kind}").chmod(0)
-        os.seteuid(own or 65534)
-        try:
-            yield folder
-        finally:
-            os.seteuid(own)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_a_file_without_read_permission_is_refused(name: str, nobody: Path) -> None:
-    with pytest.raises(InputError, match="Permission denied"):
-        open_checkpoint(nobody / name)
 
 
 @settings(max_examples=400, deadline=None)

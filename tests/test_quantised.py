@@ -1,4 +1,4 @@
-"""Quantised checkpoints cannot be pruned: refused by method and tensors; what may be cut is said of each kind."""
+"""Quantised checkpoints cannot be pruned: method and tensors named. What can be cut is said of each kind."""
 
 import json
 from pathlib import Path
