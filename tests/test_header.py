@@ -3,6 +3,8 @@
 import contextlib
 import json
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +195,47 @@ def test_any_json_as_header_reads_or_raises_input_error(
     path.write_bytes(with_header(header, bytes(13)))
     with contextlib.suppress(InputError):
         read_header(path)
+
+
+# Python's objects for the densest JSON, such as [{"":{}},{"":{}},...], take 34 times its bytes: a table of 64
+# bytes, its list and pairs for every 3 to 8 letters. What is not ASCII takes 4 bytes a letter besides.
+MULTIPLE, CONSTANT = 45, 300_000
+DENSE = ["[],", "{},", '{"":{}},', '{"a":0,"b":0},', "1.5,", '"\U0001f600a",', "999,", '[{"":[]}],']
+
+
+def peak_of(read: Callable[[], object]) -> int:
+    """Bytes that were allocated at most while it read, or refused."""
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(InputError):
+            read()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "part", [*DENSE, '"{}":{{}},', '"{}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}},']
+)
+def test_a_header_or_an_index_takes_memory_in_proportion_to_its_file(part: str, tmp_path: Path) -> None:
+    named = '"{}"' in part
+    text = "".join(part.format(n) if named else part for n in range(200_000 // len(part)))
+    text = f"{{{text[:-1]}}}" if named else f'{{"a":[{text[:-1]}]}}'
+    path, index = tmp_path / "m.safetensors", tmp_path / "m.index.json"
+    path.write_bytes(with_header(text))
+    index.write_text(text)
+    assert peak_of(lambda: read_header(path)) < MULTIPLE * path.stat().st_size + CONSTANT
+    assert peak_of(lambda: open_checkpoint(index)) < MULTIPLE * index.stat().st_size + CONSTANT
+
+
+@settings(max_examples=100, deadline=None)
+@given(length=st.integers(0, 2**64 - 1) | st.integers(0, 10**8), data=st.binary(max_size=600))
+def test_a_length_is_not_believed_before_it_fits_the_file(
+    tmp_path_factory: pytest.TempPathFactory, length: int, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "length.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + data)
+    assert peak_of(lambda: read_header(path)) < MULTIPLE * path.stat().st_size + CONSTANT
 
 
 def test_a_file_of_the_safetensors_library_reads_with_the_same_tensors(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from conftest import Ran, f32, run_cli, tiny_arrays, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from test_header import JSON
 
 import lpsparse
 from lpsparse import load, pipeline
@@ -207,6 +209,25 @@ def test_an_index_cannot_point_outside_its_folder(shard: object, tmp_path: Path)
 def test_a_broken_index_is_refused(table: object, words: list[str], tmp_path: Path) -> None:
     said = refusal(write_index(tmp_path, table))
     assert [word for word in words if word not in said] == []
+
+
+GOOD_INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "one.safetensors"}})
+NAMES = st.text(max_size=5) | st.sampled_from(["one.safetensors", "../x", "x" * 300, "one.safetensors/", "~"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.binary(max_size=40)
+    | st.fixed_dictionaries({"weight_map": JSON | st.dictionaries(NAMES, NAMES | JSON)})
+    | st.tuples(st.integers(0, len(GOOD_INDEX) - 1), st.binary(max_size=3)) | JSON
+)  # fmt: skip
+def test_any_index_reads_or_raises_input_error(tmp_path_factory: pytest.TempPathFactory, table: Any) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    if isinstance(table, tuple):
+        table = GOOD_INDEX[: table[0]].encode() + table[1] + GOOD_INDEX[table[0] + 1 :].encode()
+    path = write_index(folder, table)
+    with suppress(InputError):
+        assert [tensor.name for tensor in open_checkpoint(path).tensors] == ["a", "b"]
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
