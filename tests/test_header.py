@@ -197,7 +197,7 @@ def test_any_json_as_header_reads_or_raises_input_error(
         read_header(path)
 
 
-# Python's objects for the densest JSON, such as [{"":{}},{"":{}},...], take 34 times its bytes: a table of 64
+# Python's objects for the densest JSON, [[{"":[]}],[{"":[]}],...], take 36 times its bytes: a table of 64
 # bytes, its list and pairs for every 3 to 8 letters. What is not ASCII takes 4 bytes a letter besides.
 MULTIPLE, CONSTANT = 45, 300_000
 DENSE = ["[],", "{},", '{"":{}},', '{"a":0,"b":0},', "1.5,", '"\U0001f600a",', "999,", '[{"":[]}],']
