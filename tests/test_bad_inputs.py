@@ -444,3 +444,12 @@ def test_74_neither_home_nor_terminal_nor_width_is_needed(tiny: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0 and b"\x1b" not in done.stdout + done.stderr
     assert lpsparse.verify(tiny.parent / "out")["ok"]
+
+
+@pytest.mark.parametrize("command", ["prune", "pack"])
+def test_65_an_output_in_the_hub_cache_is_refused(command: str, tiny: Path, tmp_path: Path) -> None:
+    for name, cache in (("HF_HOME", tmp_path / "hf"), ("HF_HUB_CACHE", tmp_path / "hf" / "hub")):
+        (tmp_path / "hf" / "hub").mkdir(parents=True, exist_ok=True)
+        words = arguments(command, tiny, tmp_path / "hf" / "hub" / "out", tiny)
+        failed(run_cli(words, cwd=tmp_path, **{name: str(cache)}), 4)
+        assert os.listdir(tmp_path / "hf" / "hub") == []

@@ -59,7 +59,10 @@ NOTHING = Count(0, 0, 0, 0)
 
 def count_block(block: Bits, dtype: str) -> Count:
     stored = int(np.count_nonzero(block))
-    words = block.view(np.uint64) if block.shape[-1] * block.itemsize % 8 == 0 else block
+    if block.shape[-1] * block.itemsize % 8 == 0:
+        words = np.ascontiguousarray(block).view(np.uint64)  # of a torch file's view, the block is not
+    else:
+        words = block
     total = int(words.sum(dtype=np.uint64))
     if not DTYPES[dtype].is_float:
         return Count(block.size - stored, stored, 0, total)
