@@ -8,8 +8,10 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TypeVar, cast
 
+from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import (
     Quality,
     Source,
@@ -20,11 +22,11 @@ from lpsparse.checkpoint.manifest import (
 )
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import check_output, shared_folder
-from lpsparse.checkpoint.rewrite import Written, count_all, follow, rewrite
+from lpsparse.checkpoint.rewrite import Count, Written, count_all, follow, rewrite
 from lpsparse.checkpoint.threads import beside, of_one, using
 from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
 from lpsparse.errors import InputError
-from lpsparse.pruning.plan import plan_prune
+from lpsparse.pruning.plan import plan_prune, plan_unread
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import (
@@ -92,7 +94,7 @@ def _on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
 def prune(model: str | Path, out: str | Path, **options: Any) -> Report:
     """Cut the smallest weights of `model` to exact zeros and write `out`.
     Options: fields of recipe.PruneStep."""
-    return prune_step(resolve(PruneStep, {"model": str(model), "out": out, **options}))
+    return cast("Report", prune_step(resolve(PruneStep, {"model": str(model), "out": out, **options})))
 
 
 def pack(model: str | Path, out: str | Path, **options: Any) -> Report:
@@ -146,7 +148,11 @@ def load(path: str | Path, weights: str | None = None) -> dict[str, Any]:
 
 
 @_on_threads
-def prune_step(step: PruneStep, say: Say = silent) -> Report:
+def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
+    """With dry_run of a hub id that would have to be downloaded: what its headers tell, as plain data."""
+    if step.dry_run and of_one(lambda: is_remote(step.model)):
+        return of_one(lambda: _from_headers(step, say))
+    began = perf_counter()
     source = _open(step.model, say, step.weights)
     refuse_quantised(source)
     stamps = {path: _stamp(path) for path in source.files}
@@ -166,7 +172,9 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report:
         say(f"threshold {plan.threshold:.6g}")
     if step.dry_run:
         say("dry run: nothing is written; the zeros are those that the cut would leave")
-        return measure(source, chosen, counts=count_all(source, plan.cut))
+        decided = perf_counter()
+        counts = count_all(source, plan.cut)
+        return _foretell(step, source, chosen, counts, (decided - began, perf_counter() - decided))
     with _writing(step, source, stamps, chosen, say) as (folder, finish):
         written = rewrite(source, folder, plan.cut, step.layout)
         counts = written.counts
@@ -191,10 +199,67 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
     if step.dry_run:
         say("dry run: nothing is written")
-        return measure(source, chosen)
+        began = perf_counter()
+        counts = count_all(source)
+        return _foretell(step, source, chosen, counts, (0, perf_counter() - began))
     with _writing(step, source, stamps, chosen, say) as (folder, finish):
         layout = step.layout if isinstance(step, PackStep) else "dense"
         return finish(rewrite(source, folder, lambda _: None, layout), own_quality(source))
+
+
+def _foretell(
+    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, counts: dict[str, Count],
+    took: tuple[float, float],
+) -> Report:  # fmt: skip
+    """What a dry run shows: the report of OUT, and what it would take."""
+    from lpsparse.reporting.estimate import estimate, foretell
+
+    found = foretell(source, chosen, counts, "dense" if isinstance(step, UnpackStep) else step.layout)
+    size = found.bytes.file_bytes
+    needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
+    return found.model_copy(update={"estimate": needs})
+
+
+def _from_headers(step: PruneStep, say: Say) -> dict[str, Any]:
+    """What can be known of `step` without downloading MODEL."""
+    from lpsparse.checkpoint.remote import read_remote
+    from lpsparse.reporting.estimate import estimate
+
+    remote = read_remote(step.model)
+    source = remote.checkpoint
+    check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
+    plan = plan_unread(
+        source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
+        include=step.include, exclude=step.exclude,
+    )  # fmt: skip
+    say(kept_in_words(plan.chosen))
+    say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
+    if plan.zeros is None:
+        say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
+    needs = estimate(
+        source,
+        step.out,
+        weight_bytes=_bytes(source),
+        sidecar_bytes=remote.sidecar_bytes,
+        threads=step.threads,
+    )
+    return {
+        "model": source.name, "revision": source.revision, "from_headers_alone": True,
+        "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
+        "download_bytes": remote.download_bytes,
+        "weights": sum(tensor.size for tensor in source.tensors),
+        "prunable_weights": sum(tensor.size for tensor in source.tensors if plan.chosen[tensor.name][0]),
+        "zeros_at_least": plan.zeros,
+        "estimate": needs.model_dump(mode="json"),
+        "tensors": [
+            {
+                "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
+                "bytes": tensor.nbytes, "prunable": plan.chosen[tensor.name][0],
+                "reason": plan.chosen[tensor.name][1], "zeros_at_least": plan.each.get(tensor.name),
+            }
+            for tensor in source.tensors
+        ],
+    }  # fmt: skip
 
 
 @_on_threads

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MAX_TENSORS = 500_000  # 700,000 empty tensors took the reference reader 6 s to 
 
 MAX_DIMENSIONS = 64  # numpy's
 
+Read = Callable[[int, int], bytes]  # (first byte, count)
 _DOWNLOAD_AGAIN = "download or copy the file again"
 _SAFETENSORS = "use the safetensors form of this model"
 _TORCH = "give it the suffix .pt and try again"
@@ -70,24 +72,31 @@ def read_header(path: Path) -> Header:
     """
     size = check_regular(path)
     with path.open("rb") as file:
-        head = file.read(512)
-        length = int.from_bytes(head[:8], "little")
-        if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-            sniff(path, head)  # only now: a header of 60 or 128 bytes begins like an XML page or a pickle
-        if size < 8:
-            raise InputError(
-                301, f"{path}: {size} bytes: the copy or download did not finish", mend=_DOWNLOAD_AGAIN
-            )
-        if length > MAX_HEADER_BYTES:
-            what = (
-                f"{path}: declares a header of {length} bytes, the cap is {MAX_HEADER_BYTES}: not safetensors"
-            )
-            raise InputError(302, what, mend=_DOWNLOAD_AGAIN)
-        if 8 + length > size:
-            what = f"{path}: truncated: header needs {8 + length} bytes, the file has {size}"
-            raise InputError(303, what, mend=_DOWNLOAD_AGAIN)
-        file.seek(8)
-        text = file.read(length)
+
+        def read(first: int, count: int) -> bytes:
+            file.seek(first)
+            return file.read(count)
+
+        return check_header(path, size, read)
+
+
+def check_header(path: Path, size: int, read: Read) -> Header:
+    """The same of a file of `size` bytes, wherever it lies: `path` is what errors call it."""
+    length = int.from_bytes(read(0, min(8, size)), "little")
+    if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        sniff(
+            path, read(0, min(512, size))
+        )  # only now: a header of 60 or 128 bytes begins like XML or pickle
+    if size < 8:
+        what = f"{path}: {size} bytes: the copy or download did not finish"
+        raise InputError(301, what, mend=_DOWNLOAD_AGAIN)
+    if length > MAX_HEADER_BYTES:
+        what = f"{path}: declares a header of {length} bytes, the cap is {MAX_HEADER_BYTES}: not safetensors"
+        raise InputError(302, what, mend=_DOWNLOAD_AGAIN)
+    if 8 + length > size:
+        what = f"{path}: truncated: header needs {8 + length} bytes, the file has {size}"
+        raise InputError(303, what, mend=_DOWNLOAD_AGAIN)
+    text = read(8, length)
     _check_count(path, text.count(b'"data_offsets"'))  # parsed, so many would be gigabytes
     table = _parse(path, text)
     metadata = _metadata(path, table.pop("__metadata__", {}))

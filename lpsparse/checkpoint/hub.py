@@ -9,12 +9,22 @@ from lpsparse.errors import RemoteError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".tar")
 _FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".yaml", ".yml")
-_IGNORED = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.tflite", "*.mlmodel", "onnx/*", "openvino/*"]
+IGNORED = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.tflite", "*.mlmodel", "onnx/*", "openvino/*"]
 
 
 def is_hub_id(text: str) -> bool:
     """Whether `org/name[@revision]` could be meant; a name that ends like a weight file is a path."""
     return HUB_ID.fullmatch(text) is not None and not text.lower().endswith(_FILE_SUFFIXES)
+
+
+def is_remote(text: str) -> bool:
+    """Whether it is the hub id of a model that would have to be downloaded. Asks nobody."""
+    if os.path.lexists(text) or not is_hub_id(text):
+        return False
+    try:
+        return not _has_weights(_snapshot(text, "model", local=True))
+    except (OSError, ValueError):  # ValueError: no such name can be
+        return True
 
 
 def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder") -> tuple[Path, str]:
@@ -23,27 +33,19 @@ def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder
     `kind` is model or dataset. HF_HUB_OFFLINE is honoured by huggingface_hub. Raises RemoteError (exit 8).
     """
     # Imported here: huggingface_hub takes 0.2 s that local files need not pay.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repo_id, _, revision = text.partition("@")
-
-    def snapshot(*, local: bool) -> Path:
-        return Path(
-            snapshot_download(
-                repo_id, repo_type=kind, revision=revision or None, ignore_patterns=_IGNORED,
-                etag_timeout=5, local_files_only=local,
-            )
-        )  # fmt: skip
+    from huggingface_hub.errors import (
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        LocalEntryNotFoundError,
+    )
 
     try:
         try:
-            folder = snapshot(local=True)
+            folder = _snapshot(text, kind, local=True)
         except LocalEntryNotFoundError:
-            folder = snapshot(local=False)
+            folder = _snapshot(text, kind, local=False)
         if kind == "model" and not _has_weights(folder):  # another program may have fetched the config alone
-            folder = snapshot(local=False)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+            folder = _snapshot(text, kind, local=False)
+    except (HTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"{text}: the {kind} is not in the local cache and the hub gave none ({reason[:120]})"
         raise RemoteError(801, what, mend=f"check id and network, or give {replace_with}") from error
@@ -63,6 +65,18 @@ def is_cached(path: Path) -> bool:
     except RuntimeError:  # there is no home
         return False
     return path == folder or folder in path.parents
+
+
+def _snapshot(text: str, kind: str, *, local: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repo_id, _, revision = text.partition("@")
+    return Path(
+        snapshot_download(
+            repo_id, repo_type=kind, revision=revision or None, ignore_patterns=IGNORED, etag_timeout=5,
+            local_files_only=local,
+        )
+    )  # fmt: skip
 
 
 def _has_weights(folder: Path) -> bool:

@@ -32,7 +32,8 @@ BLOCK_BYTES = 2 << 20  # rows are read about this much at a time: with the work 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 _NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
-_FOLDER_ORDER = (
+_INDEX_AGAIN = "download the checkpoint again"
+FOLDER_ORDER = (
     "lpsparse.safetensors.index.json", "lpsparse.safetensors",
     "model.safetensors.index.json", "model.safetensors",
 )  # fmt: skip
@@ -160,7 +161,7 @@ def _nearest_mend(path: Path) -> str:
 
 def _find_weights(folder: Path) -> Path:
     present = [
-        folder / name for name in _FOLDER_ORDER if (folder / name).is_file() or (folder / name).is_symlink()
+        folder / name for name in FOLDER_ORDER if (folder / name).is_file() or (folder / name).is_symlink()
     ]
     if len(present) > 1:
         both = " and ".join(path.name for path in present)
@@ -196,14 +197,23 @@ def _is_bare(name: str) -> bool:
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
-    """Weight file -> names of its tensors. Only bare file names beside the index are believed."""
+    """Weight file -> names of its tensors. Raises InputError also where a file is missing."""
+    if check_regular(path) > MAX_HEADER_BYTES:
+        raise InputError(330, f"{path}: larger than {MAX_HEADER_BYTES} bytes", mend=_INDEX_AGAIN)
+    files = parse_index(path, path.read_bytes())
+    for shard, tensors in files.items():
+        if not os.path.exists(shard):  # Path.exists raises for a name too long
+            what = f"{path}: shard {shard.name!r} with {len(tensors)} tensors is missing"
+            raise InputError(330, what, mend=_INDEX_AGAIN)
+    return files
 
-    def refuse(why: str, mend: str = "download the checkpoint again") -> InputError:
+
+def parse_index(path: Path, text: bytes) -> dict[Path, set[str]]:
+    """Weight file -> names of its tensors, sorted. Only bare file names beside the index are believed."""
+
+    def refuse(why: str, mend: str = _INDEX_AGAIN) -> InputError:
         return InputError(330, f"{path}: {why}", mend=mend)
 
-    if check_regular(path) > MAX_HEADER_BYTES:
-        raise refuse(f"larger than {MAX_HEADER_BYTES} bytes")
-    text = path.read_bytes()
     sniff(path, text[:512])
     try:
         table: Any = unique_json(text)
@@ -217,9 +227,6 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
         if not isinstance(name, str) or not _is_bare(name):
             raise refuse(f"{tensor!r}: shard {name!r} points outside the model folder", "repair the index")
         files.setdefault(path.parent / name, set()).add(tensor)
-    for shard, tensors in files.items():
-        if not os.path.exists(shard):  # Path.exists raises for a name too long
-            raise refuse(f"shard {shard.name!r} with {len(tensors)} tensors is missing")
     return dict(sorted(files.items()))
 
 
@@ -233,7 +240,7 @@ def _open_files(
         found, metadata[path.name], more = _open_file(path)
         notes += more
         if expected is not None:
-            _check_index(path, expected[path], {part for tensor in found for part in _stored_names(tensor)})
+            check_index(path, expected[path], {part for tensor in found for part in _stored_names(tensor)})
         tensors += found
     seen: dict[str, str] = {}
     for tensor in tensors:
@@ -248,7 +255,8 @@ def _stored_names(tensor: Tensor) -> tuple[str, ...]:
     return bitmask.stored_names(tensor.name) if tensor.layout == "bitmask" else (tensor.name,)
 
 
-def _check_index(path: Path, expected: set[str], found: set[str]) -> None:
+def check_index(path: Path, expected: set[str], found: set[str]) -> None:
+    """Raises InputError where a weight file does not hold the tensors that the index says, and no others."""
     for names, what in (
         (expected - found, "in the index but not in"),
         (found - expected, "not in the index but in"),

@@ -147,8 +147,19 @@ def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
     The source's README.md becomes README.base.md. Hidden folders and links out of a local model folder stay
     behind.
     """
+    found, left = find_sidecars(source)
+    for path, name in found:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+        fsync(folder / name)
+    return left
+
+
+def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
+    """What `copy_sidecars` copies, with the name that it gets, and what it leaves behind."""
     if source.root is None:
-        return ()
+        return [], ()
+    found: list[tuple[Path, str]] = []
     left: list[str] = []
     root = source.root.resolve()
     used = {path.name for path in source.files}
@@ -166,11 +177,8 @@ def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
             if relative.as_posix() not in used and not path.name.endswith(".json"):
                 left.append(relative.as_posix())
         elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, REPLACED, *((CARD,) if ours else ())):
-            name = "README.base.md" if relative.as_posix() == CARD else relative.as_posix()
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
-            fsync(folder / name)
-    return tuple(left)
+            found.append((path, "README.base.md" if relative.as_posix() == CARD else relative.as_posix()))
+    return found, tuple(left)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -59,7 +59,8 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
         return
     from lpsparse.reporting import table
 
-    print_result(table.render(report, width()).partition("\n\ntensor")[0])
+    shown = table.render(report, width())
+    print_result(shown if step.dry_run else shown.partition("\n\ntensor")[0])
     if not step.dry_run:
         base = "" if step.weights else f" {step.model}"  # a folder of several cannot be BASE
         teller(quiet)(f"wrote {step.out}; next: lpsparse report {step.out}{base}")
@@ -70,7 +71,40 @@ def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:
 
     with together():
         found = prune_step(step, teller(quiet))
-    _wrote(step, found, as_json=as_json, quiet=quiet)
+    if isinstance(found, dict):
+        _foretold(found, as_json=as_json)
+    else:
+        _wrote(step, found, as_json=as_json, quiet=quiet)
+
+
+def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    from lpsparse.reporting import table
+    from lpsparse.reporting.measure import Estimate
+
+    zeros = found["zeros_at_least"]
+    print_result(f"{text.clean(found['model'])}@{found['revision']}: from headers alone")
+    print_result(f"  to be zero     {_known(zeros)} of {found['prunable_weights']:,} prunable weights")
+    print_result(f"  all weights    {found['weights']:,}")
+    print_result(f"  to download    {text.size(found['download_bytes'])}, with every other file of it")
+    print_result("\n".join(table.estimate_lines(Estimate(**found["estimate"]))) + "\n")
+    body = [
+        (
+            text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])),
+            text.size(each["bytes"]),
+            _known(each["zeros_at_least"]) if each["prunable"] else "",
+            "prunable" if each["prunable"] else each["reason"],
+        )
+        for each in found["tensors"]
+    ]  # fmt: skip
+    head = ("tensor", "dtype", "shape", "bytes", "zeros", "")
+    print_result("\n".join(text.columns(head, body, width())))
+
+
+def _known(zeros: int | None) -> str:
+    return "not known" if zeros is None else f"{zeros:,} or more"
 
 
 def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, quiet: bool) -> None:

@@ -15,7 +15,15 @@ from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import UsageError, VerdictError
 from lpsparse.pruning.gap import Band, find_band
 from lpsparse.pruning.prunable import choose
-from lpsparse.pruning.select import Scored, cut_blocks, cut_n_m, cut_rows, cut_smallest, select
+from lpsparse.pruning.select import (
+    Scored,
+    cut_blocks,
+    cut_n_m,
+    cut_rows,
+    cut_smallest,
+    select,
+    target_count,
+)
 
 Scope = Literal["global", "tensor", "row"]
 Pair = tuple[int, int]
@@ -114,6 +122,42 @@ def plan_prune(
         if scope == "global" and block is None:
             threshold = value_of(selected[0].key, wide=wide)
     return Plan(plans, wide, threshold, band)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a plan will be, as far as names and shapes tell. Zeros are the fewest that the cut leaves: where
+    more are there already, they stay. None is what the values decide."""
+
+    chosen: dict[str, tuple[bool, str]]
+    zeros: int | None  # of all prunable weights
+    each: dict[str, int | None]  # of each prunable tensor
+
+
+def plan_unread(
+    source: Checkpoint, *, sparsity: Decimal | None, n_m: Pair | None, block: Pair | None, scope: Scope,
+    include: tuple[str, ...], exclude: tuple[str, ...],
+) -> Outlook:  # fmt: skip
+    """`plan_prune` without reading a weight; refuses what that would refuse of names and shapes."""
+    chosen = choose(((t.name, t.dtype, t.shape) for t in source.tensors), include, exclude)
+    tensors = [tensor for tensor in source.tensors if chosen[tensor.name][0]]
+    each: dict[str, int | None] = dict.fromkeys((tensor.name for tensor in tensors), None)
+    if n_m is not None:
+        _check_divides("--n-m", tensors, 1, n_m[1])
+        each = {t.name: t.size // n_m[1] * (n_m[1] - n_m[0]) for t in tensors}
+    if block is not None:
+        _check_divides("--block", tensors, *block)
+    if sparsity is None:
+        return Outlook(chosen, sum(known for known in each.values() if known) if n_m else None, each)
+    grain = block[0] * block[1] if block else 1
+    if scope == "global":
+        return Outlook(chosen, target_count(sparsity, sum(t.size // grain for t in tensors), 0) * grain, each)
+    units = {t.name: t.rows if scope == "row" else 1 for t in tensors}  # each of them meets the sparsity
+    each = {
+        t.name: target_count(sparsity, t.size // grain // units[t.name], 0) * grain * units[t.name]
+        for t in tensors
+    }
+    return Outlook(chosen, sum(known for known in each.values() if known), each)
 
 
 def _check_divides(flag: str, tensors: list[Tensor], rows: int, columns: int) -> None:

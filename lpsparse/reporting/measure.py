@@ -71,6 +71,16 @@ class Budget(_Record):
     passed: bool
 
 
+class Estimate(_Record):
+    """What a run would take, of which only a dry run is made."""
+
+    disk_bytes: int  # OUT
+    free_bytes: int  # on its disk
+    memory_bytes: int  # of the process at its peak, without what the system caches of files
+    seconds: float | None  # None where nothing was read that could be timed
+    rule: str  # where these come from, in words
+
+
 class Report(_Record):
     """What `lpsparse report` found. `schema_version` changes when a field changes its meaning."""
 
@@ -87,6 +97,7 @@ class Report(_Record):
     quality: tuple[Quality, ...] = ()
     base: Base | None = None
     budgets: tuple[Budget, ...] = ()
+    estimate: Estimate | None = None  # of a dry run alone
 
     @property
     def passed(self) -> bool:

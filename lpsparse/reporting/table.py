@@ -1,6 +1,6 @@
 """The report on a terminal: for 80 columns (its tables fit fewer); it says what each figure is of."""
 
-from lpsparse.reporting.measure import Report, quality_drop
+from lpsparse.reporting.measure import Estimate, Report, quality_drop
 from lpsparse.reporting.text import clean, columns, size
 
 MOST_ROWS = 40
@@ -18,7 +18,8 @@ def render(report: Report, width: int = 80) -> str:
 
 def _verdict(report: Report) -> str:
     share = report.prunable
-    text = f"{share.zeros:,} of {share.weights:,} prunable weights are zero ({100 * share.sparsity:.2f} %)"
+    be = "are" if report.estimate is None else "would be"
+    text = f"{share.zeros:,} of {share.weights:,} prunable weights {be} zero ({100 * share.sparsity:.2f} %)"
     if report.budgets:
         failed = sum(not budget.passed for budget in report.budgets)
         text += f"; {failed} of {len(report.budgets)} budgets failed" if failed else "; all budgets met"
@@ -41,6 +42,8 @@ def _totals(report: Report) -> list[str]:
             f"{100 * base.prunable.sparsity:.2f}"
             f" %; the files are now {base.bytes_ratio:.3f} of that"
         )
+    if report.estimate is not None:
+        lines += estimate_lines(report.estimate)
     for quality in report.quality:
         before = "no head yet" if quality.before is None else f"{quality.before:.4f}"
         drop = quality_drop(quality)
@@ -53,6 +56,16 @@ def _totals(report: Report) -> list[str]:
     if report.nonfinite_tensors:
         lines.append(f"  NaN or Inf in  {', '.join(clean(name) for name in report.nonfinite_tensors[:5])}")
     return lines
+
+
+def estimate_lines(needs: Estimate) -> list[str]:
+    """What a run would take: of a dry run."""
+    took = "" if needs.seconds is None else f"; about {needs.seconds:.1f} s here"
+    return [
+        f"  would take     {size(needs.disk_bytes)} of disk ({size(needs.free_bytes)} are free), "
+        f"{size(needs.memory_bytes)} of memory{took}",
+        f"                 ({needs.rule})",
+    ]
 
 
 def _budgets(report: Report, width: int) -> list[str]:
