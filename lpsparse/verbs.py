@@ -214,8 +214,13 @@ def _foretell(
     """What a dry run shows: the report of OUT, and what it would take."""
     from lpsparse.reporting.estimate import estimate, foretell
 
-    found = foretell(source, chosen, counts, "dense" if isinstance(step, UnpackStep) else step.layout)
+    layout = "dense" if isinstance(step, UnpackStep) else step.layout
+    found = foretell(source, chosen, counts, layout)
     size = found.bytes.file_bytes
+    passes = (
+        3 if layout == "bitmask" else 2
+    )  # its header says what is in it, then it is written and read back
+    took = took[0], took[1] * passes
     needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
     return found.model_copy(update={"estimate": needs})
 

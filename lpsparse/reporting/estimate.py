@@ -17,7 +17,7 @@ from lpsparse.reporting.measure import Estimate, Report, measure
 
 # Peaks of anonymous memory, measured on 2 cores: 1 and 4 files of BF16, F32 and F64, each rule of `prune`.
 _PROCESS_BYTES = 32 << 20  # Python and numpy
-_BLOCKS = 8  # what a thread holds at a time: bits, their order, masks and ranks, what it counts and writes
+_BLOCKS = 10  # what a thread holds at a time: bits, their order, masks and ranks, what it counts and writes
 _TORCH_BYTES = 256 << 20
 _WAITING = 2  # threads that write, more than there are cores
 _KEPT_BYTES = 4096  # of a tensor, in memory: its name, shape, counts, and the report's line
@@ -47,21 +47,23 @@ def estimate(
     source: Checkpoint, out: Path, *, weight_bytes: int, sidecar_bytes: int | None = None,
     threads: int | None = None, took: tuple[float, float] | None = None,
 ) -> Estimate:  # fmt: skip
-    """What writing `source` to `out` takes. `took` are the seconds of this dry run for deciding, which the
-    run spends too, and for counting, which it does twice: where it writes and where it reads back."""
+    """What writing `source` to `out` takes. `took` are the seconds that deciding took here, and that it takes
+    to count all tensors as often as the run does."""
     count = threads or cores()
     files = len({tensor.file for tensor in source.tensors})
     if sidecar_bytes is None:
         sidecar_bytes = sum(path.stat().st_size for path, _ in find_sidecars(source)[0])
     block = max(BLOCK_BYTES, *(tensor.nbytes // max(tensor.rows, 1) for tensor in source.tensors))
     working = count if count == 1 else max(count, min(files, count + _WAITING))
-    memory = _PROCESS_BYTES + working * _BLOCKS * block + _KEPT_BYTES * len(source.tensors)
+    held = min(working * block, sum(tensor.nbytes for tensor in source.tensors))
+    memory = _PROCESS_BYTES + _BLOCKS * held + _KEPT_BYTES * len(source.tensors)
     if any(path.suffix in TORCH_SUFFIXES for path in source.files):
         memory += _TORCH_BYTES + source.file_bytes  # torch reads such a file as a whole
     seconds, rule = None, "not timed: nothing was read"
     if took is not None:
-        dense = sum(tensor.nbytes for tensor in source.tensors)
-        work = 2 * took[1] * min(count, len(source.tensors)) + (dense + weight_bytes) * _hash_seconds()
+        work = (
+            took[1] * min(count, len(source.tensors)) + (source.file_bytes + weight_bytes) * _hash_seconds()
+        )
         seconds = took[0] + work / min(
             count, files + 1
         )  # a file is one thread's, the source's hashes one more's
