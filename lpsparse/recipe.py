@@ -70,6 +70,11 @@ _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _THREADS = Field(None, ge=1, description="Threads; the result is the same. Default: one a core.")
 _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
+_DRY_PRUNE = Field(
+    False,
+    description="Say what would be zero, with disk, memory and time, and write nothing; of a hub id that is "
+    "not in the cache from its headers alone.",
+)
 
 POSITIONAL = ("model", "out", "base", "source")
 REPEATED = ("include", "exclude", "freeze")  # flags that may be given more than once
@@ -147,7 +152,7 @@ class PruneStep(Step):
     layout: Literal["dense", "bitmask"] = Field("dense", description="How the result is stored.")
     threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
-    dry_run: bool = _DRY_RUN
+    dry_run: bool = _DRY_PRUNE
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:

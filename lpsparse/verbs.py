@@ -217,10 +217,8 @@ def _foretell(
     layout = "dense" if isinstance(step, UnpackStep) else step.layout
     found = foretell(source, chosen, counts, layout)
     size = found.bytes.file_bytes
-    passes = (
-        3 if layout == "bitmask" else 2
-    )  # its header says what is in it, then it is written and read back
-    took = took[0], took[1] * passes
+    # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
+    took = took[0], took[1] * (10 if layout == "bitmask" else 2)
     needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
     return found.model_copy(update={"estimate": needs})
 
@@ -242,12 +240,9 @@ def _from_headers(step: PruneStep, say: Say) -> dict[str, Any]:
     if plan.zeros is None:
         say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
     needs = estimate(
-        source,
-        step.out,
-        weight_bytes=_bytes(source),
-        sidecar_bytes=remote.sidecar_bytes,
+        source, step.out, weight_bytes=_bytes(source), sidecar_bytes=remote.sidecar_bytes,
         threads=step.threads,
-    )
+    )  # fmt: skip
     return {
         "model": source.name, "revision": source.revision, "from_headers_alone": True,
         "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
