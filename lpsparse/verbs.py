@@ -218,7 +218,7 @@ def _foretell(
     found = foretell(source, chosen, counts, layout)
     size = found.bytes.file_bytes
     # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
-    took = took[0], took[1] * (10 if layout == "bitmask" else 2)
+    took = took[0], took[1] * (10 if found.layout == "bitmask" else 2)
     needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
     return found.model_copy(update={"estimate": needs})
 

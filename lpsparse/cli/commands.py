@@ -88,7 +88,7 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
     print_result(f"{text.clean(found['model'])}@{found['revision']}: from headers alone")
     print_result(f"  to be zero     {_known(zeros)} of {found['prunable_weights']:,} prunable weights")
     print_result(f"  all weights    {found['weights']:,}")
-    print_result(f"  to download    {text.size(found['download_bytes'])}, with every other file of it")
+    print_result(f"  to download    {text.size(found['download_bytes'])} into the hub's cache")
     print_result("\n".join(table.estimate_lines(Estimate(**found["estimate"]))) + "\n")
     body = [
         (
