@@ -63,18 +63,18 @@ for name, of in files.items():
 """
 
 
-def generate(folder: Path, gib: float) -> Path:
-    """Shards with an index; the same for the same size."""
+def generate(folder: Path, gib: float, shard: int = SHARD) -> Path:
+    """Shards of so many bytes with an index; the same for the same sizes."""
     folder.mkdir()
-    draw, weight_map, shards = np.random.default_rng(0), {}, round(gib * (1 << 30) / SHARD)
+    draw, weight_map, shards = np.random.default_rng(0), {}, round(gib * (1 << 30) / shard)
     for i in range(shards):
         name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         with (folder / name).open("wb") as file:
-            rows = SHARD // 4 // 2 // COLUMNS
+            rows = shard // 4 // 2 // COLUMNS
             entries = {
                 f"layers.{i}.{k}.weight": {
                     "dtype": "BF16", "shape": [rows, COLUMNS],
-                    "data_offsets": [k * SHARD // 4, (k + 1) * SHARD // 4],
+                    "data_offsets": [k * shard // 4, (k + 1) * shard // 4],
                 }
                 for k in range(4)
             }  # fmt: skip

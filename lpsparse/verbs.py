@@ -42,7 +42,7 @@ from lpsparse.recipe import (
     pair,
 )
 from lpsparse.reporting import card
-from lpsparse.reporting.check import check_against, check_folder
+from lpsparse.reporting.check import check_against, check_folder, check_weights
 from lpsparse.reporting.measure import (
     Report,
     check_budgets,
@@ -56,7 +56,7 @@ from lpsparse.settings import as_launched, is_first, is_launched, is_one_of_seve
 
 Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]
-Stamps = dict[Path, tuple[int, int] | None]
+Stamps = dict[Path, tuple[int, int, int] | None]
 S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
 R = TypeVar("R")
 
@@ -265,14 +265,15 @@ def _from_headers(step: PruneStep, say: Say) -> dict[str, Any]:
 @_on_threads
 def report_step(step: ReportStep, say: Say = silent) -> Report:
     checkpoint = _open(step.model, say, step.weights, needed=False)
-    quality = own_quality(checkpoint)
     manifest = own_manifest(checkpoint)
-    if manifest is not None and manifest.quality and not quality:
-        say("the weights are not those that the manifest describes: the quality in it is left out")
+    quality = () if manifest is None else manifest.quality
     found = measure(checkpoint, include=step.include, exclude=step.exclude, quality=quality)
+    check_weights(checkpoint, found)
     if step.base is not None:
         base = _open(step.base, say)
-        found = compare(found, measure(base, include=step.include, exclude=step.exclude))
+        beside = measure(base, include=step.include, exclude=step.exclude)
+        check_weights(base, beside)
+        found = compare(found, beside)
     return check_budgets(found, step.min_sparsity, step.max_bytes, step.max_quality_drop)
 
 
@@ -468,10 +469,10 @@ def _check_unchanged(stamps: Stamps) -> None:
             raise InputError(344, what, mend="run again when nobody writes it")
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
         info = path.stat()
-        return info.st_size, info.st_mtime_ns
+        return info.st_ino, info.st_size, info.st_mtime_ns
     except OSError:
         return None
 

@@ -47,7 +47,7 @@ def check_output(
     if (old / REPLACED).is_file() and not os.path.lexists(out):
         old.rename(out)  # a run that died between the two renames of --overwrite
         (out / REPLACED).unlink()
-    if overwrite and os.path.lexists(old) and not (old / REPLACED).is_file():
+    if overwrite and os.path.lexists(old) and not (old / REPLACED).is_file() and not _is_empty(old):
         raise OutputError(402, f"{old}: is in the way of --overwrite", mend="move it away")
     if out.is_symlink() or (out.exists() and not overwrite):
         raise OutputError(
@@ -110,9 +110,7 @@ def output_folder(
         raise
     finally:
         if partial.exists():
-            with suppress(
-                OSError
-            ):  # what went wrong before is what to tell; the next run finds this one gone
+            with suppress(OSError):  # what went wrong before is to be told; the next run finds this one gone
                 if stays or has_states(partial):
                     _own(partial, _NOBODY)
                 else:
@@ -142,7 +140,8 @@ def shared_folder(out: Path, *, overwrite: bool) -> Generator[Path]:
 
 
 def failed(out: Path, error: OSError) -> OutputError:
-    what = f"{error.filename or out}: {error.strerror or error}"
+    name = str(error.filename or "")  # shutil's are names in a folder
+    what = f"{name if os.path.dirname(name) else out}: {error.strerror or error}"
     return OutputError(407, what, mend="mend the disk or choose another OUT; the input is untouched")
 
 
@@ -274,6 +273,11 @@ def exchange_names(a: Path, b: Path) -> bool:
     except (OSError, AttributeError, TypeError):  # not Linux, or a C library without it
         return False
     return rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0
+
+
+def _is_empty(folder: Path) -> bool:
+    """As a run leaves a folder that it deletes, when it dies after the last file."""
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def remove_ours(folder: Path, mark: str) -> None:

@@ -1,5 +1,6 @@
 """Assemble the commands, and turn every failure into two lines and an exit code."""
 
+import errno
 import json
 import os
 import signal
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     except LpsparseError as error:
         if debug:
             print_exc()
+        _leave_without_files(error.__cause__)
         if not isinstance(error, LaunchError):
             _say_error(error.code, error.what, error.mend)
         elif error.said:
@@ -65,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (BrokenPipeError, SystemExit):  # nobody reads on; SystemExit is how Typer takes it
         silence(sys.stdout)
     except Exception as error:
+        _leave_without_files(error)
         if is_out_of_memory(error):
             _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
             _leave("", ExitCode.RESOURCE)
@@ -86,6 +89,13 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     """SIGTERM: clean up as for Ctrl-C, whatever is being done."""
     _asked.append(number)
     raise TerminatedError
+
+
+def _leave_without_files(error: BaseException | None) -> None:
+    """Where the system had no more open files to give: no file is to blame, nor the disk that it is on."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        _say_error("LPS607", f"{error.filename}: too many open files", "raise the limit: `ulimit -n 4096`")
+        _leave("", ExitCode.RESOURCE)
 
 
 def _usage(error: Exception, words: list[str]) -> int | None:

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, read_manifest
+from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, own_manifest, read_manifest
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, open_checkpoint
 from lpsparse.checkpoint.rewrite import count_all
 from lpsparse.checkpoint.threads import parallel
+from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError
+from lpsparse.reporting.measure import Report
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -33,6 +35,29 @@ def check_folder(folder: Path) -> dict[str, Any]:
                             f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
     problems += _tensor_problems(folder, manifest.tensors)
     return {"ok": not problems, "files": len(listed), "tensors": len(manifest.tensors), "problems": problems}
+
+
+def check_weights(checkpoint: Checkpoint, found: Report) -> None:
+    """Raise InputError where a weight file is not the one in the manifest beside it, naming the tensor whose
+    zeros, as they were `found`, are others. A checkpoint that lpsparse did not write has none."""
+    manifest, root = own_manifest(checkpoint), checkpoint.root
+    if manifest is None or root is None:
+        return
+    files = {record.name: record for record in manifest.files}
+    zeros = {record.name: record.zeros for record in manifest.tensors}
+    rows = {row.name: row for row in found.tensors}
+    digests = parallel(lambda path: digest(path, root), checkpoint.files)
+    for path, read in zip(checkpoint.files, digests, strict=True):
+        if read != files.get(path.name):
+            others = [
+                f"{name!r}: {rows[name].zeros} zeros, {zeros.get(name, 'none of that name')} there"
+                for name in (tensor.name for tensor in checkpoint.tensors if tensor.file == path.name)
+                if rows[name].zeros != zeros.get(name)
+            ]
+            why = others[0] if others else "as many zeros, other bytes"
+            what = f"{path}: is not what {MANIFEST} describes: {why}"
+            mend = f"write it again, or delete {MANIFEST} if you changed the weights on purpose"
+            raise InputError(352, what, mend=mend)
 
 
 def check_against(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
