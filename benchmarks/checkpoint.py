@@ -63,20 +63,20 @@ for name, of in files.items():
 """
 
 
-def generate(folder: Path, gib: float, shard: int = SHARD) -> Path:
-    """Shards of so many bytes with an index; the same for the same sizes."""
+def generate(folder: Path, gib: float, shard: int = SHARD, tensors: int = 4) -> Path:
+    """Shards of so many bytes and tensors with an index; the same for the same numbers."""
     folder.mkdir()
     draw, weight_map, shards = np.random.default_rng(0), {}, round(gib * (1 << 30) / shard)
     for i in range(shards):
         name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         with (folder / name).open("wb") as file:
-            rows = shard // 4 // 2 // COLUMNS
+            rows = shard // tensors // 2 // COLUMNS
             entries = {
                 f"layers.{i}.{k}.weight": {
                     "dtype": "BF16", "shape": [rows, COLUMNS],
-                    "data_offsets": [k * shard // 4, (k + 1) * shard // 4],
+                    "data_offsets": [k * shard // tensors, (k + 1) * shard // tensors],
                 }
-                for k in range(4)
+                for k in range(tensors)
             }  # fmt: skip
             text = json_of({"__metadata__": {"format": "pt"}, **entries})
             file.write(len(text).to_bytes(8, "little") + text)

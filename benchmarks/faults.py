@@ -12,6 +12,7 @@ import argparse
 import builtins
 import errno
 import fcntl
+import gc
 import hashlib
 import io
 import mmap
@@ -51,9 +52,13 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
 def small_model(folder: Path, mib: float, shards: int) -> Path:
     """Shards with sidecars, one of them in a folder."""
-    generate(folder, mib / 1024, shard=round(mib * (1 << 20)) // shards)
+    generate(folder, mib / 1024, shard=round(mib * (1 << 20)) // shards, tensors=2)
     (folder / "README.md").write_text("the base\n")
     (folder / "extra").mkdir()
     (folder / "extra" / "vocab.txt").write_text("a\nb\n")
@@ -78,15 +83,18 @@ def kills(folder: Path, count: int, mib: int, draw: random.Random) -> dict[str, 
     """Half of the kills with a new OUT, half with --overwrite. Each run cuts to one of two sparsities, so
     that what a killed run left behind is not always of use."""
     model = generate(folder / "model", mib / 1024, shard=(mib << 20) // 8)
-    before, known, spans = digests(model), {}, []
+    before, known, spans, wholes = digests(model), {}, [], []
     for sparsity in ("0.5", "0.8"):
         out = folder / "untouched" / sparsity
         out.parent.mkdir(exist_ok=True)
         run = Run(model, out, sparsity, overwrite=False)
         run.until_first_write()
         first = time.monotonic()
-        assert run.end() == 0
+        while run.process.poll() is None and not out.exists():
+            time.sleep(0.001)
         spans.append(time.monotonic() - first)
+        wholes.append((time.time_ns() - run.begun) / 1e9)
+        assert run.end() == 0
         known[(out / "lpsparse.json").read_bytes()] = sparsity
         assert lpsparse.verify(out)["ok"]
         shutil.rmtree(out)
@@ -97,9 +105,10 @@ def kills(folder: Path, count: int, mib: int, draw: random.Random) -> dict[str, 
         if name == "--overwrite":
             Run(model, out, "0.5", overwrite=False).end()
         while found["kills"] < half:
-            for _ in range(min(draw.randint(1, 3), half - found["kills"])):
+            for _ in range(min(draw.randint(2, 4), half - found["kills"])):
                 run = Run(model, out, draw.choice(("0.5", "0.8")), overwrite=name == "--overwrite")
-                moment = run.killed(draw, max(spans))
+                aimed = found["between it and the rename"] <= 0.6 * found["kills"]
+                moment = run.killed(draw.uniform(0, max(spans if aimed else wholes)), aimed=aimed)
                 if moment:
                     found["kills"] += 1
                     found[moment] += 1
@@ -149,14 +158,11 @@ class Run:
     def end(self) -> int:
         return self.process.wait()
 
-    def killed(self, draw: random.Random, span: float) -> str:
-        """Kill it, mostly in the `span` of seconds after its first write; the moment in words of the table,
-        nothing where it had ended."""
-        if draw.random() < 0.8:
+    def killed(self, delay: float, *, aimed: bool) -> str:
+        """Kill it so many seconds after it began, or where `aimed` after its first write; the moment in words
+        of the table, nothing where it had ended."""
+        if aimed:
             self.until_first_write()
-            delay = draw.uniform(0, span)
-        else:
-            delay = draw.uniform(0, 2 * span)
         try:
             self.process.wait(delay)
         except subprocess.TimeoutExpired:
@@ -204,16 +210,21 @@ FAULTS = {
     "EIO:rename": frozenset({"rename"}), "EIO:mkdir": frozenset({"mkdir"}), "EROFS:change": CHANGES,
     "EMFILE:open": frozenset({"open"}), "EXDEV:rename": frozenset({"rename"}),
     "EOPNOTSUPP:rename": frozenset({"rename"}), "SIGKILL:any": CHANGES | {"write", "fsync", "close"},
+    "POWER:any": CHANGES | {"write", "fsync", "close"},
 }  # fmt: skip
 
 
 class Disk:
     """Calls to the system beneath `root`, of which the `at`-th of some kinds fails, and all later ones if it
-    is `lasting`: as on a real disk, with half of what was to be written on it; or the process is killed."""
+    is `lasting`: as on a real disk, with half of what was to be written on it; or the process is killed, or
+    POWER is cut, which also takes what was not synced: the bytes of files, and the names of new ones."""
 
     def __init__(self, root: Path, fault: str, at: int, *, lasting: bool) -> None:
         self.root, self.at, self.lasting, self.kinds = str(root), at, lasting, FAULTS[fault]
         self.error = fault.partition(":")[0]
+        self.kills = self.error in ("SIGKILL", "POWER")
+        self.unsynced: set[int] = set()  # files by their numbers
+        self.unnamed: set[tuple[int, str]] = set()  # the number of a folder, and a name in it
         self.lock = threading.Lock()
         self.count = mmap.mmap(-1, 8)  # the process that forks the run reads it, too
 
@@ -242,10 +253,31 @@ class Disk:
 
     def fail(self, *names: object) -> None:
         """Raise the error, with the names that the system's would have."""
-        if self.error == "SIGKILL":
+        if self.error == "POWER":
+            self._lose()
+        if self.kills:
             os.kill(os.getpid(), signal.SIGKILL)
         number = getattr(errno, self.error)
         raise OSError(number, os.strerror(number), *names)
+
+    def wrote(self, descriptor: int) -> None:
+        self.unsynced.add(os.fstat(descriptor).st_ino)
+
+    def named(self, path: str) -> None:
+        self.unnamed.add((os.stat(os.path.dirname(path)).st_ino, os.path.basename(path)))
+
+    def synced(self, descriptor: int) -> None:
+        number = os.fstat(descriptor).st_ino
+        self.unsynced.discard(number)
+        self.unnamed = {name for name in self.unnamed if name[0] != number}
+
+    def _lose(self) -> None:
+        self.kinds = frozenset()
+        for path in sorted(Path(self.root).rglob("*"), reverse=True):
+            if (path.parent.stat().st_ino, path.name) in self.unnamed:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif path.stat().st_ino in self.unsynced:
+                os.truncate(path, 0)
 
     def _call(self, real: Callable[..., Any], name: str, kind: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -253,7 +285,12 @@ class Disk:
             if self.fails(path_of(target, options.get("dir_fd") or options.get("src_dir_fd")), kind):
                 two = (args[0], None, args[1]) if kind == "rename" else (args[0],)
                 self.fail(*(() if isinstance(target, int) else two))
-            return real(*args, **options)
+            found = real(*args, **options)
+            if isinstance(target, int) and kind in ("write", "fsync"):
+                (self.wrote if kind == "write" else self.synced)(target)
+            elif kind == "mkdir":
+                self.named(path_of(target))
+            return found
 
         return call
 
@@ -311,12 +348,15 @@ class _File(io.FileIO):
     def __init__(self, disk: Disk, path: str, file: Any, mode: str) -> None:
         self.disk, self.path = disk, path
         super().__init__(file, mode)
+        disk.named(path)
 
     def write(self, data: Any) -> int:
         if self.disk.fails(self.path, "write"):
             view = memoryview(data).cast("B")
+            self.disk.wrote(self.fileno())
             super().write(view[: len(view) // 2])
             self.disk.fail()
+        self.disk.wrote(self.fileno())
         return super().write(data)
 
     def truncate(self, size: int | None = None) -> int:
@@ -394,6 +434,7 @@ class Case:
         self.problems: list[str] = []
         self.run([])
         self.new = digests(self.out)
+        gc.freeze()  # a copy of this process then copies little of its memory
 
     def run(self, options: list[str], disk: Disk | None = None) -> Ran:
         return forked([*self.words, *options], self.said, disk)
@@ -405,23 +446,30 @@ class Case:
                 shutil.rmtree(self.disk / name)
         if self.overwrites:
             shutil.copytree(self.old, self.out)
+        before = names(self.disk)
         ran = self.run(["--overwrite"] if self.overwrites else [], disk)
         if not disk.met:
             found["wrong"] += (ran.code, digests(self.out)) != (0, self.new)
             return
         wrong = list(self.wrong_words(ran, disk))
         state = self.state()
-        found.update(["calls" if not disk.lasting else "", "runs", state])
+        found.update(["runs", state])
+        found["calls"] = max(found["calls"], disk.at)
         found["killed" if ran.code == -signal.SIGKILL else "passed" if ran.code == 0 else "errors"] += 1
         if ran.code == 0 and state != "OUT whole":
             wrong.append(f"ends with 0, {state}")
         found["inputs lost"] += digests(self.model) != self.input
-        again = self.run(["--overwrite"] if self.overwrites or self.out.exists() else [])
-        if (again.code, digests(self.out), sorted(os.listdir(self.disk))) != (0, self.new, ["model", "out"]):
-            wrong.append(f"then: {again.code}, {os.listdir(self.disk)}, {again.said}")
+        if names(self.disk) != before or state != ("OUT whole" if self.overwrites else "OUT absent"):
+            wrong += self.wrong_afterwards()  # else it would be an untouched run
         found["wrong"] += len(wrong) > 0
         where = f"{disk.error} {'from' if disk.lasting else 'at'} call {disk.at} of {sorted(disk.kinds)}"
         self.problems += [f"{where}: {words}" for words in wrong]
+
+    def wrong_afterwards(self) -> Iterator[str]:
+        """What is wrong with a run on what the first one left."""
+        ran = self.run(["--overwrite"] if self.overwrites or self.out.exists() else [])
+        if (ran.code, digests(self.out), sorted(os.listdir(self.disk))) != (0, self.new, ["model", "out"]):
+            yield f"then: {ran.code}, {os.listdir(self.disk)}, {ran.said}"
 
     def state(self) -> str:
         """What is at OUT, or was put aside from it."""
@@ -434,7 +482,7 @@ class Case:
 
     def wrong_words(self, ran: Ran, disk: Disk) -> Iterator[str]:
         """What is wrong with how a run ended that met a fault. A failed fsync is never got over."""
-        if disk.error == "SIGKILL":
+        if disk.kills:
             if ran.code != -signal.SIGKILL:
                 yield f"ends with {ran.code}"
             return
@@ -449,8 +497,11 @@ class Case:
             yield f"not two lines: {ran.said}"
 
 
-def calls(folder: Path, commands: list[str], faults: list[str]) -> tuple[dict[str, Counter[str]], list[str]]:
-    """Each fault at each call that a command makes; what is wrong in words."""
+def calls(
+    folder: Path, commands: list[str], faults: list[str], modes: list[str]
+) -> tuple[dict[str, Counter[str]], list[str]]:
+    """Each fault at each call that a command makes: that one alone ("at"), and all "from" it on. And what is
+    wrong, in words."""
     rows: dict[str, Counter[str]] = {}
     problems: list[str] = []
     for command in commands:
@@ -458,7 +509,7 @@ def calls(folder: Path, commands: list[str], faults: list[str]) -> tuple[dict[st
         case = Case(folder, command, int(threads or 1))
         for fault in faults:
             found = rows[f"{command} {f'on {threads} ' if threads else ''}{fault}"] = Counter()
-            for lasting in (False, True)[: 1 if fault == "SIGKILL:any" else 2]:
+            for lasting in [mode == "from" for mode in (modes if not fault.endswith(":any") else ["at"])]:
                 for at in range(1, 10**6):
                     disk = Disk(case.disk, fault, at, lasting=lasting)
                     case.trial(disk, found)
@@ -524,6 +575,7 @@ def main() -> None:
         "prune", "prune --overwrite", "prune --overwrite on 2", "pack", "unpack --overwrite",
     ])  # fmt: skip
     parser.add_argument("--fault", nargs="+", choices=list(FAULTS), default=list(FAULTS))
+    parser.add_argument("--mode", nargs="+", choices=["at", "from"], default=["at", "from"])
     arguments = parser.parse_args()
     draw, problems = random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory(prefix="lpsparse-faults-") as name:
@@ -532,7 +584,7 @@ def main() -> None:
             columns, rows = KILLS, kills(folder, arguments.kills, arguments.mib, draw)
         elif arguments.what == "calls":
             columns = CALLS
-            rows, problems = calls(folder, arguments.command, arguments.fault)
+            rows, problems = calls(folder, arguments.command, arguments.fault, arguments.mode)
         else:
             columns, rows = PAGES, pages(folder, arguments.times, draw)
     table(columns, rows)

@@ -179,7 +179,14 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["inspect", "tiny"], ["report", "tiny", "--json", "-"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["inspect", "tiny"],
+        ["report", "tiny", "--json", "-"],
+        ["prune", "tiny", "out", "--sparsity", "0.5", "--quiet"],
+    ],
 )
 def test_a_reader_that_was_never_there_is_no_error_either(arguments: list[str], tiny: Path) -> None:
     reading, writing = os.pipe()

@@ -465,25 +465,6 @@ def start(model: Path, out: Path, delay: float) -> subprocess.Popen[bytes]:
     return process
 
 
-@pytest.mark.slow
-def test_a_killed_run_leaves_out_absent_or_whole_and_the_next_one_succeeds(
-    minilm: Path, tmp_path: Path
-) -> None:
-    left = []
-    for delay in np.random.default_rng(41).uniform(0, 0.5, 8):
-        process = start(minilm, tmp_path / "out", delay)
-        process.kill()
-        process.communicate()
-        left.append((tmp_path / "out.partial").exists())
-        if (tmp_path / "out").exists():
-            assert verify(tmp_path / "out")["ok"]
-            shutil.rmtree(tmp_path / "out")
-    assert any(left)  # some were killed while they wrote
-    assert run_cli(["prune", minilm, tmp_path / "out", "--sparsity", "0.8"]).rc == 0
-    assert verify(tmp_path / "out")["ok"]
-    assert os.listdir(tmp_path) == ["out"]
-
-
 def test_ctrl_c_leaves_nothing_and_exits_130(minilm: Path, tmp_path: Path) -> None:
     process = start(minilm, tmp_path / "out", 0.02)
     process.send_signal(signal.SIGINT)
@@ -570,18 +551,6 @@ def test_values_names_and_shapes_that_are_not_the_sources_are_named(tmp_path: Pa
         "d.weight: not in base", "c.weight: missing", "ids: 7 values are neither",
     ):  # fmt: skip
         assert what in said.stderr, said.stderr
-
-
-def test_a_source_that_changes_while_it_is_read_is_refused(tiny: Path, tmp_path: Path) -> None:
-    path = tiny / "model.safetensors"
-
-    def say(text: str) -> None:
-        if text.startswith("threshold"):  # decided, and not written yet
-            os.utime(path, ns=(1, 1))
-
-    with pytest.raises(InputError, match="was changed while it was read"):
-        prune_step(resolve(PruneStep, {"model": str(tiny), "out": tmp_path / "out", "sparsity": 0.5}), say)
-    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask"])

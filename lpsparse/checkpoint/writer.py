@@ -152,6 +152,9 @@ def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
         fsync(folder / name)
+    for path in folder.rglob("*"):  # a name is durable when its folder is
+        if path.is_dir():
+            fsync(path)
     return left
 
 
