@@ -238,9 +238,7 @@ class Disk:
         os.open = self._open_descriptor(os.open)
         os.close = self._close_descriptor(os.close)
         builtins.open = io.open = self._open(io.open)
-        exchange = getattr(output, "_exchange_names", None)
-        if exchange is not None:
-            output._exchange_names = self._exchange(exchange)
+        output.exchange_names = self._exchange(output.exchange_names)
 
     def fails(self, path: str, *kinds: str) -> bool:
         """Count a call; whether it fails. One that is killed does not return."""

@@ -81,12 +81,16 @@ def silent(_: Any) -> None:
 
 
 def _on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
-    """The verb, on the step's own number of threads."""
+    """The verb, on the step's own number of threads. Raises InputError for a disk that cannot be read."""
 
     @wraps(verb)
     def run(step: S, say: Say = silent) -> R:
-        with using(step.threads):
-            return verb(step, say)
+        try:
+            with using(step.threads):
+                return verb(step, say)
+        except OSError as error:  # what cannot be written is an OutputError by now
+            what = f"{error.filename or step.model}: {error.strerror or error}"
+            raise InputError(338, what, mend="check the disk that it is on, and run again") from error
 
     return run
 
