@@ -25,6 +25,7 @@ from lpsparse.errors import InputError, OutputError
 
 _TASK_BYTES = 32 << 20  # what a thread counts at a time
 
+Sums = dict[str, tuple[int, int]]  # of each tensor, `stored` and `total` of its Count
 Cut = Callable[[Blocks], Blocks]  # a stream of row blocks in, the same rows out with more zeros
 
 
@@ -58,16 +59,28 @@ NOTHING = Count(0, 0, 0, 0)
 
 
 def count_block(block: Bits, dtype: str) -> Count:
-    stored = int(np.count_nonzero(block))
-    if block.shape[-1] * block.itemsize % 8 == 0:
-        words = np.ascontiguousarray(block).view(np.uint64)  # of a torch file's view, the block is not
-    else:
-        words = block
-    total = int(words.sum(dtype=np.uint64))
-    if not DTYPES[dtype].is_float:
+    stored, total = sums_of(block)
+    if not DTYPES[dtype].is_float or _is_plain(block, dtype):
         return Count(block.size - stored, stored, 0, total)
     codes = ordered(block, dtype)
     return Count(block.size - int(np.count_nonzero(codes)), stored, nonfinite(codes, dtype), total)
+
+
+def sums_of(block: Bits) -> tuple[int, int]:
+    """`stored` and `total` of `Count`."""
+    words = block
+    if block.shape[-1] * block.itemsize % 8 == 0:
+        words = np.ascontiguousarray(block).view(np.uint64)  # of a torch file's view, the block is not
+    return int(np.count_nonzero(block)), int(words.sum(dtype=np.uint64))
+
+
+def _is_plain(block: Bits, dtype: str) -> bool:
+    """Whether there is no -0, Inf or NaN: of sign and magnitude the extremes tell, without a copy."""
+    if not block.size:
+        return True
+    top, limit = 1 << (8 * block.itemsize - 1), infinity(dtype)
+    signed = block.view(f"<i{block.itemsize}")
+    return -top < int(signed.min()) and int(signed.max()) < limit and int(block.max()) < top + limit
 
 
 def count(tensor: Tensor, blocks: Blocks) -> Count:
@@ -124,8 +137,8 @@ def rewrite(source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None
     def written(path: Path) -> tuple[list[Named], dict[str, Count], FileRecord, bool]:
         target = folder / names[path.name]
         found = target.exists()
-        entries, counts, changed = _rewrite_file(source, path, target, cut, layout)
-        return entries, counts, _read_back(source, target, counts), found and not changed
+        entries, sums, changed = _rewrite_file(source, path, target, cut, layout)
+        return entries, *_read_back(source, target, sums), found and not changed
 
     weight_map: dict[str, str] = {}
     counts: dict[str, Count] = {}
@@ -143,18 +156,22 @@ def rewrite(source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None
     return Written(counts, tuple(files), kept)
 
 
-def _read_back(source: Checkpoint, target: Path, counts: dict[str, Count]) -> FileRecord:
-    """Open a file again that was written, and compare. Raises OutputError."""
+def _read_back(source: Checkpoint, target: Path, sums: Sums) -> tuple[dict[str, Count], FileRecord]:
+    """Open a file again that was written, and compare. Raises OutputError; for NaN or Inf InputError."""
     checkpoint = open_checkpoint(target)
     if checkpoint.layout == "dense":
         read, record = _count_and_digest(checkpoint, target)
     else:
         read, record = count_all(checkpoint), digest(target, target.parent)
-    for name, written in counts.items():
-        if read.get(name) != written:
-            what = f"{source.name}: {name!r}: {read.get(name)} read back, {written} written"
+    for name, written in sums.items():
+        found = read.get(name, NOTHING)
+        if (found.stored, found.total) != written:
+            what = f"{source.name}: {name!r}: {found} read back, {written} (stored, total) written"
             raise OutputError(408, what, mend="check the disk and run again; nothing was kept")
-    return record
+    for tensor in source.tensors:
+        if tensor.name in sums:
+            check_finite(source, tensor, read[tensor.name].nonfinite)
+    return read, record
 
 
 def _count_and_digest(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Count], FileRecord]:
@@ -173,24 +190,23 @@ def _count_and_digest(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Cou
 
 def _rewrite_file(
     source: Checkpoint, path: Path, target: Path, cut: Callable[[Tensor], Cut | None], layout: str
-) -> tuple[list[Named], dict[str, Count], bool]:
-    """The entries of the new file, what is in its tensors, and whether anything had to be written."""
+) -> tuple[list[Named], Sums, bool]:
+    """The entries of the new file, the sums of its tensors, and whether anything had to be written."""
     tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
     streams = {tensor.name: _stream(tensor, cut(tensor)) for tensor in tensors}
-    counts = dict.fromkeys(streams, NOTHING)
-    packed: set[str] = set()
+    sums: Sums = dict.fromkeys(streams, (0, 0))
+    packed: dict[str, Count] = {}
     if layout == "bitmask":  # its header says how many values there are
         for tensor in tensors:
             counted = count(tensor, streams[tensor.name]())
-            check_finite(source, tensor, counted.nonfinite)
             if bitmask.pays(tensor.dtype, tensor.shape, counted.stored):
-                packed.add(tensor.name)
-                counts[tensor.name] = counted
-        taken = [t.name for t in tensors if bitmask.is_taken(t.name, packed)]
+                packed[tensor.name] = counted
+                sums[tensor.name] = counted.stored, counted.total
+        taken = [t.name for t in tensors if bitmask.is_taken(t.name, set(packed))]
         if taken:
             what = f"{source.name}/{path.name}: {taken[0]!r}: this name belongs to the bitmask layout"
             raise InputError(342, what, mend="keep this model dense, or rename the tensor")
-    entries = [entry for t in tensors for entry in entries_of(t, counts[t.name], t.name in packed)]
+    entries = [e for t in tensors for e in entries_of(t, packed.get(t.name, NOTHING), t.name in packed)]
 
     def parts() -> Iterator[Part]:
         for tensor in tensors:
@@ -198,13 +214,13 @@ def _rewrite_file(
                 yield from _packed_parts(tensor, streams[tensor.name]())
                 continue
             for row, block in streams[tensor.name]():
-                counted = count_block(block, tensor.dtype)
-                check_finite(source, tensor, counted.nonfinite)
-                counts[tensor.name] += counted
+                stored, total = sums_of(block)
+                known = sums[tensor.name]
+                sums[tensor.name] = known[0] + stored, (known[1] + total) % 2**64
                 yield tensor.name, row * block.shape[1], block
 
     changed = write_tensors(target, entries, metadata_of(source, path.name, layout), parts())
-    return entries, counts, changed
+    return entries, sums, changed
 
 
 def follow(source: Checkpoint) -> None:

@@ -1,12 +1,14 @@
 """The files of a checkpoint that is written: their names, and bytes that are on the disk when a call is
 over."""
 
+import ctypes
 import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -20,6 +22,8 @@ MANIFEST = "lpsparse.json"
 REPORT = "report.json"
 CARD = "README.md"
 METRICS = "metrics.jsonl"
+_AHEAD = 16 << 20  # bytes that are written before the disk is set to work
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2)
 STATE = ".lpsparse-state"  # folder in OUT.partial of an unfinished run's training states
 OURS = (MANIFEST, REPORT, METRICS)  # of an earlier run on the source: never carried over
 OWNER = ".lpsparse-owner.json"
@@ -69,6 +73,8 @@ def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], pa
         for name, first, values in parts:
             start, itemsize = offsets[name]
             changed |= _put(file, size, 8 + len(text) + start + first * itemsize, values)
+            if given // _AHEAD < (given + values.nbytes) // _AHEAD:
+                _begin_writing(file)
             given += values.nbytes
         os.fsync(file.fileno())
     assert given == position, f"{path.name}: {given} of {position} bytes were given"
@@ -87,6 +93,13 @@ def _put(file: FileIO, size: int, place: int, values: Bits) -> bool:
     while data.size:  # a system writes at most 2 GiB at once
         data = data[file.write(data.data) or 0 :]
     return True
+
+
+def _begin_writing(file: FileIO) -> None:
+    """Have the system bring to the disk what it holds of a file, and go on: fsync, which tells of errors, has
+    less to wait for."""
+    with suppress(OSError, AttributeError, TypeError):  # not Linux
+        ctypes.CDLL(None).sync_file_range(file.fileno(), ctypes.c_int64(), ctypes.c_int64(), _WRITE)
 
 
 def drop_weights(folder: Path, *, but: set[str]) -> None:
