@@ -148,6 +148,15 @@ def prune(sizes: list[float], rounds: int, folder: Path) -> None:
     print(f"memory of the last to the first: {middles[-1] / middles[0]:.3f} times")
 
 
+def warm(source: Path) -> None:
+    """Copy a folder and delete the copy, so that each turn finds the disk idle and the memory that files are
+    cached in at hand: a virtual machine gives memory that is idle for seconds back to its host."""
+    copy = source.with_name("warm")
+    shutil.copytree(source, copy)
+    subprocess.run(["sync"], check=True)
+    shutil.rmtree(copy)
+
+
 def rivals(gib: float, rounds: int, folder: Path) -> None:
     """Medians of rounds in which each has its turn; global_unstructured, which takes minutes, has the last
     one only: it has the machine give up its caches."""
@@ -163,6 +172,7 @@ def rivals(gib: float, rounds: int, folder: Path) -> None:
     for i in range(rounds):
         for name, command in ways.items():
             if i == rounds - 1 or name != "global_unstructured":
+                warm(source)
                 turns[name].append(measured([*command, str(source), str(folder / "out")]))
                 shutil.rmtree(folder / "out")
     middle = {
