@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse import verbs
+from lpsparse.artefact import recorded
 from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, locate, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST
@@ -165,7 +166,7 @@ def is_finished(step: Any) -> bool:
             record.name in files and digest(files[record.name], step.out) == record
             for record in manifest.files
         )
-        return whole and manifest.recipe == verbs.recorded(step) and _same_source(manifest, step)
+        return whole and manifest.recipe == recorded(step) and _same_source(manifest, step)
     except (InputError, OSError):
         return False
 

@@ -11,20 +11,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
+from lpsparse.artefact import Chosen, Say, check_same, complete, recorded, stamps_of, writing
 from lpsparse.checkpoint.hub import is_remote
-from lpsparse.checkpoint.manifest import (
-    Quality,
-    Source,
-    own_manifest,
-    read_manifest,
-    source_of,
-    write_manifest,
-)
+from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.output import check_output, shared_folder
-from lpsparse.checkpoint.rewrite import Count, Written, count_all, follow, rewrite
-from lpsparse.checkpoint.threads import beside, of_one, using
-from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
+from lpsparse.checkpoint.output import check_output
+from lpsparse.checkpoint.rewrite import Count, count_all, follow, rewrite
+from lpsparse.checkpoint.threads import of_one, using
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune, plan_unread
 from lpsparse.pruning.prunable import kept_in_words
@@ -36,12 +29,10 @@ from lpsparse.recipe import (
     PackStep,
     PruneStep,
     ReportStep,
-    Step,
     UnpackStep,
     VerifyStep,
     pair,
 )
-from lpsparse.reporting import card
 from lpsparse.reporting.check import check_against, check_folder, check_weights
 from lpsparse.reporting.measure import (
     Report,
@@ -50,13 +41,9 @@ from lpsparse.reporting.measure import (
     measure,
     own_quality,
     prunable_of,
-    tensor_records,
 )  # fmt: skip
 from lpsparse.settings import as_launched, is_first, is_launched, is_one_of_several, resolve
 
-Say = Callable[[str], None]
-Chosen = dict[str, tuple[bool, str]]
-Stamps = dict[Path, tuple[int, int, int] | None]
 S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
 R = TypeVar("R")
 
@@ -159,7 +146,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     began = perf_counter()
     source = _open(step.model, say, step.weights)
     refuse_quantised(source)
-    stamps = {path: _stamp(path) for path in source.files}
+    stamps = stamps_of(source)
     of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
     plan = plan_prune(
         source, sparsity=step.sparsity, below=step.below, gap=step.gap, n_m=pair(step.n_m),
@@ -179,7 +166,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         decided = perf_counter()
         counts = count_all(source, plan.cut)
         return _foretell(step, source, chosen, counts, (decided - began, perf_counter() - decided))
-    with _writing(step, source, stamps, chosen, say) as (folder, finish):
+    with writing(step, source, stamps, chosen, say) as (folder, finish):
         written = rewrite(source, folder, plan.cut, step.layout)
         counts = written.counts
         whole = [t.name for t in source.tensors if chosen[t.name][0] and counts[t.name].zeros == t.size]
@@ -198,7 +185,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
 @_on_threads
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     source = _open(step.model, say, step.weights)
-    stamps = {path: _stamp(path) for path in source.files}
+    stamps = stamps_of(source)
     chosen = prunable_of(source)
     of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
     if step.dry_run:
@@ -206,7 +193,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
         began = perf_counter()
         counts = count_all(source)
         return _foretell(step, source, chosen, counts, (0, perf_counter() - began))
-    with _writing(step, source, stamps, chosen, say) as (folder, finish):
+    with writing(step, source, stamps, chosen, say) as (folder, finish):
         layout = step.layout if isinstance(step, PackStep) else "dense"
         return finish(rewrite(source, folder, lambda _: None, layout), own_quality(source))
 
@@ -390,8 +377,8 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         }
         notes = (*task.loaded.notes, trained.facts)
         record = source_of(source)
-        _check_same(record, made_by["model"])
-        found = _finish(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
+        check_same(record, made_by["model"])
+        found = complete(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
     distributed.wait()
     return found
 
@@ -427,89 +414,3 @@ def _open(model: str, say: Say, weights: str | None = None, *, needed: bool = Tr
 
 def _bytes(source: Checkpoint) -> int:
     return sum(tensor.nbytes for tensor in source.tensors)
-
-
-Finish = Callable[[Written, tuple[Quality, ...]], Report]
-
-
-@contextmanager
-def _writing(
-    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, stamps: Stamps,
-    chosen: Chosen, say: Say,
-) -> Generator[tuple[Path, Finish]]:  # fmt: skip
-    """A folder to rewrite into, and the call that completes it. Raises InputError when a file of `source` no
-    longer has its stamp."""
-    with (
-        shared_folder(step.out, overwrite=step.overwrite) as folder,
-        beside(lambda: source_of(source)) as record,
-    ):
-
-        def finish(written: Written, quality: tuple[Quality, ...]) -> Report:
-            if written.kept:
-                of = f"{written.kept} of {len(written.files)} weight files"
-                say(f"{of} were there already, whole, from an interrupted run")
-            made_of = record()
-            found = of_one(lambda: _finish(step, source, made_of, folder, chosen, say, written, quality))
-            of_one(lambda: _check_unchanged(stamps))
-            return found
-
-        yield folder, finish
-
-
-def _check_same(record: Source, known: dict[str, str]) -> None:
-    """Raises InputError when a file of the source has not the hash that it had when training began."""
-    for file in record.files:
-        if file.sha256 != known[file.name]:
-            what = f"{record.name}: {file.name} was changed during the training"
-            raise InputError(
-                344, what, mend="put it back, and run again: from the last training state, if any"
-            )
-
-
-def _check_unchanged(stamps: Stamps) -> None:
-    for path, known in stamps.items():
-        if _stamp(path) != known:
-            what = f"{path}: was changed while it was read"
-            raise InputError(344, what, mend="run again when nobody writes it")
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        info = path.stat()
-        return info.st_ino, info.st_size, info.st_mtime_ns
-    except OSError:
-        return None
-
-
-def _finish(
-    step: Step, source: Checkpoint, record: Source, folder: Path, chosen: Chosen, say: Say, written: Written,
-    quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None = None, notes: tuple[str, ...] = (),
-) -> Report:  # fmt: skip
-    """Sidecars beside the weights, then report, card and manifest."""
-    left = copy_sidecars(source, folder)
-    if sidecars is not None:
-        sidecars(folder)
-    notes = (*source.notes, *notes, *((f"left behind: {', '.join(left)}",) if left else ()))
-    if left:
-        say(notes[-1])
-    found = measure(open_checkpoint(folder), chosen, name=source.name, quality=quality, counts=written.counts)
-    write_json(folder / REPORT, found.model_dump(mode="json"))
-    base_card = (folder / "README.base.md").exists()
-    write_text(folder / CARD, card.render(found, record, quality, base_card=base_card))
-    write_manifest(
-        folder, record, recorded(step), tensor_records(found), found.layout, quality, notes, written.files
-    )
-    fsync(folder)
-    return found
-
-
-def recorded(step: Step) -> dict[str, Any]:
-    """What the manifest says made OUT: the step's settings, and the hashes of the data that it read."""
-    settings = step.recorded()
-    if isinstance(step, FinetuneStep):
-        from lpsparse.training.data import digests
-
-        settings["data"] = digests(step.data, step.split)
-        if step.eval_data or step.eval_split:
-            settings["eval_data"] = digests(step.eval_data or step.data, step.eval_split or "validation")
-    return {type(step).__name__.removesuffix("Step").lower(): settings}

@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "training": {"pruning", "checkpoint", "recipe", "settings", "distributed", "errors"},
     "reporting": {"checkpoint", "errors", "pruning.prunable"},  # the rule of what counts is one rule
     "integrations": {"training", "checkpoint", "recipe", "errors"},
-    "verbs": VERBS_MAY,
-    "pipeline": VERBS_MAY | {"verbs", "recipe_file"},
+    "artefact": VERBS_MAY,
+    "verbs": VERBS_MAY | {"artefact"},
+    "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file"},
     "cli": VERBS_MAY | {"verbs", "recipe_file", "pipeline"},
     "__main__": {"cli"},
     "__init__": set[str](),

@@ -1,0 +1,110 @@
+"""What stands in OUT beside the weights: sidecars, report, card, and the manifest that says what made it."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lpsparse.checkpoint.manifest import Quality, Source, source_of, write_manifest
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.output import shared_folder
+from lpsparse.checkpoint.rewrite import Written
+from lpsparse.checkpoint.threads import beside, of_one
+from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
+from lpsparse.errors import InputError
+from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
+from lpsparse.reporting import card
+from lpsparse.reporting.measure import Report, measure, tensor_records
+
+Say = Callable[[str], None]
+Chosen = dict[str, tuple[bool, str]]
+Stamps = dict[Path, tuple[int, int, int] | None]
+Finish = Callable[[Written, tuple[Quality, ...]], Report]
+
+
+@contextmanager
+def writing(
+    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, stamps: Stamps,
+    chosen: Chosen, say: Say,
+) -> Generator[tuple[Path, Finish]]:  # fmt: skip
+    """A folder to rewrite into, and the call that completes it. Raises InputError when a file of `source` no
+    longer has its stamp."""
+    with (
+        shared_folder(step.out, overwrite=step.overwrite) as folder,
+        beside(lambda: source_of(source)) as record,
+    ):
+
+        def finish(written: Written, quality: tuple[Quality, ...]) -> Report:
+            if written.kept:
+                of = f"{written.kept} of {len(written.files)} weight files"
+                say(f"{of} were there already, whole, from an interrupted run")
+            made_of = record()
+            found = of_one(lambda: complete(step, source, made_of, folder, chosen, say, written, quality))
+            of_one(lambda: _check_unchanged(stamps))
+            return found
+
+        yield folder, finish
+
+
+def stamps_of(source: Checkpoint) -> Stamps:
+    """What tells that a weight file was changed or replaced: taken before it is read."""
+    return {path: _stamp(path) for path in source.files}
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        info = path.stat()
+        return info.st_ino, info.st_size, info.st_mtime_ns
+    except OSError:
+        return None
+
+
+def _check_unchanged(stamps: Stamps) -> None:
+    for path, known in stamps.items():
+        if _stamp(path) != known:
+            what = f"{path}: was changed while it was read"
+            raise InputError(344, what, mend="run again when nobody writes it")
+
+
+def check_same(record: Source, known: dict[str, str]) -> None:
+    """Raises InputError when a file of the source has not the hash that it had when training began."""
+    for file in record.files:
+        if file.sha256 != known[file.name]:
+            what = f"{record.name}: {file.name} was changed during the training"
+            raise InputError(
+                344, what, mend="put it back, and run again: from the last training state, if any"
+            )
+
+
+def complete(
+    step: Step, source: Checkpoint, record: Source, folder: Path, chosen: Chosen, say: Say, written: Written,
+    quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None = None, notes: tuple[str, ...] = (),
+) -> Report:  # fmt: skip
+    """Sidecars beside the weights, then report, card and manifest."""
+    left = copy_sidecars(source, folder)
+    if sidecars is not None:
+        sidecars(folder)
+    notes = (*source.notes, *notes, *((f"left behind: {', '.join(left)}",) if left else ()))
+    if left:
+        say(notes[-1])
+    found = measure(open_checkpoint(folder), chosen, name=source.name, quality=quality, counts=written.counts)
+    write_json(folder / REPORT, found.model_dump(mode="json"))
+    base_card = (folder / "README.base.md").exists()
+    write_text(folder / CARD, card.render(found, record, quality, base_card=base_card))
+    write_manifest(
+        folder, record, recorded(step), tensor_records(found), found.layout, quality, notes, written.files
+    )
+    fsync(folder)
+    return found
+
+
+def recorded(step: Step) -> dict[str, Any]:
+    """What the manifest says made OUT: the step's settings, and the hashes of the data that it read."""
+    settings = step.recorded()
+    if isinstance(step, FinetuneStep):
+        from lpsparse.training.data import digests
+
+        settings["data"] = digests(step.data, step.split)
+        if step.eval_data or step.eval_split:
+            settings["eval_data"] = digests(step.eval_data or step.data, step.eval_split or "validation")
+    return {type(step).__name__.removesuffix("Step").lower(): settings}
