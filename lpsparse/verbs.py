@@ -219,8 +219,9 @@ def _from_headers(step: PruneStep, say: Say) -> dict[str, Any]:
     from lpsparse.checkpoint.remote import read_remote
     from lpsparse.reporting.estimate import estimate
 
-    remote = read_remote(step.model)
+    remote = read_remote(step.model, step.weights)
     source = remote.checkpoint
+    refuse_quantised(source)
     check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
     plan = plan_unread(
         source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,

@@ -348,8 +348,8 @@ def test_an_index_that_names_other_tensors_than_its_shard_exits_3(hub: Hub, tmp_
     ("names", "code", "mend"),
     [
         (["pytorch_model.bin"], "LPS345", "hf download org/name"), (["README.md"], "LPS345", "hf download"),
-        (["a.safetensors", "b.safetensors"], "LPS328", "download it"), ([], "LPS345", "hf download"),
-        (["model.safetensors", "model.safetensors.index.json"], "LPS328", "download it"),
+        (["a.safetensors", "b.safetensors"], "LPS328", "--weights"), ([], "LPS345", "hf download"),
+        (["model.safetensors", "model.safetensors.index.json"], "LPS328", "--weights"),
     ],
 )  # fmt: skip
 def test_a_repository_without_one_safetensors_checkpoint_exits_3_and_says_what_to_do(
@@ -360,3 +360,18 @@ def test_a_repository_without_one_safetensors_checkpoint_exits_3_and_says_what_t
     error = refused(tmp_path)
     assert (error.exit_code, error.code) == (ExitCode.INPUT, code) and mend in error.mend
     assert hub.asked == []
+
+
+def test_weights_name_the_one_that_is_meant(hub: Hub, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        hub.put(f"{name}.safetensors", safetensors_bytes({f"{name}.weight": f32(7, 13)}))
+    hub.put("c.bin", b"x")
+    assert [tensor["name"] for tensor in dry(tmp_path, weights="b.safetensors")["tensors"]] == ["b.weight"]
+    refusals = {"d.safetensors": "LPS329", "c.bin": "LPS345", "../a.safetensors": "LPS216"}
+    assert {name: refused(tmp_path, weights=name).code for name in refusals} == refusals
+
+
+def test_a_quantised_checkpoint_is_refused_from_its_headers(hub: Hub, tmp_path: Path) -> None:
+    scaled = {"a.weight": ("F8_E4M3", [7, 8], bytes(56)), "a.weight_scale": ("F32", [1], bytes(4))}
+    hub.put("model.safetensors", safetensors_bytes(scaled))
+    assert refused(tmp_path).code == "LPS337"

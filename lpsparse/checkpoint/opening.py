@@ -109,8 +109,7 @@ def open_checkpoint(model: str | Path, weights: str | None = None) -> Checkpoint
     Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached,
     UsageError when `weights` is no name, or MODEL no folder.
     """
-    if weights is not None and not _is_bare(weights):
-        raise UsageError(216, f"--weights {weights}: a name in MODEL, not a path", mend="give the name alone")
+    check_name(weights)
     path, name, revision = locate(model)
     if path.is_dir():
         file, root = _find_weights(path) if weights is None else _named_weights(path, weights), path
@@ -189,6 +188,12 @@ def _named_weights(folder: Path, name: str) -> Path:
         what = f"{folder}: no {name} here, only {there or 'no weights at all'}"
         raise InputError(329, what, mend="give one of these as --weights")
     return folder / name
+
+
+def check_name(weights: str | None) -> None:
+    """Raises UsageError where it is more than the name of a file."""
+    if weights is not None and not _is_bare(weights):
+        raise UsageError(216, f"--weights {weights}: a name in MODEL, not a path", mend="give the name alone")
 
 
 def _is_bare(name: str) -> bool:

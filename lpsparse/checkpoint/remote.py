@@ -17,11 +17,13 @@ from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
 from lpsparse.checkpoint.hub import IGNORED
 from lpsparse.checkpoint.opening import (
     FOLDER_ORDER,
+    TORCH_SUFFIXES,
     WEIGHT_SUFFIXES,
     Blocks,
     Checkpoint,
     Tensor,
     check_index,
+    check_name,
     parse_index,
 )
 from lpsparse.checkpoint.threads import parallel
@@ -50,8 +52,8 @@ class _Listing(BaseModel):
     siblings: tuple[_File, ...]
 
 
-def read_remote(text: str) -> Remote:
-    """The checkpoint `org/name[@revision]` as its headers tell it.
+def read_remote(text: str, weights: str | None = None) -> Remote:
+    """The checkpoint `org/name[@revision]` as its headers tell it; of several the one that `weights` names.
 
     Raises RemoteError when the hub does not give them, InputError for what is missing, broken or hostile.
     """
@@ -59,9 +61,9 @@ def read_remote(text: str) -> Remote:
 
     name = text.partition("@")[0]
     commit, sizes = _list(text)
-    root, weights = Path(name), _find_weights(text, sizes)
+    root, file = Path(name), _find_weights(text, sizes, weights)
     try:
-        headers = _read_headers(root, commit, weights, sizes)
+        headers = _read_headers(root, commit, file, sizes)
     except InputError as error:
         error.mend = "choose another revision, or tell its owner"
         raise
@@ -103,15 +105,18 @@ def _list(text: str) -> tuple[str, dict[str, int]]:
     return found.sha, {file.rfilename: file.size for file in found.siblings}
 
 
-def _find_weights(text: str, sizes: dict[str, int]) -> str:
+def _find_weights(text: str, sizes: dict[str, int], weights: str | None) -> str:
     """The one index or weight file; the rule of folders, as far as headers go."""
+    check_name(weights)
+    if weights is not None and weights not in sizes:
+        raise InputError(329, f"{text}: no {weights} there", mend="see the names of its files on the hub")
     loose = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
-    present = [name for name in FOLDER_ORDER if name in sizes] or loose
+    present = [name for name in FOLDER_ORDER if name in sizes] or loose if weights is None else [weights]
     if len(present) > 1:
         both = " and ".join(present[:4])
-        mend = "download it, and give the file that is meant"
+        mend = "name the one that is meant with --weights"
         raise InputError(328, f"{text}: several checkpoints there: {both}", mend=mend)
-    if not present:
+    if not present or present[0].endswith(TORCH_SUFFIXES):
         others = [name for name in sorted(sizes) if name.endswith(WEIGHT_SUFFIXES)][:4]
         what = f"{text}: no safetensors there, only {', '.join(others) or 'other files'}: no headers to read"
         raise InputError(345, what, mend=_DOWNLOAD.format(text.replace("@", " --revision ")))
