@@ -7,8 +7,9 @@ from typing import Any
 
 from lpsparse import verbs
 from lpsparse.artefact import recorded
+from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_manifest
-from lpsparse.checkpoint.opening import Checkpoint, locate, open_checkpoint
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError, OutputError
 from lpsparse.recipe import (

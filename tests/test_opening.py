@@ -24,7 +24,8 @@ from test_header import JSON
 
 import lpsparse
 from lpsparse import load, pipeline
-from lpsparse.checkpoint.opening import WEIGHT_SUFFIXES, open_checkpoint
+from lpsparse.checkpoint.finding import WEIGHT_SUFFIXES
+from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError, UsageError
 
 Cli = Callable[..., Ran]

@@ -13,19 +13,17 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, Field, ValidationError
 
-from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
-from lpsparse.checkpoint.hub import IGNORED
-from lpsparse.checkpoint.opening import (
+from lpsparse.checkpoint.finding import (
     FOLDER_ORDER,
     TORCH_SUFFIXES,
     WEIGHT_SUFFIXES,
-    Blocks,
-    Checkpoint,
-    Tensor,
     check_index,
     check_name,
     parse_index,
 )
+from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
+from lpsparse.checkpoint.hub import IGNORED
+from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError, RemoteError
 

@@ -1,0 +1,139 @@
+"""Which files MODEL means: a folder's weights by their names, an index and its shards, a hub id's snapshot.
+
+Of names in JSON only bare ones are believed.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lpsparse.checkpoint.header import MAX_HEADER_BYTES, check_regular, sniff, unique_json
+from lpsparse.checkpoint.hub import fetch, is_hub_id
+from lpsparse.errors import InputError, UsageError
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+_NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
+_INDEX_AGAIN = "download the checkpoint again"
+FOLDER_ORDER = (
+    "lpsparse.safetensors.index.json", "lpsparse.safetensors",
+    "model.safetensors.index.json", "model.safetensors",
+)  # fmt: skip
+_TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+def locate(model: str | Path) -> tuple[Path, str, str | None]:
+    """Local path, display name and hub commit (None when local) of MODEL, without opening anything."""
+    text = str(model)
+    path = Path(text)
+    if text.startswith("bundled:"):
+        folder = Path(__file__).parents[1] / "bundled"
+        if text.removeprefix("bundled:") in os.listdir(folder):
+            return folder / text.removeprefix("bundled:"), text, None
+        raise InputError(326, f"{text}: nothing of that name is bundled", mend="try bundled:stories260k")
+    if os.path.lexists(path):
+        return path, path.resolve().name if path.exists() else path.name, None  # a link loop has no end
+    if is_hub_id(text):
+        folder, commit = fetch(text, replace_with="a local folder in its place (`run`: --set model=FOLDER)")
+        return folder, text.partition("@")[0], commit
+    raise InputError(327, f"{text}: no such file or folder", mend=_nearest_mend(path))
+
+
+def _nearest_mend(path: Path) -> str:
+    from difflib import get_close_matches
+
+    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.parent / near[0]}?" if near else "check the path (`run`: --set model=PATH)"
+
+
+def find_weights(folder: Path) -> Path:
+    """The index or weight file in a folder. Raises InputError where there is none, or more than one."""
+    present = [
+        folder / name for name in FOLDER_ORDER if (folder / name).is_file() or (folder / name).is_symlink()
+    ]
+    if len(present) > 1:
+        both = " and ".join(path.name for path in present)
+        raise InputError(328, f"{folder}: two checkpoints here: {both}", mend=_NAME_IT)
+    if present:
+        return present[0]
+    loose = sorted(folder.glob("*.safetensors"))
+    torch_named = [folder / name for name in _TORCH_ORDER if (folder / name).is_file()]
+    torch_loose = sorted(path for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
+    for choice in (loose, torch_named[:1], torch_loose):
+        if len(choice) == 1:
+            return choice[0]
+        if len(choice) > 1:
+            names = ", ".join(path.name for path in choice[:4])
+            raise InputError(328, f"{folder}: several weight files and no index: {names}", mend=_NAME_IT)
+    raise InputError(
+        329, f"{folder}: no weight file here", mend="give a folder with model.safetensors or an index"
+    )
+
+
+def named_weights(folder: Path, name: str) -> Path:
+    """The one of that name. Raises InputError where it is not there."""
+    if not os.path.lexists(folder / name):
+        kinds = (*WEIGHT_SUFFIXES, ".index.json")
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.name.endswith(kinds))[:8])
+        what = f"{folder}: no {name} here, only {there or 'no weights at all'}"
+        raise InputError(329, what, mend="give one of these as --weights")
+    return folder / name
+
+
+def check_name(weights: str | None) -> None:
+    """Raises UsageError where it is more than the name of a file."""
+    if weights is not None and not _is_bare(weights):
+        raise UsageError(216, f"--weights {weights}: a name in MODEL, not a path", mend="give the name alone")
+
+
+def _is_bare(name: str) -> bool:
+    """Whether it is a file's name on every system, not a path to somewhere else."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
+
+
+def read_index(path: Path) -> dict[Path, set[str]]:
+    """Weight file -> names of its tensors. Raises InputError also where a file is missing."""
+    if check_regular(path) > MAX_HEADER_BYTES:
+        raise InputError(330, f"{path}: larger than {MAX_HEADER_BYTES} bytes", mend=_INDEX_AGAIN)
+    files = parse_index(path, path.read_bytes())
+    for shard, tensors in files.items():
+        if not os.path.exists(shard):  # Path.exists raises for a name too long
+            what = f"{path}: shard {shard.name!r} with {len(tensors)} tensors is missing"
+            raise InputError(330, what, mend=_INDEX_AGAIN)
+    return files
+
+
+def parse_index(path: Path, text: bytes) -> dict[Path, set[str]]:
+    """Weight file -> names of its tensors, sorted. Only bare file names beside the index are believed."""
+
+    def refuse(why: str, mend: str = _INDEX_AGAIN) -> InputError:
+        return InputError(330, f"{path}: {why}", mend=mend)
+
+    sniff(path, text[:512])
+    try:
+        table: Any = unique_json(text)
+    except ValueError as error:
+        raise refuse(f"not valid JSON: {error}") from None
+    weight_map: Any = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise refuse("has no weight_map")
+    files: dict[Path, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_bare(name):
+            raise refuse(f"{tensor!r}: shard {name!r} points outside the model folder", "repair the index")
+        files.setdefault(path.parent / name, set()).add(tensor)
+    return dict(sorted(files.items()))
+
+
+def check_index(path: Path, expected: set[str], found: set[str]) -> None:
+    """Raises InputError where a weight file does not hold the tensors that the index says, and no others."""
+    for names, what in (
+        (expected - found, "in the index but not in"),
+        (found - expected, "not in the index but in"),
+    ):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise InputError(
+                332, f"{path}: {len(names)} tensors {what} this shard: {first}", mend="repair the index"
+            )
