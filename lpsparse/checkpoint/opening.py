@@ -51,7 +51,7 @@ class Tensor:
     def rows(self) -> int:
         """What `blocks` counts: the first dimension. A 0-dim tensor is one row, and so is one of values under
         a byte, whose rows may share one."""
-        return self.shape[0] if self.shape and DTYPES[self.dtype].bits >= 8 else 1
+        return _rows(self.shape, self.dtype)
 
     def rows_of(self, nbytes: int) -> int:
         """How many rows take about so many bytes; at least one."""
@@ -176,7 +176,7 @@ def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ..
         def blocks(first: int = 0, last: int | None = None) -> Blocks:
             if not raw.size:
                 return
-            rows = _rows(raw.shape)
+            rows = _rows(raw.shape, dtype)
             step = max(1, BLOCK_BYTES * rows // raw.nbytes)
             end = rows if last is None else last
             for row in range(first, end, step):  # a view with strides of its own is never copied as a whole
@@ -188,8 +188,8 @@ def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ..
     return [tensor(name, *item) for name, item in table.items()], {"format": "pt"}, notes
 
 
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 1
+def _rows(shape: tuple[int, ...], dtype: str) -> int:
+    return shape[0] if shape and DTYPES[dtype].bits >= 8 else 1
 
 
 def _dense(path: Path, entry: Entry) -> Tensor:
@@ -198,7 +198,7 @@ def _dense(path: Path, entry: Entry) -> Tensor:
             return
         storage = DTYPES[entry.dtype].storage
         count = entry.nbytes // storage.itemsize
-        rows = _rows(entry.shape) if DTYPES[entry.dtype].bits >= 8 else 1  # sub-byte rows may share a byte
+        rows = _rows(entry.shape, entry.dtype)
         columns = count // rows
         step = max(1, BLOCK_BYTES // max(columns * storage.itemsize, 1))
         end = rows if last is None else last
