@@ -11,7 +11,7 @@ from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.rewrite import Written
 from lpsparse.checkpoint.threads import beside, of_one
 from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, LpsparseError
 from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card
 from lpsparse.reporting.measure import Report, measure, tensor_records
@@ -43,7 +43,12 @@ def writing(
             of_one(lambda: _check_unchanged(stamps))
             return found
 
-        yield folder, finish
+        try:
+            yield folder, finish
+        except Exception as error:
+            if not isinstance(error, LpsparseError):
+                _check_unchanged(stamps)  # whatever it led to, that is what to tell
+            raise
 
 
 def stamps_of(source: Checkpoint) -> Stamps:

@@ -122,19 +122,17 @@ def together() -> Generator[None]:
     """Share the work on checkpoints inside among the processes of a launched job, which all come here: each
     reads, cuts and writes its part, process 0 alone makes and renames OUT, and all get the result.
 
-    Over gloo, or the group that is there. Raises ResourceError when a process is gone, UsageError when the
+    Over gloo, or the group that is there, which stays: a launcher's store remembers where it was, and another
+    could not meet. Raises ResourceError when a process is gone, UsageError when the
     launcher has not said where to meet.
     """
-    mine = _is_one()
-    if mine:
+    if _is_one():
         _meet()
     with missing_others():
         make_patient()
         with among(Processes(rank(), ranks(), gathered_late, of_first)):
             yield
         wait()
-        if mine:
-            _leave()
 
 
 def _meet() -> None:
@@ -148,12 +146,6 @@ def _meet() -> None:
         line = str(error).strip().partition("\n")[0][:200]
         what = f"process {os.environ.get('RANK')}: the others did not come: {line}"
         raise ResourceError(MISSED, what, mend="see what ended the other processes") from error
-
-
-def _leave() -> None:
-    global _patient
-    distributed.destroy_process_group()
-    _patient = None
 
 
 def make_patient() -> None:

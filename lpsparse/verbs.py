@@ -17,7 +17,7 @@ from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, s
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import check_output
 from lpsparse.checkpoint.rewrite import Count, count_all, follow, rewrite
-from lpsparse.checkpoint.threads import of_one, using
+from lpsparse.checkpoint.threads import of_each, of_one, using
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune, plan_unread
 from lpsparse.pruning.prunable import kept_in_words
@@ -42,7 +42,14 @@ from lpsparse.reporting.measure import (
     own_quality,
     prunable_of,
 )  # fmt: skip
-from lpsparse.settings import as_launched, is_first, is_launched, is_one_of_several, resolve
+from lpsparse.settings import (
+    as_launched,
+    is_first,
+    is_launched,
+    is_one_of_several,
+    name_as_launched,
+    resolve,
+)
 
 S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
 R = TypeVar("R")
@@ -54,6 +61,7 @@ def together() -> Generator[None]:
     of prune, pack, unpack, verify and report inside, over a file system that all of them see. Alone it does
     nothing. Raises ResourceError when one of them is gone.
     """
+    name_as_launched()
     if not is_one_of_several():
         yield
         return
@@ -186,7 +194,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     source = _open(step.model, say, step.weights)
     stamps = stamps_of(source)
-    chosen = prunable_of(source)
+    chosen = of_each(lambda: prunable_of(source))
     of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
     if step.dry_run:
         say("dry run: nothing is written")
@@ -403,7 +411,7 @@ def _data_files(step: FinetuneStep) -> list[Path]:
 
 def _open(model: str, say: Say, weights: str | None = None, *, needed: bool = True) -> Checkpoint:
     """The checkpoint, its notes said. Raises InputError when it has no tensors, where some are needed."""
-    checkpoint = open_checkpoint(model, weights)
+    checkpoint = of_each(lambda: open_checkpoint(model, weights))
     for note in checkpoint.notes:
         say(f"{checkpoint.name}: {note}")
     if not checkpoint.tensors and needed:

@@ -353,6 +353,11 @@ def filled(folder: Path) -> Path:
     return folder / "full"
 
 
+def in_artefact(folder: Path) -> Path:
+    lpsparse.prune(folder / "tiny", folder / "made", sparsity=0.5)
+    return folder / "made" / "extra" / "out"
+
+
 OUTPUTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "65 the input": (lambda folder: folder / "tiny", ["exists already"]),
     "65 inside the input": (lambda folder: folder / "tiny" / "out", ["inside the input"]),
@@ -363,7 +368,8 @@ OUTPUTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "65 a link to nothing": (out_link, ["exists already"]),
     "65 a link to the input": (lambda folder: out_link(folder, "tiny"), ["exists already"]),
     "65 a link into the input": (lambda folder: out_link(folder, "tiny") / "out", ["inside the input"]),
-    "66 a folder with files": (filled, ["exists already", "--overwrite"]),
+    "65 inside what lpsparse wrote": (in_artefact, ["lies inside made"]),
+    "66 a folder with files": (filled, ["exists already", "choose another OUT\n"]),
     "66 a file": (lambda folder: folder / "tiny" / "config.json", ["exists already"]),
     "67 no parent": (lambda folder: folder / "gone" / "out", ["no such folder", "mkdir -p"]),
     "67 a parent that is a file": (lambda folder: folder / "tiny" / "config.json" / "out", []),

@@ -199,6 +199,16 @@ def test_a_reader_that_was_never_there_is_no_error_either(arguments: list[str], 
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("words", ["report tiny", "inspect tiny", "prune tiny out --sparsity 0.5"])
+def test_a_stdout_that_is_closed_is_no_error_and_one_that_is_full_is_exit_4(words: str, tiny: Path) -> None:
+    for redirection, code in ((">&-", 0), (">/dev/full", 4)):
+        shell = f"{sys.executable} -m lpsparse {words} --overwrite {redirection}"
+        shell = shell if "prune" in words else shell.replace("--overwrite ", "")
+        done = subprocess.run(shell, shell=True, cwd=tiny.parent, env=cli_environment(), capture_output=True)
+        assert done.returncode == code and b"Traceback" not in done.stderr
+    assert b"error[LPS411]: stdout: No space left on device" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [

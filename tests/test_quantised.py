@@ -1,11 +1,14 @@
 """Quantised checkpoints cannot be pruned: method and tensors named. What can be cut is said of each kind."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import PRUNABLE, Given, Ran, f32, write_safetensors, write_tiny
+from safetensors.numpy import load_file, save_file
 
 import lpsparse
 from lpsparse import pack, prune
@@ -66,6 +69,10 @@ def test_a_quantised_layout_is_refused_by_method_and_tensor_and_still_packed(
 )  # fmt: skip
 def test_a_config_that_says_quantised_is_believed(config: Any, method: str, tiny: Path, cli: Any) -> None:
     (tiny / "config.json").write_text(json.dumps(config))
+    prune(tiny, tiny.parent / "plain", sparsity=0.5)  # of values that stand for themselves it says nothing
+    shutil.rmtree(tiny.parent / "plain")
+    packed = {**load_file(tiny / "model.safetensors"), "w": np.ones((7, 13), np.int8)}
+    save_file(packed, tiny / "model.safetensors")
     ran: Ran = cli("prune", tiny, tiny.parent / "out", "--sparsity", "0.5")
     assert ran.rc == 3 and f"tiny: is quantised {method}" in ran.stderr
     assert len(ran.stderr.splitlines()) == 2

@@ -432,6 +432,9 @@ def test_quality_is_of_the_weights_it_was_measured_on_and_of_no_others(tiny: Pat
     )
     with pytest.raises(InputError, match=r"is not what lpsparse\.json describes"):
         report(tmp_path / "out", max_quality_drop=9)
+    with pytest.raises(InputError, match=r"is not what lpsparse\.json describes"):
+        pack(tmp_path / "out", tmp_path / "packed")
+    (tmp_path / "out/lpsparse.json").unlink()
     assert pack(tmp_path / "out", tmp_path / "packed").quality == ()
 
 

@@ -60,12 +60,12 @@ def find_weights(folder: Path) -> Path:
     loose = sorted(folder.glob("*.safetensors"))
     torch_named = [folder / name for name in _TORCH_ORDER if (folder / name).is_file()]
     torch_loose = sorted(path for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
-    for choice in (loose, torch_named[:1], torch_loose):
-        if len(choice) == 1:
-            return choice[0]
-        if len(choice) > 1:
-            names = ", ".join(path.name for path in choice[:4])
-            raise InputError(328, f"{folder}: several weight files and no index: {names}", mend=_NAME_IT)
+    choice = torch_named[:1] if torch_named and not loose else loose + torch_loose
+    if len(choice) == 1:
+        return choice[0]
+    if choice:
+        names = ", ".join(path.name for path in choice[:4])
+        raise InputError(328, f"{folder}: several weight files and no index: {names}", mend=_NAME_IT)
     raise InputError(
         329, f"{folder}: no weight file here", mend="give a folder with model.safetensors or an index"
     )

@@ -80,4 +80,9 @@ def _snapshot(text: str, kind: str, *, local: bool) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
+    """Whether weight files are there, and all that an index names: a download may have been broken off."""
+    for index in folder.glob("*.index.json"):
+        named = re.findall(rb'"([^"/]+\.(?:safetensors|bin))"', index.read_bytes())
+        if any(not (folder / os.fsdecode(name)).exists() for name in named):
+            return False
     return any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir())

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lpsparse import __version__
 from lpsparse.checkpoint.header import unique_json
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.threads import parallel
+from lpsparse.checkpoint.threads import check_going_on, parallel
 from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_json
 from lpsparse.errors import InputError
+
+_READ_BYTES = 1 << 20  # that are hashed at a time
 
 
 class _Record(BaseModel):
@@ -66,14 +68,25 @@ class Manifest(_Record):
 
 
 def digest(path: Path, root: Path) -> FileRecord:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(name=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=sha256)
+    sha256, held = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(held):
+            check_going_on()
+            sha256.update(held[:count])
+    name = path.relative_to(root).as_posix()
+    return FileRecord(name=name, size=path.stat().st_size, sha256=sha256.hexdigest())
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
+    """Raises InputError where lpsparse wrote the checkpoint and a weight file has changed since."""
     files = tuple(parallel(lambda path: digest(path, path.parent), checkpoint.files))
     earlier = own_manifest(checkpoint)
+    known = {} if earlier is None else {record.name: record for record in earlier.files}
+    for record in files:
+        if earlier is not None and record != known.get(record.name):
+            what = f"{checkpoint.name}: {record.name} is not what {MANIFEST} describes"
+            mend = f"write it again, or delete {MANIFEST} if you changed the weights on purpose"
+            raise InputError(352, what, mend=mend)
     base = checkpoint.name if earlier is None else earlier.source.base
     return Source(name=checkpoint.name, revision=checkpoint.revision, files=files, base=base)
 

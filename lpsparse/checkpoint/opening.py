@@ -84,7 +84,8 @@ class Checkpoint:
 
     @property
     def layout(self) -> str:
-        return "bitmask" if any(tensor.layout == "bitmask" for tensor in self.tensors) else "dense"
+        packed = any(metadata.get("lpsparse.layout") for metadata in self.metadata.values())
+        return "bitmask" if packed else "dense"
 
     @property
     def file_bytes(self) -> int:
@@ -99,7 +100,14 @@ def open_checkpoint(model: str | Path, weights: str | None = None) -> Checkpoint
     UsageError when `weights` is no name, or MODEL no folder.
     """
     check_name(weights)
-    path, name, revision = locate(model)
+    try:
+        return _open_located(*locate(model), weights)
+    except OSError as error:  # of a folder: files have errors of their own
+        what = f"{error.filename or model}: {error.strerror or error}"
+        raise InputError(305, what, mend="check the path and its permissions") from error
+
+
+def _open_located(path: Path, name: str, revision: str | None, weights: str | None) -> Checkpoint:
     if path.is_dir():
         file, root = find_weights(path) if weights is None else named_weights(path, weights), path
     elif weights is not None:
@@ -217,7 +225,12 @@ def read_exactly(file: Any, entry: Entry, first: int, count: int) -> Bits:
     check_going_on()
     file.seek(entry.offset + first * storage.itemsize)
     values = np.empty(count, storage)
-    if file.readinto(values.view(np.uint8).data) != values.nbytes:
+    try:
+        count = file.readinto(values.view(np.uint8).data)
+    except OSError as error:
+        what = f"{file.name}: {entry.name!r}: {error.strerror}"
+        raise InputError(338, what, mend="check the disk that it is on, and run again") from error
+    if count != values.nbytes:
         what = f"{file.name}: {entry.name!r}: the file became shorter while it was read"
         raise InputError(333, what, mend="run again when nobody writes it")
     return values

@@ -20,8 +20,16 @@ import psutil
 from lpsparse.checkpoint.hub import is_cached
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.threads import of_one
-from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, fsync
-from lpsparse.errors import OutputError, StateError, TerminatedError
+from lpsparse.checkpoint.writer import (
+    MANIFEST,
+    METRICS,
+    OWNER,
+    REPLACED,
+    STATE,
+    find_sidecars,
+    fsync,
+)
+from lpsparse.errors import InputError, OutputError, StateError, TerminatedError
 
 _NEW = f"{OWNER}.new"
 _NOBODY = -1  # a process id that no process has
@@ -33,7 +41,8 @@ def check_output(
 ) -> None:
     """Refuse early what would fail late; `reads` are inputs beside `source`.
 
-    Raises OutputError; nothing is touched but an interrupted exchange, which is undone.
+    Raises OutputError, and InputError for a file that could not be copied; nothing is touched but an
+    interrupted exchange, which is undone.
     """
     if out.name in ("", ".."):
         raise OutputError(401, f"{out}: exists already", mend="choose another OUT")
@@ -49,13 +58,11 @@ def check_output(
         (out / REPLACED).unlink()
     if overwrite and os.path.lexists(old) and not (old / REPLACED).is_file() and not _is_empty(old):
         raise OutputError(402, f"{old}: is in the way of --overwrite", mend="move it away")
+    ours = (out / MANIFEST).is_file()
     if out.is_symlink() or (out.exists() and not overwrite):
-        raise OutputError(
-            401,
-            f"{out}: exists already",
-            mend="choose another OUT, or --overwrite (overwrite: true in a recipe)",
-        )
-    if out.exists() and not (out / MANIFEST).is_file():
+        also = ", or --overwrite (overwrite: true in a recipe)" if ours and not out.is_symlink() else ""
+        raise OutputError(401, f"{out}: exists already", mend=f"choose another OUT{also}")
+    if out.exists() and not ours:
         raise OutputError(
             402, f"{out}: --overwrite replaces only what lpsparse wrote", mend="choose another OUT"
         )
@@ -71,8 +78,16 @@ def check_output(
         raise OutputError(405, f"{out}: lies inside the input", mend="choose an OUT outside MODEL")
     if any(target == path or target in path.parents for path in inputs):
         raise OutputError(405, f"{out}: holds the input", mend="choose another OUT")
+    within = next((each for each in target.parents if (each / MANIFEST).is_file()), None)
+    if within is not None:
+        what = f"{out}: lies inside {within.name}, which lpsparse wrote: it would not verify any more"
+        raise OutputError(405, what, mend="choose an OUT outside of it")
     if is_cached(target):
         raise OutputError(405, f"{out}: lies inside the hub's cache", mend="choose an OUT outside of it")
+    for path, _ in find_sidecars(source)[0]:
+        if not os.access(path, os.R_OK):
+            what = f"{path}: Permission denied, and it is to be copied"
+            raise InputError(305, what, mend="check its permissions, or move it away")
     free = shutil.disk_usage(parent).free + left_bytes(out)
     if need_bytes * 1.05 > free:
         what = f"{out}: needs {need_bytes} bytes, {free} are free"
@@ -88,8 +103,8 @@ def output_folder(
     holds training states: these stay. An earlier run's are found there again, or dropped, or refused.
 
     With `weights` to keep, the weight files of a run that was killed are found there again, whatever they
-    hold, and those of this run stay when it is asked to end by SIGTERM. Raises StateError when a living
-    process holds OUT.partial, or states that are not looked for.
+    hold, and those of this run stay when SIGTERM or the loss of another process ends it. Raises StateError
+    when a living process holds OUT.partial, or states that are not looked for.
     """
     partial = partial_of(out)
     _take(partial, states, weights)
@@ -105,7 +120,7 @@ def output_folder(
         fsync(out.absolute().parent)
     except OSError as error:
         raise failed(out, error) from error
-    except TerminatedError:
+    except (TerminatedError, RuntimeError):  # torch's own, where another process is lost
         stays = weights == "keep"
         raise
     finally:
@@ -165,11 +180,11 @@ def _take(partial: Path, states: str, weights: str) -> None:
             raise StateError(701, f"{partial}: exists and is not ours", mend="move it away")
         with _locked(partial):
             _check_free(partial, states)
+            _own(partial, os.getpid())
             kept = {OWNER, STATE, METRICS} if states == "resume" and has_states(partial) else {OWNER}
             for path in partial.iterdir():  # left by a run that was killed, its mark last
                 if path.name not in kept and not (weights == "keep" and _is_weights(path)):
                     _remove(path)
-            _own(partial, os.getpid())
     except OSError as error:
         raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
 

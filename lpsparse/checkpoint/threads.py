@@ -48,10 +48,28 @@ def of_one(make: Callable[[], B]) -> B:
         return processes.of_first(make)
 
 
+def of_each(make: Callable[[], B]) -> B:
+    """What `make` gives here, where it fails on none of the processes; else its error on all of them."""
+    processes = _processes.get()
+    if processes is None:
+        return make()
+    found: list[B] = []
+    error: Exception | None = None
+    try:
+        with among(None):
+            found.append(make())
+    except Exception as raised:
+        error = raised
+    for told in processes.gathered(error):
+        if told is not None:
+            raise error or told
+    return found[0]
+
+
 def cores() -> int:
     """How many this process may use."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, count // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 @contextmanager
@@ -67,7 +85,8 @@ def using(count: int | None) -> Generator[None]:
 def parallel(function: Callable[[A], B], items: Iterable[A], *, waiting: int = 0) -> list[B]:
     """`function` of each item, in their order; the first error, in that order, is raised. Inside of such a
     function the threads are taken already, and it is a plain loop. `waiting` more threads where many of them
-    wait for a disk. `among` processes each takes every n-th item, and all have what all of them found."""
+    wait for a disk. `among` processes each takes every n-th item, and all have what all of them found, or the
+    error of the first process that has one."""
     work = list(items)
     processes = _processes.get()
     if processes is None:
@@ -122,5 +141,11 @@ def beside(function: Callable[[], B]) -> Generator[Callable[[], B]]:
     if _processes.get() is not None:
         yield function
         return
+    stop, context = Event(), copy_context()
+    context.run(_stop.set, stop)
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(copy_context().run, function).result
+        try:
+            yield pool.submit(context.run, function).result
+        except BaseException:
+            stop.set()
+            raise

@@ -7,6 +7,7 @@ writer keeps it.
 
 import mmap
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +24,9 @@ from lpsparse.errors import InputError
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.uint16: "U16",
+    torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
 _STORAGE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _MAX_SHARED = 100  # times the file's size that its tensors may be: some names may share one storage
@@ -63,6 +66,13 @@ def _load(path: Path, size: int) -> Any:
     except (InputError, MemoryError):
         raise
     except pickle.UnpicklingError:
+        with path.open("rb") as file:
+            head = file.read(4)
+        if head != b"PK\x03\x04" and not re.match(rb"\x80[\x01-\x05]", head):
+            what = f"{path}: not a torch file"
+            raise InputError(
+                323, what, mend="give it the suffix of what it is, or download it again"
+            ) from None
         # Torch's own text advises switching the guard off; it is never passed on.
         what = f"{path}: holds Python objects that the restricted loader refuses; nothing was executed"
         raise InputError(322, what, mend=_CONVERT) from None

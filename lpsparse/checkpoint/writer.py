@@ -23,6 +23,7 @@ MANIFEST = "lpsparse.json"
 REPORT = "report.json"
 CARD = "README.md"
 METRICS = "metrics.jsonl"
+_BASE_CARD = "README.base.md"  # the source's own card in OUT
 _AHEAD = 16 << 20  # bytes that are written before the disk is set to work
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2)
 STATE = ".lpsparse-state"  # folder in OUT.partial of an unfinished run's training states
@@ -183,7 +184,10 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
     ours = (source.root / MANIFEST).is_file()  # then README.md is our card, and the base's is README.base.md
     for path in sorted(source.root.rglob("*")):
         relative = path.relative_to(source.root)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts[:-1]):
+        if path.is_dir() or any(part.startswith(".") for part in relative.parts[:-1]):
+            continue
+        if not path.is_file():
+            left.append(f"{relative.as_posix()} (no file)")
             continue
         outside = root not in path.resolve().parents
         if outside and source.revision is None:  # a hub snapshot is made of links into its cache
@@ -193,8 +197,12 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
         ):
             if relative.as_posix() not in used and not path.name.endswith(".json"):
                 left.append(relative.as_posix())
-        elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, REPLACED, *((CARD,) if ours else ())):
-            found.append((path, "README.base.md" if relative.as_posix() == CARD else relative.as_posix()))
+        elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, REPLACED, CARD, _BASE_CARD):
+            found.append((path, relative.as_posix()))
+        elif path.name == (_BASE_CARD if ours or not (source.root / CARD).is_file() else CARD):
+            found.append((path, _BASE_CARD))
+        elif not ours:  # somebody else's, where ours is to be
+            left.append(relative.as_posix())
     return found, tuple(left)
 
 

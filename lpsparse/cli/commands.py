@@ -1,5 +1,6 @@
 """The commands that are one step and one verb each: what is shown of the result."""
 
+import shlex
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
@@ -62,8 +63,9 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
     shown = table.render(report, width())
     print_result(shown if step.dry_run else shown.partition("\n\ntensor")[0])
     if not step.dry_run:
-        base = "" if step.weights else f" {step.model}"  # a folder of several cannot be BASE
-        teller(quiet)(f"wrote {step.out}; next: lpsparse report {step.out}{base}")
+        base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
+        following = shlex.join(["lpsparse", "report", str(step.out), *base])
+        teller(quiet)(f"wrote {step.out}; next: {following}")
 
 
 def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:

@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         name_as_launched()
         check_environment()
         code = _app()(args=words, prog_name="lpsparse", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPT
     except LpsparseError as error:
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
             tell(error.said)
         _leave("", error.exit_code)
     except (BrokenPipeError, SystemExit):  # nobody reads on; SystemExit is how Typer takes it
-        silence(sys.stdout)
+        if sys.stdout is not None:
+            silence(sys.stdout)
     except Exception as error:
         _leave_without_files(error)
         if is_out_of_memory(error):

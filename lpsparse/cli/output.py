@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from lpsparse.errors import OutputError
 from lpsparse.reporting.text import clean
 from lpsparse.settings import is_first
 
@@ -25,12 +26,19 @@ def tell(text: str) -> None:
     _write(sys.stderr, text)
 
 
-def _write(stream: TextIO, text: str) -> None:
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is None:  # it was closed before we began
+        return
     try:
         stream.write(text + "\n")
         stream.flush()
     except BrokenPipeError:
         silence(stream)
+    except OSError as error:
+        silence(stream)
+        if stream is sys.stdout:
+            mend = "mend the disk that it goes to; OUT, if there is one, is whole"
+            raise OutputError(411, f"stdout: {error.strerror}", mend=mend) from error
 
 
 def silence(stream: TextIO) -> None:
@@ -55,7 +63,7 @@ def teller(quiet: bool) -> Callable[[str], None]:
 
 def width() -> int:
     """Columns of the terminal; no limit where there is none, so that names in files and pipes are whole."""
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+    if (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ:
         return shutil.get_terminal_size((100, 24)).columns
     return 100_000
 

@@ -114,8 +114,10 @@ def plan_prune(
     else:
         assert sparsity is not None
         scored = [_scored(source, tensor, block) for tensor in tensors]
-        groups = [scored] if scope == "global" else [[each] for each in scored]
-        selected = parallel(lambda group: select(group, sparsity, wide=wide), groups)
+        if scope == "global":  # its passes are shared among processes, else the tensors are
+            selected = [select(scored, sparsity, wide=wide)]
+        else:
+            selected = parallel(lambda each: select([each], sparsity, wide=wide), scored)
         for found in selected:
             for name, ties in found.ties.items():
                 plans[name] = replace(base[name], threshold=found.key, ties=ties)
@@ -161,13 +163,21 @@ def plan_unread(
 
 
 def _check_divides(flag: str, tensors: list[Tensor], rows: int, columns: int) -> None:
-    """Raises UsageError for a tensor that does not consist of such blocks."""
-    for tensor in tensors:
-        high, wide = _table(tensor)
-        whole = tensor.rows if len(tensor.shape) < 3 else high // max(tensor.rows, 1)
-        if high % rows or whole % rows or wide % columns:
-            what = f"{flag}: {tensor.name!r}: {high} rows of {wide} are not made of {rows} x {columns}"
-            raise UsageError(215, what, mend=f"--exclude '{tensor.name}', or choose other numbers")
+    """Raises UsageError for tensors that do not consist of such blocks."""
+    odd = [tensor for tensor in tensors if not _divides(tensor, rows, columns)]
+    if odd:
+        high, wide = _table(odd[0])
+        what = f"{flag}: {odd[0].name!r}: {high} rows of {wide} are not made of {rows} x {columns}"
+        others = f"; nor are {', '.join(tensor.name for tensor in odd[1:9])}" if len(odd) > 1 else ""
+        more = f" and {len(odd) - 9} more" if len(odd) > 9 else ""
+        mend = "--exclude them (it takes globs), or choose other numbers"
+        raise UsageError(215, what + others + more, mend=mend)
+
+
+def _divides(tensor: Tensor, rows: int, columns: int) -> bool:
+    high, wide = _table(tensor)
+    whole = tensor.rows if len(tensor.shape) < 3 else high // max(tensor.rows, 1)
+    return not (high % rows or whole % rows or wide % columns)
 
 
 def _table(tensor: Tensor) -> Pair:

@@ -16,6 +16,7 @@ _SCALED = (  # ends of the names of stored values and of their scales, and what 
     (".weight_packed", ".weight_scale", "compressed-tensors"),
     (".weight", ".weight_scale", "compressed-tensors"),
     (".weight", ".weight_scale_inv", "fp8 in scaled blocks"),
+    (".weight", ".scale_weight", "scaled fp8"),
     (".weight", ".weight.absmax", "bitsandbytes"),
     (".weight", ".SCB", "bitsandbytes"),
     ("_blocks", "_scales", "MXFP4"),
@@ -38,7 +39,9 @@ def refuse_quantised(source: Checkpoint) -> None:
     """Raises InputError for a quantised checkpoint, by its tensors or its config.json. Float8 values without
     scales stand for themselves."""
     found = quantised((tensor.name, tensor.dtype, tensor.shape) for tensor in source.tensors)
-    method = _configured(source.root) or next(iter(found.values()), None)
+    method = next(iter(found.values()), None)
+    if any(tensor.dtype not in (*_UNSCALED, "I64", "BOOL") for tensor in source.tensors):
+        method = _configured(source.root) or method  # of values that stand for themselves it says nothing
     if method is not None:
         names = [tensor.name for tensor in source.tensors if tensor.name in found]
         shown = (

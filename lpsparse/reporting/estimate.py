@@ -39,8 +39,10 @@ def foretell(
         files[tensor.file] += entries
         stored = sum(math.prod(shape) * DTYPES[dtype].bits // 8 for _, dtype, shape in entries)
         tensors.append(replace(tensor, layout="bitmask" if packed else "dense", stored_bytes=stored))
-    found = measure(replace(source, tensors=tuple(tensors)), chosen, counts=counts)
-    size = sum(file_size(entries, metadata_of(source, file, layout)) for file, entries in files.items())
+    metadata = {file: metadata_of(source, file, layout) for file in files}
+    written = replace(source, tensors=tuple(tensors), metadata=metadata)
+    found = measure(written, chosen, counts=counts)
+    size = sum(file_size(entries, metadata[file]) for file, entries in files.items())
     return found.model_copy(update={"bytes": found.bytes.model_copy(update={"file_bytes": size})})
 
 
