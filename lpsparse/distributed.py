@@ -123,8 +123,8 @@ def together() -> Generator[None]:
     reads, cuts and writes its part, process 0 alone makes and renames OUT, and all get the result.
 
     Over gloo, or the group that is there, which stays: a launcher's store remembers where it was, and another
-    could not meet. Raises ResourceError when a process is gone, UsageError when the
-    launcher has not said where to meet.
+    could not meet. Raises ResourceError when a process is gone, UsageError when the launcher has not said
+    where to meet.
     """
     if _is_one():
         _meet()

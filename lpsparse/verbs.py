@@ -11,15 +11,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
-from lpsparse.artefact import Chosen, Say, check_same, complete, recorded, stamps_of, writing
+from lpsparse.artefact import Say, check_same, complete, recorded, stamps_of, writing
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.output import check_output
-from lpsparse.checkpoint.rewrite import Count, count_all, follow, rewrite
+from lpsparse.checkpoint.preflight import check_output
+from lpsparse.checkpoint.rewrite import count_all, follow, rewrite
 from lpsparse.checkpoint.threads import of_each, of_one, using
+from lpsparse.dry_run import foretell, foretell_unread
 from lpsparse.errors import InputError
-from lpsparse.pruning.plan import plan_prune, plan_unread
+from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import (
@@ -150,12 +151,12 @@ def load(path: str | Path, weights: str | None = None) -> dict[str, Any]:
 def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     """With dry_run of a hub id that would have to be downloaded: what its headers tell, as plain data."""
     if step.dry_run and of_one(lambda: is_remote(step.model)):
-        return of_one(lambda: _from_headers(step, say))
+        return of_one(lambda: foretell_unread(step, say))
     began = perf_counter()
     source = _open(step.model, say, step.weights)
     refuse_quantised(source)
     stamps = stamps_of(source)
-    of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
+    of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
     plan = plan_prune(
         source, sparsity=step.sparsity, below=step.below, gap=step.gap, n_m=pair(step.n_m),
         block=pair(step.block), scope=step.scope, include=step.include, exclude=step.exclude,
@@ -173,7 +174,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         say("dry run: nothing is written; the zeros are those that the cut would leave")
         decided = perf_counter()
         counts = count_all(source, plan.cut)
-        return _foretell(step, source, chosen, counts, (decided - began, perf_counter() - decided))
+        return foretell(step, source, chosen, counts, (decided - began, perf_counter() - decided))
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         written = rewrite(source, folder, plan.cut, step.layout)
         counts = written.counts
@@ -195,71 +196,15 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     source = _open(step.model, say, step.weights)
     stamps = stamps_of(source)
     chosen = of_each(lambda: prunable_of(source))
-    of_one(lambda: check_output(step.out, source, _bytes(source), overwrite=step.overwrite))
+    of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
     if step.dry_run:
         say("dry run: nothing is written")
         began = perf_counter()
         counts = count_all(source)
-        return _foretell(step, source, chosen, counts, (0, perf_counter() - began))
+        return foretell(step, source, chosen, counts, (0, perf_counter() - began))
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         layout = step.layout if isinstance(step, PackStep) else "dense"
         return finish(rewrite(source, folder, lambda _: None, layout), own_quality(source))
-
-
-def _foretell(
-    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, counts: dict[str, Count],
-    took: tuple[float, float],
-) -> Report:  # fmt: skip
-    """What a dry run shows: the report of OUT, and what it would take."""
-    from lpsparse.reporting.estimate import estimate, foretell
-
-    layout = "dense" if isinstance(step, UnpackStep) else step.layout
-    found = foretell(source, chosen, counts, layout)
-    size = found.bytes.file_bytes
-    # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
-    took = took[0], took[1] * (10 if found.layout == "bitmask" else 2)
-    needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
-    return found.model_copy(update={"estimate": needs})
-
-
-def _from_headers(step: PruneStep, say: Say) -> dict[str, Any]:
-    """What can be known of `step` without downloading MODEL."""
-    from lpsparse.checkpoint.remote import read_remote
-    from lpsparse.reporting.estimate import estimate
-
-    remote = read_remote(step.model, step.weights)
-    source = remote.checkpoint
-    refuse_quantised(source)
-    check_output(step.out, source, _bytes(source), overwrite=step.overwrite)
-    plan = plan_unread(
-        source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
-        include=step.include, exclude=step.exclude,
-    )  # fmt: skip
-    say(kept_in_words(plan.chosen))
-    say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
-    if plan.zeros is None:
-        say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
-    needs = estimate(
-        source, step.out, weight_bytes=_bytes(source), sidecar_bytes=remote.sidecar_bytes,
-        threads=step.threads,
-    )  # fmt: skip
-    return {
-        "model": source.name, "revision": source.revision, "from_headers_alone": True,
-        "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
-        "download_bytes": remote.download_bytes,
-        "weights": sum(tensor.size for tensor in source.tensors),
-        "prunable_weights": sum(tensor.size for tensor in source.tensors if plan.chosen[tensor.name][0]),
-        "zeros_at_least": plan.zeros,
-        "estimate": needs.model_dump(mode="json"),
-        "tensors": [
-            {
-                "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
-                "bytes": tensor.nbytes, "prunable": plan.chosen[tensor.name][0],
-                "reason": plan.chosen[tensor.name][1], "zeros_at_least": plan.each.get(tensor.name),
-            }
-            for tensor in source.tensors
-        ],
-    }  # fmt: skip
 
 
 @_on_threads
@@ -339,7 +284,9 @@ def finetune_step(
     source = _open(step.model, say, step.weights)
     refuse_quantised(source)
     if is_first():
-        check_output(step.out, source, 2 * _bytes(source), overwrite=step.overwrite, reads=_data_files(step))
+        check_output(
+            step.out, source, 2 * source.dense_bytes, overwrite=step.overwrite, reads=_data_files(step)
+        )
     if step.dry_run:
         from lpsparse.training.loop import plan_training, prepare
 
@@ -419,7 +366,3 @@ def _open(model: str, say: Say, weights: str | None = None, *, needed: bool = Tr
     if not checkpoint.tensors:
         say(f"{checkpoint.name}: holds no tensors")
     return checkpoint
-
-
-def _bytes(source: Checkpoint) -> int:
-    return sum(tensor.nbytes for tensor in source.tensors)

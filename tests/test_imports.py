@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "reporting": {"checkpoint", "errors", "pruning.prunable"},  # the rule of what counts is one rule
     "integrations": {"training", "checkpoint", "recipe", "errors"},
     "artefact": VERBS_MAY,
-    "verbs": VERBS_MAY | {"artefact"},
+    "dry_run": VERBS_MAY | {"artefact"},
+    "verbs": VERBS_MAY | {"artefact", "dry_run"},
     "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file"},
     "cli": VERBS_MAY | {"verbs", "recipe_file", "pipeline"},
     "__main__": {"cli"},

@@ -80,9 +80,9 @@ def _snapshot(text: str, kind: str, *, local: bool) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether weight files are there, and all that an index names: a download may have been broken off."""
+    """Whether a weight file is there, or all that one index names: a download may have been broken off."""
     for index in folder.glob("*.index.json"):
-        named = re.findall(rb'"([^"/]+\.(?:safetensors|bin))"', index.read_bytes())
-        if any(not (folder / os.fsdecode(name)).exists() for name in named):
-            return False
-    return any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir())
+        shards = set(re.findall(rb'"([^"/]+\.(?:safetensors|bin))"', index.read_bytes()))
+        if shards and all((folder / os.fsdecode(name)).exists() for name in shards):
+            return True
+    return any(path.suffix in _WEIGHT_SUFFIXES and "-of-" not in path.name for path in folder.iterdir())

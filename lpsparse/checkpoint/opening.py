@@ -88,6 +88,10 @@ class Checkpoint:
         return "bitmask" if packed else "dense"
 
     @property
+    def dense_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
     def file_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
 

@@ -1,4 +1,4 @@
-"""OUT is either absent or whole: refuse early, write into OUT.partial that one process holds, rename it last.
+"""OUT is either absent or whole: write into OUT.partial, which one process holds, and rename it last.
 
 A half-written safetensors file is valid and looks wonderfully sparse, so nothing has its name before it was
 read back.
@@ -10,88 +10,26 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
-from lpsparse.checkpoint.hub import is_cached
-from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.threads import of_one
 from lpsparse.checkpoint.writer import (
-    MANIFEST,
     METRICS,
     OWNER,
     REPLACED,
     STATE,
-    find_sidecars,
     fsync,
 )
-from lpsparse.errors import InputError, OutputError, StateError, TerminatedError
+from lpsparse.errors import OutputError, StateError, TerminatedError
 
 _NEW = f"{OWNER}.new"
 _NOBODY = -1  # a process id that no process has
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
-
-
-def check_output(
-    out: Path, source: Checkpoint, need_bytes: int, *, overwrite: bool, reads: Iterable[Path] = ()
-) -> None:
-    """Refuse early what would fail late; `reads` are inputs beside `source`.
-
-    Raises OutputError, and InputError for a file that could not be copied; nothing is touched but an
-    interrupted exchange, which is undone.
-    """
-    if out.name in ("", ".."):
-        raise OutputError(401, f"{out}: exists already", mend="choose another OUT")
-    try:
-        os.lstat(partial_of(out))
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:  # a name too long, a folder closed to us
-        raise OutputError(404, f"{out}: {error.strerror}", mend="choose another OUT") from error
-    old = out.with_name(out.name + ".old")
-    if (old / REPLACED).is_file() and not os.path.lexists(out):
-        old.rename(out)  # a run that died between the two renames of --overwrite
-        (out / REPLACED).unlink()
-    if overwrite and os.path.lexists(old) and not (old / REPLACED).is_file() and not _is_empty(old):
-        raise OutputError(402, f"{old}: is in the way of --overwrite", mend="move it away")
-    ours = (out / MANIFEST).is_file()
-    if out.is_symlink() or (out.exists() and not overwrite):
-        also = ", or --overwrite (overwrite: true in a recipe)" if ours and not out.is_symlink() else ""
-        raise OutputError(401, f"{out}: exists already", mend=f"choose another OUT{also}")
-    if out.exists() and not ours:
-        raise OutputError(
-            402, f"{out}: --overwrite replaces only what lpsparse wrote", mend="choose another OUT"
-        )
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise OutputError(403, f"{parent}: no such folder", mend=f"mkdir -p {parent}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(404, f"{parent}: no permission to write here", mend="choose another OUT")
-    inputs = {path.resolve() for path in (*source.files, *reads)}
-    folder = source.root.resolve() if source.root else None
-    target = out.resolve()
-    if folder is not None and (target == folder or folder in target.parents):
-        raise OutputError(405, f"{out}: lies inside the input", mend="choose an OUT outside MODEL")
-    if any(target == path or target in path.parents for path in inputs):
-        raise OutputError(405, f"{out}: holds the input", mend="choose another OUT")
-    within = next((each for each in target.parents if (each / MANIFEST).is_file()), None)
-    if within is not None:
-        what = f"{out}: lies inside {within.name}, which lpsparse wrote: it would not verify any more"
-        raise OutputError(405, what, mend="choose an OUT outside of it")
-    if is_cached(target):
-        raise OutputError(405, f"{out}: lies inside the hub's cache", mend="choose an OUT outside of it")
-    for path, _ in find_sidecars(source)[0]:
-        if not os.access(path, os.R_OK):
-            what = f"{path}: Permission denied, and it is to be copied"
-            raise InputError(305, what, mend="check its permissions, or move it away")
-    free = shutil.disk_usage(parent).free + left_bytes(out)
-    if need_bytes * 1.05 > free:
-        what = f"{out}: needs {need_bytes} bytes, {free} are free"
-        raise OutputError(406, what, mend="free some space or choose another disk")
 
 
 @contextmanager
@@ -288,11 +226,6 @@ def exchange_names(a: Path, b: Path) -> bool:
     except (OSError, AttributeError, TypeError):  # not Linux, or a C library without it
         return False
     return rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0
-
-
-def _is_empty(folder: Path) -> bool:
-    """As a run leaves a folder that it deletes, when it dies after the last file."""
-    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def remove_ours(folder: Path, mark: str) -> None:

@@ -23,6 +23,7 @@ from lpsparse.checkpoint.writer import (
 )
 from lpsparse.errors import InputError, OutputError
 
+WAITING = 2  # threads that write, more than there are cores
 _TASK_BYTES = 32 << 20  # what a thread counts at a time
 
 Sums = dict[str, tuple[int, int]]  # of each tensor, `stored` and `total` of its Count
@@ -144,15 +145,14 @@ def rewrite(source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None
     counts: dict[str, Count] = {}
     files: list[FileRecord] = []
     kept = 0
-    for entries, counted, record, same in parallel(written, source.files, waiting=2):
+    for entries, counted, record, same in parallel(written, source.files, waiting=WAITING):
         weight_map |= {name: record.name for name, _, _ in entries}
         counts |= counted
         files.append(record)
         kept += same
     if len(source.files) > 1:
-        total_bytes = sum(tensor.nbytes for tensor in source.tensors)
         stem = "lpsparse" if layout == "bitmask" else "model"
-        of_one(lambda: write_index(folder, stem, weight_map, total_bytes))
+        of_one(lambda: write_index(folder, stem, weight_map, source.dense_bytes))
     return Written(counts, tuple(files), kept)
 
 
@@ -178,7 +178,7 @@ def _count_and_digest(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Cou
     """`count_all` and `digest` of a dense file, read once: its header, then its tensors one after another."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        sha256 = hashlib.sha256(file.read(size - sum(tensor.nbytes for tensor in checkpoint.tensors)))
+        sha256 = hashlib.sha256(file.read(size - checkpoint.dense_bytes))
     counts: dict[str, Count] = {}
     for tensor in checkpoint.tensors:
         counts[tensor.name] = NOTHING

@@ -5,7 +5,7 @@ of a launched job, each with its share.
 import os
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from threading import Event
@@ -29,14 +29,23 @@ class Processes:
     of_first: Callable[[Callable[[], Any]], Any]  # what a function gives on the first, or its error
 
 
-@contextmanager
-def among(processes: Processes | None) -> Generator[None]:
+def among(processes: Processes | None) -> AbstractContextManager[None]:
     """Share the work inside with other processes, or not."""
-    token = _processes.set(processes)
+    return _holding(_processes, processes)
+
+
+def using(count: int | None) -> AbstractContextManager[None]:
+    """With `count` threads, None being one a core."""
+    return _holding(_count, count)
+
+
+@contextmanager
+def _holding(variable: ContextVar[A], value: A) -> Generator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _processes.reset(token)
+        variable.reset(token)
 
 
 def of_one(make: Callable[[], B]) -> B:
@@ -53,33 +62,32 @@ def of_each(make: Callable[[], B]) -> B:
     processes = _processes.get()
     if processes is None:
         return make()
-    found: list[B] = []
+    found: list[B] = []  # it stays here: a checkpoint's readers cannot travel
+    _from_all(processes, lambda: found.append(make()))
+    return found[0]
+
+
+def _from_all(processes: Processes, make: Callable[[], B]) -> list[B]:
+    """What `make` gives on each process, alone there; the error of the first that has one is told to all, so
+    that none waits for it."""
+    found: B | None = None
     error: Exception | None = None
     try:
         with among(None):
-            found.append(make())
+            found = make()
     except Exception as raised:
         error = raised
-    for told in processes.gathered(error):
+    shares = processes.gathered((found, error))
+    for _, told in shares:
         if told is not None:
             raise error or told
-    return found[0]
+    return [share for share, _ in shares]
 
 
 def cores() -> int:
     """How many this process may use."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, count // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
-
-
-@contextmanager
-def using(count: int | None) -> Generator[None]:
-    """With `count` threads, None being one a core."""
-    token = _count.set(count)
-    try:
-        yield
-    finally:
-        _count.reset(token)
 
 
 def parallel(function: Callable[[A], B], items: Iterable[A], *, waiting: int = 0) -> list[B]:
@@ -92,18 +100,8 @@ def parallel(function: Callable[[A], B], items: Iterable[A], *, waiting: int = 0
     if processes is None:
         return _on_threads(function, work, waiting)
     mine = work[processes.number :: processes.count]
-    found: list[B] = []
-    error: Exception | None = None
-    try:
-        with among(None):
-            found = _on_threads(function, mine, waiting)
-    except Exception as raised:  # told to all, so that none waits for this one
-        error = raised
-    shares = processes.gathered((found, error))
-    for _, told in shares:
-        if told is not None:
-            raise error or told
-    return [shares[i % processes.count][0][i // processes.count] for i in range(len(work))]
+    shares = _from_all(processes, lambda: _on_threads(function, mine, waiting))
+    return [shares[i % processes.count][i // processes.count] for i in range(len(work))]
 
 
 def _on_threads(function: Callable[[A], B], work: list[A], waiting: int) -> list[B]:

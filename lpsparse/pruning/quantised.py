@@ -44,10 +44,9 @@ def refuse_quantised(source: Checkpoint) -> None:
         method = _configured(source.root) or method  # of values that stand for themselves it says nothing
     if method is not None:
         names = [tensor.name for tensor in source.tensors if tensor.name in found]
-        shown = (
-            f": {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3) if names else ""
-        )
-        what = f"{source.name}: is quantised ({method}), which cannot be pruned or trained{shown}"
+        shown = f": {', '.join(names[:3])}" if names else ""
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        what = f"{source.name}: is quantised ({method}), which cannot be pruned or trained{shown}{more}"
         raise InputError(337, what, mend="take the model that it was quantised from, or dequantise it")
 
 

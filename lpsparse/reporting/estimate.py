@@ -11,7 +11,7 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.finding import TORCH_SUFFIXES
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor
-from lpsparse.checkpoint.rewrite import Count, entries_of, metadata_of
+from lpsparse.checkpoint.rewrite import WAITING, Count, entries_of, metadata_of
 from lpsparse.checkpoint.threads import cores
 from lpsparse.checkpoint.writer import Named, file_size, find_sidecars
 from lpsparse.reporting.measure import Estimate, Report, measure
@@ -20,13 +20,12 @@ from lpsparse.reporting.measure import Estimate, Report, measure
 _PROCESS_BYTES = 32 << 20  # Python and numpy
 _BLOCKS = 10  # what a thread holds at a time: bits, their order, masks and ranks, what it counts and writes
 _TORCH_BYTES = 256 << 20
-_WAITING = 2  # threads that write, more than there are cores
 _KEPT_BYTES = 4096  # of a tensor, in memory: its name, shape, counts, and the report's line
 _TOLD_BYTES = 900  # of a tensor, in OUT: lines of manifest, report and index
 _PROBE_BYTES = 16 << 20
 
 
-def foretell(
+def report_of(
     source: Checkpoint, chosen: dict[str, tuple[bool, str]], counts: dict[str, Count], layout: str
 ) -> Report:
     """The report of OUT, if `source` were written in `layout` with `counts` in its tensors."""
@@ -57,19 +56,17 @@ def estimate(
     if sidecar_bytes is None:
         sidecar_bytes = sum(path.stat().st_size for path, _ in find_sidecars(source)[0])
     block = max(BLOCK_BYTES, *(tensor.nbytes // max(tensor.rows, 1) for tensor in source.tensors))
-    working = count if count == 1 else max(count, min(files, count + _WAITING))
-    held = min(working * block, sum(tensor.nbytes for tensor in source.tensors))
+    working = count if count == 1 else max(count, min(files, count + WAITING))
+    held = min(working * block, source.dense_bytes)
     memory = _PROCESS_BYTES + _BLOCKS * held + _KEPT_BYTES * len(source.tensors)
     if any(path.suffix in TORCH_SUFFIXES for path in source.files):
         memory += _TORCH_BYTES + source.file_bytes  # torch reads such a file as a whole
     seconds, rule = None, "not timed: nothing was read"
     if took is not None:
-        work = (
-            took[1] * min(count, len(source.tensors)) + (source.file_bytes + weight_bytes) * _hash_seconds()
-        )
-        seconds = took[0] + work / min(
-            count, files + 1
-        )  # a file is one thread's, the source's hashes one more's
+        hashing = (source.file_bytes + weight_bytes) * _hash_seconds()
+        work = took[1] * min(count, len(source.tensors)) + hashing
+        # A file is one thread's, the hashes of the source are one more's.
+        seconds = took[0] + work / min(count, files + 1)
         rule = "time from this dry run's own reading and a probe of sha256, without that of the disk to write"
     return Estimate(
         disk_bytes=weight_bytes + sidecar_bytes + _TOLD_BYTES * (len(source.tensors) + 4),

@@ -1,0 +1,67 @@
+"""What `--dry-run` of prune, pack and unpack shows: what OUT would be, and what it would take."""
+
+from typing import Any
+
+from lpsparse.artefact import Chosen, Say
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.preflight import check_output
+from lpsparse.checkpoint.rewrite import Count
+from lpsparse.pruning.plan import plan_unread
+from lpsparse.pruning.prunable import kept_in_words
+from lpsparse.pruning.quantised import refuse_quantised
+from lpsparse.recipe import PackStep, PruneStep, UnpackStep, pair
+from lpsparse.reporting.estimate import estimate, report_of
+from lpsparse.reporting.measure import Report
+
+
+def foretell(
+    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, counts: dict[str, Count],
+    took: tuple[float, float],
+) -> Report:  # fmt: skip
+    """What a dry run shows: the report of OUT, and what it would take."""
+    layout = "dense" if isinstance(step, UnpackStep) else step.layout
+    found = report_of(source, chosen, counts, layout)
+    size = found.bytes.file_bytes
+    # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
+    took = took[0], took[1] * (10 if found.layout == "bitmask" else 2)
+    needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
+    return found.model_copy(update={"estimate": needs})
+
+
+def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
+    """What can be known of `step` without downloading MODEL."""
+    from lpsparse.checkpoint.remote import read_remote
+
+    remote = read_remote(step.model, step.weights)
+    source = remote.checkpoint
+    refuse_quantised(source)
+    check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite)
+    plan = plan_unread(
+        source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
+        include=step.include, exclude=step.exclude,
+    )  # fmt: skip
+    say(kept_in_words(plan.chosen))
+    say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
+    if plan.zeros is None:
+        say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
+    needs = estimate(
+        source, step.out, weight_bytes=source.dense_bytes, sidecar_bytes=remote.sidecar_bytes,
+        threads=step.threads,
+    )  # fmt: skip
+    return {
+        "model": source.name, "revision": source.revision, "from_headers_alone": True,
+        "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
+        "download_bytes": remote.download_bytes,
+        "weights": sum(tensor.size for tensor in source.tensors),
+        "prunable_weights": sum(tensor.size for tensor in source.tensors if plan.chosen[tensor.name][0]),
+        "zeros_at_least": plan.zeros,
+        "estimate": needs.model_dump(mode="json"),
+        "tensors": [
+            {
+                "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
+                "bytes": tensor.nbytes, "prunable": plan.chosen[tensor.name][0],
+                "reason": plan.chosen[tensor.name][1], "zeros_at_least": plan.each.get(tensor.name),
+            }
+            for tensor in source.tensors
+        ],
+    }  # fmt: skip
