@@ -28,6 +28,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,7 +218,8 @@ FAULTS = {
 class Disk:
     """Calls to the system beneath `root`, of which the `at`-th of some kinds fails, and all later ones if it
     is `lasting`: as on a real disk, with half of what was to be written on it; or the process is killed, or
-    POWER is cut, which also takes what was not synced: the bytes of files, and the names of new ones."""
+    POWER is cut, which also takes what was not synced: the bytes of files, the names of new ones, and
+    renames."""
 
     def __init__(self, root: Path, fault: str, at: int, *, lasting: bool) -> None:
         self.root, self.at, self.lasting, self.kinds = str(root), at, lasting, FAULTS[fault]
@@ -225,6 +227,7 @@ class Disk:
         self.kills = self.error in ("SIGKILL", "POWER")
         self.unsynced: set[int] = set()  # files by their numbers
         self.unnamed: set[tuple[int, str]] = set()  # the number of a folder, and a name in it
+        self.renamed: list[tuple[int, Callable[[], object]]] = []  # the number of a folder, and the way back
         self.lock = threading.Lock()
         self.count = mmap.mmap(-1, 8)  # the process that forks the run reads it, too
 
@@ -264,13 +267,20 @@ class Disk:
     def named(self, path: str) -> None:
         self.unnamed.add((os.stat(os.path.dirname(path)).st_ino, os.path.basename(path)))
 
+    def moved(self, path: str, back: Callable[[], object]) -> None:
+        self.renamed.append((os.stat(os.path.dirname(path)).st_ino, back))
+
     def synced(self, descriptor: int) -> None:
         number = os.fstat(descriptor).st_ino
         self.unsynced.discard(number)
         self.unnamed = {name for name in self.unnamed if name[0] != number}
+        self.renamed = [each for each in self.renamed if each[0] != number]
 
     def _lose(self) -> None:
         self.kinds = frozenset()
+        for _, back in reversed(self.renamed):
+            with suppress(FileNotFoundError):  # deleted since
+                back()
         for path in sorted(Path(self.root).rglob("*"), reverse=True):
             if (path.parent.stat().st_ino, path.name) in self.unnamed:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -283,9 +293,12 @@ class Disk:
             if self.fails(path_of(target, options.get("dir_fd") or options.get("src_dir_fd")), kind):
                 two = (args[0], None, args[1]) if kind == "rename" else (args[0],)
                 self.fail(*(() if isinstance(target, int) else two))
+            replaces = kind == "rename" and os.path.lexists(args[1])
             found = real(*args, **options)
             if isinstance(target, int) and kind in ("write", "fsync"):
                 (self.wrote if kind == "write" else self.synced)(target)
+            elif kind == "rename" and not replaces:
+                self.moved(path_of(args[1]), lambda: real(args[1], args[0]))
             elif kind == "mkdir":
                 self.named(path_of(target))
             return found
@@ -335,6 +348,7 @@ class Disk:
                 if self.error in ("EXDEV", "EOPNOTSUPP"):
                     return False  # a disk that cannot
                 self.fail(a, None, b)
+            self.moved(path_of(b), lambda: real(a, b))
             return real(a, b)
 
         return exchange

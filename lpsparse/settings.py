@@ -14,13 +14,30 @@ from lpsparse.errors import LpsparseError, UsageError
 from lpsparse.recipe import STEPS, FinetuneStep, InspectStep, Step, flag
 
 S = TypeVar("S", bound=BaseModel)
+_NO_FLAGS = ("LPSPARSE_MAX_TENSORS",)  # of checkpoint.header
+
+
+# Rank, number of processes and rank on this machine, as MPICH's and Intel's, and Open MPI's mpirun tell.
+_MPI = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
 
 
 def name_as_launched() -> None:
-    """Give a process of an srun step the names that torch's own launchers give. A batch script, where SLURM
-    tells of tasks too, is no step of several."""
+    """Give a process of an srun step, or of mpirun (which `accelerate launch --cpu` calls), the names that
+    torch's own launchers give. A batch script, where SLURM tells of tasks too, is no step of several."""
     given = os.environ.get
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or int(given("SLURM_STEP_NUM_TASKS", 1)) < 2:
+    if "RANK" in os.environ:
+        return
+    for rank, count, local in _MPI:
+        if rank in os.environ and int(given(count, 1)) > 1:
+            os.environ |= {"RANK": given(rank, ""), "WORLD_SIZE": given(count, "")}
+            os.environ["LOCAL_RANK"] = given(local, "0")
+            os.environ.setdefault("MASTER_ADDR", "localhost")
+            os.environ.setdefault("MASTER_PORT", "29500")
+            return
+    if "SLURM_PROCID" not in os.environ or int(given("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return
     first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", given("SLURM_STEP_NODELIST", "localhost")).partition(",")[0]
     port = 15000 + int(given("SLURM_JOB_ID", 0)) % 10000 + int(given("SLURM_STEP_ID", 0)) % 1000
@@ -74,7 +91,8 @@ def variable(field: str) -> str:
 def check_environment() -> None:
     """Raises UsageError for an LPSPARSE_ variable that sets nothing."""
     kinds = (*STEPS.values(), InspectStep)
-    known = sorted({variable(name) for kind in kinds for name in kind.model_fields})
+    fields = {variable(name) for kind in kinds for name in kind.model_fields}
+    known = sorted({*fields, *_NO_FLAGS})
     for key in os.environ:
         if key.startswith("LPSPARSE_") and key not in known:
             near = get_close_matches(key, known, n=1)

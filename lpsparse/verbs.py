@@ -141,10 +141,14 @@ def open(path: str | Path, weights: str | None = None) -> Checkpoint:
 
 
 def load(path: str | Path, weights: str | None = None) -> dict[str, Any]:
-    """Every tensor of a checkpoint of any layout as a dense torch tensor, by name."""
+    """Every tensor of a checkpoint of any layout as a dense torch tensor, by name. A tied one is there under
+    the names, too, that safetensors' save_model would have left out."""
     from lpsparse.training.model import to_tensor
 
-    return {tensor.name: to_tensor(tensor) for tensor in open_checkpoint(path, weights).tensors}
+    checkpoint = open_checkpoint(path, weights)
+    found = {tensor.name: to_tensor(tensor) for tensor in checkpoint.tensors}
+    ties = {name: of for metadata in checkpoint.metadata.values() for name, of in metadata.items()}
+    return {name: found[of] for name, of in ties.items() if of in found} | found
 
 
 @_on_threads

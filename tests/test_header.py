@@ -148,8 +148,11 @@ def test_many_duplicate_names_are_refused_at_once(tmp_path: Path) -> None:
 def test_more_tensors_than_the_cap_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lpsparse.checkpoint.header.MAX_TENSORS", 12)
     path = write_safetensors(tmp_path / "m.safetensors", {str(i): ("U8", [0], b"") for i in range(13)})
-    with pytest.raises(InputError, match="13 tensors, the cap is 12"):
+    with pytest.raises(InputError, match="13 tensors, the cap is 12") as refused:
         read_header(path)
+    assert "LPSPARSE_MAX_TENSORS=13" in refused.value.mend
+    monkeypatch.setenv("LPSPARSE_MAX_TENSORS", "13")
+    assert len(read_header(path).entries) == 13
 
 
 @settings(max_examples=400, deadline=None)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import safetensors.torch
 import torch
 from conftest import Ran, f32, run_cli, tiny_arrays, write_safetensors
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ from safetensors.numpy import save_file
 from test_header import JSON
 
 import lpsparse
-from lpsparse import load, pipeline
+from lpsparse import load, pipeline, prune, verify
 from lpsparse.checkpoint.finding import WEIGHT_SUFFIXES
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError, UsageError
@@ -423,11 +425,46 @@ def test_ten_thousand_names_over_one_storage_are_refused(tmp_path: Path) -> None
 
 def test_fifty_views_of_one_storage_take_its_memory_once(tmp_path: Path) -> None:
     storage = torch.arange(1024 * 1024, dtype=torch.float32).view(1024, 1024)
-    path = save(tmp_path / "net.pt", {str(n): storage.t() for n in range(50)})
+    path = save(tmp_path / "net.pt", {str(n): storage.t()[: 1024 - n] for n in range(50)})
     before = psutil.Process().memory_info().rss
     opened = open_checkpoint(path)
-    assert psutil.Process().memory_info().rss - before < 50_000_000  # of 210 MB if each were written out
-    assert np.array_equal(opened.tensors[49].read().view(np.float32), storage.t().numpy())
+    assert psutil.Process().memory_info().rss - before < 50_000_000  # of 205 MB if each were written out
+    assert np.array_equal(opened.tensors[49].read().view(np.float32), storage.t()[:975].numpy())
+
+
+def test_tied_names_of_a_torch_file_are_one_tensor_in_every_output(tmp_path: Path) -> None:
+    tied, other = torch.randn(7, 13), torch.randn(7, 13)
+    path = save(tmp_path / "net.pt", {"a.weight": tied, "b.weight": other, "c.weight": tied})
+    report = prune(path, tmp_path / "out", sparsity=0.5)
+    assert [row.name for row in report.tensors] == ["a.weight", "b.weight"] and report.all.weights == 182
+    assert verify(tmp_path / "out", path)["ok"]
+    manifest = json.loads((tmp_path / "out" / "lpsparse.json").read_text())
+    assert "'c.weight' is tied to 'a.weight': written once" in manifest["notes"]
+    found = lpsparse.load(tmp_path / "out")
+    assert torch.equal(found["c.weight"], found["a.weight"]) and found["c.weight"].count_nonzero() < 91
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Linear(13, 7, bias=False) for _ in "abc")
+            self.c.weight = self.a.weight
+
+    safetensors.torch.load_model(net := Net(), tmp_path / "out" / "model.safetensors")
+    assert torch.equal(net.c.weight, found["a.weight"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is told by Linux")
+def test_a_torch_file_is_mapped_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "net.pt", {"a.weight": torch.ones(2048, 4096)})  # 32 MiB
+    before = anonymous_bytes()
+    tensor = open_checkpoint(path).tensors[0]
+    assert all((block.view(np.float32) == 1).all() for _, block in tensor.blocks())
+    assert anonymous_bytes() - before < 16 << 20
+
+
+def anonymous_bytes() -> int:
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found[1]) << 10 if found else 0
 
 
 def test_a_negated_view_is_refused_not_read_without_its_sign(tmp_path: Path) -> None:

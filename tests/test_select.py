@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
+from test_header import peak_of
 
-from lpsparse import prune
+from lpsparse import prune, unpack
 from lpsparse.checkpoint.dtypes import (
     DTYPES,
     F32_INF,
@@ -632,6 +634,47 @@ def test_a_pattern_that_means_nothing_is_refused(options: dict[str, Any], what: 
     with pytest.raises(UsageError, match=what):
         prune(tiny, tiny.parent / "out", **options)
     assert not (tiny.parent / "out").exists()
+
+
+LONG = [(7, 416), (1, 312), (3, 1248)]  # made of N:M and blocks; of pieces of 8 values
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"sparsity": 0.7}, {"sparsity": 0.7, "scope": "tensor"}, {"sparsity": 0.7, "scope": "row"},
+        {"below": 4.5}, {"n_m": "3:13"}, {"n_m": "2:4"}, {"sparsity": 0.7, "block": "1x26"},
+        {"sparsity": 0.7, "block": "7x4", "include": ["0.*", "5.*"]},
+    ],
+)  # fmt: skip
+def test_rows_that_are_read_in_pieces_are_cut_as_whole_ones(
+    rule: dict[str, Any], layout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(5)
+    arrays = {f"{n}.weight": draw.integers(-9, 9, shape).astype(np.float32) for n, shape in enumerate(LONG)}
+    arrays["5.experts"] = draw.standard_normal((3, 14, 52)).astype(np.float16)
+    save_file(arrays, tmp_path / "m.safetensors")
+    prune(tmp_path / "m.safetensors", tmp_path / "whole", **rule, layout=layout)
+    for piece_bytes in (40 * 4, 104 * 4):
+        monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", piece_bytes)
+        out = tmp_path / str(piece_bytes)
+        assert open_checkpoint(tmp_path / "m.safetensors").tensors[0].grid[0] > LONG[0][0]
+        prune(tmp_path / "m.safetensors", out, **rule, layout=layout)
+        assert tree_hash(out) == tree_hash(tmp_path / "whole")
+        unpack(out, tmp_path / f"{piece_bytes}-dense")
+        dense = {tensor.name: tensor for tensor in open_checkpoint(tmp_path / f"{piece_bytes}-dense").tensors}
+        for tensor in open_checkpoint(out).tensors:
+            assert np.array_equal(tensor.read(), dense[tensor.name].read())
+
+
+def test_a_row_of_many_megabytes_takes_no_more_memory_than_rows_of_few(tmp_path: Path) -> None:
+    draw = np.random.default_rng(6).standard_normal((1, 1 << 24), np.float32)  # 64 MiB
+    save_file({"a.weight": draw}, tmp_path / "m.safetensors")
+    source = tmp_path / "m.safetensors"
+    for n, rule in enumerate([{"sparsity": 0.5}, {"sparsity": 0.5, "scope": "row"}, {"n_m": "2:4"}]):
+        options: dict[str, Any] = {**rule, "threads": 1}
+        assert peak_of(partial(prune, source, tmp_path / str(n), **options)) < 24 << 20
 
 
 @pytest.mark.parametrize(

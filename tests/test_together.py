@@ -88,19 +88,36 @@ def test_four_processes_write_the_bytes_of_one(shards: Path, tmp_path: Path) -> 
     assert json.loads(alone.stdout)[-4:] == ["LPS401", 4] * 2
 
 
-def test_a_launched_command_speaks_once_and_ends_as_alone(shards: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29653", "-m", "lpsparse"]
-    ran = end(start([*launcher, "prune", str(shards), str(tmp_path / "out"), "--sparsity", "0.8"]))
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29653"]
+ACCELERATE = [
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+    "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29653",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_a_launched_command_speaks_once_and_ends_as_alone(
+    launcher: list[str], shards: Path, tmp_path: Path
+) -> None:
+    words = ["-m", "lpsparse", "prune", str(shards), str(tmp_path / "out"), "--sparsity", "0.8"]
+    ran = end(start([*launcher, *words]))
     assert ran.rc == 0, ran.stderr
     alone = run_cli(["prune", shards, tmp_path / "alone", "--sparsity", "0.8"])
     assert ran.stdout == alone.stdout and ran.stderr.count("wrote ") == 1
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "alone")
 
 
-def test_the_processes_of_an_srun_step_find_one_another(shards: Path, tmp_path: Path) -> None:
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "77"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "77"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "step"), [("SLURM_PROCID", SRUN), ("PMI_RANK", {"PMI_SIZE": "2", "MASTER_PORT": "29661"})]
+)
+def test_the_processes_of_srun_and_of_mpirun_find_one_another(
+    rank: str, step: dict[str, str], shards: Path, tmp_path: Path
+) -> None:
     words = ["-m", "lpsparse", "report", str(shards), "--json", str(tmp_path / "report.json")]
-    ran = [end(each) for each in [start(words, SLURM_PROCID=str(i), **step) for i in range(2)]]
+    ran = [end(each) for each in [start(words, **{rank: str(i)}, **step) for i in range(2)]]
     assert [each.rc for each in ran] == [0, 0], ran[0].stderr
     assert ran[1].stdout == "" and json.loads((tmp_path / "report.json").read_text())["model"] == "shards"
 

@@ -19,7 +19,7 @@ from lpsparse.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's cap
 MAX_TENSORS = 500_000  # 700,000 empty tensors took the reference reader 6 s to open
-
+MAX_TENSORS_VARIABLE = "LPSPARSE_MAX_TENSORS"
 MAX_DIMENSIONS = 64  # numpy's
 
 Read = Callable[[int, int], bytes]  # (first byte, count)
@@ -109,8 +109,11 @@ def check_header(path: Path, size: int, read: Read) -> Header:
 
 
 def _check_count(path: Path, tensors: int) -> None:
-    if tensors > MAX_TENSORS:
-        raise InputError(304, f"{path}: {tensors} tensors, the cap is {MAX_TENSORS}", mend="split the file")
+    given = os.environ.get(MAX_TENSORS_VARIABLE, "")
+    cap = int(given) if given.isdecimal() else MAX_TENSORS
+    if tensors > cap:
+        mend = f"split the file, or raise the cap if you trust it: {MAX_TENSORS_VARIABLE}={tensors}"
+        raise InputError(304, f"{path}: {tensors} tensors, the cap is {cap}", mend=mend)
 
 
 def check_regular(path: Path) -> int:

@@ -4,8 +4,10 @@ Whatever the source (Hugging Face folder, one safetensors file, torch file, inde
 what comes out is the same: named tensors of raw bits, read a few megabytes at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.threads import check_going_on
 from lpsparse.errors import InputError, UsageError
 
-BLOCK_BYTES = 2 << 20  # rows are read about this much at a time: with the work on it, it stays in the cache
+BLOCK_BYTES = 2 << 20  # lines are read about this much at a time: with the work on it, it stays in the cache
+_TRIES = 4096  # numbers of pieces to try for a long row: one of them nearly always divides it
 
-Blocks = Iterator[tuple[int, Bits]]  # (first row, raw bits of shape (rows, columns))
+Blocks = Iterator[tuple[int, Bits]]  # (first line, raw bits of shape (lines, width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Tensor:
     file: str  # weight file it lies in
     layout: str  # dense or bitmask
     stored_bytes: int
-    blocks: Callable[..., Blocks] = field(repr=False, compare=False)  # of rows (first=0, last=None)
+    blocks: Callable[..., Blocks] = field(repr=False, compare=False)  # of lines (first=0, last=None)
 
     @property
     def size(self) -> int:
@@ -49,13 +52,21 @@ class Tensor:
 
     @property
     def rows(self) -> int:
-        """What `blocks` counts: the first dimension. A 0-dim tensor is one row, and so is one of values under
-        a byte, whose rows may share one."""
+        """The first dimension. A 0-dim tensor is one row, and so is one of values under a byte, whose rows
+        may share one."""
         return _rows(self.shape, self.dtype)
 
-    def rows_of(self, nbytes: int) -> int:
-        """How many rows take about so many bytes; at least one."""
-        return max(1, nbytes * self.rows // max(self.nbytes, 1))
+    @property
+    def grid(self) -> tuple[int, int]:
+        """What `blocks` counts: (lines, width in storage units). A line is a row, or an equal piece of one
+        that is long."""
+        return grid_of(self.shape, self.dtype)
+
+    def tasks(self, nbytes: int) -> list[tuple[int, int]]:
+        """Ranges of lines of about so many bytes; at least one line each."""
+        lines, _ = self.grid
+        step = max(1, nbytes * lines // max(self.nbytes, 1))
+        return [(line, min(line + step, lines)) for line in range(0, lines, step)]
 
     @property
     def nbytes(self) -> int:
@@ -182,42 +193,58 @@ def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ..
             sniff(path, head)
     from lpsparse.checkpoint.torchfile import read_torch_file  # the one door through which torch comes in
 
-    table, notes = read_torch_file(path)
+    found = read_torch_file(path)
 
     def tensor(name: str, dtype: str, raw: Bits) -> Tensor:
         def blocks(first: int = 0, last: int | None = None) -> Blocks:
             if not raw.size:
                 return
-            rows = _rows(raw.shape, dtype)
-            step = max(1, BLOCK_BYTES * rows // raw.nbytes)
-            end = rows if last is None else last
-            for row in range(first, end, step):  # a view with strides of its own is never copied as a whole
-                taken = raw[row : min(row + step, end)] if raw.ndim else raw
-                yield row, np.ascontiguousarray(taken).reshape(min(step, end - row), -1)
+            lines, width = grid_of(raw.shape, dtype)
+            step = max(1, BLOCK_BYTES * lines // raw.nbytes)
+            end = lines if last is None else last
+            # A view with strides of its own is never copied as a whole.
+            values = raw.reshape(-1) if raw.flags.c_contiguous else raw.flat
+            for line in range(first, end, step):
+                yield line, values[line * width : min(line + step, end) * width].reshape(-1, width)
 
         return Tensor(name, dtype, raw.shape, path.name, "dense", raw.nbytes, blocks)
 
-    return [tensor(name, *item) for name, item in table.items()], {"format": "pt"}, notes
+    tensors = [tensor(name, *item) for name, item in found.tensors.items()]
+    return tensors, {"format": "pt", **found.ties}, found.notes
 
 
 def _rows(shape: tuple[int, ...], dtype: str) -> int:
     return shape[0] if shape and DTYPES[dtype].bits >= 8 else 1
 
 
+def grid_of(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """See `Tensor.grid`. Fused experts have rows of hundreds of megabytes, which nobody wants to hold."""
+    rows, kind = _rows(shape, dtype), DTYPES[dtype]
+    columns = math.prod(shape) * kind.bits // 8 // kind.storage.itemsize // max(rows, 1)
+    pieces = _pieces(columns, max(BLOCK_BYTES // kind.storage.itemsize, 8))
+    return rows * pieces, columns // pieces
+
+
+@cache
+def _pieces(columns: int, most: int) -> int:
+    """In how many equal pieces of at most `most` values a row is divided. A piece is made of whole bytes of a
+    mask; a row that no number divides so is one piece."""
+    fewest = -(-columns // most)
+    tries = range(fewest, fewest + _TRIES)
+    return 1 if fewest < 2 or columns % 8 else next((n for n in tries if columns // 8 % n == 0), 1)
+
+
 def _dense(path: Path, entry: Entry) -> Tensor:
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
         if entry.nbytes == 0:
             return
-        storage = DTYPES[entry.dtype].storage
-        count = entry.nbytes // storage.itemsize
-        rows = _rows(entry.shape, entry.dtype)
-        columns = count // rows
-        step = max(1, BLOCK_BYTES // max(columns * storage.itemsize, 1))
-        end = rows if last is None else last
+        lines, width = grid_of(entry.shape, entry.dtype)
+        step = max(1, BLOCK_BYTES * lines // entry.nbytes)
+        end = lines if last is None else last
         with path.open("rb") as file:
-            for row in range(first, end, step):
-                taken = min(step, end - row)
-                yield row, read_exactly(file, entry, row * columns, taken * columns).reshape(taken, columns)
+            for line in range(first, end, step):
+                taken = min(step, end - line)
+                yield line, read_exactly(file, entry, line * width, taken * width).reshape(taken, width)
 
     return Tensor(entry.name, entry.dtype, entry.shape, path.name, "dense", entry.nbytes, blocks)
 
@@ -261,8 +288,12 @@ def _bitmask_tensor(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
     packed = bitmask.check(path, name, entries, read)
 
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
-        step = max(1, BLOCK_BYTES // max(packed.columns * DTYPES[packed.dtype].bits // 8, 1))
-        end = packed.rows if last is None else last
+        lines, width = grid_of(packed.shape, packed.dtype)
+        end = lines if last is None else last
+        if lines > packed.rows:
+            yield from packed.decode_pieces(first, end, width)
+            return
+        step = max(1, BLOCK_BYTES // max(width * DTYPES[packed.dtype].bits // 8, 1))
         for row in range(first, end, step):
             yield row, packed.decode(row, min(end, row + step))
 

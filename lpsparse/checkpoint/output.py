@@ -55,7 +55,6 @@ def output_folder(
         shutil.rmtree(out / STATE, ignore_errors=True)
         (out / OWNER).unlink()  # not before: killed in between, nobody could tell that OUT.partial was ours
         fsync(out)
-        fsync(out.absolute().parent)
     except OSError as error:
         raise failed(out, error) from error
     except (TerminatedError, RuntimeError):  # torch's own, where another process is lost
@@ -207,15 +206,20 @@ def _exchange(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = out.with_name(out.name + ".old")
     if not overwrite or not out.exists():
         partial.rename(out)
+        fsync(out.absolute().parent)
         return
     if (old / REPLACED).is_file():
         remove_ours(old, REPLACED)
     (out / REPLACED).touch()
+    fsync(out)
     if exchange_names(partial, out):
         old = partial
     else:
         out.rename(old)  # an OSError where a folder that is not ours has come to stand there
         partial.rename(out)
+    fsync(
+        out.absolute().parent
+    )  # before the old one goes: of a rename that is not synced a disk knows nothing
     remove_ours(old, REPLACED)
 
 

@@ -27,7 +27,7 @@ WAITING = 2  # threads that write, more than there are cores
 _TASK_BYTES = 32 << 20  # what a thread counts at a time
 
 Sums = dict[str, tuple[int, int]]  # of each tensor, `stored` and `total` of its Count
-Cut = Callable[[Blocks], Blocks]  # a stream of row blocks in, the same rows out with more zeros
+Cut = Callable[[Blocks], Blocks]  # a stream of blocks in, the same lines out with more zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,13 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What is in a tensor, or in some of its rows."""
+    """What is in a tensor, or in some of its lines."""
 
     zeros: int  # exact zeros of either sign (for integers: zero)
     stored: int  # values that are not the all-zero bit pattern: -0.0 counts
     nonfinite: int
-    total: int  # sum of the raw bits, 8 bytes a word where rows are made of them, modulo 2**64: another one
-    # shows that bits are others
+    total: int  # modulo 2**64, the sum of the raw bits of each line (8 bytes a word where lines are made of
+    # them) times an odd number of its own: another one shows that bits are others, or elsewhere
 
     def __add__(self, other: "Count") -> "Count":
         return Count(
@@ -59,20 +59,23 @@ class Count:
 NOTHING = Count(0, 0, 0, 0)
 
 
-def count_block(block: Bits, dtype: str) -> Count:
-    stored, total = sums_of(block)
+def count_block(line: int, block: Bits, dtype: str) -> Count:
+    """Of a block of lines, the first of which has this number."""
+    stored, total = sums_of(line, block)
     if not DTYPES[dtype].is_float or _is_plain(block, dtype):
         return Count(block.size - stored, stored, 0, total)
     codes = ordered(block, dtype)
     return Count(block.size - int(np.count_nonzero(codes)), stored, nonfinite(codes, dtype), total)
 
 
-def sums_of(block: Bits) -> tuple[int, int]:
+def sums_of(line: int, block: Bits) -> tuple[int, int]:
     """`stored` and `total` of `Count`."""
     words = block
     if block.shape[-1] * block.itemsize % 8 == 0:
         words = np.ascontiguousarray(block).view(np.uint64)  # of a torch file's view, the block is not
-    return int(np.count_nonzero(block)), int(words.sum(dtype=np.uint64))
+    each = words.sum(axis=1, dtype=np.uint64)
+    weights = 2 * np.arange(line, line + len(each), dtype=np.uint64) + 1
+    return int(np.count_nonzero(block)), int((each * weights).sum(dtype=np.uint64))
 
 
 def _is_plain(block: Bits, dtype: str) -> bool:
@@ -85,7 +88,7 @@ def _is_plain(block: Bits, dtype: str) -> bool:
 
 
 def count(tensor: Tensor, blocks: Blocks) -> Count:
-    return sum((count_block(block, tensor.dtype) for _, block in blocks), NOTHING)
+    return sum((count_block(line, block, tensor.dtype) for line, block in blocks), NOTHING)
 
 
 def count_all(
@@ -94,10 +97,8 @@ def count_all(
     """What is in each tensor, or would be after `cut`."""
     tasks: list[tuple[Tensor, int, int]] = []
     for tensor in checkpoint.tensors:
-        step = tensor.rows_of(_TASK_BYTES)
-        if cut(tensor) is not None:  # it goes from the first row to the last
-            step = max(tensor.rows, 1)
-        tasks += [(tensor, row, min(row + step, tensor.rows)) for row in range(0, tensor.rows, step)]
+        whole = cut(tensor) is not None  # it goes from the first line to the last
+        tasks += [(tensor, *task) for task in tensor.tasks(tensor.nbytes if whole else _TASK_BYTES)]
 
     def counted(task: tuple[Tensor, int, int]) -> Count:
         tensor, first, last = task
@@ -145,7 +146,11 @@ def rewrite(source: Checkpoint, folder: Path, cut: Callable[[Tensor], Cut | None
     counts: dict[str, Count] = {}
     files: list[FileRecord] = []
     kept = 0
-    for entries, counted, record, same in parallel(written, source.files, waiting=WAITING):
+    sizes = dict.fromkeys((path.name for path in source.files), 0)
+    for tensor in source.tensors:
+        sizes[tensor.file] += tensor.nbytes
+    found = parallel(written, source.files, waiting=WAITING, size=lambda path: sizes[path.name])
+    for entries, counted, record, same in found:
         weight_map |= {name: record.name for name, _, _ in entries}
         counts |= counted
         files.append(record)
@@ -182,9 +187,9 @@ def _count_and_digest(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Cou
     counts: dict[str, Count] = {}
     for tensor in checkpoint.tensors:
         counts[tensor.name] = NOTHING
-        for _, block in tensor.blocks():
+        for line, block in tensor.blocks():
             sha256.update(block.data)
-            counts[tensor.name] += count_block(block, tensor.dtype)
+            counts[tensor.name] += count_block(line, block, tensor.dtype)
     return counts, FileRecord(name=path.name, size=size, sha256=sha256.hexdigest())
 
 
@@ -213,11 +218,11 @@ def _rewrite_file(
             if tensor.name in packed:
                 yield from _packed_parts(tensor, streams[tensor.name]())
                 continue
-            for row, block in streams[tensor.name]():
-                stored, total = sums_of(block)
+            for line, block in streams[tensor.name]():
+                stored, total = sums_of(line, block)
                 known = sums[tensor.name]
                 sums[tensor.name] = known[0] + stored, (known[1] + total) % 2**64
-                yield tensor.name, row * block.shape[1], block
+                yield tensor.name, line * block.shape[1], block
 
     changed = write_tensors(target, entries, metadata_of(source, path.name, layout), parts())
     return entries, sums, changed
@@ -255,11 +260,11 @@ def entries_of(tensor: Tensor, counted: Count, packed: bool) -> list[Named]:
 
 def _packed_parts(tensor: Tensor, blocks: Blocks) -> Iterator[Part]:
     yield f"{tensor.name}.shape", 0, np.array(tensor.shape, "<i8").view("<u8")
-    stored = 0
-    for row, block in blocks:
+    stored, pieces = 0, tensor.grid[0] // tensor.rows
+    for line, block in blocks:
         parts = bitmask.encode(block, stored)
-        width = parts["bitmask"].shape[1]
         yield f"{tensor.name}.compressed", stored, parts["compressed"]
-        yield f"{tensor.name}.bitmask", row * width, parts["bitmask"]
-        yield f"{tensor.name}.row_offsets", row, parts["row_offsets"]
+        yield f"{tensor.name}.bitmask", line * parts["bitmask"].shape[1], parts["bitmask"]
+        begun = -line % pieces  # of pieces of rows, those that begin one
+        yield f"{tensor.name}.row_offsets", -(-line // pieces), parts["row_offsets"][begun::pieces]
         stored += parts["compressed"].size

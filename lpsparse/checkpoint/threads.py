@@ -2,6 +2,7 @@
 of a launched job, each with its share.
 """
 
+import heapq
 import os
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -90,18 +91,36 @@ def cores() -> int:
     return max(1, count // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
-def parallel(function: Callable[[A], B], items: Iterable[A], *, waiting: int = 0) -> list[B]:
+def parallel(
+    function: Callable[[A], B], items: Iterable[A], *, waiting: int = 0,
+    size: Callable[[A], float] = lambda _: 1,
+) -> list[B]:  # fmt: skip
     """`function` of each item, in their order; the first error, in that order, is raised. Inside of such a
     function the threads are taken already, and it is a plain loop. `waiting` more threads where many of them
-    wait for a disk. `among` processes each takes every n-th item, and all have what all of them found, or the
-    error of the first process that has one."""
+    wait for a disk. `among` processes each takes a share of the items, by their `size`, and all have what all
+    of them found, or the error of the first process that has one."""
     work = list(items)
     processes = _processes.get()
     if processes is None:
         return _on_threads(function, work, waiting)
-    mine = work[processes.number :: processes.count]
-    shares = _from_all(processes, lambda: _on_threads(function, mine, waiting))
-    return [shares[i % processes.count][i // processes.count] for i in range(len(work))]
+    shares = _dealt([size(item) for item in work], processes.count)
+    mine = [work[i] for i in shares[processes.number]]
+    found = _from_all(processes, lambda: _on_threads(function, mine, waiting))
+    by_place = {
+        i: each for share, of in zip(shares, found, strict=True) for i, each in zip(share, of, strict=True)
+    }
+    return [by_place[i] for i in range(len(work))]
+
+
+def _dealt(sizes: list[float], count: int) -> list[list[int]]:
+    """Which items each of `count` takes: the largest first, each to whom has least."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    held = [(0.0, number) for number in range(count)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        total, number = heapq.heappop(held)
+        shares[number].append(i)
+        heapq.heappush(held, (total + sizes[i], number))
+    return shares
 
 
 def _on_threads(function: Callable[[A], B], work: list[A], waiting: int) -> list[B]:

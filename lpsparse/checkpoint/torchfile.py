@@ -11,6 +11,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,12 +34,20 @@ _MAX_SHARED = 100  # times the file's size that its tensors may be: some names m
 _CONVERT = "convert the file to safetensors where you trust it"
 
 
-def read_torch_file(path: Path) -> tuple[dict[str, tuple[str, Bits]], tuple[str, ...]]:
-    """Each tensor as (dtype, raw bits in its own shape), and what was unwrapped or dropped.
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    tensors: dict[str, tuple[str, Bits]]  # dtype, and raw bits in its own shape
+    ties: dict[str, str]  # other names of these tensors, as safetensors' save_model writes them
+    notes: tuple[str, ...]  # what was unwrapped or dropped
 
-    The bits are views of what torch has read, strided as they were saved: no more memory than the file has
-    bytes. Raises InputError when the restricted loader refuses the file (classes, functions, legacy tar
-    files), when it declares more than it holds, and when there are no tensors.
+
+def read_torch_file(path: Path) -> TorchFile:
+    """What a torch file holds. Names that share all of their bits are one tensor, of the first name.
+
+    The bits are views of the file where it is a zip file (torch 1.6 on), which the system reads as they are
+    used, else of what torch has read; strided as they were saved. Raises InputError when the restricted
+    loader refuses the file (classes, functions, legacy tar files), when it declares more than it holds, and
+    when there are no tensors.
     """
     size = check_regular(path)
     if size == 0:
@@ -49,20 +58,23 @@ def read_torch_file(path: Path) -> tuple[dict[str, tuple[str, Bits]], tuple[str,
     values = {name: value for name, value in table.items() if isinstance(value, torch.Tensor)}
     tensors = {name: _raw(path, name, value) for name, value in values.items()}
     _refuse_more_than(path, size, list(values.values()))
+    ties = _ties(values)
+    notes += [f"{name!r} is tied to {first!r}: written once" for name, first in ties.items()]
     dropped = sorted(name for name, value in table.items() if not isinstance(value, torch.Tensor))
     if dropped:
         notes.append(f"dropped, not tensors: {', '.join(dropped)}")
     if not tensors:
         found = ", ".join(sorted(map(str, table))[:8]) or "nothing"
         raise InputError(320, f"{path}: no tensors found (top level: {found})", mend="save a state dict")
-    return tensors, tuple(notes)
+    own = {name: item for name, item in tensors.items() if name not in ties}
+    return TorchFile(own, ties, tuple(notes))
 
 
 def _load(path: Path, size: int) -> Any:
     try:
-        _refuse_bomb(path, size)
+        zipped = _refuse_bomb(path, size)
         with warnings.catch_warnings(action="ignore"):  # torch speaks of pickle protocols
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (InputError, MemoryError):
         raise
     except pickle.UnpicklingError:
@@ -81,21 +93,23 @@ def _load(path: Path, size: int) -> Any:
         raise InputError(323, what, mend="download or copy the file again") from None
 
 
-def _refuse_bomb(path: Path, size: int) -> None:
+def _refuse_bomb(path: Path, size: int) -> bool:
     """Refuse what would take memory before anybody could look at it: members that unpack to more than the
-    file, and a pickle that makes bytes out of a number, which the restricted loader allows."""
+    file, and a pickle that makes bytes out of a number, which the restricted loader allows. Whether it is a
+    zip file."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         zipped = data[:4] == b"PK\x03\x04"  # as torch tells them
         if data.find(b"\nbytearray\n") >= 0:
             raise pickle.UnpicklingError
     if not zipped:
-        return
+        return False
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     unpacked = sum(member.file_size for member in members)
     if unpacked > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         what = f"{path}: {size} bytes that unpack to {unpacked}; torch compresses nothing"
         raise InputError(321, what, mend=_CONVERT)
+    return True
 
 
 def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
@@ -131,6 +145,17 @@ def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:
         raise InputError(325, what, mend=_CONVERT)
     raw = tensor.detach().view(_STORAGE[tensor.element_size()]).numpy()
     return _NAMES[tensor.dtype], raw.view(np.dtype(f"<u{tensor.element_size()}"))
+
+
+def _ties(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Names of tensors that have all of their bits in common with one before, and its name."""
+    first: dict[Any, str] = {}
+    found = {
+        name: first.setdefault((each.data_ptr(), each.dtype, each.shape, each.stride()), name)
+        for name, each in tensors.items()
+        if each.numel()
+    }
+    return {name: other for name, other in found.items() if name != other}
 
 
 def _refuse_more_than(path: Path, size: int, tensors: list[torch.Tensor]) -> None:

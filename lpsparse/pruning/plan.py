@@ -8,12 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, magnitudes, ordered, value_of
+from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, ordered, value_of
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
 from lpsparse.checkpoint.rewrite import Cut, check_finite, nonfinite
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import UsageError, VerdictError
 from lpsparse.pruning.gap import Band, find_band
+from lpsparse.pruning.neighbours import Pair, divides, grain_of, joined, sums_of_blocks, table_of
 from lpsparse.pruning.prunable import choose
 from lpsparse.pruning.select import (
     Scored,
@@ -26,7 +27,6 @@ from lpsparse.pruning.select import (
 )
 
 Scope = Literal["global", "tensor", "row"]
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class TensorPlan:
     threshold: int = 0  # magnitude key: below it is cut
     ties: int = 0  # how many that equal it are cut, first positions first
     row_sparsity: Decimal | None = None  # cut this much of each row instead
+    long_rows: tuple[tuple[int, int], ...] = ()  # threshold and ties of each row that is read in pieces
     n_m: Pair | None = None  # leave n of each m neighbours instead
     block: Pair | None = None  # what is cut are blocks of rows x columns, by the key of their sum
 
@@ -56,25 +57,39 @@ class Plan:
             return None
         scores = tensor.dtype if plan.block is None else "F64"
         low = code_of(plan.threshold, scores, wide=self.wide)
+        if plan.long_rows:
+            return lambda blocks: self._cut_long_rows(tensor, blocks)
 
         def apply(blocks: Blocks) -> Blocks:
             ties = plan.ties
-            for row, block in blocks if plan.block is None else _by_rows(blocks, _grain(tensor, plan.block)):
+            for line, block in joined(blocks, grain_of(tensor, plan.n_m, plan.block)):
                 codes, cut = ordered(block, tensor.dtype), block.copy()
                 if plan.row_sparsity is not None:
                     cut_rows(cut, codes, plan.row_sparsity)
                 elif plan.n_m is not None:
                     cut_n_m(cut, codes, *plan.n_m)
                 elif plan.block is not None:
-                    sums = _sums(block, tensor, plan.block)
+                    sums = sums_of_blocks(block, tensor, plan.block)
                     kept = np.ones_like(sums)
                     ties -= cut_smallest(kept, sums, low, ties)
-                    cut_blocks(cut.reshape(-1, _table(tensor)[1]), kept != 0, *plan.block)
+                    cut_blocks(cut.reshape(-1, table_of(tensor)[1]), kept != 0, *plan.block)
                 else:
                     ties -= cut_smallest(cut, codes, low, ties)
-                yield row, cut
+                yield line, cut
 
         return apply
+
+    def _cut_long_rows(self, tensor: Tensor, blocks: Blocks) -> Blocks:
+        rows, pieces = self.tensors[tensor.name].long_rows, tensor.grid[0] // tensor.rows
+        ties = 0
+        for line, block in blocks:
+            cut = block.copy()
+            for number, piece in enumerate(cut, line):
+                threshold, given = rows[number // pieces]
+                ties = given if number % pieces == 0 else ties
+                low = code_of(threshold, tensor.dtype, wide=self.wide)
+                ties -= cut_smallest(piece, ordered(piece, tensor.dtype), low, ties)
+            yield line, cut
 
 
 def plan_prune(
@@ -110,7 +125,10 @@ def plan_prune(
     elif n_m is not None:
         plans |= {t.name: replace(base[t.name], n_m=n_m) for t in tensors}
     elif scope == "row":
-        plans |= {t.name: replace(base[t.name], row_sparsity=sparsity) for t in tensors}
+        assert sparsity is not None
+        for tensor in tensors:
+            long = _long_rows(source, tensor, sparsity, wide)
+            plans[tensor.name] = replace(base[tensor.name], row_sparsity=sparsity, long_rows=long)
     else:
         assert sparsity is not None
         scored = [_scored(source, tensor, block) for tensor in tensors]
@@ -164,27 +182,14 @@ def plan_unread(
 
 def _check_divides(flag: str, tensors: list[Tensor], rows: int, columns: int) -> None:
     """Raises UsageError for tensors that do not consist of such blocks."""
-    odd = [tensor for tensor in tensors if not _divides(tensor, rows, columns)]
+    odd = [tensor for tensor in tensors if not divides(tensor, rows, columns)]
     if odd:
-        high, wide = _table(odd[0])
+        high, wide = table_of(odd[0])
         what = f"{flag}: {odd[0].name!r}: {high} rows of {wide} are not made of {rows} x {columns}"
         others = f"; nor are {', '.join(tensor.name for tensor in odd[1:9])}" if len(odd) > 1 else ""
         more = f" and {len(odd) - 9} more" if len(odd) > 9 else ""
         mend = "--exclude them (it takes globs), or choose other numbers"
         raise UsageError(215, what + others + more, mend=mend)
-
-
-def _divides(tensor: Tensor, rows: int, columns: int) -> bool:
-    high, wide = _table(tensor)
-    whole = tensor.rows if len(tensor.shape) < 3 else high // max(tensor.rows, 1)
-    return not (high % rows or whole % rows or wide % columns)
-
-
-def _table(tensor: Tensor) -> Pair:
-    """Rows and columns as blocks and neighbours see them: of three dimensions (experts) the first two are
-    rows, else the first one."""
-    rows = tensor.shape[0] * tensor.shape[1] if len(tensor.shape) == 3 else tensor.rows
-    return rows, tensor.size // max(rows, 1)
 
 
 def _scored(source: Checkpoint, tensor: Tensor, block: Pair | None) -> Scored:
@@ -195,51 +200,33 @@ def _scored(source: Checkpoint, tensor: Tensor, block: Pair | None) -> Scored:
             yield _finite_codes(source, tensor, raw)
 
     if block is None:
-        return Scored(tensor.name, tensor.dtype, tensor.rows, tensor.size // tensor.rows, codes)
-    rows = _grain(tensor, block)
+        return Scored(tensor.name, tensor.dtype, *tensor.grid, codes)
+    grain = grain_of(tensor, None, block)
 
     def sums(first: int, last: int) -> Iterator[Bits]:
-        for _, raw in _by_rows(tensor.blocks(first * rows, last * rows), rows):
+        for _, raw in joined(tensor.blocks(first * grain, last * grain), grain):
             _finite_codes(source, tensor, raw)
-            yield _sums(raw, tensor, block)
+            yield sums_of_blocks(raw, tensor, block)
 
-    high = tensor.rows // rows
+    high = tensor.grid[0] // grain
     return Scored(tensor.name, "F64", high, tensor.size // (block[0] * block[1]) // high, sums)
 
 
-def _grain(tensor: Tensor, block: Pair) -> int:
-    """Rows of the first dimension that are made of whole blocks."""
-    return block[0] if len(tensor.shape) < 3 else 1
+def _long_rows(
+    source: Checkpoint, tensor: Tensor, sparsity: Decimal, wide: bool
+) -> tuple[tuple[int, int], ...]:
+    """Threshold and ties of each row, where rows are read in pieces; nothing where they are read whole."""
+    whole = _scored(source, tensor, None)
+    pieces = whole.rows // max(tensor.rows, 1)
+    if pieces < 2:
+        return ()
 
+    def row(number: int) -> Scored:
+        start = number * pieces
+        return replace(whole, rows=pieces, blocks=lambda a, b: whole.blocks(start + a, start + b))
 
-def _sums(raw: Bits, tensor: Tensor, block: Pair) -> Bits:
-    """Sums of the magnitudes of the blocks in some rows of a tensor: ordered integers of float64."""
-    rows, columns = block
-    values = magnitudes(raw, tensor.dtype, wide=True).view(np.float64).reshape(-1, _table(tensor)[1])
-    with np.errstate(over="ignore"):  # an infinite sum is a large one
-        across = values.reshape(len(values), -1, columns).sum(axis=2)
-    total = across[::rows].copy()
-    for row in range(1, rows):  # one after another, so that it never depends on what is read together
-        with np.errstate(over="ignore"):
-            total += across[row::rows]
-    return total.view(np.uint64)
-
-
-def _by_rows(blocks: Blocks, rows: int) -> Blocks:
-    """The same blocks with a multiple of `rows` rows each."""
-    held: list[Bits] = []
-    start = count = 0
-    for row, block in blocks:
-        if not held:
-            start, count = row, 0
-        held.append(block)
-        count += len(block)
-        whole = count - count % rows
-        if whole:
-            joined = np.concatenate(held)
-            yield start, joined[:whole]
-            held, start, count = [joined[whole:]] if whole < count else [], start + whole, count - whole
-    assert not count or not held, "rows are left over"
+    found = (select([row(number)], sparsity, wide=wide) for number in range(tensor.rows))
+    return tuple((each.key, each.ties[tensor.name]) for each in found)
 
 
 def _finite_codes(source: Checkpoint, tensor: Tensor, raw: Bits) -> Bits:

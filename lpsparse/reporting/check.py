@@ -67,24 +67,23 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
     ours = {tensor.name: tensor for tensor in checkpoint.tensors}
     yield from (f"{name}: not in {source.name}" for name in sorted(set(ours) - set(theirs)))
     yield from (f"{name}: missing, {source.name} has it" for name in sorted(set(theirs) - set(ours)))
-    tasks: list[tuple[Tensor, Tensor, int]] = []
+    tasks: list[tuple[Tensor, Tensor, int, int]] = []
     for name in sorted(set(ours) & set(theirs)):
         mine, base = ours[name], theirs[name]
         if (mine.dtype, mine.shape) != (base.dtype, base.shape):
             yield f"{name}: {mine.dtype} {mine.shape}, {source.name} has {base.dtype} {base.shape}"
         else:
-            tasks += [(mine, base, row) for row in range(0, mine.rows, mine.rows_of(BLOCK_BYTES))]
+            tasks += [(mine, base, *lines) for lines in mine.tasks(BLOCK_BYTES)]
     others: dict[str, int] = {}
-    for (mine, _, _), count in zip(tasks, parallel(_others, tasks), strict=True):
+    for (mine, *_), count in zip(tasks, parallel(_others, tasks), strict=True):
         others[mine.name] = others.get(mine.name, 0) + count
     for name, count in others.items():
         if count:
             yield f"{name}: {count} values are neither those of {source.name} nor 0"
 
 
-def _others(task: tuple[Tensor, Tensor, int]) -> int:
-    mine, base, first = task
-    last = min(first + mine.rows_of(BLOCK_BYTES), mine.rows)
+def _others(task: tuple[Tensor, Tensor, int, int]) -> int:
+    mine, base, first, last = task
     if not mine.size:
         return 0
     pairs = zip(mine.blocks(first, last), base.blocks(first, last), strict=True)

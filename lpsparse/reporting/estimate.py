@@ -55,12 +55,12 @@ def estimate(
     files = len({tensor.file for tensor in source.tensors})
     if sidecar_bytes is None:
         sidecar_bytes = sum(path.stat().st_size for path, _ in find_sidecars(source)[0])
-    block = max(BLOCK_BYTES, *(tensor.nbytes // max(tensor.rows, 1) for tensor in source.tensors))
+    block = max(BLOCK_BYTES, *(tensor.nbytes // max(tensor.grid[0], 1) for tensor in source.tensors))
     working = count if count == 1 else max(count, min(files, count + WAITING))
     held = min(working * block, source.dense_bytes)
     memory = _PROCESS_BYTES + _BLOCKS * held + _KEPT_BYTES * len(source.tensors)
     if any(path.suffix in TORCH_SUFFIXES for path in source.files):
-        memory += _TORCH_BYTES + source.file_bytes  # torch reads such a file as a whole
+        memory += _TORCH_BYTES
     seconds, rule = None, "not timed: nothing was read"
     if took is not None:
         hashing = (source.file_bytes + weight_bytes) * _hash_seconds()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lpsparse import distributed
 from lpsparse.checkpoint import opening
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.opening import Blocks, Checkpoint
+from lpsparse.checkpoint.opening import Blocks, Checkpoint, grid_of
 from lpsparse.errors import InputError, StateError
 from lpsparse.training.model_fn import build
 from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
@@ -276,7 +276,9 @@ def _load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None) -> 
     prefix = "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
     names = {tensor.name.removeprefix(prefix): tensor.name for tensor in checkpoint.tensors}
     counters = {name for name in own if name.endswith("num_batches_tracked")}  # absent before torch 0.4.1
-    lost, extra = sorted(set(own) - set(names) - counters), sorted(set(names) - set(own))
+    shared = _shared(module.named_parameters(remove_duplicate=False))
+    tied = {name for group, _, _ in shared if not names.keys().isdisjoint(group) for name in group}
+    lost, extra = sorted(set(own) - set(names) - counters - tied), sorted(set(names) - set(own))
     if lost or extra:
         what = f"{checkpoint.name}: {model_fn} lacks {', '.join(extra[:4]) or 'nothing'}"
         what += f"; the checkpoint lacks {', '.join(lost[:4]) or 'nothing'}"
@@ -327,7 +329,7 @@ def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Te
         turned = turned_back(module, {name: whole})
         key = tensor.name if tensor.name in turned else tensor.name.removeprefix("module.")
         value = turned[key]
-        yield first, from_tensor(value, tensor.dtype).reshape(tensor.rows, -1)[first:last]
+        yield first, from_tensor(value, tensor.dtype).reshape(tensor.grid)[first:last]
 
     return opening.Tensor(
         tensor.name, tensor.dtype, tensor.shape, tensor.file, "dense", tensor.nbytes, blocks
@@ -340,10 +342,7 @@ def _from_training(name: str, dtype: str, file: str, value: Tensor) -> opening.T
             whole = distributed.whole(value)  # one tensor at a time, on all processes
             if distributed.rank() > 0:  # it only gives its part
                 return
-            yield (
-                first,
-                from_tensor(whole, dtype).reshape(value.shape[0] if value.ndim else 1, -1)[first:last],
-            )
+            yield first, from_tensor(whole, dtype).reshape(grid_of(tuple(value.shape), dtype))[first:last]
 
     nbytes = value.numel() * DTYPES[dtype].bits // 8
     return opening.Tensor(name, dtype, tuple(value.shape), file, "dense", nbytes, blocks)

@@ -9,11 +9,12 @@ A value is "zero" when all its bits are zero, so -0.0 is stored and unpacking is
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.header import Entry
@@ -57,7 +58,8 @@ def is_taken(name: str, packed: set[str]) -> bool:
 
 
 def encode(block: Bits, stored_before: int) -> dict[str, Bits]:
-    """The parts of a block of rows (rows, columns); `stored_before` values came from the rows before it."""
+    """The parts of a block of rows, or of pieces of a row of whole bytes of the mask; `stored_before` values
+    came before it."""
     mask = block != 0
     counts = mask.sum(axis=1, dtype=np.int64)
     offsets = stored_before + np.concatenate(([0], np.cumsum(counts)[:-1])).astype(np.int64)
@@ -87,17 +89,43 @@ class Packed:
     def decode(self, first: int, last: int) -> Bits:
         """Rows first..last as (rows, columns) of raw bits.
         Raises InputError when mask and values disagree."""
-        width = -(-self.columns // 8)
-        bits = self.read("bitmask", first * width, (last - first) * width).reshape(last - first, width)
-        mask = np.unpackbits(bits, axis=1, count=self.columns, bitorder="little").view(bool)
+        size = -(-self.columns // 8)
+        mask = self._mask(first * size, last - first, self.columns)
         begin, end = int(self.offsets[first]), int(self.offsets[last])
         expected = np.diff(self.offsets[first : last + 1].astype(np.int64))
         if not np.array_equal(mask.sum(axis=1, dtype=np.int64), expected):
-            what = f"{self.where}: bitmask and row_offsets count different values in rows {first}..{last - 1}"
-            raise InputError(341, what, mend="pack the model again")
+            raise self._refusal(first, last - 1)
+        return self._filled(mask, begin, end)
+
+    def decode_pieces(self, first: int, last: int, width: int) -> Iterator[tuple[int, Bits]]:
+        """Pieces first..last of `width` values, whole bytes of the mask, of rows that are made of several.
+        Raises InputError as `decode` does."""
+        pieces = self.columns // width
+        begin = int(self.offsets[first // pieces])
+        for line in range(first - first % pieces, first):
+            begin += int(self._mask(line * width // 8, 1, width).sum())
+        for line in range(first, last):
+            row, piece = divmod(line, pieces)
+            mask = self._mask(line * width // 8, 1, width)
+            end, bound = begin + int(mask.sum()), int(self.offsets[row + 1])
+            if end > bound or (piece == pieces - 1 and end < bound):
+                raise self._refusal(row, row)
+            yield line, self._filled(mask, begin, end)
+            begin = end
+
+    def _mask(self, first: int, rows: int, columns: int) -> NDArray[np.bool]:
+        size = -(-columns // 8)
+        bits = self.read("bitmask", first, rows * size).reshape(rows, size)
+        return np.unpackbits(bits, axis=1, count=columns, bitorder="little").view(bool)
+
+    def _filled(self, mask: NDArray[np.bool], begin: int, end: int) -> Bits:
         block = np.zeros(mask.shape, DTYPES[self.dtype].storage)
         block[mask] = self.read("compressed", begin, end - begin)
         return block
+
+    def _refusal(self, first: int, last: int) -> InputError:
+        what = f"{self.where}: bitmask and row_offsets count different values in rows {first}..{last}"
+        return InputError(341, what, mend="pack the model again")
 
 
 def check(path: Path, name: str, entries: dict[str, Entry], read: Read) -> Packed:
