@@ -96,7 +96,7 @@ INPUTS: dict[str, tuple[Make, list[str]]] = {
     "34 a folder under a torch name": (lambda folder: (folder / "net.pt").mkdir(), ["not a regular file"]),
     "35 fifo": (lambda folder: os.mkfifo(folder / "model.safetensors"), ["not a regular file"]),
     "35 fifo under a torch name": (lambda folder: os.mkfifo(folder / "net.pt"), ["not a regular file"]),
-    "35 fifo for an index": (lambda folder: os.mkfifo(folder / EMPTY_INDEX), ["no weight file"]),
+    "35 fifo for an index": (lambda folder: os.mkfifo(folder / EMPTY_INDEX), ["not a regular file"]),
     "35 socket": (a_socket, ["not a regular file"]),
     "35 device": (lambda folder: (folder / "net.pt").symlink_to("/dev/zero"), ["not a regular file"]),
     "36 dangling link": (

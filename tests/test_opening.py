@@ -26,7 +26,7 @@ from test_header import JSON
 
 import lpsparse
 from lpsparse import load, pipeline, prune, verify
-from lpsparse.checkpoint.finding import WEIGHT_SUFFIXES
+from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError, UsageError
 

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from conftest import (
 )
 
 from lpsparse import ExitCode, LpsparseError, prune
+from lpsparse.checkpoint.hub import fetch, is_remote
 from lpsparse.cli import main
+from lpsparse.errors import RemoteError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GIB = 1 << 30
@@ -245,14 +248,47 @@ def test_a_process_of_its_own_honours_endpoint_and_offline(hub: Hub, tmp_path: P
     assert (rc, stdout, hub.paths) == (ExitCode.REMOTE, "", []) and "offline" in stderr
 
 
-def test_a_hub_id_in_the_cache_is_read_and_nobody_is_asked(hub: Hub, tmp_path: Path) -> None:
+def cached(tmp_path: Path) -> Path:
+    """Where the cache of `hub` has the files of org/name, which has none yet."""
     repo = tmp_path / "cache/models--org--name"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs/main").write_text(COMMIT)
-    write_tiny(repo / "snapshots" / COMMIT)
+    (repo / "snapshots").mkdir()
+    return repo / "snapshots" / COMMIT
+
+
+def test_a_hub_id_in_the_cache_is_read_and_nobody_is_asked(hub: Hub, tmp_path: Path) -> None:
+    write_tiny(cached(tmp_path))
     found = prune("org/name", tmp_path / "out", sparsity=0.5, dry_run=True)
     assert found.prunable.zeros == PRUNABLE_WEIGHTS // 2 and found.estimate is not None
     assert hub.paths == []
+
+
+@pytest.mark.parametrize(
+    ("index", "files", "whole"),
+    [
+        ("model.safetensors.index.json", ["1.safetensors", "2.safetensors"], True),
+        ("model.safetensors.index.json", ["1.safetensors"], False),
+        ("model.safetensors.index.json", ["1.safetensors", "training_args.bin"], False),
+        ("model.safetensors.index.json", ["1.safetensors", "model.safetensors"], True),
+        ("pytorch_model.bin.index.json", ["model.safetensors"], True),
+        ("pytorch_model.bin.index.json", ["1.safetensors"], True),  # the one that would be opened
+        ("config.json", ["a-00001-of-00002.safetensors"], False), ("config.json", [], False),
+    ],
+)  # fmt: skip
+def test_a_cache_is_used_where_it_holds_what_would_be_opened_and_else_the_hub_is_asked(
+    index: str, files: list[str], whole: bool, hub: Hub, tmp_path: Path
+) -> None:
+    folder = cached(tmp_path)
+    folder.mkdir()
+    (folder / index).write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    for name in files:
+        (folder / name).touch()
+    hub.how = "503"
+    assert is_remote("org/name") is not whole and not hub.paths
+    with nullcontext() if whole else pytest.raises(RemoteError) as refused:
+        assert fetch("org/name") == (folder, COMMIT)
+    assert bool(hub.paths) is not whole and (whole or refused.value.code in ("LPS801", "LPS802"))
 
 
 # What is not believed
@@ -350,6 +386,8 @@ def test_an_index_that_names_other_tensors_than_its_shard_exits_3(hub: Hub, tmp_
         (["pytorch_model.bin"], "LPS345", "hf download org/name"), (["README.md"], "LPS345", "hf download"),
         (["a.safetensors", "b.safetensors"], "LPS328", "--weights"), ([], "LPS345", "hf download"),
         (["model.safetensors", "model.safetensors.index.json"], "LPS328", "--weights"),
+        (["a.safetensors", "training_args.bin"], "LPS328", "--weights"),
+        (["pytorch_model.bin.index.json"], "LPS345", "hf download"),
     ],
 )  # fmt: skip
 def test_a_repository_without_one_safetensors_checkpoint_exits_3_and_says_what_to_do(

@@ -9,17 +9,11 @@ from typing import Any
 
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, check_regular, sniff, unique_json
 from lpsparse.checkpoint.hub import fetch, is_hub_id
+from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, find_weight_names
 from lpsparse.errors import InputError, UsageError
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
-WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 _NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
 _INDEX_AGAIN = "download the checkpoint again"
-FOLDER_ORDER = (
-    "lpsparse.safetensors.index.json", "lpsparse.safetensors",
-    "model.safetensors.index.json", "model.safetensors",
-)  # fmt: skip
-_TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 def locate(model: str | Path) -> tuple[Path, str, str | None]:
@@ -49,26 +43,14 @@ def _nearest_mend(path: Path) -> str:
 
 def find_weights(folder: Path) -> Path:
     """The index or weight file in a folder. Raises InputError where there is none, or more than one."""
-    present = [
-        folder / name for name in FOLDER_ORDER if (folder / name).is_file() or (folder / name).is_symlink()
-    ]
-    if len(present) > 1:
-        both = " and ".join(path.name for path in present)
-        raise InputError(328, f"{folder}: two checkpoints here: {both}", mend=_NAME_IT)
-    if present:
-        return present[0]
-    loose = sorted(folder.glob("*.safetensors"))
-    torch_named = [folder / name for name in _TORCH_ORDER if (folder / name).is_file()]
-    torch_loose = sorted(path for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
-    choice = torch_named[:1] if torch_named and not loose else loose + torch_loose
-    if len(choice) == 1:
-        return choice[0]
-    if choice:
-        names = ", ".join(path.name for path in choice[:4])
-        raise InputError(328, f"{folder}: several weight files and no index: {names}", mend=_NAME_IT)
-    raise InputError(
-        329, f"{folder}: no weight file here", mend="give a folder with model.safetensors or an index"
-    )
+    choice = find_weight_names(os.listdir(folder))
+    if len(choice) > 1:
+        what = "two checkpoints here" if choice[0] in FOLDER_ORDER else "several weight files and no index"
+        raise InputError(328, f"{folder}: {what}: {', '.join(choice[:4])}", mend=_NAME_IT)
+    if not choice:
+        mend = "give a folder with model.safetensors or an index"
+        raise InputError(329, f"{folder}: no weight file here", mend=mend)
+    return folder / choice[0]
 
 
 def named_weights(folder: Path, name: str) -> Path:

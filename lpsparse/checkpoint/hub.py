@@ -4,11 +4,11 @@ import os
 import re
 from pathlib import Path
 
+from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, find_weight_names
 from lpsparse.errors import RemoteError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".tar")
-_FILE_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".yaml", ".yml")
+_FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".yaml", ".yml")
 IGNORED = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.tflite", "*.mlmodel", "onnx/*", "openvino/*"]
 
 
@@ -80,9 +80,13 @@ def _snapshot(text: str, kind: str, *, local: bool) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether a weight file is there, or all that one index names: a download may have been broken off."""
-    for index in folder.glob("*.index.json"):
-        shards = set(re.findall(rb'"([^"/]+\.(?:safetensors|bin))"', index.read_bytes()))
-        if shards and all((folder / os.fsdecode(name)).exists() for name in shards):
-            return True
-    return any(path.suffix in _WEIGHT_SUFFIXES and "-of-" not in path.name for path in folder.iterdir())
+    """Whether what would be opened is there, of an index all that it names: a download may have been broken
+    off."""
+    return any(_is_whole(folder / name) for name in find_weight_names(os.listdir(folder)))
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.name.endswith(".index.json"):
+        return "-of-" not in path.name
+    shards = set(re.findall(rb'"([^"/]+\.(?:safetensors|bin))"', path.read_bytes()))
+    return bool(shards) and all((path.parent / os.fsdecode(name)).exists() for name in shards)

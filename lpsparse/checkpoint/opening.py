@@ -15,7 +15,6 @@ import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.finding import (
-    TORCH_SUFFIXES,
     check_index,
     check_name,
     find_weights,
@@ -25,6 +24,7 @@ from lpsparse.checkpoint.finding import (
 )
 from lpsparse.checkpoint.header import Entry, Header, check_regular, read_header, sniff
 from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.threads import check_going_on
 from lpsparse.errors import InputError, UsageError
 

@@ -13,16 +13,10 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, Field, ValidationError
 
-from lpsparse.checkpoint.finding import (
-    FOLDER_ORDER,
-    TORCH_SUFFIXES,
-    WEIGHT_SUFFIXES,
-    check_index,
-    check_name,
-    parse_index,
-)
+from lpsparse.checkpoint.finding import check_index, check_name, parse_index
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
 from lpsparse.checkpoint.hub import IGNORED
+from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError, RemoteError
@@ -104,17 +98,15 @@ def _list(text: str) -> tuple[str, dict[str, int]]:
 
 
 def _find_weights(text: str, sizes: dict[str, int], weights: str | None) -> str:
-    """The one index or weight file; the rule of folders, as far as headers go."""
+    """The one index or weight file, as in a folder, where it has headers."""
     check_name(weights)
     if weights is not None and weights not in sizes:
         raise InputError(329, f"{text}: no {weights} there", mend="see the names of its files on the hub")
-    loose = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
-    present = [name for name in FOLDER_ORDER if name in sizes] or loose if weights is None else [weights]
+    present = find_weight_names([name for name in sizes if "/" not in name]) if weights is None else [weights]
     if len(present) > 1:
-        both = " and ".join(present[:4])
         mend = "name the one that is meant with --weights"
-        raise InputError(328, f"{text}: several checkpoints there: {both}", mend=mend)
-    if not present or present[0].endswith(TORCH_SUFFIXES):
+        raise InputError(328, f"{text}: several checkpoints there: {', '.join(present[:4])}", mend=mend)
+    if not present or present[0].endswith((*TORCH_SUFFIXES, ".bin.index.json")):
         others = [name for name in sorted(sizes) if name.endswith(WEIGHT_SUFFIXES)][:4]
         what = f"{text}: no safetensors there, only {', '.join(others) or 'other files'}: no headers to read"
         raise InputError(345, what, mend=_DOWNLOAD.format(text.replace("@", " --revision ")))

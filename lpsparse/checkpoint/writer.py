@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.finding import WEIGHT_SUFFIXES
+from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import OutputError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from time import perf_counter
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.finding import TORCH_SUFFIXES
 from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor
 from lpsparse.checkpoint.rewrite import WAITING, Count, entries_of, metadata_of
 from lpsparse.checkpoint.threads import cores

@@ -1,0 +1,20 @@
+"""Which of the names in a folder, on disk or on the hub, are its weights."""
+
+from collections.abc import Collection
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+FOLDER_ORDER = (
+    "lpsparse.safetensors.index.json", "lpsparse.safetensors",
+    "model.safetensors.index.json", "model.safetensors",
+)  # fmt: skip
+_TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+def find_weight_names(names: Collection[str]) -> list[str]:
+    """The one index or weight file that is meant; more where the names leave that open."""
+    present = [name for name in FOLDER_ORDER if name in names]
+    loose = sorted(name for name in names if name.endswith(".safetensors"))
+    torch_named = [name for name in _TORCH_ORDER if name in names]
+    torch_loose = sorted(name for name in names if name.endswith(TORCH_SUFFIXES))
+    return present or (torch_named[:1] if torch_named and not loose else loose + torch_loose)
