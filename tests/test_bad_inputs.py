@@ -251,6 +251,8 @@ def test_50_an_honest_torch_file_is_read_by_the_restricted_loader(tmp_path: Path
 
 # Who may not
 
+CLOSED = {"a closed sidecar": "config.json", "a closed folder in it": "extra", "closed itself": ""}
+
 
 @pytest.fixture
 def nobody() -> Iterator[Path]:
@@ -258,7 +260,10 @@ def nobody() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         folder, own = Path(name), os.geteuid()
         folder.chmod(0o755)
-        (write_tiny(folder / "tiny") / "model.safetensors").chmod(0o644)
+        for name in ("tiny", *CLOSED):
+            (write_tiny(folder / name) / "model.safetensors").chmod(0o644)
+        for name, part in CLOSED.items():
+            (folder / name / part).chmod(0)
         for kind in ("safetensors", "pt"):
             (folder / f"model.{kind}").write_bytes(GOOD)
             (folder / f"model.{kind}").chmod(0)
@@ -276,13 +281,25 @@ def test_37_a_file_without_read_permission_is_refused(name: str, nobody: Path, c
     assert "Permission denied" in failed(cli("pack", nobody / name, nobody / "out"), 3)
 
 
+@pytest.mark.parametrize("name", CLOSED)
+def test_37_a_model_of_which_a_part_cannot_be_read_is_refused_before_anything_is_written(
+    name: str, nobody: Path, cli: Cli
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        for command in ("prune", "pack"):
+            said = failed(cli(*arguments(command, nobody / name, Path(place) / "out", nobody)), 3)
+            assert "error[LPS305]" in said and "Permission denied" in said
+            assert os.listdir(place) == []
+
+
 def test_67_a_parent_that_is_read_only_is_refused(nobody: Path, cli: Cli) -> None:
     if os.geteuid() == os.stat(nobody).st_uid:
         nobody.chmod(0o555)
+    before = os.listdir(nobody)
     for command in ("prune", "pack"):
         said = failed(cli(*arguments(command, nobody / "tiny", nobody / "out", nobody)), 4)
         assert "no permission to write here" in said
-    assert sorted(os.listdir(nobody)) == ["model.pt", "model.safetensors", "tiny"]
+    assert os.listdir(nobody) == before
 
 
 # Settings
@@ -453,9 +470,12 @@ def test_74_neither_home_nor_terminal_nor_width_is_needed(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["prune", "pack"])
-def test_65_an_output_in_the_hub_cache_is_refused(command: str, tiny: Path, tmp_path: Path) -> None:
+def test_65_an_output_in_the_hub_cache_is_refused(
+    command: str, tiny: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, cache in (("HF_HOME", tmp_path / "hf"), ("HF_HUB_CACHE", tmp_path / "hf" / "hub")):
         (tmp_path / "hf" / "hub").mkdir(parents=True, exist_ok=True)
-        words = arguments(command, tiny, tmp_path / "hf" / "hub" / "out", tiny)
-        failed(run_cli(words, cwd=tmp_path, **{name: str(cache)}), 4)
+        with monkeypatch.context() as names:
+            names.setenv(name, str(cache))
+            failed(cli(*arguments(command, tiny, tmp_path / "hf" / "hub" / "out", tiny)), 4)
         assert os.listdir(tmp_path / "hf" / "hub") == []

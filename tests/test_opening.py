@@ -74,8 +74,8 @@ def test_a_folder_with_one_oddly_named_file_is_opened(tmp_path: Path) -> None:
     assert [path.name for path in open_checkpoint(tmp_path).files] == ["adapter.safetensors"]
 
 
-def test_a_missing_path_is_told_with_the_nearest_name(tiny: Path) -> None:
-    rc, stdout, stderr = run_cli(["inspect", tiny.parent / "tin"])
+def test_a_missing_path_is_told_with_the_nearest_name(tiny: Path, cli: Cli) -> None:
+    rc, stdout, stderr = cli("inspect", tiny.parent / "tin")
     assert (rc, stdout) == (3, "")
     assert stderr.splitlines()[1] == f"  mend: did you mean {tiny}?"
 
@@ -249,6 +249,21 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tiny: Path) -> None:
         [tensor.read() for tensor in checkpoint.tensors]
 
 
+def test_a_folder_that_vanishes_while_it_is_opened_is_told(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.listdir
+
+    def vanish(folder: Path) -> list[str]:
+        tiny.rename(tiny.with_name("gone"))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", vanish)
+    with pytest.raises(InputError, match=r"tiny: No such file") as refused:
+        open_checkpoint(tiny)
+    assert refused.value.code == "LPS305"
+
+
 # Torch files
 
 
@@ -292,6 +307,24 @@ def test_values_of_every_dtype_come_through_bit_for_bit(tmp_path: Path) -> None:
     )
 
 
+def test_values_of_every_dtype_that_nothing_cuts_are_written_bit_for_bit(tmp_path: Path) -> None:
+    dtypes = {
+        "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+        "F8_E8M0": torch.float8_e8m0fnu,
+    }  # fmt: skip
+    raw = torch.arange(7 * 8 * 13, dtype=torch.int16).to(torch.uint8).view(7, 104)  # every byte there is
+    state = {name: raw.clone().view(dtype) for name, dtype in dtypes.items()}
+    state["a.weight"] = torch.ones(7, 13)
+    lpsparse.prune(save(tmp_path / "net.pt", state), tmp_path / "sparse", sparsity=0.5)
+    lpsparse.pack(tmp_path / "sparse", tmp_path / "packed")
+    lpsparse.unpack(tmp_path / "packed", tmp_path / "dense")
+    for model in ("net.pt", "sparse", "packed", "dense"):
+        found = {tensor.name: tensor for tensor in open_checkpoint(tmp_path / model).tensors}
+        assert [found[name].dtype for name in dtypes] == list(dtypes)
+        assert {found[name].read().tobytes() for name in dtypes} == {raw.numpy().tobytes()}
+
+
 def test_strided_shared_tied_and_odd_shapes_are_written_out_in_full(tmp_path: Path) -> None:
     base = torch.arange(2 * 7 * 13, dtype=torch.float32)
     matrix = base[:91].view(7, 13)
@@ -321,14 +354,14 @@ class Exploit:
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
-def test_a_malicious_pickle_is_refused_and_never_executed(form: str, tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_refused_and_never_executed(form: str, tmp_path: Path, cli: Cli) -> None:
     canary, path = tmp_path / "canary", tmp_path / "net.pt"
     value = {"a": torch.ones(7), "b": Exploit(canary)}
     if form == "bare pickle":
         path.write_bytes(pickle.dumps(Exploit(canary)))
     else:
         torch.save(value, path, _use_new_zipfile_serialization=form == "zip")
-    rc, _, stderr = run_cli(["inspect", path])
+    rc, _, stderr = cli("inspect", path)
     assert rc == ExitCode.INPUT and not canary.exists()
     assert "nothing was executed" in stderr
     assert "weights_only" not in stderr and "trusted" not in stderr
@@ -467,9 +500,11 @@ def anonymous_bytes() -> int:
     return int(found[1]) << 10 if found else 0
 
 
-def test_a_negated_view_is_refused_not_read_without_its_sign(tmp_path: Path) -> None:
-    negated = torch.imag(torch.ones(7, dtype=torch.complex64).conj())
-    assert negated.is_neg() and "'a'" in refusal(save(tmp_path / "net.pt", {"a": negated}))
+def test_a_negated_or_conjugate_view_is_refused_not_read_without_its_sign(tmp_path: Path) -> None:
+    conjugate = torch.ones(7, dtype=torch.complex64).conj()
+    assert torch.imag(conjugate).is_neg() and conjugate.is_conj()
+    for value in (torch.imag(conjugate), conjugate):
+        assert "'a'" in refusal(save(tmp_path / "net.pt", {"a": value}))
 
 
 def test_an_empty_torch_file_says_so(tmp_path: Path) -> None:
@@ -535,9 +570,13 @@ def test_an_unreachable_hub_id_exits_8_and_says_what_to_give_instead(tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["org/name", "org/name@main", f"org/name@{COMMIT}"])
-def test_a_cached_hub_id_opens_offline_and_names_its_commit(text: str, tmp_path: Path) -> None:
-    home = hub_cache(tmp_path / "hf")
-    rc, stdout, stderr = run_cli(["inspect", text, "--json"], cwd=tmp_path, HF_HOME=str(home))
+def test_a_cached_hub_id_opens_offline_and_names_its_commit(
+    text: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache(tmp_path / "hf") / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rc, stdout, stderr = cli("inspect", text, "--json")
     assert (rc, stderr) == (0, "")
     found = json.loads(stdout)
     assert (found["model"], found["revision"]) == ("org/name", COMMIT)
@@ -581,8 +620,11 @@ def test_an_absolute_path_is_no_bundled_model(tmp_path: Path) -> None:
     assert "nothing of that name is bundled" in refusal(f"bundled:{tmp_path / 'bundled' / 'x'}")
 
 
-def test_the_bundled_model_opens_from_any_folder(tmp_path: Path) -> None:
-    rc, stdout, _ = run_cli(["inspect", "bundled:stories260k"], cwd=tmp_path)
+def test_the_bundled_model_opens_from_any_folder(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rc, stdout, _ = cli("inspect", "bundled:stories260k")
     assert rc == 0 and stdout.startswith("bundled:stories260k: dense")
 
 

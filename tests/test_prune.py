@@ -486,6 +486,24 @@ def test_sidecars_of_every_name_arrive(tmp_path: Path) -> None:
     assert verify(tmp_path / "aus gang")["ok"]
 
 
+def test_sidecars_that_are_left_behind_are_named(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    for name in ("report.json", "metrics.jsonl", "README.base.md", "model.onnx"):
+        (tiny / name).write_text(name)  # somebody else's, where ours are to be
+    (tiny / "gone.txt").symlink_to("../nowhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tiny / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "a.txt").touch()
+    (tiny / "a.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
+    said = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5").stderr
+    left = (
+        "README.base.md, a.txt (a link out of the folder), gone.txt (no file), metrics.jsonl, model.onnx, "
+        "more (a link to a folder), report.json"
+    )
+    assert f"left behind: {left}\n" in said
+    assert json.loads((tmp_path / "out" / "lpsparse.json").read_text())["notes"] == [f"left behind: {left}"]
+    assert (tmp_path / "out" / "README.base.md").read_text() == (tiny / "README.md").read_text()
+
+
 def test_a_dry_run_refuses_what_the_run_would_refuse(tiny: Path, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "out").mkdir()
     assert cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5", "--dry-run").rc == 4

@@ -135,7 +135,7 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-    if tensor.dtype not in _NAMES or not plain or tensor.is_neg():
+    if tensor.dtype not in _NAMES or not plain or tensor.is_neg() or tensor.is_conj():
         kind = "without data" if tensor.is_meta else tensor.layout
         what = f"{path}: {name!r}: {tensor.dtype} {kind} cannot be written as safetensors"
         raise InputError(324, what, mend=_CONVERT)

@@ -159,8 +159,8 @@ def write_index(folder: Path, stem: str, weight_map: dict[str, str], total_bytes
 def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
     """Copy what is not weights, byte for byte; returns the names of weight files left behind.
 
-    The source's README.md becomes README.base.md. Hidden folders and links out of a local model folder stay
-    behind.
+    The source's README.md becomes README.base.md. Hidden folders, links to folders, and links out of a local
+    model folder stay behind.
     """
     found, left = find_sidecars(source)
     for path, name in found:
@@ -184,7 +184,14 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
     ours = (source.root / MANIFEST).is_file()  # then README.md is our card, and the base's is README.base.md
     for path in sorted(source.root.rglob("*")):
         relative = path.relative_to(source.root)
-        if path.is_dir() or any(part.startswith(".") for part in relative.parts[:-1]):
+        folders = relative.parts if path.is_dir() else relative.parts[:-1]
+        if any(part.startswith(".") for part in folders):
+            continue
+        if path.is_dir():
+            if path.is_symlink():
+                left.append(f"{relative.as_posix()} (a link to a folder)")
+            elif not os.access(path, os.R_OK | os.X_OK):  # a copy would lack what is in it
+                found.append((path, relative.as_posix()))
             continue
         if not path.is_file():
             left.append(f"{relative.as_posix()} (no file)")
