@@ -3,19 +3,26 @@
 The short forms of benchmarks/faults.py, in a process of its own, since it forks; and faults that take two.
 """
 
+import errno
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT, Ran, cli_environment, tree_hash
+from conftest import ROOT, Ran, cli_environment, tree_hash, write_tiny
 from safetensors.numpy import load_file, save_file
 
-from lpsparse import prune, report, verify
+from lpsparse import pack, prune, report, verify
+from lpsparse.checkpoint.threads import beside, check_going_on
 from lpsparse.errors import InputError
 from lpsparse.recipe import PruneStep
 from lpsparse.settings import resolve
@@ -148,3 +155,60 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
         prune_step(resolve(PruneStep, {"model": str(tiny), "out": tmp_path / "out", "sparsity": 0.5}), say)
     assert not list(tmp_path.glob("out*"))
     assert change is appended or tree_hash(tiny) == before
+
+
+def test_a_source_that_another_takes_the_place_of_while_it_is_packed_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path / "other", seed=7)
+    sync = os.fsync
+
+    def replace_at_the_first(descriptor: int) -> None:
+        with suppress(FileNotFoundError):
+            (tmp_path / "other" / "model.safetensors").replace(tiny / "model.safetensors")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", replace_at_the_first)
+    with pytest.raises(InputError, match="was changed while it was read") as error:
+        pack(tiny, tmp_path / "out")
+    assert error.value.code == "LPS344" and not list(tmp_path.glob("out*"))
+
+
+class Failing(FileIO):
+    """A file whose header can be read, and its tensors not."""
+
+    def readinto(self, _: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("command", ["prune", "pack"])
+def test_a_tensor_that_the_disk_does_not_give_is_named_and_exits_3(
+    command: str, tiny: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def open_badly(path: Path, *way: Any, **ways: Any) -> Any:
+        return Failing(path) if path == tiny / "model.safetensors" else opened(path, *way, **ways)
+
+    monkeypatch.setattr(Path, "open", open_badly)
+    ran = cli(command, tiny, tmp_path / "out", *["--sparsity", "0.5"] * (command == "prune"))
+    assert ran.rc == 3 and "error[LPS338]" in ran.stderr and "Input/output error" in ran.stderr
+    assert "model.safetensors: '" in ran.stderr and os.listdir(tmp_path) == ["tiny"]
+
+
+def test_an_error_ends_the_work_beside_it_soon_and_is_the_one_that_is_told() -> None:
+    ended: list[str] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5000):
+                check_going_on()
+                time.sleep(0.001)
+            ended.append("at its end")
+        except CancelledError:
+            ended.append("early")
+            raise
+
+    with pytest.raises(ValueError, match="of the block"), beside(work):
+        raise ValueError("of the block")
+    assert ended == ["early"]

@@ -155,6 +155,22 @@ def test_more_tensors_than_the_cap_are_refused(tmp_path: Path, monkeypatch: pyte
     assert len(read_header(path).entries) == 13
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        '"data_offsets":[0,0]', '"data_offset\\u0073":[0,0]', '"\\u0064ata_offsets":0', '"x":[0]',
+    ],
+)  # fmt: skip
+def test_tensors_are_counted_before_they_are_parsed_however_their_keys_are_written(
+    rest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lpsparse.checkpoint.header.MAX_TENSORS", 12)
+    text = ",".join(f'"{i}":{{"dtype":"U8","shape":[0],{rest}}}' for i in range(29))
+    (tmp_path / "m.safetensors").write_bytes(with_header("{" + text))  # cut: no parser would come to its end
+    with pytest.raises(InputError, match="tensors, the cap is 12"):
+        read_header(tmp_path / "m.safetensors")
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_any_mutation_of_a_file_reads_or_raises_input_error(

@@ -38,6 +38,7 @@ QUANTISED: dict[str, tuple[dict[str, Given], str]] = {
     "int8": ({".weight": of("I8", 7, 13), ".weight_scale": of("BF16", 7, 1)}, "compressed-tensors"),
     "fp8": ({".weight": of("F8_E4M3", 7, 13), ".weight_scale": of("F32", 1)}, "compressed-tensors"),
     "fp8 blocks": ({".weight": of("F8_E4M3", 7, 13), ".weight_scale_inv": of("F32", 1, 2)}, "fp8"),
+    "scaled fp8": ({".weight": of("F8_E4M3", 7, 13), ".scale_weight": of("F32", 1)}, "scaled fp8"),
     "mxfp4": ({".experts_blocks": of("U8", 2, 7, 16), ".experts_scales": of("U8", 2, 7)}, "MXFP4"),
 }  # fmt: skip
 

@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for byte in data:
             self.wfile.write(bytes([byte]))
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -307,7 +307,7 @@ def test_a_server_that_knows_no_parts_is_left_after_the_header(hub: Hub, tmp_pat
 def test_a_hub_that_refuses_or_dawdles_exits_8_soon(
     how: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.4)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     hub.put_folder(write_tiny(tmp_path / "model"))
     hub.how = how
     error = refused(tmp_path)

@@ -163,6 +163,22 @@ def test_a_run_that_died_after_the_exchange_has_left_a_whole_result(
     assert verify(tmp_path / "out")["ok"]
 
 
+@pytest.mark.parametrize(
+    "left", [[REPLACED], [REPLACED, OWNER], [REPLACED, OWNER, "model.safetensors", "notes.txt"]]
+)
+def test_what_a_deletion_of_the_old_result_left_is_taken_over(
+    left: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    prune(tiny, tmp_path / "fresh", sparsity=0.5)
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).touch()
+    for overwrite in (False, True):  # over a mark that had stayed it would not be told from an old one
+        prune(tiny, tmp_path / "out", sparsity=0.5, overwrite=overwrite)
+        assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "fresh")
+        assert sorted(os.listdir(tmp_path)) == ["fresh", "out", "tiny"]
+
+
 def test_a_disk_that_cannot_rename_folders_is_refused_before_the_first_weight(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
