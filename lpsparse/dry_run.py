@@ -3,9 +3,10 @@
 from typing import Any
 
 from lpsparse.artefact import Chosen, Say
+from lpsparse.checkpoint.counting import Count, Cuts
+from lpsparse.checkpoint.files import packed_sizes
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
-from lpsparse.checkpoint.rewrite import Count
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
@@ -16,14 +17,17 @@ from lpsparse.reporting.measure import Report
 
 def foretell(
     step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, counts: dict[str, Count],
-    took: tuple[float, float],
+    took: tuple[float, float], cut: Cuts = lambda _: None,
 ) -> Report:  # fmt: skip
     """What a dry run shows: the report of OUT, and what it would take."""
     layout = "dense" if isinstance(step, UnpackStep) else step.layout
-    found = report_of(source, chosen, counts, layout)
+    sizes: dict[str, int | None] = {}
+    if layout == "packed":  # only packing tells
+        sizes = packed_sizes(source, cut, step.level if isinstance(step, PackStep) else "default")
+    found = report_of(source, chosen, counts, layout, sizes)
     size = found.bytes.file_bytes
     # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
-    took = took[0], took[1] * (10 if found.layout == "bitmask" else 2)
+    took = took[0], took[1] * (2 if found.layout == "dense" else 10)
     needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
     return found.model_copy(update={"estimate": needs})
 

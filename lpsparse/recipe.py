@@ -149,7 +149,7 @@ class PruneStep(Step):
     )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
-    layout: Literal["dense", "bitmask"] = Field("dense", description="How the result is stored.")
+    layout: Literal["dense", "bitmask", "packed"] = Field("dense", description="How the result is stored.")
     threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
     dry_run: bool = _DRY_PRUNE
@@ -175,10 +175,22 @@ class PackStep(Step):
     model: str = MODEL
     weights: str | None = _WEIGHTS
     out: Path = _OUT
-    layout: Literal["bitmask"] = Field("bitmask", description="How the result is stored.")
+    layout: Literal["packed", "bitmask"] = Field(
+        "packed",
+        description="packed is near the entropy bound; bitmask is the retired layout of compressed-tensors.",
+    )
+    level: Literal["fast", "default", "max"] = Field(
+        "default", description="How much is tried to save more bytes, of packed."
+    )
     threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
     dry_run: bool = _DRY_RUN
+
+    @model_validator(mode="after")
+    def _level_of_packed(self) -> Self:
+        if self.level != "default" and self.layout != "packed":
+            raise ValueError(f"--level {self.level} goes with --layout packed")
+        return self
 
 
 class UnpackStep(Step):

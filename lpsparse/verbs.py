@@ -12,11 +12,12 @@ from time import perf_counter
 from typing import Any, TypeVar, cast
 
 from lpsparse.artefact import Say, check_same, complete, recorded, stamps_of, writing
+from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.preflight import check_output
-from lpsparse.checkpoint.rewrite import count_all, follow, rewrite
+from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.checkpoint.threads import of_each, of_one, using
 from lpsparse.dry_run import foretell, foretell_unread
 from lpsparse.errors import InputError
@@ -178,7 +179,8 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         say("dry run: nothing is written; the zeros are those that the cut would leave")
         decided = perf_counter()
         counts = count_all(source, plan.cut)
-        return foretell(step, source, chosen, counts, (decided - began, perf_counter() - decided))
+        took = (decided - began, perf_counter() - decided)
+        return foretell(step, source, chosen, counts, took, plan.cut)
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         written = rewrite(source, folder, plan.cut, step.layout)
         counts = written.counts
@@ -207,8 +209,8 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
         counts = count_all(source)
         return foretell(step, source, chosen, counts, (0, perf_counter() - began))
     with writing(step, source, stamps, chosen, say) as (folder, finish):
-        layout = step.layout if isinstance(step, PackStep) else "dense"
-        return finish(rewrite(source, folder, lambda _: None, layout), own_quality(source))
+        layout, level = (step.layout, step.level) if isinstance(step, PackStep) else ("dense", "default")
+        return finish(rewrite(source, folder, lambda _: None, layout, level=level), own_quality(source))
 
 
 @_on_threads

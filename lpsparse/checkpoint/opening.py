@@ -5,7 +5,7 @@ what comes out is the same: named tensors of raw bits, read a few megabytes at a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,8 +22,15 @@ from lpsparse.checkpoint.finding import (
     named_weights,
     read_index,
 )
-from lpsparse.checkpoint.header import Entry, Header, check_regular, read_header, sniff
-from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.checkpoint.header import (
+    Entry,
+    Header,
+    check_regular,
+    read_header,
+    sniff,
+    unique_json,
+)
+from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.threads import check_going_on
 from lpsparse.errors import InputError, UsageError
@@ -42,7 +49,7 @@ class Tensor:
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
     file: str  # weight file it lies in
-    layout: str  # dense or bitmask
+    layout: str  # dense, bitmask or packed
     stored_bytes: int
     blocks: Callable[..., Blocks] = field(repr=False, compare=False)  # of lines (first=0, last=None)
 
@@ -95,8 +102,8 @@ class Checkpoint:
 
     @property
     def layout(self) -> str:
-        packed = any(metadata.get("lpsparse.layout") for metadata in self.metadata.values())
-        return "bitmask" if packed else "dense"
+        found = {metadata.get("lpsparse.layout") for metadata in self.metadata.values()} - {None}
+        return found.pop() or "dense" if found else "dense"
 
     @property
     def dense_bytes(self) -> int:
@@ -167,7 +174,9 @@ def _open_files(
 
 
 def _stored_names(tensor: Tensor) -> tuple[str, ...]:
-    return bitmask.stored_names(tensor.name) if tensor.layout == "bitmask" else (tensor.name,)
+    if tensor.layout == "bitmask":
+        return bitmask.stored_names(tensor.name)
+    return (tensor.name + (packed.SUFFIX if tensor.layout == "packed" else ""),)
 
 
 def _open_file(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
@@ -175,11 +184,12 @@ def _open_file(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...
         return _open_torch(path)
     header = read_header(path)
     layout, version = (header.metadata.get(f"lpsparse.{key}") for key in ("layout", "format_version"))
-    if layout not in (None, "bitmask") or version not in (None, "1"):
+    if layout not in (None, "bitmask", "packed") or version not in (None, "1"):
         what = f"{path}: layout {layout!r}, version {version!r}: written by a newer lpsparse"
         raise InputError(336, what, mend="upgrade lpsparse")
-    if layout == "bitmask":
-        return _open_bitmask(path, header), header.metadata, ()
+    if layout is not None:
+        opened = (_open_bitmask if layout == "bitmask" else _open_packed)(path, header)
+        return opened, header.metadata, ()
     dense = [_dense(path, entry) for entry in header.entries]
     return dense, header.metadata, ()
 
@@ -277,7 +287,12 @@ def _open_bitmask(path: Path, header: Header) -> list[Tensor]:
                 tensors.append(_bitmask_tensor(path, owner, entries))
         else:
             tensors.append(_dense(path, entry))
-    return tensors
+    try:
+        order = list(unique_json(header.metadata.get("lpsparse.order", "[]")))
+    except (ValueError, TypeError):
+        order = []
+    places = {str(name): place for place, name in enumerate(order)}
+    return sorted(tensors, key=lambda tensor: places.get(tensor.name, len(places)))
 
 
 def _bitmask_tensor(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
@@ -285,16 +300,77 @@ def _bitmask_tensor(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
         with path.open("rb") as file:
             return read_exactly(file, entries[f"{name}.{part}"], first, count)
 
-    packed = bitmask.check(path, name, entries, read)
+    parts = bitmask.check(path, name, entries, read)
 
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
-        lines, width = grid_of(packed.shape, packed.dtype)
+        lines, width = grid_of(parts.shape, parts.dtype)
         end = lines if last is None else last
-        if lines > packed.rows:
-            yield from packed.decode_pieces(first, end, width)
+        if lines > parts.rows:
+            yield from parts.decode_pieces(first, end, width)
             return
-        step = max(1, BLOCK_BYTES // max(width * DTYPES[packed.dtype].bits // 8, 1))
+        step = max(1, BLOCK_BYTES // max(width * DTYPES[parts.dtype].bits // 8, 1))
         for row in range(first, end, step):
-            yield row, packed.decode(row, min(end, row + step))
+            yield row, parts.decode(row, min(end, row + step))
 
-    return Tensor(name, packed.dtype, packed.shape, path.name, "bitmask", packed.stored_bytes, blocks)
+    return Tensor(name, parts.dtype, parts.shape, path.name, "bitmask", parts.stored_bytes, blocks)
+
+
+def _open_packed(path: Path, header: Header) -> list[Tensor]:
+    """What the manifest in the header lists, no more and no less. Raises InputError."""
+    entries = {entry.name: entry for entry in header.entries}
+    tensors: list[Tensor] = []
+    for name, described in packed.read_manifest(path, header.metadata).items():
+        stored = name if described is None else name + packed.SUFFIX
+        entry = entries.pop(stored, None)
+        if entry is None:
+            what = f"{path}: {stored!r} is missing, its manifest lists it"
+            raise InputError(343, what, mend="copy the file again, or pack the model again")
+        tensors.append(
+            _dense(path, entry) if described is None else _packed_tensor(path, name, entry, described)
+        )
+    if entries:
+        what = f"{path}: {next(iter(entries))!r} is not in its manifest"
+        raise InputError(343, what, mend="copy the file again, or pack the model again")
+    return tensors
+
+
+def _packed_tensor(path: Path, name: str, entry: Entry, described: tuple[str, tuple[int, ...]]) -> Tensor:
+    def read(first: int, count: int) -> Bits:
+        with path.open("rb") as file:
+            return read_exactly(file, entry, first, count)
+
+    where = f"{path}: {name!r}"
+    if (entry.dtype, entry.shape) != ("U8", (entry.nbytes,)):
+        what = f"{where}: is stored as {entry.dtype} {entry.shape}, not as one row of bytes"
+        raise InputError(343, what, mend="copy the file again, or pack the model again")
+    found = packed.read_packed(where, entry.nbytes, read)
+    if (found.dtype, found.shape) != described:
+        what = f"{where}: {found.dtype} {found.shape}, its manifest has {described[0]} {described[1]}"
+        raise InputError(343, what, mend="copy the file again, or pack the model again")
+
+    def blocks(first: int = 0, last: int | None = None) -> Blocks:
+        lines, width = grid_of(found.shape, found.dtype)
+        step = max(1, BLOCK_BYTES * lines // max(lines * width * DTYPES[found.dtype].storage.itemsize, 1))
+        parts = found.values(first * width, (lines if last is None else last) * width)
+        for block in regrouped(parts, step * width):
+            yield first, block.reshape(-1, width)
+            first += block.size // width
+
+    return Tensor(name, found.dtype, found.shape, path.name, "packed", entry.nbytes, blocks)
+
+
+def regrouped(parts: Iterable[Bits], size: int) -> Iterator[Bits]:
+    """The same values, in one dimension, `size` at a time; the last ones may be fewer."""
+    held: list[Bits] = []
+    count = 0
+    for part in parts:
+        while part.size:
+            taken = part[: size - count]
+            part = part[taken.size :]
+            held.append(taken)
+            count += taken.size
+            if count == size:
+                yield np.concatenate(held) if len(held) > 1 else taken
+                held, count = [], 0
+    if held:
+        yield np.concatenate(held)

@@ -4,8 +4,9 @@ of a launched job, each with its share.
 
 import heapq
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
@@ -123,18 +124,42 @@ def _dealt(sizes: list[float], count: int) -> list[list[int]]:
     return shares
 
 
+def in_turn(function: Callable[[A], B], items: Iterable[A]) -> Generator[B]:
+    """`function` of each item, in their order, on all threads and a few items ahead of who takes them; within
+    a function of `parallel` one after another."""
+    count = _count.get() or cores()
+    if count < 2:
+        yield from map(function, items)
+        return
+    stop, ahead = Event(), deque[Future[B]]()
+    with ThreadPoolExecutor(count, initializer=_begin, initargs=(stop,)) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * count:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BaseException:  # also of who takes them
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(stop: Event) -> None:
+    """On a thread: what it calls takes no more threads, and ends when `stop` is set."""
+    _count.set(1)
+    _stop.set(stop)
+
+
 def _on_threads(function: Callable[[A], B], work: list[A], waiting: int) -> list[B]:
     given = _count.get()
     count = min(given if given == 1 else (given or cores()) + waiting, len(work))
     if count < 2:
         return [function(item) for item in work]
     stop = Event()
-
-    def begin() -> None:
-        _count.set(1)
-        _stop.set(stop)
-
-    with ThreadPoolExecutor(count, initializer=begin) as pool:
+    with ThreadPoolExecutor(count, initializer=_begin, initargs=(stop,)) as pool:
         try:
             return list(pool.map(function, work))
         except BaseException:  # Ctrl-C, too: the others end with the block that they read

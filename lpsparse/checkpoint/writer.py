@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
+from lpsparse.checkpoint.header import Entry
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import OutputError
@@ -59,28 +61,60 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+class WeightFile:
+    """A safetensors file that is written: bytes after the header at any place, each once, the header last, in
+    the `room` that was left for it. Of a file that is there already, only what is others is written."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)
+        self._room = room
+        self._given = 0
+        self.changed = False  # whether anything had to be written
+
+    def put(self, place: int, values: Bits) -> None:
+        """`place` in bytes after the header."""
+        self.changed |= _put(self._file, self._size, 8 + self._room + place, values)
+        if self._given // _AHEAD < (self._given + values.nbytes) // _AHEAD:
+            _begin_writing(self._file)
+        self._given += values.nbytes
+
+    def finish(self, text: bytes, nbytes: int) -> None:
+        """Write the header before its `nbytes`, and have the disk hold it all."""
+        length = self._room.to_bytes(8, "little")
+        text = text.ljust(self._room)
+        assert len(text) == self._room, f"a header of {len(text)} bytes in a room of {self._room}"
+        self.changed |= _put(self._file, self._size, 0, np.frombuffer(length + text, np.uint8))
+        if self._file.seek(0, os.SEEK_END) != 8 + self._room + nbytes:
+            self._file.truncate(8 + self._room + nbytes)
+        self.changed |= self._size != 8 + self._room + nbytes
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
 def write_tensors(path: Path, tensors: list[Named], metadata: dict[str, str], parts: Iterable[Part]) -> bool:
     """Write one safetensors file from a stream of parts, each placed by name and first storage unit; where
     there is a file already, only what is not in it. Whether anything had to be written.
 
     Memory is two parts. Every byte must be given exactly once: less is our own bug and asserts.
     """
-    text, offsets, position = _header(tensors, metadata)
-    given, changed = 0, False
-    with path.open("r+b" if path.exists() else "x+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size > 8 + len(text) + position:
-            file.truncate(8 + len(text) + position)
-        changed |= _put(file, size, 0, np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
+    places = place(tensors)
+    text = header_text(places, metadata)
+    offsets = {each.name: (each.offset, DTYPES[each.dtype].storage.itemsize) for each in places}
+    nbytes, given = sum(each.nbytes for each in places), 0
+    with WeightFile(path, len(text)) as file:
         for name, first, values in parts:
             start, itemsize = offsets[name]
-            changed |= _put(file, size, 8 + len(text) + start + first * itemsize, values)
-            if given // _AHEAD < (given + values.nbytes) // _AHEAD:
-                _begin_writing(file)
+            file.put(start + first * itemsize, values)
             given += values.nbytes
-        os.fsync(file.fileno())
-    assert given == position, f"{path.name}: {given} of {position} bytes were given"
-    return changed or size != 8 + len(text) + position
+        assert given == nbytes, f"{path.name}: {given} of {nbytes} bytes were given"
+        file.finish(text, nbytes)
+    return file.changed
 
 
 def _put(file: FileIO, size: int, place: int, values: Bits) -> bool:
@@ -113,25 +147,40 @@ def drop_weights(folder: Path, *, but: set[str]) -> None:
 
 def file_size(tensors: list[Named], metadata: dict[str, str]) -> int:
     """Bytes of the file that `write_tensors` would write."""
-    text, _, position = _header(tensors, metadata)
-    return 8 + len(text) + position
+    places = place(tensors)
+    return 8 + len(header_text(places, metadata)) + sum(each.nbytes for each in places)
 
 
-def _header(tensors: list[Named], metadata: dict[str, str]) -> tuple[bytes, dict[str, tuple[int, int]], int]:
-    """The header, (offset, bytes of a storage unit) of each tensor after it, and the bytes of them all."""
-    ordered = sorted(
-        tensors, key=lambda item: (-DTYPES[item[1]].bits, item[0])
-    )  # aligned, as the reference writer
-    offsets, header, position = {}, {}, 0
-    for name, dtype, shape in ordered:
+def place(tensors: list[Named], start: int = 0) -> list[Entry]:
+    """Where tensors lie one after another, from byte `start` after the header on: in the order given, or if
+    that is not aligned in the one of safetensors' own writer."""
+    found = _in_order(tensors, start)
+    if any(each.offset % DTYPES[each.dtype].storage.itemsize for each in found if each.nbytes):
+        found = _in_order(sorted(tensors, key=lambda item: (-DTYPES[item[1]].bits, item[0])), start)
+    return found
+
+
+def _in_order(tensors: list[Named], start: int) -> list[Entry]:
+    found: list[Entry] = []
+    for name, dtype, shape in tensors:
         nbytes = math.prod(shape) * DTYPES[dtype].bits // 8
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
-        offsets[name] = (position, DTYPES[dtype].storage.itemsize)
-        position += nbytes
+        found.append(Entry(name, dtype, shape, start, nbytes))
+        start += nbytes
+    return found
+
+
+def header_text(places: list[Entry], metadata: dict[str, str]) -> bytes:
+    """The JSON of a header; offsets count from its end."""
+    header = {
+        each.name: {
+            "dtype": each.dtype, "shape": list(each.shape),
+            "data_offsets": [each.offset, each.offset + each.nbytes],
+        }
+        for each in places
+    }  # fmt: skip
     table = ({"__metadata__": dict(sorted(metadata.items()))} if metadata else {}) | header
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return text, offsets, position
+    return text + b" " * (-len(text) % 8)
 
 
 def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:

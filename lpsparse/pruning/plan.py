@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from lpsparse.checkpoint.counting import Cut, check_finite, nonfinite
 from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, ordered, value_of
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
-from lpsparse.checkpoint.rewrite import Cut, check_finite, nonfinite
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import UsageError, VerdictError
 from lpsparse.pruning.gap import Band, find_band

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, own_manifest, read_manifest
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, open_checkpoint
-from lpsparse.checkpoint.rewrite import count_all
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
+from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.checkpoint.files import entries_of, room
+from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor
-from lpsparse.checkpoint.rewrite import WAITING, Count, entries_of, metadata_of
+from lpsparse.checkpoint.rewrite import WAITING, metadata_of
 from lpsparse.checkpoint.threads import cores
 from lpsparse.checkpoint.writer import Named, file_size, find_sidecars
 from lpsparse.reporting.measure import Estimate, Report, measure
@@ -26,22 +28,30 @@ _PROBE_BYTES = 16 << 20
 
 
 def report_of(
-    source: Checkpoint, chosen: dict[str, tuple[bool, str]], counts: dict[str, Count], layout: str
-) -> Report:
-    """The report of OUT, if `source` were written in `layout` with `counts` in its tensors."""
+    source: Checkpoint, chosen: dict[str, tuple[bool, str]], counts: dict[str, Count], layout: str,
+    sizes: dict[str, int | None],
+) -> Report:  # fmt: skip
+    """The report of OUT, if `source` were written in `layout` with `counts` in its tensors; `sizes` are the
+    bytes of those that are packed."""
     files: dict[str, list[Named]] = {path.name: [] for path in source.files}
     tensors: list[Tensor] = []
     for tensor in source.tensors:
         counted = counts[tensor.name]
-        packed = layout == "bitmask" and bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
-        entries = entries_of(tensor, counted, packed)
+        packs = layout == "bitmask" and bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
+        entries = entries_of(tensor, counted, packs)
+        size = sizes.get(tensor.name)
+        if size is not None:
+            packs, entries = True, [(tensor.name + packed.SUFFIX, "U8", (size,))]
         files[tensor.file] += entries
         stored = sum(math.prod(shape) * DTYPES[dtype].bits // 8 for _, dtype, shape in entries)
-        tensors.append(replace(tensor, layout="bitmask" if packed else "dense", stored_bytes=stored))
+        tensors.append(replace(tensor, layout=layout if packs else "dense", stored_bytes=stored))
     metadata = {file: metadata_of(source, file, layout) for file in files}
     written = replace(source, tensors=tuple(tensors), metadata=metadata)
     found = measure(written, chosen, counts=counts)
     size = sum(file_size(entries, metadata[file]) for file, entries in files.items())
+    if layout == "packed":
+        rooms = [room([t for t in source.tensors if t.file == file], metadata[file]) for file in files]
+        size = sum(tensor.stored_bytes for tensor in tensors) + sum(8 + each for each in rooms)
     return found.model_copy(update={"bytes": found.bytes.model_copy(update={"file_bytes": size})})
 
 

@@ -7,11 +7,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from lpsparse.checkpoint.counting import Count, count_all
 from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.files import entries_of
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.manifest import Quality, TensorRecord, digest, own_manifest
 from lpsparse.checkpoint.opening import Checkpoint, Tensor
-from lpsparse.checkpoint.rewrite import Count, count_all, entries_of, metadata_of
+from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import Named, file_size
 from lpsparse.pruning.prunable import choose
@@ -107,6 +109,7 @@ class Report(_Record):
 _OPENS = {
     "dense": "any safetensors reader; transformers from_pretrained where config.json is beside it",
     "bitmask": "lpsparse (load, unpack); ordinary loaders refuse it by its file name",
+    "packed": "lpsparse (load, unpack); ordinary loaders refuse it by its file name",
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lpsparse import distributed
 from lpsparse.checkpoint import opening
-from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, grid_of
 from lpsparse.errors import InputError, StateError
 from lpsparse.training.model_fn import build
@@ -329,7 +329,7 @@ def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Te
         turned = turned_back(module, {name: whole})
         key = tensor.name if tensor.name in turned else tensor.name.removeprefix("module.")
         value = turned[key]
-        yield first, from_tensor(value, tensor.dtype).reshape(tensor.grid)[first:last]
+        yield from _blocks_of(from_tensor(value, tensor.dtype).reshape(tensor.grid), first, last)
 
     return opening.Tensor(
         tensor.name, tensor.dtype, tensor.shape, tensor.file, "dense", tensor.nbytes, blocks
@@ -342,10 +342,18 @@ def _from_training(name: str, dtype: str, file: str, value: Tensor) -> opening.T
             whole = distributed.whole(value)  # one tensor at a time, on all processes
             if distributed.rank() > 0:  # it only gives its part
                 return
-            yield first, from_tensor(whole, dtype).reshape(grid_of(tuple(value.shape), dtype))[first:last]
+            grid = grid_of(tuple(value.shape), dtype)
+            yield from _blocks_of(from_tensor(whole, dtype).reshape(grid), first, last)
 
     nbytes = value.numel() * DTYPES[dtype].bits // 8
     return opening.Tensor(name, dtype, tuple(value.shape), file, "dense", nbytes, blocks)
+
+
+def _blocks_of(lines: Bits, first: int, last: int | None) -> Blocks:
+    """In parts, so that few of its bytes are under way when the next tensor comes."""
+    step = max(1, opening.BLOCK_BYTES // max(lines[:1].nbytes, 1))
+    end = len(lines) if last is None else last
+    yield from ((line, lines[line : min(line + step, end)]) for line in range(first, end, step))
 
 
 def quiet_transformers() -> None:
