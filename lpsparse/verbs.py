@@ -210,7 +210,11 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
         return foretell(step, source, chosen, counts, (0, perf_counter() - began))
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         layout, level = (step.layout, step.level) if isinstance(step, PackStep) else ("dense", "default")
-        return finish(rewrite(source, folder, lambda _: None, layout, level=level), own_quality(source))
+        written = rewrite(source, folder, lambda _: None, layout, level=level, finite=False)
+        for name, counted in written.counts.items():
+            if counted.nonfinite:
+                say(f"{name!r}: {counted.nonfinite} values are NaN or Inf: carried as they are")
+        return finish(written, own_quality(source))
 
 
 @_on_threads

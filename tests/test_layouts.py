@@ -1,17 +1,19 @@
-"""The bitmask layout: bit-exact both ways, smaller where it pays, refused when it lies."""
+"""Layouts that store zeros as no bytes: bit-exact both ways, smaller where it pays; bitmask refused when it
+lies."""
 
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import PRUNABLE, Given, cli_environment, f32, tiny_arrays, tree_hash, write_safetensors
+from conftest import PRUNABLE, Given, Ran, cli_environment, f32, tiny_arrays, tree_hash, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -25,6 +27,8 @@ from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.errors import InputError, LpsparseError
 
+Cli = Callable[..., Ran]
+
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
@@ -33,12 +37,13 @@ def weights(folder: Path) -> dict[str, bytes]:
 # There and back
 
 
+@pytest.mark.parametrize("layout", ["bitmask", "packed"])
 @pytest.mark.parametrize("source", ["tiny", "shards"])
 def test_pack_then_unpack_gives_back_every_file_of_weights_and_sidecars(
-    source: str, tmp_path: Path, request: pytest.FixtureRequest
+    source: str, layout: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     prune(request.getfixturevalue(source), tmp_path / "sparse", sparsity=0.8)
-    pack(tmp_path / "sparse", tmp_path / "packed")
+    pack(tmp_path / "sparse", tmp_path / "packed", layout=layout)
     unpack(tmp_path / "packed", tmp_path / "back")
     before, after = tree_hash(tmp_path / "sparse"), tree_hash(tmp_path / "back")
     said = {"lpsparse.json", "report.json", "README.md"}  # these tell where each folder came from
@@ -57,11 +62,12 @@ def awkward(draw: np.random.Generator) -> np.ndarray:
     return values.view(np.float32)
 
 
-def test_minus_zero_and_subnormals_come_back_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["bitmask", "packed"])
+def test_minus_zero_and_subnormals_come_back_bit_for_bit(layout: str, tmp_path: Path) -> None:
     array = awkward(np.random.default_rng(5))
     save_file({"a.weight": array}, tmp_path / "m.safetensors")
-    report = pack(tmp_path / "m.safetensors", tmp_path / "packed")
-    assert report.tensors[0].layout == "bitmask"
+    report = pack(tmp_path / "m.safetensors", tmp_path / "packed", layout=layout)
+    assert report.tensors[0].layout == layout
     assert report.tensors[0].zeros == np.count_nonzero(array == 0)
     (tensor,) = open_checkpoint(tmp_path / "packed").tensors
     assert tensor.read().tobytes() == array.tobytes()
@@ -86,11 +92,12 @@ def test_any_block_of_rows_decodes_to_itself_from_any_row(block: np.ndarray, at:
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 )
-def test_every_float_dtype_packs_and_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["bitmask", "packed"])
+def test_every_float_dtype_packs_and_comes_back(dtype: torch.dtype, layout: str, tmp_path: Path) -> None:
     values = torch.randn(101, 7, 13, generator=torch.Generator().manual_seed(2))
     values[values.abs() < 2] = 0
     save_torch({"conv.weight": values.to(dtype)}, tmp_path / "m.safetensors")
-    assert pack(tmp_path / "m.safetensors", tmp_path / "packed").tensors[0].layout == "bitmask"
+    assert pack(tmp_path / "m.safetensors", tmp_path / "packed", layout=layout).tensors[0].layout == layout
     found = load(tmp_path / "packed")["conv.weight"]
     assert found.dtype == dtype and found.shape == values.shape
     assert torch.equal(found.double(), values.to(dtype).double())
@@ -100,34 +107,40 @@ def test_blocks_of_rows_do_not_change_the_packed_bytes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prune(tiny, tmp_path / "sparse", sparsity=0.8)
-    pack(tmp_path / "sparse", tmp_path / "whole")
+    pack(tmp_path / "sparse", tmp_path / "whole", layout="bitmask")
     monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 100)
-    pack(tmp_path / "sparse", tmp_path / "blocks")
+    pack(tmp_path / "sparse", tmp_path / "blocks", layout="bitmask")
     assert tree_hash(tmp_path / "whole") == tree_hash(tmp_path / "blocks")
     unpack(tmp_path / "blocks", tmp_path / "back")
     assert weights(tmp_path / "back") == weights(tmp_path / "sparse")
 
 
-def test_prune_in_the_bitmask_layout_equals_prune_then_pack(tiny: Path, tmp_path: Path) -> None:
-    prune(tiny, tmp_path / "at once", sparsity=0.8, layout="bitmask")
+@pytest.mark.parametrize("layout", ["bitmask", "packed"])
+def test_prune_in_a_layout_equals_prune_then_pack(layout: str, tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "at once", sparsity=0.8, layout=layout)
     prune(tiny, tmp_path / "sparse", sparsity=0.8)
-    pack(tmp_path / "sparse", tmp_path / "packed")
-    pack(tmp_path / "packed", tmp_path / "again")
+    pack(tmp_path / "sparse", tmp_path / "packed", layout=layout)
+    pack(tmp_path / "packed", tmp_path / "again", layout=layout)
     assert weights(tmp_path / "at once") == weights(tmp_path / "packed") == weights(tmp_path / "again")
 
 
-def test_a_packed_model_can_be_pruned_further(tiny: Path, tmp_path: Path) -> None:
-    prune(tiny, tmp_path / "packed", sparsity=0.5, layout="bitmask")
+@pytest.mark.parametrize("layout", ["bitmask", "packed"])
+def test_a_packed_model_can_be_pruned_further(layout: str, tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "packed", sparsity=0.5, layout=layout)
     prune(tmp_path / "packed", tmp_path / "further", sparsity=0.9)
     prune(tiny, tmp_path / "direct", sparsity=0.9)
     assert weights(tmp_path / "further") == weights(tmp_path / "direct")
 
 
-def test_nan_is_refused_by_pack(tmp_path: Path) -> None:
-    save_file({"a.weight": np.full((7, 13), np.nan, np.float32)}, tmp_path / "m.safetensors")
-    with pytest.raises(InputError, match=r"'a\.weight': 91 values are NaN or Inf"):
-        pack(tmp_path / "m.safetensors", tmp_path / "packed")
-    assert os.listdir(tmp_path) == ["m.safetensors"]
+@pytest.mark.parametrize("layout", ["bitmask", "packed"])
+def test_nan_and_infinity_are_carried_bit_for_bit_and_said(layout: str, tmp_path: Path, cli: Cli) -> None:
+    bits = np.array([0x7FC00001, 0xFFFFFFFF, 0x7F800000, 0xFF800001, *[0] * 1001], np.uint32)
+    save_file({"a.weight": np.tile(bits, (13, 1)).view(np.float32)}, tmp_path / "m.safetensors")
+    ran = cli("pack", tmp_path / "m.safetensors", tmp_path / "packed", "--layout", layout)
+    assert ran.rc == 0 and "'a.weight': 52 values are NaN or Inf: carried as they are" in ran.stderr
+    assert verify(tmp_path / "packed", tmp_path / "m.safetensors")["ok"]
+    unpack(tmp_path / "packed", tmp_path / "back")
+    assert load_file(tmp_path / "back" / "model.safetensors")["a.weight"].tobytes() == bits.tobytes() * 13
 
 
 # On disk
@@ -136,9 +149,10 @@ def test_nan_is_refused_by_pack(tmp_path: Path) -> None:
 def test_the_four_parts_have_the_bytes_that_the_format_says(tmp_path: Path) -> None:
     rows = [[0, 1, 0, 0, 2, 0, 0, 0, 3], [-0.0, 0, 0, 0, 0, 0, 0, 4, 0]]
     save_file({"w": np.array(rows, np.float32)}, tmp_path / "m.safetensors")
-    pack(tmp_path / "m.safetensors", tmp_path / "packed")
+    pack(tmp_path / "m.safetensors", tmp_path / "packed", layout="bitmask")
     header = (
-        b'{"__metadata__":{"format":"pt","lpsparse.format_version":"1","lpsparse.layout":"bitmask"},'
+        b'{"__metadata__":{"format":"pt","lpsparse.format_version":"1","lpsparse.layout":"bitmask",'
+        b'"lpsparse.order":"[\\"w\\"]"},'
         b'"w.row_offsets":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
         b'"w.shape":{"dtype":"I64","shape":[2],"data_offsets":[16,32]},'
         b'"w.compressed":{"dtype":"F32","shape":[5],"data_offsets":[32,52]},'
@@ -197,7 +211,7 @@ def test_transformers_opens_the_dense_folder_and_refuses_the_packed_one(tmp_path
 
 def test_a_sparse_model_packs_to_the_size_that_report_foretold(tmp_path: Path) -> None:
     sparse = prune("bundled:stories260k", tmp_path / "sparse", sparsity=0.9)
-    packed = pack(tmp_path / "sparse", tmp_path / "packed")
+    packed = pack(tmp_path / "sparse", tmp_path / "packed", layout="bitmask")
     assert packed.bytes.file_bytes == sparse.bytes.bitmask_bytes == packed.bytes.bitmask_bytes
     assert packed.bytes.file_bytes < 0.5 * sparse.bytes.file_bytes
     assert (packed.prunable, packed.all) == (sparse.prunable, sparse.all)
@@ -233,7 +247,7 @@ def test_names_that_belong_to_the_layout_are_refused_not_confused(extra: str, tm
     given = {"a.weight": ("F32", [7, 13], bytes(364)), extra: ("U8", [7, 13], bytes(range(91)))}
     write_safetensors(tmp_path / "m.safetensors", given)
     with pytest.raises(InputError, match="belongs to the bitmask layout") as refused:
-        pack(tmp_path / "m.safetensors", tmp_path / "packed")
+        pack(tmp_path / "m.safetensors", tmp_path / "packed", layout="bitmask")
     assert repr(extra) in refused.value.what
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
@@ -321,7 +335,7 @@ def test_a_packed_file_that_lies_is_refused(changes: dict[str, Given | None], tm
     assert os.listdir(tmp_path) == ["lpsparse.safetensors"]
 
 
-@pytest.mark.parametrize("metadata", [{"lpsparse.layout": "packed"}, {"lpsparse.format_version": "2"}])
+@pytest.mark.parametrize("metadata", [{"lpsparse.layout": "better"}, {"lpsparse.format_version": "2"}])
 def test_a_layout_of_a_newer_lpsparse_is_refused_not_read_as_something_else(
     metadata: dict[str, str], tmp_path: Path
 ) -> None:
@@ -342,8 +356,9 @@ def test_parts_without_the_layouts_mark_are_ordinary_tensors(tmp_path: Path) -> 
 def test_load_gives_dense_torch_tensors_of_any_layout(tiny: Path, tmp_path: Path) -> None:
     prune(tiny, tmp_path / "dense", sparsity=0.8)
     pack(tmp_path / "dense", tmp_path / "packed")
+    pack(tmp_path / "dense", tmp_path / "bitmask", layout="bitmask")
     expected = load_file(tmp_path / "dense" / "model.safetensors")
-    for folder in ("dense", "packed"):
+    for folder in ("dense", "packed", "bitmask"):
         found = load(tmp_path / folder)
         assert found.keys() == expected.keys()
         assert all(found[name].numpy().tobytes() == array.tobytes() for name, array in expected.items())

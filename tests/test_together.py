@@ -55,10 +55,10 @@ print(json.dumps(found))
 # A process that is lost when it is to write.
 LOST = """
 import os, signal, time
-from lpsparse.checkpoint import rewrite
+from lpsparse.checkpoint import files
 from lpsparse.cli import main
 if os.environ["RANK"] == os.environ["LOST"]:
-    rewrite.write_tensors = lambda *_: time.sleep(0.2) or os.kill(os.getpid(), signal.SIGKILL)
+    files.write_tensors = lambda *_: time.sleep(0.2) or os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
 

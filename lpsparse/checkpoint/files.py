@@ -13,7 +13,15 @@ from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.layouts.chunks import encode_chunk
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, regrouped
 from lpsparse.checkpoint.threads import in_turn
-from lpsparse.checkpoint.writer import Named, Part, WeightFile, header_text, place, write_tensors
+from lpsparse.checkpoint.writer import (
+    Named,
+    Part,
+    WeightFile,
+    by_alignment,
+    header_text,
+    place,
+    write_tensors,
+)
 
 _ROOM = 32  # bytes that an entry of a header may be longer than was thought
 
@@ -89,7 +97,7 @@ def _write_bitmask(target: Path, tensors: list[Tensor], cut: Cuts, metadata: dic
             else:
                 yield from ((tensor.name, line * block.shape[1], block) for _, line, block in flow)
 
-    changed = write_tensors(target, entries, metadata, parts())
+    changed = write_tensors(target, sorted(entries, key=by_alignment), metadata, parts())
     return Wrote(tuple(name for name, _, _ in entries), sums, changed)
 
 

@@ -34,12 +34,14 @@ class Written:
     kept: int = 0  # weight files of an interrupted run that were right as they are
 
 
-def rewrite(source: Checkpoint, folder: Path, cut: Cuts, layout: str, *, level: str = "default") -> Written:
+def rewrite(
+    source: Checkpoint, folder: Path, cut: Cuts, layout: str, *, level: str = "default", finite: bool = True
+) -> Written:
     """Write `source` into `folder` in one of `files.WRITERS`' layouts, applying `cut`, and read it back.
 
     Decides nothing. Keeps the source's sharding, and the bytes that an interrupted run left in `folder`
-    where they are the same. Raises InputError on NaN or Inf in any float tensor, OutputError when a file
-    does not hold what was written.
+    where they are the same. Raises InputError on NaN or Inf in any float tensor, where it is to be `finite`,
+    OutputError when a file does not hold what was written.
     """
     names = weight_file_names(source, packed=layout != "dense")
     of_one(lambda: drop_weights(folder, but=set(names.values())))
@@ -53,7 +55,11 @@ def rewrite(source: Checkpoint, folder: Path, cut: Cuts, layout: str, *, level: 
             raise InputError(342, what, mend="keep this model dense, or rename the tensor")
         found = target.exists()
         wrote = WRITERS[layout](target, tensors, cut, metadata_of(source, path.name, layout), level)
-        return wrote.names, *_read_back(source, target, wrote.sums), found and not wrote.changed
+        return (
+            wrote.names,
+            *_read_back(source, target, wrote.sums, finite=finite),
+            found and not wrote.changed,
+        )
 
     weight_map: dict[str, str] = {}
     counts: dict[str, Count] = {}
@@ -74,7 +80,9 @@ def rewrite(source: Checkpoint, folder: Path, cut: Cuts, layout: str, *, level: 
     return Written(counts, tuple(files), kept)
 
 
-def _read_back(source: Checkpoint, target: Path, sums: Sums) -> tuple[dict[str, Count], FileRecord]:
+def _read_back(
+    source: Checkpoint, target: Path, sums: Sums, *, finite: bool
+) -> tuple[dict[str, Count], FileRecord]:
     """Open a file again that was written, and compare. Raises OutputError; for NaN or Inf InputError."""
     checkpoint = open_checkpoint(target)
     if checkpoint.layout == "dense":
@@ -87,7 +95,7 @@ def _read_back(source: Checkpoint, target: Path, sums: Sums) -> tuple[dict[str, 
             what = f"{source.name}: {name!r}: {found} read back, {written} (stored, total) written"
             raise OutputError(408, what, mend="check the disk and run again; nothing was kept")
     for tensor in source.tensors:
-        if tensor.name in sums:
+        if tensor.name in sums and finite:
             check_finite(source, tensor, read[tensor.name].nonfinite)
     return read, record
 

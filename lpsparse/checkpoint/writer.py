@@ -156,8 +156,13 @@ def place(tensors: list[Named], start: int = 0) -> list[Entry]:
     that is not aligned in the one of safetensors' own writer."""
     found = _in_order(tensors, start)
     if any(each.offset % DTYPES[each.dtype].storage.itemsize for each in found if each.nbytes):
-        found = _in_order(sorted(tensors, key=lambda item: (-DTYPES[item[1]].bits, item[0])), start)
+        found = _in_order(sorted(tensors, key=by_alignment), start)
     return found
+
+
+def by_alignment(item: Named) -> tuple[int, str]:
+    """The order of safetensors' own writer."""
+    return -DTYPES[item[1]].bits, item[0]
 
 
 def _in_order(tensors: list[Named], start: int) -> list[Entry]:
