@@ -394,7 +394,7 @@ def test_a_recipe_runs_each_step_on_the_result_of_the_one_before(recipe: Path) -
     assert "[4/4] lpsparse report made/packed tiny --min-sparsity 0.7" in ran.stderr
     assert verify(recipe.parent / "made" / "sparse")["ok"]
     manifest = json.loads((recipe.parent / "made" / "packed" / "lpsparse.json").read_text())
-    assert (manifest["source"]["name"], manifest["layout"]) == ("sparse", "bitmask")
+    assert (manifest["source"]["name"], manifest["layout"]) == ("sparse", "packed")
     assert sum(t["zeros"] for t in manifest["tensors"] if t["name"] in PRUNABLE) == int(
         0.9 * PRUNABLE_WEIGHTS
     )

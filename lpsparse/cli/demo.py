@@ -116,7 +116,7 @@ def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
         for row in rows
     ]  # fmt: skip
     print_result("")
-    print_result("\n".join(columns(("", "loss", "zeros of prunable", "dense", "packed"), body, width())))
+    print_result("\n".join(columns(("", "loss", "zeros of prunable", "dense", "bitmask"), body, width())))
     print_result(
         "loss: nats a token on held-out Shakespeare, lower is better; magnitude and lpsparse had equal steps"
     )
