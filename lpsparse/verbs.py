@@ -241,8 +241,6 @@ def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
     if step.source is not None and found["ok"]:
         found["problems"] = list(check_against(open_checkpoint(folder), _open(step.source, say)))
         found["ok"] = not found["problems"]
-    for problem in found["problems"]:
-        say(problem)
     return found
 
 

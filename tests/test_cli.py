@@ -595,3 +595,15 @@ def test_importing_shows_the_functions_and_nothing_else() -> None:
     import lpsparse
 
     assert dir(lpsparse) == sorted(lpsparse.__all__) and "prune" in dir(lpsparse)
+
+
+def test_progress_is_told_in_bytes_where_there_is_no_terminal(tiny: Path, tmp_path: Path) -> None:
+    code = "from lpsparse.cli import output, main; output._SILENCE = 0.0; main()"
+    words = ["prune", str(tiny), str(tmp_path / "out"), "--sparsity", "0.5", "--layout", "packed"]
+    for more, wanted in (([], True), (["--quiet"], False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, *more], env=cli_environment(), capture_output=True, text=True
+        )
+        said = [line.partition(":")[0] for line in done.stderr.splitlines() if " left" in line]
+        assert done.returncode == 0 and (set(said) == {"selecting", "writing and reading back"}) is wanted
+        words[2] += "-again"

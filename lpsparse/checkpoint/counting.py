@@ -8,6 +8,7 @@ import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, ordered
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
+from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError
 
@@ -40,6 +41,7 @@ NOTHING = Count(0, 0, 0, 0)
 
 def count_block(line: int, block: Bits, dtype: str) -> Count:
     """Of a block of lines, the first of which has this number."""
+    advance(block.nbytes)
     stored, total = sums_of(line, block)
     if not DTYPES[dtype].is_float or _is_plain(block, dtype):
         return Count(block.size - stored, stored, 0, total)
@@ -83,7 +85,9 @@ def count_all(checkpoint: Checkpoint, cut: Cuts = lambda _: None) -> dict[str, C
         return count(tensor, apply(tensor.blocks()) if apply else tensor.blocks(first, last))
 
     found = {tensor.name: NOTHING for tensor in checkpoint.tensors}
-    for (tensor, _, _), each in zip(tasks, parallel(counted, tasks), strict=True):
+    with phase("reading", checkpoint.dense_bytes):
+        counts = parallel(counted, tasks)
+    for (tensor, _, _), each in zip(tasks, counts, strict=True):
         found[tensor.name] += each
     return found
 

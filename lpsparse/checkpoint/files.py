@@ -12,6 +12,7 @@ from lpsparse.checkpoint.dtypes import Bits
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.layouts.chunks import encode_chunk
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, regrouped
+from lpsparse.checkpoint.progress import advance
 from lpsparse.checkpoint.threads import in_turn
 from lpsparse.checkpoint.writer import (
     Named,
@@ -68,6 +69,7 @@ def _flow(tensors: list[Tensor], cut: Cuts, sums: Sums) -> Iterator[tuple[Tensor
     for tensor, line, block, (stored, total) in in_turn(made, wanted()):
         known = sums[tensor.name]
         sums[tensor.name] = known[0] + stored, (known[1] + total) % 2**64
+        advance(block.nbytes)
         yield tensor, line, block
 
 

@@ -18,6 +18,7 @@ from lpsparse.checkpoint.counting import (
 from lpsparse.checkpoint.files import WRITERS, names_taken
 from lpsparse.checkpoint.manifest import FileRecord, digest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.progress import phase
 from lpsparse.checkpoint.threads import of_one, parallel
 from lpsparse.checkpoint.writer import drop_weights, weight_file_names, write_index
 from lpsparse.errors import InputError, OutputError
@@ -68,7 +69,8 @@ def rewrite(
     sizes = dict.fromkeys((path.name for path in source.files), 0)
     for tensor in source.tensors:
         sizes[tensor.file] += tensor.nbytes
-    found = parallel(written, source.files, waiting=WAITING, size=lambda path: sizes[path.name])
+    with phase("writing and reading back", 2 * source.dense_bytes):
+        found = parallel(written, source.files, waiting=WAITING, size=lambda path: sizes[path.name])
     for entries, counted, record, same in found:
         weight_map |= dict.fromkeys(entries, record.name)
         counts |= counted

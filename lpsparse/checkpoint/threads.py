@@ -86,6 +86,12 @@ def _from_all(processes: Processes, make: Callable[[], B]) -> list[B]:
     return [share for share, _ in shares]
 
 
+def share_of(amount: int) -> int:
+    """What of an amount of work is this process's, about."""
+    processes = _processes.get()
+    return amount if processes is None else amount // processes.count
+
+
 def cores() -> int:
     """How many this process may use."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,7 +7,7 @@ import typer
 
 from lpsparse import recipe
 from lpsparse.cli.options import add_command
-from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
+from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width, working
 from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
 
@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     add_command(app, "eval", recipe.EvalStep, _eval, examples=_EVAL)
 
 
+_SHOWN = 50  # differences that verify prints
 _FINETUNE = """\
   lpsparse finetune MODEL sparse --data rows.jsonl --task text-classification --target-sparsity 0.8
   lpsparse finetune MODEL sparse --data text.txt --task causal-lm --p 0.5 --lambda 2
@@ -69,9 +70,9 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
 
 
 def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:
-    from lpsparse.verbs import prune_step, together
+    from lpsparse.verbs import prune_step
 
-    with together():
+    with working(quiet):
         found = prune_step(step, teller(quiet))
     if isinstance(found, dict):
         _foretold(found, as_json=as_json)
@@ -110,9 +111,9 @@ def _known(zeros: int | None) -> str:
 
 
 def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, quiet: bool) -> None:
-    from lpsparse.verbs import pack_step, together
+    from lpsparse.verbs import pack_step
 
-    with together():
+    with working(quiet):
         found = pack_step(step, teller(quiet))
     _wrote(step, found, as_json=as_json, quiet=quiet)
 
@@ -142,9 +143,9 @@ def _facts(found: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
-    from lpsparse.verbs import together, verify_step
+    from lpsparse.verbs import verify_step
 
-    with together():
+    with working(quiet):
         found = verify_step(step, teller(quiet))
     if as_json:
         print_json(found)
@@ -154,8 +155,11 @@ def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
             + (f"; every value is that of {step.source} or 0" if step.source else "")
         )
     else:
-        count = len(found["problems"])
-        print_result(f"{step.model}: FAILED: {count} difference{'s' * (count > 1)}")
+        problems = found["problems"]
+        print_result(f"{step.model}: FAILED: {len(problems)} difference{'s' * (len(problems) > 1)}")
+        print_result("\n".join(f"  {text.clean(each)}" for each in problems[:_SHOWN]))
+        if len(problems) > _SHOWN:
+            print_result(f"  and {len(problems) - _SHOWN} more; --json has them all")
     if not found["ok"]:
         raise typer.Exit(ExitCode.VERDICT)
 

@@ -6,13 +6,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from lpsparse.errors import OutputError
-from lpsparse.reporting.text import clean
+from lpsparse.reporting.text import clean, size
 from lpsparse.settings import is_first
+
+_SILENCE = 15.0  # seconds between lines of progress
+_BLINK = 0.1  # seconds between two looks of a bar
 
 
 def print_result(text: str) -> None:
@@ -68,9 +72,8 @@ def width() -> int:
     return 100_000
 
 
-class TrainingBar:
-    """Progress of a training run: a bar on a terminal,
-    a line every 15 seconds elsewhere. Give `update` to a verb."""
+class _Bar:
+    """Progress: a bar on a terminal, a line every 15 seconds elsewhere, nothing when quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet or not is_first()
@@ -92,6 +95,59 @@ class TrainingBar:
             self._bar.stop()
             self._bar = None
 
+    def _is_due(self) -> bool:
+        """Whether it is time for a line; seconds since the start are then `_said - _started`."""
+        if time.monotonic() - self._said < _SILENCE:
+            return False
+        self._said = time.monotonic()
+        return True
+
+    def _draw(self, columns: tuple[Any, ...], done: int, total: int, text: str) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("")
+        self._bar.update(self._task, completed=done, total=total, description=text)
+
+
+class ByteBar(_Bar):
+    """Progress on a checkpoint, in bytes. Its `update` listens to `checkpoint.progress`."""
+
+    _drawn = 0.0
+    _what = ""
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if what != self._what or not done:
+            self._what, self._started = what, time.monotonic()
+        if self.live:
+            if time.monotonic() - self._drawn < _BLINK and done < total:
+                return
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+
+            self._drawn = time.monotonic()
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=8), DownloadColumn())
+            self._draw((*columns, TimeRemainingColumn()), done, total, what)
+        elif not self.quiet and self._is_due():
+            left = (self._said - self._started) * (total - done) / max(done, 1)
+            tell(f"{what}: {size(done)} of {size(total)}, about {left:.0f} s left")
+
+
+@contextmanager
+def working(quiet: bool) -> Generator[None]:
+    """What a command does on a checkpoint: shared among processes, and its progress shown."""
+    from lpsparse.checkpoint.progress import told_to
+    from lpsparse.verbs import together
+
+    with together(), ByteBar(quiet) as bar, told_to(bar.update):
+        yield
+
+
+class TrainingBar(_Bar):
+    """Progress of a training run, in steps. Give `update` to a verb."""
+
     def update(self, progress: Any) -> None:
         if self.quiet:
             return
@@ -99,24 +155,14 @@ class TrainingBar:
             f"loss {progress.loss:.4f}  lr {progress.lr:.1e}  lambda {progress.lambda_p:.1e}  "
             f"zero {100 * progress.sparsity:.1f} %"
         )
+        ends = progress.step == progress.steps
         if self.live:
-            self._draw(progress, facts)
-        elif time.monotonic() - self._said >= 15 or progress.step == progress.steps:
-            self._said = time.monotonic()
-            seconds = self._said - self._started
-            tell(f"step {progress.step}/{progress.steps}  {facts}  {seconds:.0f} s")
-        if progress.step == progress.steps:
-            self._close()
-
-    def _draw(self, progress: Any, facts: str) -> None:
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
             columns = (MofNCompleteColumn(), BarColumn(bar_width=8), TextColumn("{task.description}"))
-            self._bar = Progress(
-                *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=progress.steps)
-        self._bar.update(self._task, completed=progress.step, description=facts)
+            self._draw((*columns, TimeRemainingColumn()), progress.step, progress.steps, facts)
+        elif self._is_due() or ends:
+            seconds = time.monotonic() - self._started
+            tell(f"step {progress.step}/{progress.steps}  {facts}  {seconds:.0f} s")
+        if ends:
+            self._close()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lpsparse.cli.commands import show_report
-from lpsparse.cli.output import print_json, print_result, teller, width
+from lpsparse.cli.output import print_json, print_result, teller, width, working
 from lpsparse.errors import ExitCode
 from lpsparse.recipe import ReportStep
 from lpsparse.settings import is_first, resolve
@@ -50,7 +50,7 @@ def report(
 ) -> None:  # fmt: skip
     from lpsparse.checkpoint.writer import check_report_file, write_beside
     from lpsparse.reporting import table
-    from lpsparse.verbs import report_step, together
+    from lpsparse.verbs import report_step
 
     given = {
         "model": model, "base": base, "weights": weights, "include": include, "exclude": exclude,
@@ -60,7 +60,7 @@ def report(
     step = resolve(ReportStep, {key: value for key, value in given.items() if value not in (None, [])})
     if json_file not in (None, "-"):
         check_report_file(Path(json_file), (model, base))
-    with together():
+    with working(quiet):
         found = report_step(step, teller(quiet))
     if json_file == "-":
         print_json(found.model_dump(mode="json"))

@@ -16,7 +16,8 @@ from math import ceil, floor
 import numpy as np
 from numpy.typing import NDArray
 
-from lpsparse.checkpoint.dtypes import F32_INF, F64_INF, Bits, code_of, magnitudes
+from lpsparse.checkpoint.dtypes import DTYPES, F32_INF, F64_INF, Bits, code_of, magnitudes
+from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.threads import parallel
 
 Counts = NDArray[np.int64]
@@ -138,7 +139,8 @@ def _pass(
     def counted(task: Task) -> _Tally:
         return _tally(*task, bracket, wide)
 
-    found = parallel(counted, tasks)
+    with phase("selecting", sum(scored.size * DTYPES[scored.dtype].bits // 8 for scored in group)):
+        found = parallel(counted, tasks)
     tallies: dict[str, list[_Tally]] = {scored.name: [] for scored in group}
     for (scored, _, _), tally in zip(tasks, found, strict=True):
         tallies[scored.name].append(tally)
@@ -152,6 +154,7 @@ def _tally(scored: Scored, first: int, last: int, bracket: tuple[int, int, int],
     zeros = below = 0
     for codes in scored.blocks(first, last):
         kind = codes.dtype.type
+        advance(codes.nbytes)
         zeros += codes.size - int(np.count_nonzero(codes))
         if end - begin <= _FEW:
             edges = np.arange(begin, end + 1).astype(codes.dtype)

@@ -10,6 +10,7 @@ from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, own_manifest, read_manifest
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, open_checkpoint
+from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError
@@ -75,7 +76,9 @@ def check_against(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
         else:
             tasks += [(mine, base, *lines) for lines in mine.tasks(BLOCK_BYTES)]
     others: dict[str, int] = {}
-    for (mine, *_), count in zip(tasks, parallel(_others, tasks), strict=True):
+    with phase("comparing", checkpoint.dense_bytes):
+        counts = parallel(_others, tasks)
+    for (mine, *_), count in zip(tasks, counts, strict=True):
         others[mine.name] = others.get(mine.name, 0) + count
     for name, count in others.items():
         if count:
@@ -88,6 +91,7 @@ def _others(task: tuple[Tensor, Tensor, int, int]) -> int:
         return 0
     pairs = zip(mine.blocks(first, last), base.blocks(first, last), strict=True)
     may_be_zero = DTYPES[mine.dtype].is_float
+    advance((last - first) * mine.nbytes // mine.grid[0])
     return sum(int(np.count_nonzero((a != b) & ((a != 0) | (not may_be_zero)))) for (_, a), (_, b) in pairs)
 
 
