@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
     NUMERIC = 5  # NaN, Inf or divergence
     RESOURCE = 6  # out of memory, no device
     STATE = 7  # another run holds OUT, or resume refused
-    REMOTE = 8  # hub unreachable, gated or offline
+    REMOTE = 8  # hub unreachable, gated or offline, or it refuses a push
     BUG = 70
     RESUMABLE = 75
     INTERRUPT = 130

@@ -3,6 +3,7 @@
 Light on purpose: this module is imported by `--help`.
 """
 
+import re
 from collections.abc import Collection
 from decimal import Decimal
 from difflib import get_close_matches
@@ -52,6 +53,23 @@ def pair(text: str | None) -> tuple[int, int] | None:
     return int(first), int(second)
 
 
+def _repo(value: str) -> str:
+    if not _REPO.fullmatch(value) or "--" in value or ".." in value or value.endswith(".git"):
+        at = " (a branch goes into --revision)" if "@" in value else ""
+        at = at or (" (your user name goes before it)" if "/" not in value else "")
+        raise ValueError(f"REPO {value!r}: not org/name, of letters, digits and -_.{at}")
+    return value
+
+
+def _branch(value: str) -> str:
+    if not value or not value[0].isalnum() or any(c.isspace() or c in "~^:?*[\\" for c in value):
+        raise ValueError(f"--revision {value!r}: not the name of a branch")
+    if re.fullmatch("[0-9a-f]{40}", value):
+        raise ValueError(f"--revision {value}: a commit; a branch is needed to add one to")
+    return value
+
+
+_REPO = re.compile(r"\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
@@ -76,7 +94,7 @@ _DRY_PRUNE = Field(
     "not in the cache from its headers alone.",
 )
 
-POSITIONAL = ("model", "out", "base", "source")
+POSITIONAL = ("model", "out", "base", "source", "folder", "repo")
 REPEATED = ("include", "exclude", "freeze")  # flags that may be given more than once
 _UNRECORDED = {
     "model", "weights", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data",
@@ -220,6 +238,34 @@ class InspectStep(Step):
 
     model: str = MODEL
     weights: str | None = _WEIGHTS
+
+
+class PushStep(Step):
+    """Upload a folder that lpsparse wrote to the Hugging Face hub: checked, in one commit, compared there."""
+
+    folder: Path = Field(description="Folder that lpsparse wrote.")
+    repo: Annotated[str, AfterValidator(_repo)] = Field(
+        description="Model repository org/name; it is made if it is not there."
+    )
+    private: bool = Field(False, description="Make it private; one that is public already is refused.")
+    revision: Annotated[str, AfterValidator(_branch)] | None = Field(
+        None, description="Branch, made from main if it is not there. Default: main."
+    )
+    message: str = Field("Upload with lpsparse", min_length=1, description="What the commit says.")
+    create_pr: bool = Field(False, description="Open a pull request in place of a commit to main.")
+    delete_others: bool = Field(
+        False,
+        description="Delete in the same commit what is in REPO and not in FOLDER (hidden files stay, and all "
+        "stays in the history). Without it, weights there that FOLDER has not are refused.",
+    )
+    threads: int | None = _THREADS
+    dry_run: bool = Field(False, description="Check FOLDER and list what would be sent; ask nobody.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.create_pr and self.revision not in (None, "main"):
+            raise ValueError("--create-pr asks for a merge into main: leave --revision out")
+        return self
 
 
 class ReportStep(Step):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lpsparse.errors import LpsparseError, UsageError
-from lpsparse.recipe import STEPS, FinetuneStep, InspectStep, Step, flag
+from lpsparse.recipe import STEPS, FinetuneStep, InspectStep, PushStep, Step, flag
 
 S = TypeVar("S", bound=BaseModel)
 _NO_FLAGS = ("LPSPARSE_MAX_TENSORS",)  # of checkpoint.header
@@ -90,7 +90,7 @@ def variable(field: str) -> str:
 
 def check_environment() -> None:
     """Raises UsageError for an LPSPARSE_ variable that sets nothing."""
-    kinds = (*STEPS.values(), InspectStep)
+    kinds = (*STEPS.values(), InspectStep, PushStep)
     fields = {variable(name) for kind in kinds for name in kind.model_fields}
     known = sorted({*fields, *_NO_FLAGS})
     for key in os.environ:

@@ -19,8 +19,9 @@ from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.checkpoint.threads import of_each, of_one, using
+from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.dry_run import foretell, foretell_unread
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, VerdictError
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
@@ -30,11 +31,13 @@ from lpsparse.recipe import (
     InspectStep,
     PackStep,
     PruneStep,
+    PushStep,
     ReportStep,
     UnpackStep,
     VerifyStep,
     pair,
 )
+from lpsparse.reporting import text
 from lpsparse.reporting.check import check_against, check_folder, check_weights
 from lpsparse.reporting.measure import (
     Report,
@@ -128,6 +131,12 @@ def verify(model: str | Path, source: str | Path | None = None) -> dict[str, Any
 def inspect(model: str | Path, **options: Any) -> dict[str, Any]:
     """What a checkpoint holds, from its headers. Options: fields of recipe.InspectStep."""
     return inspect_step(resolve(InspectStep, {"model": str(model), **options}))
+
+
+def push(folder: str | Path, repo: str, **options: Any) -> dict[str, Any]:
+    """Upload `folder`, which lpsparse wrote, to the hub: {"url", "commit", "files", "bytes", ...}.
+    Options: fields of recipe.PushStep."""
+    return push_step(resolve(PushStep, {"folder": folder, "repo": repo, **options}))
 
 
 def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -262,6 +271,35 @@ def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
         "prunable_weights": sum(tensor.size for tensor in checkpoint.tensors if chosen[tensor.name][0]),
         "tensors": tensors, "notes": list(checkpoint.notes),
     }  # fmt: skip
+
+
+def push_step(step: PushStep, say: Say = silent, *, bars: bool = False) -> dict[str, Any]:
+    """With dry_run: {"files", "bytes", "names", ...}, and nobody is asked. `bars` lets huggingface_hub draw.
+
+    Raises VerdictError where the folder is not what its manifest says.
+    """
+    from lpsparse.checkpoint.push import Target, check_access, choose_files, push_files
+
+    folder = step.folder
+    if folder.is_dir() and not step.dry_run:
+        read_manifest(folder)
+        check_access()  # both at once, the hashes take their time
+    found = verify_step(VerifyStep(model=str(folder), source=None, threads=step.threads), say)
+    if not found["ok"]:
+        what = f"{folder}: is not what {MANIFEST} says: {found['problems'][0]}"
+        raise VerdictError(102, what, mend="write it again; nothing was sent")
+    files, stay = choose_files(folder)
+    size = sum(record.size for record in files)
+    if stay:
+        say(f"not sent: {', '.join(stay[:4])}" + (f" and {len(stay) - 4} more" if len(stay) > 4 else ""))
+    say(f"{len(files)} files, {text.size(size)}, to {step.repo}")
+    if step.dry_run:
+        names = [{"name": record.name, "bytes": record.size} for record in files]
+        return {"repo": step.repo, "files": len(files), "bytes": size, "names": names}
+    to = Target(
+        step.repo, step.revision, step.private, step.message, step.create_pr, step.delete_others
+    )  # fmt: skip
+    return push_files(folder, files, to, say, bars=bars)
 
 
 def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:

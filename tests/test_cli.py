@@ -33,7 +33,7 @@ from lpsparse.recipe import STEPS, FinetuneStep
 from lpsparse.settings import resolve
 
 Cli = Callable[..., Ran]
-COMMANDS = (*STEPS, "inspect", "run", "demo")
+COMMANDS = (*STEPS, "inspect", "push", "run", "demo")
 ERROR = re.compile(r"error\[LPS[0-9]{3}\]: \S.*\n  mend: \S.*\n")
 
 
@@ -106,7 +106,7 @@ def test_an_unknown_command_names_the_nearest(cli: Cli) -> None:
     assert "prun" in said and "see `lpsparse --help`" in said
 
 
-@pytest.mark.parametrize("command", ["prune", "pack", "unpack", "report", "verify", "inspect", "run"])
+@pytest.mark.parametrize("command", ["prune", "pack", "unpack", "report", "verify", "inspect", "push", "run"])
 def test_a_command_without_its_model_shows_its_help_and_exits_2(command: str, cli: Cli) -> None:
     ran = cli(command)
     assert ran.rc == 2 and f"Usage: lpsparse {command}" in ran.stdout + ran.stderr

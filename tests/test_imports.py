@@ -128,6 +128,7 @@ def test_every_command_on_safetensors_runs_without_torch(tiny: Path, tmp_path: P
     commands = (
         ("prune", tiny, pruned, "--sparsity", "0.5"), ("report", pruned, tiny), ("inspect", tiny),
         ("verify", pruned), ("pack", pruned, packed), ("unpack", packed, tmp_path / "dense"),
+        ("push", packed, "org/name", "--dry-run"),
     )  # fmt: skip
     for command in commands:
         assert not modules_after(RUN, *command) & {*HEAVY, "huggingface_hub"}, command[0]

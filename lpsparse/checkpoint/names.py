@@ -11,6 +11,13 @@ FOLDER_ORDER = (
 _TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file is, by its own name or a folder's. `.gitattributes` is the hub's, and no secret."""
+    return name != ".gitattributes" and any(
+        part.startswith(".") and part not in (".", "..") for part in name.split("/")
+    )
+
+
 def find_weight_names(names: Collection[str]) -> list[str]:
     """The one index or weight file that is meant; more where the names leave that open."""
     present = [name for name in FOLDER_ORDER if name in names]

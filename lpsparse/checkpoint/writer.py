@@ -35,7 +35,7 @@ REPLACED = (
     ".lpsparse-replaced"  # in an OUT that is being exchanged: only such an OUT.old is put back or deleted
 )
 # Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
-_FOREIGN_WEIGHTS = (
+FOREIGN_WEIGHTS = (
     *WEIGHT_SUFFIXES,
     ".h5",
     ".msgpack",
@@ -253,7 +253,7 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
         outside = root not in path.resolve().parents
         if outside and source.revision is None:  # a hub snapshot is made of links into its cache
             left.append(f"{relative.as_posix()} (a link out of the folder)")
-        elif path.suffix in _FOREIGN_WEIGHTS or path.name.endswith(
+        elif path.suffix in FOREIGN_WEIGHTS or path.name.endswith(
             (".safetensors.index.json", ".bin.index.json")
         ):
             if relative.as_posix() not in used and not path.name.endswith(".json"):
@@ -279,7 +279,7 @@ def check_report_file(path: Path, models: Iterable[str | None]) -> None:
     inside = any(each == target or (each.is_dir() and each in target.parents) for each in inputs)
     if inside or (target.parent / MANIFEST).exists():
         raise OutputError(405, f"{path}: lies inside a checkpoint", mend="choose a file outside of it")
-    if path.exists() and (not path.is_file() or path.suffix in _FOREIGN_WEIGHTS):
+    if path.exists() and (not path.is_file() or path.suffix in FOREIGN_WEIGHTS):
         raise OutputError(401, f"{path}: exists and is no report", mend="choose another file, such as x.json")
 
 

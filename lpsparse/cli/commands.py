@@ -7,7 +7,7 @@ import typer
 
 from lpsparse import recipe
 from lpsparse.cli.options import add_command
-from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width, working
+from lpsparse.cli.output import TrainingBar, has_terminal, print_json, print_result, teller, width, working
 from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
 
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
         examples="  lpsparse verify sparse\n  lpsparse verify sparse MODEL",
     )
     add_command(app, "inspect", recipe.InspectStep, _inspect, examples="  lpsparse inspect org/name@main")
+    add_command(app, "push", recipe.PushStep, _push, examples=_PUSH)
     add_command(app, "eval", recipe.EvalStep, _eval, examples=_EVAL)
 
 
@@ -41,6 +42,11 @@ _PRUNE = """\
   lpsparse prune MODEL sparse --gap
   lpsparse prune MODEL sparse --n-m 2:4
   lpsparse prune MODEL sparse --below 1e-3 --exclude '*.layer.0.*'"""
+_PUSH = """\
+  lpsparse push sparse org/name --dry-run
+  lpsparse push sparse org/name --private --message '80 % zeros'
+  lpsparse push packed org/name --revision packed
+  lpsparse inspect org/name@packed"""
 _EVAL = """\
   lpsparse eval sparse --data dev.tsv --task text-classification
   lpsparse eval sparse --data text.txt --task causal-lm --json"""
@@ -185,6 +191,21 @@ def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
     print_result(f"{text.clean(found['model'])}: {found['layout']}, {files} ({size})")
     print_result(f"{found['weights']:,} weights, {found['prunable_weights']:,} of them prunable\n")
     print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())))
+
+
+def _push(step: recipe.PushStep, as_json: bool, quiet: bool) -> None:
+    from lpsparse.verbs import push_step
+
+    say = teller(quiet)
+    found = push_step(step, say, bars=not quiet and has_terminal())
+    if as_json:
+        print_json(found)
+    elif step.dry_run:
+        body = [(text.clean(each["name"]), text.size(each["bytes"])) for each in found["names"]]
+        print_result("\n".join(text.columns(("file", "bytes"), body, width())))
+    else:
+        say("names, sizes and hashes there are those of FOLDER")
+        print_result(text.clean(found["pull_request"] or found["url"]))
 
 
 def _eval(step: recipe.EvalStep, as_json: bool, quiet: bool) -> None:

@@ -72,12 +72,17 @@ def width() -> int:
     return 100_000
 
 
+def has_terminal() -> bool:
+    """Whether stderr can show what moves."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class _Bar:
     """Progress: a bar on a terminal, a line every 15 seconds elsewhere, nothing when quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet or not is_first()
-        self.live = not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.live = not self.quiet and has_terminal()
         self._bar: Any = None
         self._task: Any = None
         self._said = self._started = time.monotonic()

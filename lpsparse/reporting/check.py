@@ -9,6 +9,7 @@ import numpy as np
 from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, own_manifest, read_manifest
+from lpsparse.checkpoint.names import is_hidden
 from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, open_checkpoint
 from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.threads import parallel
@@ -26,7 +27,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     problems: list[str] = []
     listed = {record.name: record for record in manifest.files}
     present = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
-    problems += [f"{name}: missing" for name in sorted(set(listed) - set(present))]
+    missing = [name for name in set(listed) - set(present) if not is_hidden(name)]  # `push` leaves these
+    problems += [f"{name}: missing" for name in sorted(missing)]
     extra = [name for name in set(present) - set(listed) if name[0] != "."]  # .git, .cache: a download's own
     problems += [f"{name}: not in the manifest" for name in sorted(extra)]
     both = sorted(set(listed) & set(present))

@@ -1,0 +1,484 @@
+"""`push` through huggingface_hub's own client, to a hub of ours that keeps commits and LFS objects."""
+
+import base64
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import LISTENING, Ran, cli_environment, run_cli, write_shards, write_tiny
+
+from lpsparse import ExitCode, LpsparseError, pack, prune, push, verify
+from lpsparse.errors import TerminatedError
+
+Cli = Callable[..., Ran]
+TOKEN = "hf_a-secret"
+LARGE = (".safetensors", ".bin")  # what goes through LFS
+
+
+class Repo:
+    def __init__(self, private: bool) -> None:
+        self.private = private
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.heads: dict[str, str] = {}
+        self.told: list[dict[str, Any]] = []  # the head of each commit, as it was asked for
+        self.add("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+
+    def add(self, branch: str, files: dict[str, bytes]) -> str:
+        oid = hashlib.sha1(f"{len(self.commits)}".encode()).hexdigest()
+        self.commits[oid] = files
+        self.heads[branch] = oid
+        return oid
+
+    def files(self, revision: str = "main") -> dict[str, bytes] | None:
+        return self.commits.get(self.heads.get(revision, revision))
+
+
+class Hub:
+    """`fails` says how a request with these words in its path ends: a status, or "leaves"."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.fails: dict[str, int | str] = {}
+        self.asked: list[str] = []
+        self.address = self.spoil = ""  # `spoil` is a file that it keeps other than it came
+        self.on: Callable[[str], None] = lambda _: None
+
+    def put(self, files: dict[str, bytes] | None = None, *, private: bool = False) -> Repo:
+        repo = self.repos["org/name"] = Repo(private)
+        repo.add("main", {**(repo.files() or {}), **(files or {})})
+        return repo
+
+    def writes(self) -> list[str]:
+        return [asked for asked in self.asked if not asked.startswith(("GET", "HEAD"))]
+
+
+def entry(path: str, data: bytes) -> dict[str, Any]:
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    found: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": blob}
+    if path.endswith(LARGE):
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        found |= {"lfs": lfs, "oid": "f" * 40}
+    return found
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def answer(self, status: int, value: Any = None, **headers: str) -> None:
+        data = value if isinstance(value, bytes) else b"" if value is None else json.dumps(value).encode()
+        self.send_response(status)
+        names = {"Content-Length": str(len(data)), "Content-Type": "application/json"} | {
+            key.replace("_", "-"): text for key, text in headers.items()
+        }
+        for key, text in names.items():
+            self.send_header(key, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        self.hub.asked.append(f"{self.command} {path}")
+        self.hub.on(path)
+        how = next((how for words, how in self.hub.fails.items() if words in path), None)
+        if how == "leaves":
+            self.close_connection = True
+        elif how is not None:
+            self.answer(int(how), None, X_Error_Message="so it is")
+        elif path.startswith("/lfs/"):
+            self.hub.objects[path[5:]] = body
+            self.answer(200)
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.answer(401, None, X_Error_Message="Invalid credentials in Authorization header")
+        elif path == "/api/validate-yaml":
+            self.answer(200, {"warnings": [{"message": "a remark"}], "errors": []})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            self.hub.repos["org/name"] = Repo(asked.get("visibility") == "private")
+            self.answer(200, {"url": f"{self.hub.address}/org/name"})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self.answer(
+                200, {"transfer": "basic", "objects": [*map(self.upload, json.loads(body)["objects"])]}
+            )
+        elif (repo := self.hub.repos.get("org/name")) is None:
+            self.answer(404, None, X_Error_Code="RepoNotFound")
+        elif "/resolve/" in path:
+            self.resolve(repo, *path.partition("/resolve/")[2].split("/", 1))
+        else:
+            self.api(repo, *path.removeprefix("/api/models/org/name").lstrip("/").partition("/")[::2], body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def upload(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        if wanted["oid"] in self.hub.objects:
+            return wanted
+        return {**wanted, "actions": {"upload": {"href": f"{self.hub.address}/lfs/{wanted['oid']}"}}}
+
+    def api(self, repo: Repo, what: str, revision: str, body: bytes) -> None:
+        files = repo.files(revision or "main")
+        if what == "branch":
+            repo.heads[revision] = repo.heads["main"]
+            self.answer(200)
+        elif files is None:
+            self.answer(404, None, X_Error_Code="RevisionNotFound")
+        elif what in ("", "revision"):
+            sha = repo.heads.get(revision or "main", revision)
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            self.answer(200, {"id": "org/name", "sha": sha, "private": repo.private, "siblings": siblings})
+        elif what == "tree":
+            self.answer(200, [entry(*item) for item in files.items()])
+        elif what == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer(200, {"files": [self.mode(name, files.get(name)) for name in names]})
+        elif what == "commit":
+            self.commit(repo, revision, files, [json.loads(line) for line in body.splitlines()])
+
+    def mode(self, name: str, data: bytes | None) -> dict[str, Any]:
+        here = None if data is None else entry(name, data)
+        oid = here and here.get("lfs", here)["oid"]
+        mode = "lfs" if name.endswith(LARGE) else "regular"
+        return {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+    def commit(self, repo: Repo, branch: str, files: dict[str, bytes], lines: list[Any]) -> None:
+        files = dict(files)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                repo.told.append(value)
+                if value["parentCommit"] != repo.heads[branch]:
+                    return self.answer(412, None, X_Error_Message="A commit has happened since")
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            else:
+                files[value["path"]] = base64.b64decode(value["content"])
+        if self.hub.spoil:
+            files[self.hub.spoil] = files[self.hub.spoil][:-1] + b"?"
+        pull = "create_pr=1" in self.path
+        oid = repo.add("refs/pr/7" if pull else branch, files)
+        answer = {"commitUrl": f"{self.hub.address}/org/name/commit/{oid}", "commitOid": oid}
+        self.answer(200, answer | {"pullRequestUrl": f"{self.hub.address}/org/name/discussions/7"})
+
+    def resolve(self, repo: Repo, revision: str, name: str) -> None:
+        data = (repo.files(revision) or {}).get(name)
+        if data is None:
+            return self.answer(404, None, X_Error_Code="EntryNotFound")
+        etag = hashlib.sha256(data).hexdigest()
+        self.answer(200, data, ETag=f'"{etag}"', X_Repo_Commit=repo.heads.get(revision, revision))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """The client has gone: that is what is tested."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub at an address of this machine, for this process, which has its token; no waiting to try again."""
+    from huggingface_hub import close_session
+
+    hub = Hub()
+    server = Server(("127.0.0.1", 0), type("OwnHandler", (Handler,), {"hub": hub}))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
+    yield hub
+    server.shutdown()
+    server.server_close()
+    close_session()
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Path:
+    prune(write_shards(tmp_path / "dense"), tmp_path / "sparse", sparsity=0.5)
+    return tmp_path / "sparse"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def refused(folder: Path, code: str, exit_code: int, **options: Any) -> LpsparseError:
+    with pytest.raises(LpsparseError) as error:
+        push(folder, "org/name", **options)
+    assert (error.value.code, error.value.exit_code) == (code, exit_code), error.value.what
+    assert TOKEN not in error.value.what + error.value.mend and error.value.mend
+    return error.value
+
+
+# What goes out
+
+
+def test_a_new_repository_gets_all_files_in_one_commit_and_opens_from_there(
+    hub: Hub, sparse: Path, cli: Cli
+) -> None:
+    ran = cli("push", sparse, "org/name", "--private", "--message", "half of it")
+    repo = hub.repos["org/name"]
+    assert ran.rc == 0, ran.stderr
+    assert ran.stdout == f"{hub.address}/org/name/commit/{repo.heads['main']}\n"
+    assert repo.private and [told["summary"] for told in repo.told] == ["half of it"]
+    rules = {".gitattributes": b"*.safetensors filter=lfs\n"}  # the hub's own stay
+    assert repo.files() == contents(sparse) | rules
+    said = ran.stderr
+    assert "is made, private" in said and "10 files" in said and "a remark" in said
+    assert TOKEN not in said and "content=" not in said
+    assert "sending 3 of 3 weight files: model-00003-of-00003.safetensors" in said
+    found = json.loads(cli("inspect", "org/name", "--json").stdout)
+    assert found["revision"] == repo.heads["main"] and len(found["tensors"]) == 11
+    snapshot = next((sparse.parent / "cache").rglob("lpsparse.json")).parent
+    assert verify(snapshot)["ok"]
+
+
+def test_json_names_the_commit_and_quiet_says_nothing_else(hub: Hub, sparse: Path, cli: Cli) -> None:
+    ran = cli("push", sparse, "org/name", "--json", "--quiet")
+    found = json.loads(ran.stdout)
+    files = contents(sparse)
+    assert (found["files"], found["bytes"]) == (len(files), sum(map(len, files.values())))
+    assert found["commit"] == hub.repos["org/name"].heads["main"] and found["url"].endswith(found["commit"])
+    assert found["new"] and found["changed"] and ran.stderr == ""
+
+
+def test_what_has_arrived_is_not_sent_twice_and_nothing_new_is_no_commit(hub: Hub, sparse: Path) -> None:
+    hub.fails["/commit/"] = 503
+    assert "503" in refused(sparse, "LPS807", ExitCode.REMOTE).what
+    assert len(hub.objects) == 3 and len(hub.repos["org/name"].commits) == 1
+    hub.fails.clear()
+    hub.asked.clear()
+    first = push(sparse, "org/name")
+    assert first["changed"] and not [asked for asked in hub.asked if "/lfs/" in asked and "PUT" in asked]
+    again = push(sparse, "org/name")
+    assert not again["changed"] and again["commit"] == first["commit"]
+
+
+def test_a_branch_and_a_pull_request_leave_main_as_it_is(hub: Hub, sparse: Path, cli: Cli) -> None:
+    repo = hub.put()
+    main = repo.heads["main"]
+    packed = sparse.parent / "packed"
+    pack(sparse, packed)
+    assert "branch of/mine is made" in cli("push", packed, "org/name", "--revision", "of/mine").stderr
+    assert "lpsparse.safetensors.index.json" in (repo.files("of/mine") or {})
+    ran = cli("push", sparse, "org/name", "--create-pr")
+    assert (ran.rc, ran.stdout) == (0, f"{hub.address}/org/name/discussions/7\n"), ran.stderr
+    assert "lpsparse.json" in (repo.files("refs/pr/7") or {}) and repo.heads["main"] == main
+
+
+def test_hidden_files_metrics_and_marks_stay_and_the_rest_still_verifies(hub: Hub, tmp_path: Path) -> None:
+    dense = write_tiny(tmp_path / "dense")
+    (dense / ".env").write_text(f"HF_TOKEN={TOKEN}")  # a file of the source is in OUT, and in its manifest
+    (dense / ".gitattributes").write_text("*.bin filter=lfs\n")
+    prune(dense, tmp_path / "out", sparsity=0.5)
+    for name in (".git/config", ".lpsparse-owner.json", "metrics.jsonl", ".lpsparse-state/step-3/a.json"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).touch()
+    said: list[str] = []
+    from lpsparse.recipe import PushStep
+    from lpsparse.verbs import push_step
+
+    push_step(PushStep(folder=tmp_path / "out", repo="org/name"), said.append)
+    files = hub.repos["org/name"].files() or {}
+    assert {name for name in files if name[0] == "."} == {".gitattributes"} and "metrics.jsonl" not in files
+    assert files[".gitattributes"] == b"*.bin filter=lfs\n"
+    assert any(".env" in line and line.startswith("not sent: ") for line in said)
+    for name, data in files.items():
+        (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pulled" / name).write_bytes(data)
+    assert verify(tmp_path / "pulled")["ok"]
+
+
+def test_a_dry_run_lists_all_and_asks_nobody(hub: Hub, sparse: Path, cli: Cli) -> None:
+    ran = cli("push", sparse, "org/name", "--dry-run", "--json")
+    files = {each["name"]: each["bytes"] for each in json.loads(ran.stdout)["names"]}
+    assert files == {name: len(data) for name, data in contents(sparse).items()}
+    assert "lpsparse.json" in cli("push", sparse, "org/name", "--dry-run").stdout and hub.asked == []
+
+
+# What is there already
+
+
+def test_weights_that_a_loader_may_take_are_refused_or_deleted_in_the_same_commit(
+    hub: Hub, sparse: Path
+) -> None:
+    repo = hub.put({"model.safetensors": b"old", "onnx/model.onnx": b"old", "plot.png": b"p"})
+    head = repo.heads["main"]
+    error = refused(sparse, "LPS413", ExitCode.OUTPUT)
+    assert "model.safetensors, onnx/model.onnx" in error.what and "plot" not in error.what
+    assert repo.heads["main"] == head and hub.writes() == []
+    found = push(sparse, "org/name", delete_others=True)
+    assert found["deleted"] == ["model.safetensors", "onnx/model.onnx", "plot.png"]
+    assert set(repo.files() or {}) == {".gitattributes", *contents(sparse)}
+    assert len(repo.told) == 1 and repo.told[0]["parentCommit"] == head
+
+
+def test_other_files_stay_and_are_named(hub: Hub, sparse: Path, cli: Cli) -> None:
+    repo = hub.put({"plot.png": b"p"})
+    ran = cli("push", sparse, "org/name")
+    assert ran.rc == 0 and "keeps 1 files that FOLDER has not: plot.png" in ran.stderr
+    assert "plot.png" in (repo.files() or {})
+
+
+def test_a_private_push_to_a_public_repository_is_refused(hub: Hub, sparse: Path) -> None:
+    hub.put()
+    refused(sparse, "LPS414", ExitCode.OUTPUT, private=True)
+    assert hub.writes() == []
+    hub.put(private=True)
+    assert push(sparse, "org/name", private=True)["private"]
+
+
+def test_a_commit_of_another_meanwhile_is_not_written_over(hub: Hub, sparse: Path) -> None:
+    repo = hub.put()
+    hub.on = lambda path: "batch" in path and repo.add("main", {"theirs": b""}) and None
+    error = refused(sparse, "LPS807", ExitCode.REMOTE)
+    assert "412" in error.what and "no commit was made" in error.what and repo.files() == {"theirs": b""}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00003.safetensors"])
+def test_a_hub_that_keeps_other_bytes_is_found_out(name: str, hub: Hub, sparse: Path) -> None:
+    hub.spoil = name
+    assert f": {name}: " in refused(sparse, "LPS810", ExitCode.REMOTE).what
+
+
+# What goes wrong
+
+
+def test_a_folder_that_is_not_ours_or_is_damaged_is_refused_before_anything_goes_out(
+    hub: Hub, sparse: Path, tmp_path: Path, cli: Cli
+) -> None:
+    refused(tmp_path / "gone", "LPS327", ExitCode.INPUT)
+    refused(tmp_path / "dense", "LPS350", ExitCode.INPUT)
+    shutil.copy(sparse / "config.json", sparse / "new.py")
+    assert "new.py" in refused(sparse, "LPS102", ExitCode.VERDICT).what
+    ran = cli("push", sparse, "org/name", "--dry-run")
+    assert ran.rc == ExitCode.VERDICT and ran.stdout == "" and hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("name", "your user name goes before it"), ("org/name@x", "--revision"), ("a/b/c", "not org/name"),
+        ("org/na--me", "not org/name"), ("org/x.git", "not org/name"), ("-x/y", "No such option"),
+        ("org/n --revision " + "a" * 40, "a commit"), ("org/n --revision x --create-pr", "leave --revision"),
+        ("org/n --revision ../x", "not the name of a branch"), ("https://hf.co/a/b", "not org/name"),
+    ],
+)  # fmt: skip
+def test_a_bad_name_is_a_usage_error(words: str, named: str, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("push", tmp_path, *words.split())
+    assert ran.rc == ExitCode.USAGE and named in ran.stderr and ran.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "how", "mend"),
+    [
+        ("/api/models/org/name", 401, "hf auth login"), ("/api/repos/create", 403, "a name of your own"),
+        ("/api/repos/create", 409, "look at it"), ("preupload", 403, "a name of your own"),
+        ("preupload", 503, "not sent twice"), ("batch", 429, "not sent twice"), ("/lfs/", 403, "may write"),
+        ("/commit/", 413, "limits"), ("/commit/", 500, "not sent twice"), ("validate-yaml", 502, ""),
+        ("/tree/", 500, "not sent twice"), ("/api/models/org/name", 403, "a token"),
+    ],
+)  # fmt: skip
+def test_an_answer_of_the_hub_is_two_lines_with_its_own_mend(
+    words: str, how: int, mend: str, hub: Hub, sparse: Path, cli: Cli
+) -> None:
+    hub.fails[words] = how
+    ran = cli("push", sparse, "org/name", "--quiet")
+    assert (ran.rc, ran.stdout) == (ExitCode.REMOTE, "") and ran.stderr.count("\n") == 2, ran.stderr
+    error, advice = ran.stderr.splitlines()
+    assert (str(how) in error or not mend) and mend in advice and TOKEN not in ran.stderr
+    assert ("no commit was made" in error) == (words != "/tree/" and (words, how) != ("/commit/", 500)
+                                               and words != "validate-yaml")  # fmt: skip
+    assert words != "/tree/" or "is not compared" in error
+
+
+@pytest.mark.parametrize("words", ["/api/models/org/name", "/api/repos", "preupload", "/lfs/", "/commit/"])
+def test_a_connection_that_is_lost_exits_8(words: str, hub: Hub, sparse: Path) -> None:
+    hub.fails[words] = "leaves"
+    error = refused(sparse, "LPS808", ExitCode.REMOTE)
+    assert ("is not known" in error.what) == (words == "/commit/") and "not sent twice" in error.mend
+
+
+def test_no_token_a_wrong_one_and_offline_exit_8(
+    hub: Hub, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    assert "401" in refused(sparse, "LPS807", ExitCode.REMOTE).what and hub.writes() == []
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    hub.asked.clear()
+    assert "hf auth login" in refused(sparse, "LPS805", ExitCode.REMOTE).mend
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused(sparse, "LPS804", ExitCode.REMOTE).what and hub.asked == []
+
+
+def test_a_process_of_its_own_takes_address_and_token_from_the_environment(hub: Hub, sparse: Path) -> None:
+    env: dict[str, str | None] = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": None, "HF_TOKEN": TOKEN}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(sparse.parent / "hf")}
+    ran = run_cli(["push", sparse, "org/name"], **env)
+    assert ran.rc == 0 and ran.stdout.startswith(hub.address), ran.stderr
+    assert "\r" not in ran.stderr and "%" not in ran.stderr  # no bars where there is no terminal
+    assert cli_environment()["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" in run_cli(["push", sparse, "org/name"]).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "raised", "rc"), [("/lfs/", KeyboardInterrupt, 130), ("/commit/", TerminatedError, 75)]
+)
+def test_a_push_that_is_stopped_says_what_is_to_be_seen(
+    words: str, raised: type[BaseException], rc: int, hub: Hub, sparse: Path
+) -> None:
+    def asked(path: str) -> None:
+        if words in path:
+            signal.raise_signal(signal.SIGINT)
+
+    def stop(*_: Any) -> None:
+        raise raised
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        hub.on = asked
+        error = refused(sparse, "LPS755" if rc == 130 else "LPS754", rc)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ("no commit was made" in error.what) == (rc == 130) and "not sent twice" in error.mend
+
+
+def test_ctrl_c_is_heard_while_the_client_of_xet_waits(hub: Hub, sparse: Path) -> None:
+    pytest.importorskip("hf_xet")
+    hub.fails["xet-write-token"] = "leaves"
+    waits = threading.Event()
+    hub.on = lambda path: waits.set() if "xet-write-token" in path else None
+    env = cli_environment(
+        HF_ENDPOINT=hub.address, HF_HUB_OFFLINE=None, HF_TOKEN=TOKEN, HF_HOME=str(sparse.parent / "hf")
+    )
+    words = [sys.executable, "-c", LISTENING, "push", str(sparse), "org/name"]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert waits.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.INTERRUPT and b"no commit was made" in said
