@@ -8,6 +8,7 @@ from typing import Any
 from lpsparse.checkpoint.manifest import Quality, Source, source_of, write_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import shared_folder
+from lpsparse.checkpoint.rescue import LAYOUTS, free_config
 from lpsparse.checkpoint.rewrite import Written
 from lpsparse.checkpoint.threads import beside, of_one
 from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
@@ -89,9 +90,11 @@ def complete(
     left = copy_sidecars(source, folder)
     if sidecars is not None:
         sidecars(folder)
-    notes = (*source.notes, *notes, *((f"left behind: {', '.join(left)}",) if left else ()))
-    if left:
-        say(notes[-1])
+    freed = free_config(folder) if source.layout in LAYOUTS else ()
+    said = (*freed, f"left behind: {', '.join(left)}") if left else freed
+    notes = (*source.notes, *notes, *said)
+    for note in said:
+        say(note)
     found = measure(open_checkpoint(folder), chosen, name=source.name, quality=quality, counts=written.counts)
     write_json(folder / REPORT, found.model_dump(mode="json"))
     base_card = (folder / "README.base.md").exists()

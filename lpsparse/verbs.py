@@ -17,6 +17,7 @@ from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.preflight import check_output
+from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.checkpoint.threads import of_each, of_one, using
 from lpsparse.checkpoint.writer import MANIFEST
@@ -209,6 +210,8 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
 @_on_threads
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     source = _open(step.model, say, step.weights)
+    if source.layout in LAYOUTS:
+        refuse_quantised(source)
     stamps = stamps_of(source)
     chosen = of_each(lambda: prunable_of(source))
     of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))

@@ -148,11 +148,11 @@ def test_nan_and_infinity_are_carried_bit_for_bit_and_said(layout: str, tmp_path
 
 def test_the_four_parts_have_the_bytes_that_the_format_says(tmp_path: Path) -> None:
     rows = [[0, 1, 0, 0, 2, 0, 0, 0, 3], [-0.0, 0, 0, 0, 0, 0, 0, 4, 0]]
-    save_file({"w": np.array(rows, np.float32)}, tmp_path / "m.safetensors")
+    save_file({"w.weight": np.array(rows, np.float32)}, tmp_path / "m.safetensors")
     pack(tmp_path / "m.safetensors", tmp_path / "packed", layout="bitmask")
     header = (
         b'{"__metadata__":{"format":"pt","lpsparse.format_version":"1","lpsparse.layout":"bitmask",'
-        b'"lpsparse.order":"[\\"w\\"]"},'
+        b'"lpsparse.order":"[\\"w.weight\\"]"},'
         b'"w.row_offsets":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
         b'"w.shape":{"dtype":"I64","shape":[2],"data_offsets":[16,32]},'
         b'"w.compressed":{"dtype":"F32","shape":[5],"data_offsets":[32,52]},'
@@ -164,6 +164,33 @@ def test_the_four_parts_have_the_bytes_that_the_format_says(tmp_path: Path) -> N
     mask = bytes([0b00010010, 0b1, 0b10000001, 0b0])  # least significant bit first
     data = (tmp_path / "packed" / "lpsparse.safetensors").read_bytes()
     assert data == len(header).to_bytes(8, "little") + header + offsets + shape + values + mask
+
+
+NAMES = (
+    "a.weight",
+    "a",
+    "a.tensor",
+    "a.tensor.weight",
+    "a.weight.tensor",
+    "a.weight.weight",
+    ".weight",
+    "weight",
+)
+
+
+def test_a_weight_has_the_parts_names_of_compressed_tensors_and_any_other_tensor_some_of_its_own() -> None:
+    assert bitmask.stored_names("a.weight") == ("a.compressed", "a.bitmask", "a.shape", "a.row_offsets")
+    assert [bitmask.name_of(bitmask.prefix_of(name)) for name in NAMES] == list(NAMES)
+    assert len({bitmask.prefix_of(name) for name in NAMES}) == len(NAMES)
+
+
+def test_a_matrix_without_weight_in_its_name_comes_back_under_it(tmp_path: Path) -> None:
+    given = {name: np.zeros((31, 37), np.float32) for name in NAMES}
+    save_file(given, tmp_path / "m.safetensors")
+    assert {
+        row.layout for row in pack(tmp_path / "m.safetensors", tmp_path / "packed", layout="bitmask").tensors
+    } == {"bitmask"}
+    assert load(tmp_path / "packed").keys() == given.keys()
 
 
 def test_names_on_disk_are_none_that_an_ordinary_loader_looks_for(
@@ -188,7 +215,7 @@ def test_a_packed_shard_index_names_the_parts_and_their_files(shards: Path, tmp_
     for name, file in weight_map.items():
         with safe_open(tmp_path / "packed" / file, "np") as opened:
             assert name in opened.keys()  # noqa: SIM118
-    assert {f"{PRUNABLE[0]}.{part}" for part in bitmask.PARTS} <= weight_map.keys()
+    assert set(bitmask.stored_names(PRUNABLE[0])) <= weight_map.keys()
 
 
 def test_transformers_opens_the_dense_folder_and_refuses_the_packed_one(tmp_path: Path) -> None:
@@ -242,7 +269,7 @@ def test_packing_pays_when_its_four_parts_are_fewer_bytes(
     assert bitmask.pays(dtype, shape, stored) == yes
 
 
-@pytest.mark.parametrize("extra", ["a.weight.bitmask", "a.weight.compressed", "other.bitmask"])
+@pytest.mark.parametrize("extra", ["a.bitmask", "a.compressed", "a.weight.bitmask", "other.bitmask"])
 def test_names_that_belong_to_the_layout_are_refused_not_confused(extra: str, tmp_path: Path) -> None:
     given = {"a.weight": ("F32", [7, 13], bytes(364)), extra: ("U8", [7, 13], bytes(range(91)))}
     write_safetensors(tmp_path / "m.safetensors", given)
@@ -263,7 +290,7 @@ def packed_file(path: Path, metadata: dict[str, str] | None = None, **changes: G
         "shape": ("I64", [2], np.array([2, 9], "<i8").tobytes()),
         "row_offsets": ("I64", [2], np.array([0, 3], "<i8").tobytes()),
     }
-    given = {f"w.{part}": value for part, value in (parts | changes).items() if value is not None}
+    given = {f"w.tensor.{part}": value for part, value in (parts | changes).items() if value is not None}
     metadata = {"lpsparse.layout": "bitmask", "lpsparse.format_version": "1"} | (metadata or {})
     return write_safetensors(path / "lpsparse.safetensors", given, metadata)
 

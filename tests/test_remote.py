@@ -353,6 +353,7 @@ def test_a_commit_that_is_none_exits_8(hub: Hub, tmp_path: Path) -> None:
         (with_header("[" * 5000), None, "LPS308"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", None, "LPS307"),
         (safetensors_bytes({"a": f32(7)}, {"lpsparse.layout": "bitmask"}), None, "LPS346"),
+        (safetensors_bytes({"a.compressed": f32(7), "a.bitmask": f32(7)}), None, "LPS346"),
     ],
 )  # fmt: skip
 def test_headers_from_the_network_meet_the_checks_of_files(

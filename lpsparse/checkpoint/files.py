@@ -111,14 +111,15 @@ def entries_of(tensor: Tensor, counted: Count, packs: bool) -> list[Named]:
 
 
 def _bitmask_parts(tensor: Tensor, flow: Iterator[tuple[Tensor, int, Bits]]) -> Iterator[Part]:
-    yield f"{tensor.name}.shape", 0, np.array(tensor.shape, "<i8").view("<u8")
+    values, mask, shape, offsets = bitmask.stored_names(tensor.name)
+    yield shape, 0, np.array(tensor.shape, "<i8").view("<u8")
     stored, pieces = 0, tensor.grid[0] // tensor.rows
     for _, line, block in flow:
         parts = bitmask.encode(block, stored)
-        yield f"{tensor.name}.compressed", stored, parts["compressed"]
-        yield f"{tensor.name}.bitmask", line * parts["bitmask"].shape[1], parts["bitmask"]
+        yield values, stored, parts["compressed"]
+        yield mask, line * parts["bitmask"].shape[1], parts["bitmask"]
         begun = -line % pieces  # of pieces of rows, those that begin one
-        yield f"{tensor.name}.row_offsets", -(-line // pieces), parts["row_offsets"][begun::pieces]
+        yield offsets, -(-line // pieces), parts["row_offsets"][begun::pieces]
         stored += parts["compressed"].size
 
 

@@ -49,7 +49,7 @@ class Tensor:
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
     file: str  # weight file it lies in
-    layout: str  # dense, bitmask or packed
+    layout: str  # dense, bitmask, packed or one of rescue.LAYOUTS
     stored_bytes: int
     blocks: Callable[..., Blocks] = field(repr=False, compare=False)  # of lines (first=0, last=None)
 
@@ -121,9 +121,11 @@ def open_checkpoint(model: str | Path, weights: str | None = None) -> Checkpoint
     Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached,
     UsageError when `weights` is no name, or MODEL no folder.
     """
+    from lpsparse.checkpoint.rescue import rescued
+
     check_name(weights)
     try:
-        return _open_located(*locate(model), weights)
+        return rescued(_open_located(*locate(model), weights))
     except OSError as error:  # of a folder: files have errors of their own
         what = f"{error.filename or model}: {error.strerror or error}"
         raise InputError(305, what, mend="check the path and its permissions") from error
@@ -281,10 +283,10 @@ def _open_bitmask(path: Path, header: Header) -> list[Tensor]:
     entries = {entry.name: entry for entry in header.entries}
     tensors: list[Tensor] = []
     for entry in header.entries:
-        owner, _, part = entry.name.rpartition(".")
-        if part in bitmask.PARTS and f"{owner}.bitmask" in entries:
+        prefix, _, part = entry.name.rpartition(".")
+        if part in bitmask.PARTS and f"{prefix}.bitmask" in entries:
             if part == "bitmask":
-                tensors.append(_bitmask_tensor(path, owner, entries))
+                tensors.append(_read_bitmask(path, bitmask.name_of(prefix), entries))
         else:
             tensors.append(_dense(path, entry))
     try:
@@ -295,12 +297,19 @@ def _open_bitmask(path: Path, header: Header) -> list[Tensor]:
     return sorted(tensors, key=lambda tensor: places.get(tensor.name, len(places)))
 
 
-def _bitmask_tensor(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
+def _read_bitmask(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
+    named = zip(bitmask.PARTS, bitmask.stored_names(name), strict=True)
+    parts = {part: entries[stored] for part, stored in named if stored in entries}
+
     def read(part: str, first: int, count: int) -> Bits:
         with path.open("rb") as file:
-            return read_exactly(file, entries[f"{name}.{part}"], first, count)
+            return read_exactly(file, parts[part], first, count)
 
-    parts = bitmask.check(path, name, entries, read)
+    return bitmask_tensor(name, path.name, bitmask.check(f"{path}: {name!r}", parts, read))
+
+
+def bitmask_tensor(name: str, file: str, parts: bitmask.Packed, layout: str = "bitmask") -> Tensor:
+    """A weight of the bitmask layout, or of one that is decoded like it."""
 
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
         lines, width = grid_of(parts.shape, parts.dtype)
@@ -312,7 +321,7 @@ def _bitmask_tensor(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
         for row in range(first, end, step):
             yield row, parts.decode(row, min(end, row + step))
 
-    return Tensor(name, parts.dtype, parts.shape, path.name, "bitmask", parts.stored_bytes, blocks)
+    return Tensor(name, parts.dtype, parts.shape, file, layout, parts.stored_bytes, blocks)
 
 
 def _open_packed(path: Path, header: Header) -> list[Tensor]:

@@ -18,6 +18,7 @@ from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
 from lpsparse.checkpoint.hub import IGNORED
 from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
+from lpsparse.checkpoint.rescue import find_packed
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError, RemoteError
 
@@ -59,9 +60,11 @@ def read_remote(text: str, weights: str | None = None) -> Remote:
     except InputError as error:
         error.mend = "choose another revision, or tell its owner"
         raise
+    legacy = find_packed(entry.name for header in headers.values() for entry in header.entries)
     for path, header in headers.items():
-        if any(key.startswith("lpsparse.") for key in header.metadata):
-            what = f"{path}: packed by lpsparse: the shapes of its tensors are not in its header"
+        if legacy or any(key.startswith("lpsparse.") for key in header.metadata):
+            by = "compressed-tensors" if legacy else "lpsparse"
+            what = f"{path}: packed by {by}: the shapes of its tensors are not in its header"
             raise InputError(346, what, mend=_DOWNLOAD.format(text.replace("@", " --revision ")))
     tensors = [
         Tensor(entry.name, entry.dtype, entry.shape, path.name, "dense", entry.nbytes, _no_weights)

@@ -1,15 +1,14 @@
 """Which tensors hold quantised values, or what scales them: cutting either by its magnitude means nothing."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint import rescue
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import Named
 from lpsparse.errors import InputError
 
-_MAX_CONFIG_BYTES = 10_000_000
 _UNSCALED = ("F64", "F32", "F16", "BF16")  # values that stand for themselves, whatever lies beside them
 _SCALED = (  # ends of the names of stored values and of their scales, and what writes such a pair
     (".qweight", ".scales", "GPTQ or AWQ"),
@@ -37,34 +36,30 @@ def quantised(tensors: Iterable[Named]) -> dict[str, str]:
 
 def refuse_quantised(source: Checkpoint) -> None:
     """Raises InputError for a quantised checkpoint, by its tensors or its config.json. Float8 values without
-    scales stand for themselves."""
+    scales stand for themselves, and so do values that are only sparse."""
     found = quantised((tensor.name, tensor.dtype, tensor.shape) for tensor in source.tensors)
     method = next(iter(found.values()), None)
-    if any(tensor.dtype not in (*_UNSCALED, "I64", "BOOL") for tensor in source.tensors):
-        method = _configured(source.root) or method  # of values that stand for themselves it says nothing
+    rescued = source.layout in rescue.LAYOUTS
+    if rescued or any(tensor.dtype not in (*_UNSCALED, "I64", "BOOL") for tensor in source.tensors):
+        method = (
+            _configured(rescue.folder_of(source) if rescued else source.root) or method
+        )  # of values that stand for themselves it says nothing
     if method is not None:
         names = [tensor.name for tensor in source.tensors if tensor.name in found]
         shown = f": {', '.join(names[:3])}" if names else ""
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         what = f"{source.name}: is quantised ({method}), which cannot be pruned or trained{shown}{more}"
+        if rescued:
+            what = f"{source.name}: is sparse and quantised ({method}), which cannot be unpacked{shown}{more}"
         raise InputError(337, what, mend="take the model that it was quantised from, or dequantise it")
 
 
 def _configured(folder: Path | None) -> str | None:
-    """What config.json calls its quantisation, at its top or in a part such as text_config. A config that
-    cannot be read says nothing: it is carried as it is."""
-    path = folder / "config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return None
-    try:
-        with path.open("rb") as file:
-            config: Any = json.loads(file.read(_MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return None
-    parts: list[Any] = [config, *config.values()] if isinstance(config, dict) else []
-    for part in parts:
-        settings: Any = part.get("quantization_config") if isinstance(part, dict) else None
-        if settings:
+    """What config.json calls its quantisation, at its top or in a part such as text_config."""
+    config = rescue.config_of(folder)
+    parts: list[Any] = [config, *config.values()]
+    for settings in (part.get(key) for part in parts if isinstance(part, dict) for key in rescue.CONFIGS):
+        if settings and not rescue.is_only_sparse(settings):
             method: Any = settings.get("quant_method") if isinstance(settings, dict) else None
             return method if isinstance(method, str) and method else "by its config.json"
     return None

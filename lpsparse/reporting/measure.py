@@ -13,6 +13,7 @@ from lpsparse.checkpoint.files import entries_of
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.manifest import Quality, TensorRecord, digest, own_manifest
 from lpsparse.checkpoint.opening import Checkpoint, Tensor
+from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import Named, file_size
@@ -110,6 +111,7 @@ _OPENS = {
     "dense": "any safetensors reader; transformers from_pretrained where config.json is beside it",
     "bitmask": "lpsparse (load, unpack); ordinary loaders refuse it by its file name",
     "packed": "lpsparse (load, unpack); ordinary loaders refuse it by its file name",
+    **dict.fromkeys(LAYOUTS, "lpsparse (load, unpack); compressed-tensors until 0.14, which wrote it"),
 }
 
 

@@ -20,6 +20,7 @@ from lpsparse import distributed
 from lpsparse.checkpoint import opening
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, grid_of
+from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.errors import InputError, StateError
 from lpsparse.training.model_fn import build
 from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
@@ -103,6 +104,9 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
             what = f"{path}: asks for code of its own ({key}), which is never run"
             raise InputError(393, what, mend="see --model-fn")
         if key == "quantization_config":
+            if checkpoint.layout in LAYOUTS:
+                what = f"{path}: says {checkpoint.layout}, which cannot be trained as it is"
+                raise InputError(393, what, mend="`lpsparse unpack` it first")
             raise InputError(
                 393, f"{path}: is quantised, which cannot be trained", mend="dequantise it first"
             )

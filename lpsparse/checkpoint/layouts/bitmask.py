@@ -1,17 +1,18 @@
-"""The bitmask layout: non-zero values and one bit a weight, the bit order of compressed-tensors <= 0.14.
+"""The bitmask layout: non-zero values and one bit a weight, byte for byte as compressed-tensors 0.9 to 0.14.
 
-For a weight W of shape (d0, ...), seen as d0 rows of `columns` values:
-  W.compressed   1-D, W's dtype: the non-zero values in row order
-  W.bitmask      uint8 (d0, ceil(columns / 8)), least significant bit first: 1 is a stored value
-  W.shape        int64 (ndim,)
-  W.row_offsets  int64 (d0,): where each row starts in W.compressed
-A value is "zero" when all its bits are zero, so -0.0 is stored and unpacking is bit-exact.
+For a weight M.weight of shape (d0, ...), seen as d0 rows of `columns` values:
+  M.compressed   1-D, the weight's dtype: the non-zero values in row order
+  M.bitmask      uint8 (d0, ceil(columns / 8)), least significant bit first: 1 is a stored value
+  M.shape        int64 (ndim,)
+  M.row_offsets  int64 (d0,): where each row starts in M.compressed
+What compressed-tensors never packed is ours: a tensor W of another name has M = W.tensor, and one of more
+than two dimensions is flattened. A value is "zero" when all its bits are zero: -0.0 is stored (it reads that,
+and would have written +0.0), and unpacking is bit-exact.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,25 @@ from lpsparse.checkpoint.header import Entry
 from lpsparse.errors import InputError
 
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
+_AGAIN = "pack the model again"
+_WHOLE = ".tensor"  # after it a prefix has the whole name before it, without it all but `.weight`
 Read = Callable[[str, int, int], Bits]  # (part, first unit, count) -> storage units
 
 
+def prefix_of(name: str) -> str:
+    """What the names of its parts begin with."""
+    module = name.removesuffix(".weight")
+    return name + _WHOLE if module == name or module.endswith(_WHOLE) else module
+
+
+def name_of(prefix: str) -> str:
+    """The tensor with this prefix: one of each, whatever they are."""
+    return prefix.removesuffix(_WHOLE) if prefix.endswith(_WHOLE) else prefix + ".weight"
+
+
 def stored_names(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}.{part}" for part in PARTS)
+    prefix = prefix_of(name)
+    return tuple(f"{prefix}.{part}" for part in PARTS)
 
 
 def stored_shapes(
@@ -33,11 +48,12 @@ def stored_shapes(
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of the four tensors that hold a weight with `stored` non-zero values."""
     rows, columns = shape[0], math.prod(shape[1:])
+    values, mask, size, offsets = stored_names(name)
     return [
-        (f"{name}.compressed", dtype, (stored,)),
-        (f"{name}.bitmask", "U8", (rows, -(-columns // 8))),
-        (f"{name}.shape", "I64", (len(shape),)),
-        (f"{name}.row_offsets", "I64", (rows,)),
+        (values, dtype, (stored,)),
+        (mask, "U8", (rows, -(-columns // 8))),
+        (size, "I64", (len(shape),)),
+        (offsets, "I64", (rows,)),
     ]
 
 
@@ -53,8 +69,8 @@ def pays(dtype: str, shape: tuple[int, ...], stored: int) -> bool:
 def is_taken(name: str, packed: set[str]) -> bool:
     """Whether a dense tensor of this name, beside the `packed` ones,
     would be read as a part of a packed one."""
-    owner, _, part = name.rpartition(".")
-    return part == "bitmask" or (part in PARTS and owner in packed)
+    prefix, _, part = name.rpartition(".")
+    return part == "bitmask" or (part in PARTS and name_of(prefix) in packed)
 
 
 def encode(block: Bits, stored_before: int) -> dict[str, Bits]:
@@ -81,6 +97,7 @@ class Packed:
     stored_bytes: int
     offsets: Bits  # (rows + 1,): row r's values are compressed[offsets[r]:offsets[r + 1]]
     read: Read
+    mend: str = _AGAIN
 
     @property
     def rows(self) -> int:
@@ -125,20 +142,20 @@ class Packed:
 
     def _refusal(self, first: int, last: int) -> InputError:
         what = f"{self.where}: bitmask and row_offsets count different values in rows {first}..{last}"
-        return InputError(341, what, mend="pack the model again")
+        return InputError(341, what, mend=self.mend)
 
 
-def check(path: Path, name: str, entries: dict[str, Entry], read: Read) -> Packed:
+def check(where: str, parts: dict[str, Entry], read: Read, mend: str = _AGAIN) -> Packed:
     """Check that the four parts agree, before anything of
     the weight's size is allocated. Raises InputError."""
 
     def refuse(why: str) -> InputError:
-        return InputError(340, f"{path}: {name!r}: {why}", mend="pack the model again")
+        return InputError(340, f"{where}: {why}", mend=mend)
 
-    missing = [part for part in PARTS if f"{name}.{part}" not in entries]
+    missing = [part for part in PARTS if part not in parts]
     if missing:
         raise refuse(f"its {', '.join(missing)} is missing")
-    values, mask, size, offsets = (entries[f"{name}.{part}"] for part in PARTS)
+    values, mask, size, offsets = (parts[part] for part in PARTS)
     if len(size.shape) != 1 or not 2 <= size.shape[0] <= 16 or size.dtype != "I64":
         raise refuse("its shape part is not int64 of 2 to 16 dimensions")
     shape = tuple(int(n) for n in read("shape", 0, size.shape[0]))
@@ -157,4 +174,4 @@ def check(path: Path, name: str, entries: dict[str, Entry], read: Read) -> Packe
     if rows and (bounds[0] != 0 or bool(np.any(bounds[1:] < bounds[:-1]))):
         raise refuse("row_offsets do not rise from 0 to the number of values")
     stored = sum(entry.nbytes for entry in (values, mask, size, offsets))
-    return Packed(f"{path}: {name!r}", values.dtype, shape, columns, stored, bounds, read)
+    return Packed(where, values.dtype, shape, columns, stored, bounds, read, mend)
