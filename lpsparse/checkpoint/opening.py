@@ -6,7 +6,7 @@ what comes out is the same: named tensors of raw bits, read a few megabytes at a
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,7 @@ def _open_located(path: Path, name: str, revision: str | None, weights: str | No
         checkpoint = _open_files(name, root, list(files), files)
     else:
         checkpoint = _open_files(name, root, [file], None)
-    if revision is not None:
-        checkpoint = Checkpoint(
-            name, root, checkpoint.files, checkpoint.tensors, checkpoint.metadata, revision
-        )
-    return checkpoint
+    return replace(checkpoint, revision=revision)
 
 
 def _open_files(
