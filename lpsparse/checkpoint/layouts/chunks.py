@@ -5,7 +5,7 @@ import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.layouts.exponents import decode_exponents, encode_exponents
-from lpsparse.checkpoint.layouts.frames import box, join, split, unbox
+from lpsparse.checkpoint.layouts.frames import box, join, keep_freed_memory, split, unbox
 from lpsparse.checkpoint.layouts.masks import decode_mask, encode_mask
 
 LEVELS = ("fast", "default", "max")
@@ -54,6 +54,7 @@ def _encode_rest(rest: Bits, width: int, level: str) -> bytes:
 def decode_chunk(stored: memoryview, count: int, dtype: str) -> Bits:
     """The `count` values of a chunk. Raises BrokenError for what `encode_chunk` does not make; whatever it
     says, no more is allocated than a few times the values."""
+    keep_freed_memory()
     kind = DTYPES[dtype].storage
     if dtype not in _FIELDS:
         planes = [unbox(part, count) for part in split(stored, kind.itemsize)]

@@ -2,6 +2,7 @@
 frame. docs/format.md specifies it."""
 
 import threading
+from functools import cache
 
 import numpy as np
 import zstandard
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 WORTH = 32  # a frame is taken when it saves this part of the bytes: to undo Huffman costs about 1 ns a byte
+_KEPT = 16 << 20  # bytes: more than a chunk takes to decode, less than what glibc never learns from (32 MiB)
 _local = threading.local()  # zstd's contexts are not to be shared by threads
 
 
@@ -56,6 +58,14 @@ def split(data: memoryview, count: int) -> list[memoryview]:
     if len(data):
         raise BrokenError(f"{len(data)} bytes too many")
     return parts
+
+
+@cache
+def keep_freed_memory() -> None:
+    """glibc gives what is freed back to the system where it is more than twice the largest block that it had
+    mapped, and a page that comes again costs more than to decode what is on it. To free one block of 16 MiB,
+    of which nothing was touched, raises that to 32 MiB; other makes of malloc do not mind."""
+    np.empty(_KEPT, np.uint8)
 
 
 def _compressor() -> zstandard.ZstdCompressor:
