@@ -154,10 +154,10 @@ def open(path: str | Path, weights: str | None = None) -> Checkpoint:
 def load(path: str | Path, weights: str | None = None) -> dict[str, Any]:
     """Every tensor of a checkpoint of any layout as a dense torch tensor, by name. A tied one is there under
     the names, too, that safetensors' save_model would have left out."""
-    from lpsparse.training.model import to_tensor
+    from lpsparse.training.model import to_tensors
 
     checkpoint = open_checkpoint(path, weights)
-    found = {tensor.name: to_tensor(tensor) for tensor in checkpoint.tensors}
+    found = to_tensors(checkpoint.tensors)
     ties = {name: of for metadata in checkpoint.metadata.values() for name, of in metadata.items()}
     return {name: found[of] for name, of in ties.items() if of in found} | found
 

@@ -32,7 +32,7 @@ from lpsparse.checkpoint.header import (
 )
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.names import TORCH_SUFFIXES
-from lpsparse.checkpoint.threads import check_going_on
+from lpsparse.checkpoint.threads import among, check_going_on, parallel
 from lpsparse.errors import InputError, UsageError
 
 BLOCK_BYTES = 2 << 20  # lines are read about this much at a time: with the work on it, it stays in the cache
@@ -82,10 +82,10 @@ class Tensor:
 
     def read(self) -> Bits:
         """The whole tensor, raw bits in its own shape; of values under a byte the bytes, in one dimension."""
-        parts = [block for _, block in self.blocks()]
-        if not parts:
-            return np.zeros(self.shape, DTYPES[self.dtype].storage)
-        return np.concatenate(parts).reshape(self.shape if DTYPES[self.dtype].bits >= 8 else -1)
+        found = np.empty(self.grid, DTYPES[self.dtype].storage)
+        for line, block in self.blocks():
+            found[line : line + len(block)] = block
+        return found.reshape(self.shape if DTYPES[self.dtype].bits >= 8 else -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,20 @@ def open_checkpoint(model: str | Path, weights: str | None = None) -> Checkpoint
     except OSError as error:  # of a folder: files have errors of their own
         what = f"{error.filename or model}: {error.strerror or error}"
         raise InputError(305, what, mend="check the path and its permissions") from error
+
+
+def read_all(tensors: Iterable[Tensor]) -> list[Bits]:
+    """`read` of each, on all threads of this process."""
+
+    def fill(task: tuple[Tensor, Bits, int, int]) -> None:
+        tensor, found, first, last = task
+        for line, block in tensor.blocks(first, last):
+            found[line : line + len(block)] = block
+
+    grids = [(each, np.empty(each.grid, DTYPES[each.dtype].storage)) for each in tensors]
+    with among(None):
+        parallel(fill, [(*item, *lines) for item in grids for lines in item[0].tasks(BLOCK_BYTES)])
+    return [found.reshape(each.shape if DTYPES[each.dtype].bits >= 8 else -1) for each, found in grids]
 
 
 def _open_located(path: Path, name: str, revision: str | None, weights: str | None) -> Checkpoint:

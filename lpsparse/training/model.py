@@ -70,13 +70,23 @@ class Loaded:
 
 def to_tensor(tensor: opening.Tensor) -> Tensor:
     """The tensor as torch sees it, in its own dtype; a copy."""
-    if tensor.dtype not in TORCH_DTYPES:
-        raise InputError(
-            390, f"{tensor.file}: {tensor.name!r}: {tensor.dtype} cannot be trained", mend="convert it"
-        )
-    dtype = TORCH_DTYPES[tensor.dtype]
-    raw = torch.from_numpy(tensor.read().view(f"<i{dtype.itemsize}" if dtype.itemsize > 1 else "u1").copy())
-    return raw.view(dtype)
+    return to_tensors([tensor])[tensor.name]
+
+
+def to_tensors(tensors: Iterable[opening.Tensor]) -> dict[str, Tensor]:
+    """Each as torch sees it, in its own dtype, by name; copies, read on all threads."""
+    work = list(tensors)
+    for tensor in work:
+        if tensor.dtype not in TORCH_DTYPES:
+            raise InputError(
+                390, f"{tensor.file}: {tensor.name!r}: {tensor.dtype} cannot be trained", mend="convert it"
+            )
+    found: dict[str, Tensor] = {}
+    for tensor, bits in zip(work, opening.read_all(work), strict=True):
+        dtype = TORCH_DTYPES[tensor.dtype]
+        raw = torch.from_numpy(bits.view(f"<i{dtype.itemsize}" if dtype.itemsize > 1 else "u1"))
+        found[tensor.name] = raw.view(dtype)
+    return found
 
 
 def from_tensor(value: Tensor, dtype: str) -> Any:
