@@ -79,7 +79,7 @@ def decode_exponents(
     packed = unbox(parts[1], -(-count * bits // 8))
     escape = (1 << bits) - 1
     known = (_symbols(bits) < table.size) | ((_symbols(bits) == escape) & bool(len(parts[2])))
-    if not known.all(axis=1).take(packed).all():
+    if not known.all() and not known.all(axis=1).take(packed).all():
         raise BrokenError("a symbol stands for no exponent")
     values = np.zeros(1 << bits, kind)
     values[: table.size] = table.astype(kind) << shift
