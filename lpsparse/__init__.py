@@ -1,11 +1,13 @@
 """lpsparse: make pretrained checkpoints small with L_p weight decay, and prove that they still work.
 
 Names are imported on first use, so that `import lpsparse` costs nothing and commands that need no torch
-import none.
+import none. transformers' `from_pretrained` opens packed folders from here on.
 """
 
 from importlib import import_module
 from typing import Any
+
+from lpsparse.integrations import hook
 
 __version__ = "0.1.0"
 
@@ -29,3 +31,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lpsparse' has no attribute {name!r}")
     return getattr(import_module(f"lpsparse.{_HOMES[name]}"), name)
+
+
+hook.install()

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file"},
     "cli": VERBS_MAY | {"verbs", "recipe_file", "pipeline"},
     "__main__": {"cli"},
-    "__init__": set[str](),
+    "__init__": {"integrations.hook"},  # standard library only
     "distributed": {"checkpoint.threads", "errors"},
 }
 

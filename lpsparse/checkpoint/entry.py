@@ -1,0 +1,129 @@
+"""The entry of a packed folder's config.json: by it transformers knows the folder as ours, and the loader
+knows what it must have read.
+
+The digest is the sum, modulo 2**64, of a hash of each stored part with its name: whatever the order they are
+read in, one that is missing, there twice, changed or exchanged with another gives another sum.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.header import Entry, read_header, unique_json
+from lpsparse.checkpoint.layouts import bitmask, packed
+from lpsparse.checkpoint.opening import Checkpoint, Tensor, open_checkpoint, read_exactly
+from lpsparse.errors import InputError
+
+KEY = "quantization_config"
+_METHOD = "lpsparse"
+
+
+class LoaderEntry(BaseModel):
+    """What KEY holds in config.json."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    quant_method: Literal["lpsparse"] = _METHOD
+    format_version: Literal[1] = 1
+    layout: Literal["packed", "bitmask"]
+    sharded: bool  # whether there is an index to be opened, or the one file
+    dtype: Literal["F64", "F32", "F16", "BF16"] | None  # what `dtype="auto"` finds in the dense model
+    tensors: Annotated[int, Field(ge=0)]  # that are not stored densely
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+
+def parse_entry(given: dict[str, Any]) -> LoaderEntry:
+    """Raises InputError for anything that this version would not write."""
+    try:
+        return LoaderEntry.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"config.json: {KEY}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError(361, what, mend="upgrade lpsparse, or pack the model again") from None
+
+
+def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The entry for a packed checkpoint that has been written; reads its packed bytes."""
+    total = sum(hash_file(path, set(stored_in(path))) for path in checkpoint.files)
+    floats = (t.dtype for t in checkpoint.tensors if DTYPES[t.dtype].is_float and DTYPES[t.dtype].bits > 8)
+    return LoaderEntry(
+        layout="bitmask" if checkpoint.layout == "bitmask" else "packed",
+        sharded=len(checkpoint.files) > 1,
+        dtype=next(floats, None),  # pyright: ignore[reportArgumentType]  # pydantic checks it
+        tensors=sum(tensor.layout != "dense" for tensor in checkpoint.tensors),
+        digest=f"{total % 2**64:016x}",
+    ).model_dump()
+
+
+def stored_in(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file that are not stored densely, under the name of each of their parts."""
+    opened = open_checkpoint(path).tensors
+    return {part: t for t in opened if t.layout != "dense" for part in stored_names(t)}
+
+
+def stored_names(tensor: Tensor) -> tuple[str, ...]:
+    """The parts of a tensor that is not stored densely."""
+    if tensor.layout == "bitmask":
+        return bitmask.stored_names(tensor.name)
+    return (tensor.name + packed.SUFFIX,)
+
+
+def hash_part(name: str, data: Any) -> int:
+    """64 bits of sha256 of a part's name and of its bytes, a buffer."""
+    found = hashlib.sha256(name.encode() + b"\0")
+    found.update(data)
+    return int.from_bytes(found.digest()[:8], "little")
+
+
+def hash_file(path: Path, names: set[str]) -> int:
+    """The sum of `hash_part` of some parts of a weight file."""
+    with path.open("rb") as file:
+        entries = (entry for entry in read_header(path).entries if entry.name in names)
+        return sum(hash_part(e.name, read_exactly(file, _bytes_of(e), 0, e.nbytes).data) for e in entries)
+
+
+def _bytes_of(entry: Entry) -> Entry:
+    return Entry(entry.name, "U8", (entry.nbytes,), entry.offset, entry.nbytes)
+
+
+def with_entry(config: str, entry: dict[str, Any]) -> str:
+    """A config.json with the entry, as its last line; else the text is as it was. Raises InputError where
+    the model is quantised otherwise, of which a loader can be told one thing only."""
+    table = _table(config)
+    parts = [table, *(part for part in table.values() if isinstance(part, dict))]
+    if any(part.get(KEY) and part[KEY].get("quant_method") != _METHOD for part in parts):
+        what = f"config.json has a {KEY} of its own: transformers could not read both"
+        raise InputError(362, what, mend="keep this model dense")
+    config = without_entry(config)
+    before, after = config[: config.rindex("}")], config[config.rindex("}") :]
+    bare = before.rstrip()
+    return bare + _line(entry, first=bare.endswith("{")) + before[len(bare) :] + after
+
+
+def without_entry(config: str) -> str:
+    """A config.json as it was before `with_entry`; one that has no entry of ours is left as it is."""
+    table = _table(config)
+    entry = table.get(KEY)
+    if not isinstance(entry, dict) or entry.get("quant_method") != _METHOD:
+        return config
+    del table[KEY]
+    text = config.replace(_line(entry, first=not table), "", 1)
+    return text if _table(text) == table else json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+
+
+def _line(entry: dict[str, Any], *, first: bool) -> str:
+    return ("" if first else ",") + f'\n  "{KEY}": {json.dumps(entry)}'
+
+
+def _table(config: str) -> dict[str, Any]:
+    try:
+        table = unique_json(config)
+    except ValueError as error:
+        raise InputError(363, f"config.json is not JSON: {error}", mend="mend the file") from None
+    if not isinstance(table, dict):
+        raise InputError(363, "config.json is no table", mend="mend the file")
+    return table
