@@ -43,6 +43,7 @@ class LpsparseError(Exception):
         self.code = f"LPS{number}"
         self.what = what
         self.mend = mend
+        self.add_note(f"  mend: {mend}")  # a traceback has the second line, too
 
     def __reduce__(self) -> tuple[Any, ...]:
         """So that one process can tell another."""
