@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.entry import tell_loaders
 from lpsparse.checkpoint.manifest import Quality, Source, source_of, write_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import shared_folder
@@ -91,11 +92,13 @@ def complete(
     if sidecars is not None:
         sidecars(folder)
     freed = free_config(folder) if source.layout in LAYOUTS else ()
-    said = (*freed, f"left behind: {', '.join(left)}") if left else freed
+    checkpoint = open_checkpoint(folder)
+    said = (*freed, *tell_loaders(folder, checkpoint))
+    said = (*said, f"left behind: {', '.join(left)}") if left else said
     notes = (*source.notes, *notes, *said)
     for note in said:
         say(note)
-    found = measure(open_checkpoint(folder), chosen, name=source.name, quality=quality, counts=written.counts)
+    found = measure(checkpoint, chosen, name=source.name, quality=quality, counts=written.counts)
     write_json(folder / REPORT, found.model_dump(mode="json"))
     base_card = (folder / "README.base.md").exists()
     write_text(folder / CARD, card.render(found, record, quality, base_card=base_card))

@@ -69,8 +69,6 @@ def sparse(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def packed(source: Path, layout: str = "packed") -> Path:
     out = source.with_name(f"{source.name}-{layout}")
     lpsparse.pack(source, out, layout=layout)
-    config = out / "config.json"
-    config.write_text(with_entry(config.read_text(), quantization_entry(open_checkpoint(out))))
     return out
 
 

@@ -16,6 +16,7 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.header import Entry, read_header, unique_json
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.opening import Checkpoint, Tensor, open_checkpoint, read_exactly
+from lpsparse.checkpoint.writer import fsync
 from lpsparse.errors import InputError
 
 KEY = "quantization_config"
@@ -34,6 +35,25 @@ class LoaderEntry(BaseModel):
     dtype: Literal["F64", "F32", "F16", "BF16"] | None  # what `dtype="auto"` finds in the dense model
     tensors: Annotated[int, Field(ge=0)]  # that are not stored densely
     digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+
+def tell_loaders(folder: Path, written: Checkpoint) -> tuple[str, ...]:
+    """Give the config.json in `folder` the entry of what was written there, or take an old one out. What is
+    to be said where it cannot be given."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return ()
+    try:
+        text = path.read_bytes().decode()
+        dense = written.layout == "dense"
+        changed = without_entry(text) if dense else with_entry(text, quantization_entry(written))
+    except (InputError, UnicodeDecodeError) as error:
+        why = error.what if isinstance(error, InputError) else "config.json is not UTF-8"
+        return () if written.layout == "dense" else (f"{why}: transformers cannot open OUT, lpsparse can",)
+    if changed != text:
+        path.write_bytes(changed.encode())
+        fsync(path)
+    return ()
 
 
 def parse_entry(given: dict[str, Any]) -> LoaderEntry:
@@ -95,7 +115,7 @@ def with_entry(config: str, entry: dict[str, Any]) -> str:
     the model is quantised otherwise, of which a loader can be told one thing only."""
     table = _table(config)
     parts = [table, *(part for part in table.values() if isinstance(part, dict))]
-    if any(part.get(KEY) and part[KEY].get("quant_method") != _METHOD for part in parts):
+    if any(part.get(KEY) and not is_ours(part[KEY]) for part in parts):
         what = f"config.json has a {KEY} of its own: transformers could not read both"
         raise InputError(362, what, mend="keep this model dense")
     config = without_entry(config)
@@ -104,12 +124,17 @@ def with_entry(config: str, entry: dict[str, Any]) -> str:
     return bare + _line(entry, first=bare.endswith("{")) + before[len(bare) :] + after
 
 
+def is_ours(settings: Any) -> bool:
+    """Whether a `quantization_config` is an entry of ours, true or not."""
+    return isinstance(settings, dict) and settings.get("quant_method") == _METHOD
+
+
 def without_entry(config: str) -> str:
     """A config.json as it was before `with_entry`; one that has no entry of ours is left as it is."""
     table = _table(config)
-    entry = table.get(KEY)
-    if not isinstance(entry, dict) or entry.get("quant_method") != _METHOD:
+    if not is_ours(table.get(KEY)):
         return config
+    entry = table[KEY]
     del table[KEY]
     text = config.replace(_line(entry, first=not table), "", 1)
     return text if _table(text) == table else json.dumps(table, indent=2, ensure_ascii=False) + "\n"

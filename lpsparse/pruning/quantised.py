@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint import rescue
+from lpsparse.checkpoint.entry import is_ours
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import Named
 from lpsparse.errors import InputError
@@ -59,7 +60,7 @@ def _configured(folder: Path | None) -> str | None:
     config = rescue.config_of(folder)
     parts: list[Any] = [config, *config.values()]
     for settings in (part.get(key) for part in parts if isinstance(part, dict) for key in rescue.CONFIGS):
-        if settings and not rescue.is_only_sparse(settings):
+        if settings and not rescue.is_only_sparse(settings) and not is_ours(settings):
             method: Any = settings.get("quant_method") if isinstance(settings, dict) else None
             return method if isinstance(method, str) and method else "by its config.json"
     return None

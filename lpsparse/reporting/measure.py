@@ -107,10 +107,14 @@ class Report(_Record):
         return all(budget.passed for budget in self.budgets)
 
 
+_PACKED = (
+    "lpsparse (load, unpack); transformers from_pretrained after `import lpsparse`, where config.json is "
+    "beside it; ordinary loaders refuse it by its file name"
+)
 _OPENS = {
     "dense": "any safetensors reader; transformers from_pretrained where config.json is beside it",
-    "bitmask": "lpsparse (load, unpack); ordinary loaders refuse it by its file name",
-    "packed": "lpsparse (load, unpack); ordinary loaders refuse it by its file name",
+    "bitmask": _PACKED,
+    "packed": _PACKED,
     **dict.fromkeys(LAYOUTS, "lpsparse (load, unpack); compressed-tensors until 0.14, which wrote it"),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lpsparse import distributed
 from lpsparse.checkpoint import opening
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
+from lpsparse.checkpoint.entry import is_ours
 from lpsparse.checkpoint.opening import Blocks, Checkpoint, grid_of
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.errors import InputError, StateError
@@ -113,6 +114,8 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         if key == "auto_map" or (key.endswith("_implementation") and not str(value).isidentifier()):
             what = f"{path}: asks for code of its own ({key}), which is never run"
             raise InputError(393, what, mend="see --model-fn")
+        if key == "quantization_config" and is_ours(value):
+            continue
         if key == "quantization_config":
             if checkpoint.layout in LAYOUTS:
                 what = f"{path}: says {checkpoint.layout}, which cannot be trained as it is"
@@ -120,7 +123,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
             raise InputError(
                 393, f"{path}: is quantised, which cannot be trained", mend="dequantise it first"
             )
-    return config
+    return {key: value for key, value in config.items() if not is_ours(value)}
 
 
 def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
