@@ -108,7 +108,7 @@ def test_blocks_of_rows_do_not_change_the_packed_bytes(
 ) -> None:
     prune(tiny, tmp_path / "sparse", sparsity=0.8)
     pack(tmp_path / "sparse", tmp_path / "whole", layout="bitmask")
-    monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 100)
+    monkeypatch.setattr("lpsparse.checkpoint.tensors.BLOCK_BYTES", 100)
     pack(tmp_path / "sparse", tmp_path / "blocks", layout="bitmask")
     assert tree_hash(tmp_path / "whole") == tree_hash(tmp_path / "blocks")
     unpack(tmp_path / "blocks", tmp_path / "back")

@@ -62,7 +62,7 @@ def test_folder_file_and_index_hold_the_same_tensors(tiny: Path, shards: Path) -
 def test_a_large_tensor_is_read_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     array = np.arange(101 * 13, dtype=np.float32).reshape(101, 13)
     save_file({"a": array}, tmp_path / "m.safetensors")
-    monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 7 * 13 * 4 + 3)
+    monkeypatch.setattr("lpsparse.checkpoint.tensors.BLOCK_BYTES", 7 * 13 * 4 + 3)
     (tensor,) = open_checkpoint(tmp_path / "m.safetensors").tensors
     blocks = list(tensor.blocks())
     assert [row for row, _ in blocks] == list(range(0, 101, 7))

@@ -196,7 +196,7 @@ def test_any_range_of_lines_of_any_shape_is_read_alone(
     data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "lpsparse.checkpoint.opening.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))
+        "lpsparse.checkpoint.tensors.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))
     )
     monkeypatch.setattr(
         "lpsparse.checkpoint.files.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))

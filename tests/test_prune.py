@@ -568,7 +568,7 @@ def test_values_names_and_shapes_that_are_not_the_sources_are_named(tmp_path: Pa
         "a.weight: 1 values are neither", "b.weight: F32 (5, 13), base has F32 (7, 13)",
         "d.weight: not in base", "c.weight: missing", "ids: 7 values are neither",
     ):  # fmt: skip
-        assert what in said.stderr, said.stderr
+        assert what in said.stdout, said.stdout
 
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask"])

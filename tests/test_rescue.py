@@ -223,7 +223,7 @@ def test_any_lines_in_blocks_of_any_size_are_those_of_the_whole(
 ) -> None:
     (tensor,) = open_checkpoint(packed_file(tmp_path, parts)).tensors
     whole = tensor.read().reshape(tensor.grid)
-    monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 16)
+    monkeypatch.setattr("lpsparse.checkpoint.tensors.BLOCK_BYTES", 16)
     monkeypatch.setattr("lpsparse.checkpoint.rescue.BLOCK_BYTES", 16)
     lines = whole.shape[0]
     for first in range(lines):

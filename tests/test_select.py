@@ -316,7 +316,7 @@ def test_ties_in_a_row_go_by_position(tmp_path: Path) -> None:
 
 def test_ties_across_blocks_of_rows_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint_of(tmp_path / "m", {"a.weight": np.ones((13, 7), np.float32)})
-    monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 3 * 7 * 4)
+    monkeypatch.setattr("lpsparse.checkpoint.tensors.BLOCK_BYTES", 3 * 7 * 4)
     assert len(list(source.tensors[0].blocks())) == 5
     found = apply(plan_prune(source, sparsity=Decimal("0.5")), source)["a.weight"]
     assert np.array_equal(np.flatnonzero(found == 0), np.arange(45))
@@ -580,7 +580,7 @@ def test_n_of_m_leaves_the_largest_of_each_group_ties_by_position(
 def test_blocks_are_cut_whole_the_smallest_sums_first(
     rows: int, columns: int, scope: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", 3 * 21 * 4)  # read three rows at a time
+    monkeypatch.setattr("lpsparse.checkpoint.tensors.BLOCK_BYTES", 3 * 21 * 4)  # read three rows at a time
     draw = np.random.default_rng(4)
     arrays = {f"{name}.weight": draw.standard_normal((12, 21)).astype(np.float32) for name in "ab"}
     arrays["b.weight"] *= 0.1
@@ -657,7 +657,7 @@ def test_rows_that_are_read_in_pieces_are_cut_as_whole_ones(
     save_file(arrays, tmp_path / "m.safetensors")
     prune(tmp_path / "m.safetensors", tmp_path / "whole", **rule, layout=layout)
     for piece_bytes in (40 * 4, 104 * 4):
-        monkeypatch.setattr("lpsparse.checkpoint.opening.BLOCK_BYTES", piece_bytes)
+        monkeypatch.setattr("lpsparse.checkpoint.tensors.BLOCK_BYTES", piece_bytes)
         out = tmp_path / str(piece_bytes)
         assert open_checkpoint(tmp_path / "m.safetensors").tensors[0].grid[0] > LONG[0][0]
         prune(tmp_path / "m.safetensors", out, **rule, layout=layout)

@@ -19,15 +19,15 @@ from lpsparse.settings import name_as_launched
 PROGRAM = """
 import json, os, sys
 import lpsparse
-from lpsparse.checkpoint import opening
+from lpsparse.checkpoint import stored
 from lpsparse.pruning import plan
 model, out = sys.argv[1:]
 read, selecting = [], plan.select
 def select(*args, **options):
-    exactly = opening.read_exactly
-    opening.read_exactly = lambda *given: read.append(given[-1]) or exactly(*given)
+    exactly = stored.read_exactly
+    stored.read_exactly = lambda *given: read.append(given[-1]) or exactly(*given)
     found = selecting(*args, **options)
-    opening.read_exactly = exactly
+    stored.read_exactly = exactly
     return found
 plan.select = select
 with lpsparse.together():

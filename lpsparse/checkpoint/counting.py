@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, ordered
-from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
+from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.header import Entry, read_header, unique_json
 from lpsparse.checkpoint.layouts import bitmask, packed
-from lpsparse.checkpoint.opening import Checkpoint, Tensor, open_checkpoint, read_exactly
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.stored import read_exactly
+from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.writer import fsync
 from lpsparse.errors import InputError
 

@@ -11,8 +11,9 @@ from lpsparse.checkpoint.counting import NOTHING, Count, Cuts, Sums, count, sums
 from lpsparse.checkpoint.dtypes import Bits
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.layouts.chunks import encode_chunk
-from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, regrouped
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor, regrouped
 from lpsparse.checkpoint.threads import in_turn
 from lpsparse.checkpoint.writer import (
     Named,

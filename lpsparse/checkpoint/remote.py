@@ -17,8 +17,9 @@ from lpsparse.checkpoint.finding import check_index, check_name, parse_index
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
 from lpsparse.checkpoint.hub import IGNORED
 from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names
-from lpsparse.checkpoint.opening import Blocks, Checkpoint, Tensor
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import find_packed
+from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError, RemoteError
 

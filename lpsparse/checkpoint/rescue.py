@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.header import Entry
 from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.opening import BLOCK_BYTES, Blocks, Checkpoint, Tensor, bitmask_tensor, grid_of
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.stored import bitmask_tensor
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Blocks, Tensor, grid_of
 from lpsparse.checkpoint.writer import fsync
 from lpsparse.errors import InputError
 

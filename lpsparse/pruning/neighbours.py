@@ -5,7 +5,7 @@ from math import gcd
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import Bits, magnitudes
-from lpsparse.checkpoint.opening import Blocks, Tensor
+from lpsparse.checkpoint.tensors import Blocks, Tensor
 
 Pair = tuple[int, int]
 

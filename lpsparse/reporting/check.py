@@ -10,8 +10,9 @@ from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, own_manifest, read_manifest
 from lpsparse.checkpoint.names import is_hidden
-from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor, open_checkpoint
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.progress import advance, phase
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError

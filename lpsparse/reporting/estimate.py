@@ -12,8 +12,9 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.files import entries_of, room
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.names import TORCH_SUFFIXES
-from lpsparse.checkpoint.opening import BLOCK_BYTES, Checkpoint, Tensor
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rewrite import WAITING, metadata_of
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import cores
 from lpsparse.checkpoint.writer import Named, file_size, find_sidecars
 from lpsparse.reporting.measure import Estimate, Report, measure

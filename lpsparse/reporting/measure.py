@@ -12,9 +12,10 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.files import entries_of
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.manifest import Quality, TensorRecord, digest, own_manifest
-from lpsparse.checkpoint.opening import Checkpoint, Tensor
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import metadata_of
+from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import Named, file_size
 from lpsparse.pruning.prunable import choose

@@ -17,11 +17,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from lpsparse import distributed
-from lpsparse.checkpoint import opening
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.entry import is_ours
-from lpsparse.checkpoint.opening import Blocks, Checkpoint, grid_of
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Blocks, grid_of, read_all
+from lpsparse.checkpoint.tensors import Tensor as StoredTensor
 from lpsparse.errors import InputError, StateError
 from lpsparse.training.model_fn import build
 from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
@@ -69,12 +70,12 @@ class Loaded:
                 values.copy_(values.to(TORCH_DTYPES[self.dtypes[out]]))
 
 
-def to_tensor(tensor: opening.Tensor) -> Tensor:
+def to_tensor(tensor: StoredTensor) -> Tensor:
     """The tensor as torch sees it, in its own dtype; a copy."""
     return to_tensors([tensor])[tensor.name]
 
 
-def to_tensors(tensors: Iterable[opening.Tensor]) -> dict[str, Tensor]:
+def to_tensors(tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
     """Each as torch sees it, in its own dtype, by name; copies, read on all threads."""
     work = list(tensors)
     for tensor in work:
@@ -83,7 +84,7 @@ def to_tensors(tensors: Iterable[opening.Tensor]) -> dict[str, Tensor]:
                 390, f"{tensor.file}: {tensor.name!r}: {tensor.dtype} cannot be trained", mend="convert it"
             )
     found: dict[str, Tensor] = {}
-    for tensor, bits in zip(work, opening.read_all(work), strict=True):
+    for tensor, bits in zip(work, read_all(work), strict=True):
         dtype = TORCH_DTYPES[tensor.dtype]
         raw = torch.from_numpy(bits.view(f"<i{dtype.itemsize}" if dtype.itemsize > 1 else "u1"))
         found[tensor.name] = raw.view(dtype)
@@ -266,7 +267,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def _training_dtype(tensor: opening.Tensor) -> torch.dtype:
+def _training_dtype(tensor: StoredTensor) -> torch.dtype:
     return torch.float32 if DTYPES[tensor.dtype].is_float else TORCH_DTYPES[tensor.dtype]
 
 
@@ -332,11 +333,11 @@ def trained_checkpoint(source: Checkpoint, loaded: Loaded) -> Checkpoint:
     )
 
 
-def _replaced(tensor: opening.Tensor, out: str | None, values: dict[str, Tensor]) -> opening.Tensor:
+def _replaced(tensor: StoredTensor, out: str | None, values: dict[str, Tensor]) -> StoredTensor:
     return tensor if out is None else _from_training(out, tensor.dtype, tensor.file, values[out])
 
 
-def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Tensor:
+def _part_of(module: nn.Module, name: str, tensor: StoredTensor) -> StoredTensor:
     """`tensor` of the source with the values that it has in the fused tensor `name` of the module."""
 
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
@@ -348,12 +349,10 @@ def _part_of(module: nn.Module, name: str, tensor: opening.Tensor) -> opening.Te
         value = turned[key]
         yield from _blocks_of(from_tensor(value, tensor.dtype).reshape(tensor.grid), first, last)
 
-    return opening.Tensor(
-        tensor.name, tensor.dtype, tensor.shape, tensor.file, "dense", tensor.nbytes, blocks
-    )
+    return StoredTensor(tensor.name, tensor.dtype, tensor.shape, tensor.file, "dense", tensor.nbytes, blocks)
 
 
-def _from_training(name: str, dtype: str, file: str, value: Tensor) -> opening.Tensor:
+def _from_training(name: str, dtype: str, file: str, value: Tensor) -> StoredTensor:
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
         if value.numel():
             whole = distributed.whole(value)  # one tensor at a time, on all processes
@@ -363,12 +362,12 @@ def _from_training(name: str, dtype: str, file: str, value: Tensor) -> opening.T
             yield from _blocks_of(from_tensor(whole, dtype).reshape(grid), first, last)
 
     nbytes = value.numel() * DTYPES[dtype].bits // 8
-    return opening.Tensor(name, dtype, tuple(value.shape), file, "dense", nbytes, blocks)
+    return StoredTensor(name, dtype, tuple(value.shape), file, "dense", nbytes, blocks)
 
 
 def _blocks_of(lines: Bits, first: int, last: int | None) -> Blocks:
     """In parts, so that few of its bytes are under way when the next tensor comes."""
-    step = max(1, opening.BLOCK_BYTES // max(lines[:1].nbytes, 1))
+    step = max(1, BLOCK_BYTES // max(lines[:1].nbytes, 1))
     end = len(lines) if last is None else last
     yield from ((line, lines[line : min(line + step, end)]) for line in range(first, end, step))
 
