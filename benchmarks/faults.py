@@ -1,6 +1,7 @@
 """Faults of the disk and of the moment, against `prune`, `pack` and `unpack`: nothing may be half, or lost.
 
     python benchmarks/faults.py kills [--kills 200] [--mib 512]    SIGKILL at any moment, again and again
+    python benchmarks/faults.py kills --processes 3 --kills 20 --mib 64    the same, one of several processes
     python benchmarks/faults.py calls [--command ...] [--fault ...]    each call to the system fails in turn
     python benchmarks/faults.py pages [--times 200]    flipped bits and zeroed pages in what was written
 
@@ -41,6 +42,7 @@ from lpsparse.checkpoint.output import partial_of
 from lpsparse.cli import main as lpsparse_main
 
 PAGE = 4096  # bytes
+_PATIENCE = 40  # seconds
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -80,7 +82,7 @@ KILLS = [
 ]  # fmt: skip
 
 
-def kills(folder: Path, count: int, mib: int, draw: random.Random) -> dict[str, Counter[str]]:
+def kills(folder: Path, count: int, mib: int, draw: random.Random, processes: int) -> dict[str, Counter[str]]:
     """Half of the kills with a new OUT, half with --overwrite. Each run cuts to one of two sparsities, so
     that what a killed run left behind is not always of use."""
     model = generate(folder / "model", mib / 1024, shard=(mib << 20) // 8)
@@ -88,7 +90,7 @@ def kills(folder: Path, count: int, mib: int, draw: random.Random) -> dict[str, 
     for sparsity in ("0.5", "0.8"):
         out = folder / "untouched" / sparsity
         out.parent.mkdir(exist_ok=True)
-        run = Run(model, out, sparsity, overwrite=False)
+        run = Run(model, out, sparsity, overwrite=False, processes=processes)
         run.until_first_write()
         first = time.monotonic()
         while run.process.poll() is None and not out.exists():
@@ -107,7 +109,11 @@ def kills(folder: Path, count: int, mib: int, draw: random.Random) -> dict[str, 
             Run(model, out, "0.5", overwrite=False).end()
         while found["kills"] < half:
             for _ in range(min(draw.randint(2, 4), half - found["kills"])):
-                run = Run(model, out, draw.choice(("0.5", "0.8")), overwrite=name == "--overwrite")
+                overwrites = name == "--overwrite"
+                run = Run(
+                    model, out, draw.choice(("0.5", "0.8")), overwrite=overwrites, processes=processes,
+                    lost=draw.randrange(processes),
+                )  # fmt: skip
                 aimed = found["between it and the rename"] <= 0.6 * found["kills"]
                 moment = run.killed(draw.uniform(0, max(spans if aimed else wholes)), aimed=aimed)
                 if moment:
@@ -148,16 +154,31 @@ def left(out: Path, known: dict[bytes, str], *, overwrite: bool) -> list[str]:
 class Run:
     """One `lpsparse prune` in a process of its own."""
 
-    def __init__(self, model: Path, out: Path, sparsity: str, *, overwrite: bool) -> None:
+    def __init__(
+        self, model: Path, out: Path, sparsity: str, *, overwrite: bool, processes: int = 1, lost: int = 0
+    ) -> None:
+        """The process that may be killed is the one with number `lost`."""
         self.out, self.sparsity, self.begun = out, sparsity, time.time_ns()
         self.manifest = self._manifest()
         words = ["prune", str(model), str(out), "--sparsity", sparsity, "--quiet"]
-        self.process = subprocess.Popen(
-            [*LPSPARSE, *words, *(["--overwrite"] if overwrite else [])], stdout=subprocess.DEVNULL
-        )
+        words += ["--overwrite"] if overwrite else []
+        ranks: list[subprocess.Popen[bytes]] = []
+        port = str(20000 + time.time_ns() // 1_000_000 % 20000)
+        for rank in range(processes):
+            told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            told |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment = os.environ | (told if processes > 1 else {})
+            quiet = subprocess.DEVNULL if processes > 1 else None  # the others say that one is gone
+            ranks.append(
+                subprocess.Popen(
+                    [*LPSPARSE, *words], stdout=subprocess.DEVNULL, stderr=quiet, env=environment
+                )
+            )
+        self.process = ranks.pop(lost)
+        self.others = ranks
 
     def end(self) -> int:
-        return self.process.wait()
+        return max([self.process.wait(), *(other.wait() for other in self.others)])
 
     def killed(self, delay: float, *, aimed: bool) -> str:
         """Kill it so many seconds after it began, or where `aimed` after its first write; the moment in words
@@ -168,6 +189,12 @@ class Run:
             self.process.wait(delay)
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGKILL)
+        for other in self.others:
+            try:  # they end by themselves; before they have met only a launcher ends them
+                other.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                other.kill()
+                other.wait()
         if self.process.wait() != -signal.SIGKILL:
             return ""
         if self.has_written():
@@ -581,6 +608,7 @@ def main() -> None:
     parser.add_argument("what", choices=["kills", "calls", "pages"])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--mib", type=int, default=512)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--command", nargs="+", default=[
@@ -593,7 +621,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lpsparse-faults-") as name:
         folder = Path(name).resolve()
         if arguments.what == "kills":
-            columns, rows = KILLS, kills(folder, arguments.kills, arguments.mib, draw)
+            found = kills(folder, arguments.kills, arguments.mib, draw, arguments.processes)
+            columns, rows = KILLS, found
         elif arguments.what == "calls":
             columns = CALLS
             rows, problems = calls(folder, arguments.command, arguments.fault, arguments.mode)
