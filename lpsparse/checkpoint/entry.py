@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.header import Entry, read_header, unique_json
-from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.stored import read_exactly
+from lpsparse.checkpoint.stored import read_exactly, stored_names
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.writer import fsync
 from lpsparse.errors import InputError
@@ -85,13 +84,6 @@ def stored_in(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file that are not stored densely, under the name of each of their parts."""
     opened = open_checkpoint(path).tensors
     return {part: t for t in opened if t.layout != "dense" for part in stored_names(t)}
-
-
-def stored_names(tensor: Tensor) -> tuple[str, ...]:
-    """The parts of a tensor that is not stored densely."""
-    if tensor.layout == "bitmask":
-        return bitmask.stored_names(tensor.name)
-    return (tensor.name + packed.SUFFIX,)
 
 
 def hash_part(name: str, data: Any) -> int:

@@ -3,6 +3,7 @@ block."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +43,10 @@ def names_taken(tensors: list[Tensor], layout: str) -> list[str]:
     """Tensors that a reader of the layout would take for parts of others."""
     owners = {tensor.name for tensor in tensors}
     if layout == "bitmask":
-        return [name for name in owners if bitmask.is_taken(name, owners)]
-    return [
-        name for name in owners if layout == "packed" and name.removesuffix(packed.SUFFIX) in owners - {name}
-    ]
+        return sorted(name for name in owners if bitmask.is_taken(name, owners))
+    if layout == "packed":
+        return sorted(name for name in owners if name.removesuffix(packed.SUFFIX) in owners - {name})
+    return []
 
 
 def _flow(tensors: list[Tensor], cut: Cuts, sums: Sums) -> Iterator[tuple[Tensor, int, Bits]]:
@@ -186,9 +187,11 @@ def _encoded(tensors: list[Tensor], cut: Cuts, level: str, sums: Sums) -> _Chunk
     """The chunks of all tensors, encoded on all threads."""
 
     def values() -> Iterator[tuple[Tensor, Bits]]:
-        for tensor in tensors:
-            flow = (block.reshape(-1) for _, _, block in _flow([tensor], cut, sums))
-            yield from ((tensor, each) for each in regrouped(flow, _chunk_values(tensor)))
+        by_name = {tensor.name: tensor for tensor in tensors}
+        for name, flow in groupby(_flow(tensors, cut, sums), key=lambda item: item[0].name):
+            tensor = by_name[name]
+            blocks = (block.reshape(-1) for _, _, block in flow)
+            yield from ((tensor, each) for each in regrouped(blocks, _chunk_values(tensor)))
 
     return in_turn(lambda item: (item[0], encode_chunk(item[1], item[0].dtype, level)), values())
 

@@ -15,8 +15,7 @@ from lpsparse.checkpoint.finding import (
     named_weights,
     read_index,
 )
-from lpsparse.checkpoint.layouts import bitmask, packed
-from lpsparse.checkpoint.stored import open_file
+from lpsparse.checkpoint.stored import open_file, stored_names
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.errors import InputError, UsageError
 
@@ -93,7 +92,7 @@ def _open_files(
         found, metadata[path.name], more = open_file(path)
         notes += more
         if expected is not None:
-            check_index(path, expected[path], {part for tensor in found for part in _stored_names(tensor)})
+            check_index(path, expected[path], {part for tensor in found for part in stored_names(tensor)})
         tensors += found
     seen: dict[str, str] = {}
     for tensor in tensors:
@@ -102,9 +101,3 @@ def _open_files(
             raise InputError(331, what, mend="download the checkpoint again")
         seen[tensor.name] = tensor.file
     return Checkpoint(name, root, tuple(files), tuple(tensors), metadata, None, tuple(notes))
-
-
-def _stored_names(tensor: Tensor) -> tuple[str, ...]:
-    if tensor.layout == "bitmask":
-        return bitmask.stored_names(tensor.name)
-    return (tensor.name + (packed.SUFFIX if tensor.layout == "packed" else ""),)

@@ -29,6 +29,13 @@ def open_file(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]
     return dense, header.metadata, ()
 
 
+def stored_names(tensor: Tensor) -> tuple[str, ...]:
+    """The entries of a weight file that hold a tensor."""
+    if tensor.layout == "bitmask":
+        return bitmask.stored_names(tensor.name)
+    return (tensor.name + (packed.SUFFIX if tensor.layout == "packed" else ""),)
+
+
 def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
     check_regular(path)
     with path.open("rb") as file:
