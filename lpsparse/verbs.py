@@ -146,19 +146,27 @@ def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def open(path: str | Path, weights: str | None = None) -> Checkpoint:
-    """A checkpoint of any kind, lazily: `.tensors`, each with name, dtype, shape and `.read()`. `weights`
-    names the file or index in a folder of several."""
+    """A checkpoint of any kind, lazily: `.tensors`, or one as `found[name]`, each with name, dtype, shape,
+    `.read()` and `.read_rows(first, last)`, which give raw bits as numpy arrays of unsigned integers.
+    `weights` names the file or index in a folder of several."""
     return open_checkpoint(path, weights)
 
 
-def load(path: str | Path, weights: str | None = None) -> dict[str, Any]:
+def load(path: str | Path, weights: str | None = None, *, check: bool = True) -> dict[str, Any]:
     """Every tensor of a checkpoint of any layout as a dense torch tensor, by name. A tied one is there under
-    the names, too, that safetensors' save_model would have left out."""
-    from lpsparse.training.model import to_tensors
+    the names, too, that safetensors' save_model would have left out.
+
+    Raises InputError where lpsparse wrote the folder and a weight file has not the hash that it then had;
+    `check=False` trusts the bytes, as `open` does.
+    """
+    from lpsparse.training.model import LOADED_DTYPES, to_tensors
 
     checkpoint = open_checkpoint(path, weights)
-    found = to_tensors(checkpoint.tensors)
-    ties = {name: of for metadata in checkpoint.metadata.values() for name, of in metadata.items()}
+    if check:
+        check_weights(checkpoint)
+    found = to_tensors(checkpoint.tensors, dtypes=LOADED_DTYPES)
+    told = (item for metadata in checkpoint.metadata.values() for item in metadata.items())
+    ties = {name: of for name, of in told if name != "format" and not name.startswith("lpsparse.")}
     return {name: found[of] for name, of in ties.items() if of in found} | found
 
 
@@ -248,7 +256,8 @@ def report_step(step: ReportStep, say: Say = silent) -> Report:
 def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
     folder = Path(step.model)
     if not folder.is_dir():
-        raise InputError(327, f"{folder}: no such folder", mend="give a folder that lpsparse wrote")
+        what = "is a file" if folder.exists() else "no such folder"
+        raise InputError(327, f"{folder}: {what}", mend="give a folder that lpsparse wrote")
     found = check_folder(folder)
     if step.source is not None and found["ok"]:
         found["problems"] = list(check_against(open_checkpoint(folder), _open(step.source, say)))

@@ -313,6 +313,38 @@ def test_a_manifest_that_is_not_the_file_s_is_refused(
     assert what in refused.value.what
 
 
+def test_names_that_meet_in_two_shards_are_refused_not_lost(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {"x": ("F32", [64, 96], bytes(64 * 96 * 4))})
+    write_safetensors(tmp_path / "x.packed.safetensors", {"x.packed": ("U8", [16], bytes(16))})
+    index = {"weight_map": {"x": "x.safetensors", "x.packed": "x.packed.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"'x\.packed': this name belongs to the packed layout"):
+        pack(tmp_path, tmp_path.parent / "out-of-two")
+    assert not (tmp_path.parent / "out-of-two").exists()
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F32", (2, 5_000_001)), ("BF16", (1, 8_388_609))])
+def test_a_row_that_nothing_divides_is_packed_in_pieces(
+    dtype: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    raw = np.zeros(math.prod(shape) * DTYPES[dtype].bits // 8, np.uint8)
+    raw[::101] = 63
+    path = write_safetensors(tmp_path / "m.safetensors", {"x": (dtype, list(shape), raw.tobytes())})
+    pack(path, tmp_path / "out")
+    assert verify(tmp_path / "out", path)["ok"]
+    tensor = lpsparse.open(tmp_path / "out")["x"]
+    last = tensor.read_rows(shape[0] - 1, shape[0])
+    assert tensor.layout == "packed" and last.shape == (1, shape[1])
+    assert last.tobytes() == raw.tobytes()[-last.nbytes :]
+
+
+def test_memory_does_not_grow_with_a_tensor_that_transformers_is_told_of(tmp_path: Path) -> None:
+    values = np.random.default_rng(1).standard_normal((4096, 2048), np.float32)  # 32 MiB
+    write_safetensors(tmp_path / "model.safetensors", {"a": ("F32", [4096, 2048], values.tobytes())})
+    (tmp_path / "config.json").write_text("{}")
+    assert peak_of(lambda: pack(tmp_path, tmp_path.parent / "packed-big", threads=1)) < 24 << 20
+
+
 def test_a_tensor_named_like_a_packed_one_is_refused_not_confused(tmp_path: Path) -> None:
     given = {"a.weight": ("F32", [7, 13], bytes(364)), "a.weight.packed": ("U8", [7], bytes(7))}
     path = write_safetensors(tmp_path / "m.safetensors", given)
@@ -352,3 +384,31 @@ def test_any_change_to_a_chunk_decodes_or_is_refused(source: tuple[str, float], 
     except BrokenError:
         return
     assert found.size == count and found.dtype == DTYPES[source[0]].storage
+
+
+# As a model
+
+
+def test_a_packed_model_is_evaluated_and_trained_on_as_the_dense_one(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    lpsparse.prune("bundled:stories260k", tmp_path / "sparse", sparsity=0.5)
+    pack(tmp_path / "sparse", tmp_path / "packed")
+    options: dict[str, Any] = {"task": "causal-lm", "data": str(tmp_path / "text.txt")}
+    dense, found = (lpsparse.evaluate(tmp_path / name, **options) for name in ("sparse", "packed"))
+    assert dense["loss"] == found["loss"]
+    trained = lpsparse.finetune(
+        tmp_path / "packed", tmp_path / "trained", **options, steps=1, batch_size=2, target_sparsity=0.6
+    )
+    config = json.loads((tmp_path / "trained" / "config.json").read_text())
+    assert trained.layout == "dense" and "quantization_config" not in config
+
+
+def test_load_refuses_bytes_that_were_changed_since(tmp_path: Path) -> None:
+    pack("bundled:stories260k", tmp_path / "packed")
+    path = tmp_path / "packed" / "lpsparse.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"is not what lpsparse\.json describes: other bytes"):
+        lpsparse.load(tmp_path / "packed")
+    assert lpsparse.load(tmp_path / "packed", check=False)

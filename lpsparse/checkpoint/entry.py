@@ -7,6 +7,7 @@ read in, one that is missing, there twice, changed or exchanged with another giv
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,8 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.header import Entry, read_header, unique_json
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.stored import read_exactly, stored_names
-from lpsparse.checkpoint.tensors import Tensor
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
+from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import fsync
 from lpsparse.errors import InputError
 
@@ -69,7 +71,7 @@ def parse_entry(given: dict[str, Any]) -> LoaderEntry:
 
 def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entry for a packed checkpoint that has been written; reads its packed bytes."""
-    total = sum(hash_file(path, set(stored_in(path))) for path in checkpoint.files)
+    total = sum(parallel(lambda path: hash_file(path, set(stored_in(path))), checkpoint.files))
     floats = (t.dtype for t in checkpoint.tensors if DTYPES[t.dtype].is_float and DTYPES[t.dtype].bits > 8)
     return LoaderEntry(
         layout="bitmask" if checkpoint.layout == "bitmask" else "packed",
@@ -88,8 +90,13 @@ def stored_in(path: Path) -> dict[str, Tensor]:
 
 def hash_part(name: str, data: Any) -> int:
     """64 bits of sha256 of a part's name and of its bytes, a buffer."""
+    return _hash(name, [data])
+
+
+def _hash(name: str, pieces: Iterable[Any]) -> int:
     found = hashlib.sha256(name.encode() + b"\0")
-    found.update(data)
+    for piece in pieces:
+        found.update(piece)
     return int.from_bytes(found.digest()[:8], "little")
 
 
@@ -97,11 +104,13 @@ def hash_file(path: Path, names: set[str]) -> int:
     """The sum of `hash_part` of some parts of a weight file."""
     with path.open("rb") as file:
         entries = (entry for entry in read_header(path).entries if entry.name in names)
-        return sum(hash_part(e.name, read_exactly(file, _bytes_of(e), 0, e.nbytes).data) for e in entries)
+        return sum(_hash(each.name, _bytes_of(file, each)) for each in entries)
 
 
-def _bytes_of(entry: Entry) -> Entry:
-    return Entry(entry.name, "U8", (entry.nbytes,), entry.offset, entry.nbytes)
+def _bytes_of(file: Any, entry: Entry) -> Iterator[Any]:
+    whole = Entry(entry.name, "U8", (entry.nbytes,), entry.offset, entry.nbytes)
+    for first in range(0, entry.nbytes, BLOCK_BYTES):
+        yield read_exactly(file, whole, first, min(BLOCK_BYTES, entry.nbytes - first)).data
 
 
 def with_entry(config: str, entry: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lpsparse.checkpoint.counting import NOTHING, Count, Cuts, Sums, count, sums_of
-from lpsparse.checkpoint.dtypes import Bits
+from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.layouts.chunks import encode_chunk
 from lpsparse.checkpoint.opening import Checkpoint
@@ -197,9 +197,10 @@ def _encoded(tensors: list[Tensor], cut: Cuts, level: str, sums: Sums) -> _Chunk
 
 
 def _chunk_values(tensor: Tensor) -> int:
-    """Of whole lines, about as many as are read at a time."""
+    """Of whole lines, about as many as are read at a time; a line that is longer is divided anywhere."""
     lines, width = tensor.grid
-    return max(1, BLOCK_BYTES * lines // max(tensor.nbytes, 1)) * max(width, 1)
+    most = BLOCK_BYTES // DTYPES[tensor.dtype].storage.itemsize
+    return most if width > most else max(1, BLOCK_BYTES * lines // max(tensor.nbytes, 1)) * max(width, 1)
 
 
 def _put_packed(file: WeightFile, start: int, tensor: Tensor, chunks: _Chunks) -> int | None:

@@ -32,6 +32,13 @@ class Checkpoint:
     revision: str | None = None
     notes: tuple[str, ...] = ()  # what was unwrapped, dropped or chosen
 
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name. Raises KeyError."""
+        try:
+            return next(tensor for tensor in self.tensors if tensor.name == name)
+        except StopIteration:
+            raise KeyError(name) from None
+
     @property
     def layout(self) -> str:
         found = {metadata.get("lpsparse.layout") for metadata in self.metadata.values()} - {None}

@@ -44,16 +44,16 @@ def rewrite(
     where they are the same. Raises InputError on NaN or Inf in any float tensor, where it is to be `finite`,
     OutputError when a file does not hold what was written.
     """
+    taken = names_taken(list(source.tensors), layout)
+    if taken:
+        what = f"{source.name}: {taken[0]!r}: this name belongs to the {layout} layout"
+        raise InputError(342, what, mend="keep this model dense, or rename the tensor")
     names = weight_file_names(source, packed=layout != "dense")
     of_one(lambda: drop_weights(folder, but=set(names.values())))
 
     def written(path: Path) -> tuple[tuple[str, ...], dict[str, Count], FileRecord, bool]:
         target = folder / names[path.name]
         tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
-        taken = names_taken(tensors, layout)
-        if taken:
-            what = f"{source.name}/{path.name}: {taken[0]!r}: this name belongs to the {layout} layout"
-            raise InputError(342, what, mend="keep this model dense, or rename the tensor")
         found = target.exists()
         wrote = WRITERS[layout](target, tensors, cut, metadata_of(source, path.name, layout), level)
         return (
@@ -79,7 +79,19 @@ def rewrite(
     if len(source.files) > 1:
         stem = "model" if layout == "dense" else "lpsparse"
         of_one(lambda: write_index(folder, stem, weight_map, source.dense_bytes))
+    of_one(lambda: _check_complete(open_checkpoint(folder), source))
     return Written(counts, tuple(files), kept)
+
+
+def _check_complete(written: Checkpoint, source: Checkpoint) -> None:
+    """Raises OutputError unless what a reader finds in OUT are the tensors of `source`."""
+    there, wanted = (
+        {tensor.name: (tensor.dtype, tensor.shape) for tensor in each.tensors} for each in (written, source)
+    )
+    others = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+    if others:
+        what = f"{source.name}: {others[0]!r} is not in OUT as it should be, nor are {len(others) - 1} others"
+        raise OutputError(408, what, mend="keep this model dense, and tell us; nothing was kept")
 
 
 def _read_back(

@@ -55,6 +55,14 @@ class Tensor:
         """Bytes of the dense form."""
         return self.size * DTYPES[self.dtype].bits // 8
 
+    def read_rows(self, first: int, last: int) -> Bits:
+        """Rows first..last of the first dimension, raw bits in their own shape; only what holds them is
+        read."""
+        pieces = self.grid[0] // max(self.rows, 1)
+        blocks = [block.reshape(-1) for _, block in self.blocks(first * pieces, last * pieces)]
+        empty = np.zeros(0, DTYPES[self.dtype].storage)
+        return np.concatenate([empty, *blocks]).reshape(last - first, *self.shape[1:])
+
     def read(self) -> Bits:
         """The whole tensor, raw bits in its own shape; of values under a byte the bytes, in one dimension."""
         found = np.empty(self.grid, DTYPES[self.dtype].storage)

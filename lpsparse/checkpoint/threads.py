@@ -103,9 +103,9 @@ def parallel(
     size: Callable[[A], float] = lambda _: 1,
 ) -> list[B]:  # fmt: skip
     """`function` of each item, in their order; the first error, in that order, is raised. Inside of such a
-    function the threads are taken already, and it is a plain loop. `waiting` more threads where many of them
-    wait for a disk. `among` processes each takes a share of the items, by their `size`, and all have what all
-    of them found, or the error of the first process that has one."""
+    function there are the threads that are left over; where there are none, it is a plain loop. `waiting`
+    more threads where many of them wait for a disk. `among` processes each takes a share of the items, by
+    their `size`, and all have what all of them found, or the error of the first process that has one."""
     work = list(items)
     processes = _processes.get()
     if processes is None:
@@ -131,14 +131,13 @@ def _dealt(sizes: list[float], count: int) -> list[list[int]]:
 
 
 def in_turn(function: Callable[[A], B], items: Iterable[A]) -> Generator[B]:
-    """`function` of each item, in their order, on all threads and a few items ahead of who takes them; within
-    a function of `parallel` one after another."""
+    """`function` of each item, in their order, on all threads and a few items ahead of who takes them."""
     count = _count.get() or cores()
     if count < 2:
         yield from map(function, items)
         return
     stop, ahead = Event(), deque[Future[B]]()
-    with ThreadPoolExecutor(count, initializer=_begin, initargs=(stop,)) as pool:
+    with ThreadPoolExecutor(count, initializer=_begin, initargs=(stop, 1)) as pool:
         try:
             for item in items:
                 ahead.append(pool.submit(function, item))
@@ -153,9 +152,9 @@ def in_turn(function: Callable[[A], B], items: Iterable[A]) -> Generator[B]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(stop: Event) -> None:
-    """On a thread: what it calls takes no more threads, and ends when `stop` is set."""
-    _count.set(1)
+def _begin(stop: Event, count: int) -> None:
+    """On a thread: what it calls takes so many threads, and ends when `stop` is set."""
+    _count.set(count)
     _stop.set(stop)
 
 
@@ -165,7 +164,8 @@ def _on_threads(function: Callable[[A], B], work: list[A], waiting: int) -> list
     if count < 2:
         return [function(item) for item in work]
     stop = Event()
-    with ThreadPoolExecutor(count, initializer=_begin, initargs=(stop,)) as pool:
+    within = max(1, (given or cores()) // len(work))  # few files on many cores: some for each
+    with ThreadPoolExecutor(count, initializer=_begin, initargs=(stop, within)) as pool:
         try:
             return list(pool.map(function, work))
         except BaseException:  # Ctrl-C, too: the others end with the block that they read

@@ -22,7 +22,7 @@ from lpsparse.checkpoint.dtypes import Bits
 from lpsparse.checkpoint.header import check_regular
 from lpsparse.errors import InputError
 
-_NAMES = {
+NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.uint16: "U16",
@@ -135,7 +135,7 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:
     plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-    if tensor.dtype not in _NAMES or not plain or tensor.is_neg() or tensor.is_conj():
+    if tensor.dtype not in NAMES or not plain or tensor.is_neg() or tensor.is_conj():
         kind = "without data" if tensor.is_meta else tensor.layout
         what = f"{path}: {name!r}: {tensor.dtype} {kind} cannot be written as safetensors"
         raise InputError(324, what, mend=_CONVERT)
@@ -144,7 +144,7 @@ def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:
         what = f"{path}: {name!r}: declares {tensor.numel()} elements over a storage of {held} bytes"
         raise InputError(325, what, mend=_CONVERT)
     raw = tensor.detach().view(_STORAGE[tensor.element_size()]).numpy()
-    return _NAMES[tensor.dtype], raw.view(np.dtype(f"<u{tensor.element_size()}"))
+    return NAMES[tensor.dtype], raw.view(np.dtype(f"<u{tensor.element_size()}"))
 
 
 def _ties(tensors: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -63,6 +63,10 @@ class Reading:
     def decode(self, stored: str, data: Tensor, dtype: torch.dtype | None) -> Tensor:
         """A tensor from its stored part, which lies on the device where it is wanted."""
         tensor = self.stored[stored]
+        if data.is_meta:  # nothing but shapes is asked for
+            empty = torch.empty(tensor.shape, dtype=str_to_torch_dtype[tensor.dtype], device="meta")
+            self.given.add(tensor.name)
+            return empty.to(dtype) if dtype is not None and empty.is_floating_point() else empty
         if tensor.layout == "packed":
             bits = data.cpu().numpy()
             self.hashes[stored] = hash_part(stored, bits.data)
@@ -79,7 +83,8 @@ class Reading:
         for path, parts in self.parts:  # what this model has no use for, another's head
             total += hash_file(path, parts.keys() - self.hashes.keys())
         if f"{total % 2**64:016x}" != self.entry.digest:
-            what = f"the digest of what is packed is {total % 2**64:016x}, not {self.entry.digest}"
+            where = self.parts[0][0].parent if self.parts else "config.json"
+            what = f"{where}: the digest of what is packed is {total % 2**64:016x}, not {self.entry.digest}"
             raise InputError(365, what, mend=_COPY)
         packed = {tensor.name for tensor in self.stored.values()}
         lost = sorted((packed & self.shapes.keys()) - self.given) if self.given else sorted(packed)

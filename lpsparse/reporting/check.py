@@ -41,7 +41,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return {"ok": not problems, "files": len(listed), "tensors": len(manifest.tensors), "problems": problems}
 
 
-def check_weights(checkpoint: Checkpoint, found: Report) -> None:
+def check_weights(checkpoint: Checkpoint, found: Report | None = None) -> None:
     """Raise InputError where a weight file is not the one in the manifest beside it, naming the tensor whose
     zeros, as they were `found`, are others. A checkpoint that lpsparse did not write has none."""
     manifest, root = own_manifest(checkpoint), checkpoint.root
@@ -49,18 +49,18 @@ def check_weights(checkpoint: Checkpoint, found: Report) -> None:
         return
     files = {record.name: record for record in manifest.files}
     zeros = {record.name: record.zeros for record in manifest.tensors}
-    rows = {row.name: row for row in found.tensors}
+    rows = {row.name: row for row in found.tensors} if found else {}
     digests = parallel(lambda path: digest(path, root), checkpoint.files)
     for path, read in zip(checkpoint.files, digests, strict=True):
         if read != files.get(path.name):
             others = [
                 f"{name!r}: {rows[name].zeros} zeros, {zeros.get(name, 'none of that name')} there"
                 for name in (tensor.name for tensor in checkpoint.tensors if tensor.file == path.name)
-                if rows[name].zeros != zeros.get(name)
+                if name in rows and rows[name].zeros != zeros.get(name)
             ]
-            why = others[0] if others else "as many zeros, other bytes"
+            why = others[0] if others else "as many zeros, other bytes" if found else "other bytes"
             what = f"{path}: is not what {MANIFEST} describes: {why}"
-            mend = f"write it again, or delete {MANIFEST} if you changed the weights on purpose"
+            mend = f"copy or write it again (if you changed it on purpose, delete {MANIFEST})"
             raise InputError(352, what, mend=mend)
 
 

@@ -23,6 +23,7 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Blocks, grid_of, read_all
 from lpsparse.checkpoint.tensors import Tensor as StoredTensor
+from lpsparse.checkpoint.torchfile import NAMES
 from lpsparse.errors import InputError, StateError
 from lpsparse.training.model_fn import build
 from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
@@ -32,6 +33,7 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+LOADED_DTYPES = {name: dtype for dtype, name in NAMES.items()}  # those that can be read, too
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _Shared = tuple[list[str], tuple[int, ...], torch.dtype]  # a tensor's names, shape and dtype
 
@@ -75,17 +77,19 @@ def to_tensor(tensor: StoredTensor) -> Tensor:
     return to_tensors([tensor])[tensor.name]
 
 
-def to_tensors(tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
+def to_tensors(
+    tensors: Iterable[StoredTensor], dtypes: dict[str, torch.dtype] = TORCH_DTYPES
+) -> dict[str, Tensor]:
     """Each as torch sees it, in its own dtype, by name; copies, read on all threads."""
     work = list(tensors)
     for tensor in work:
-        if tensor.dtype not in TORCH_DTYPES:
-            raise InputError(
-                390, f"{tensor.file}: {tensor.name!r}: {tensor.dtype} cannot be trained", mend="convert it"
-            )
+        if tensor.dtype not in dtypes:
+            why = "cannot be trained" if dtypes is TORCH_DTYPES else "has no dtype in torch"
+            what = f"{tensor.file}: {tensor.name!r}: {tensor.dtype} {why}"
+            raise InputError(390, what, mend="convert it, or read its bits by lpsparse.open")
     found: dict[str, Tensor] = {}
     for tensor, bits in zip(work, read_all(work), strict=True):
-        dtype = TORCH_DTYPES[tensor.dtype]
+        dtype = dtypes[tensor.dtype]
         raw = torch.from_numpy(bits.view(f"<i{dtype.itemsize}" if dtype.itemsize > 1 else "u1"))
         found[tensor.name] = raw.view(dtype)
     return found
@@ -154,6 +158,7 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
     except Exception as error:  # a broken config makes transformers stumble over anything
         what = f"{checkpoint.name}: config.json: {first_line(error)}"
         raise InputError(394, what, mend="mend config.json, or upgrade transformers") from None
+    vars(config).pop("quantization_config", None)  # a packed folder's: what transformers is given is dense
 
     def empty() -> nn.Module:
         with init_empty_weights(include_buffers=False):

@@ -94,6 +94,7 @@ def hostile() -> dict[str, bytes]:
         "gaps beyond the last value": blob(chunks=one(gaps(b"\xff" * 4 + b"\xfe"), exponents, *(b"\1",) * 3)),
         "gaps that end in a gap": blob(chunks=one(gaps(b"\0\xff"), exponents, *(b"\1",) * 3)),
         "more gaps than values": blob(chunks=one(gaps(bytes(n + 1)), exponents, *no)),
+        "gaps between all values": blob(chunks=one(gaps(b"\5" * n), exponents, *(bytes(n),) * 3)),
         "no gaps": blob(chunks=one(gaps(b""), exponents, *no)),
         "a frame that bombs": blob(chunks=one(b"\2" + bomb(1 << 24), exponents, *no)),
         "a frame that lies": blob(chunks=one(b"\2" + lying_frame(len(bits)), exponents, *no)),

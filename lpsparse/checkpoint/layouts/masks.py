@@ -63,6 +63,8 @@ def decode_mask(plane: memoryview, out: Bits) -> tuple[int, Iterator[tuple[Bits,
             gaps = unbox(body[4:], size)
             if gaps[-1] == 255:
                 raise BrokenError("the mask ends in a gap")
+            if size == out.size and gaps.any():  # nobody will look at where they are
+                raise BrokenError("the mask keeps values beyond the last one")
             return size - int(np.count_nonzero(gaps == 255)), _by_gaps(gaps, out)
     raise BrokenError("the mask is of no known kind")
 
