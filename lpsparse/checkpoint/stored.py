@@ -1,5 +1,7 @@
 """One weight file, in whichever layout: its tensors, of which nothing is read yet."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,22 +149,28 @@ def _open_packed(path: Path, header: Header) -> list[Tensor]:
     """What the manifest in the header lists, no more and no less. Raises InputError."""
     entries = {entry.name: entry for entry in header.entries}
     tensors: list[Tensor] = []
-    for name, described in packed.read_manifest(path, header.metadata).items():
-        stored = name if described is None else name + packed.SUFFIX
-        entry = entries.pop(stored, None)
-        if entry is None:
-            what = f"{path}: {stored!r} is missing, its manifest lists it"
-            raise InputError(343, what, mend="copy the file again, or pack the model again")
-        tensors.append(
-            _dense(path, entry) if described is None else _packed_tensor(path, name, entry, described)
-        )
+    with path.open("rb") as file:
+        for name, described in packed.read_manifest(path, header.metadata).items():
+            stored = name if described is None else name + packed.SUFFIX
+            entry = entries.pop(stored, None)
+            if entry is None:
+                what = f"{path}: {stored!r} is missing, its manifest lists it"
+                raise InputError(343, what, mend="copy the file again, or pack the model again")
+            if described is None:
+                tensors.append(_dense(path, entry))
+            else:
+                tensors.append(_packed_tensor(path, file, name, entry, described))
     if entries:
         what = f"{path}: {next(iter(entries))!r} is not in its manifest"
         raise InputError(343, what, mend="copy the file again, or pack the model again")
     return tensors
 
 
-def _packed_tensor(path: Path, name: str, entry: Entry, described: tuple[str, tuple[int, ...]]) -> Tensor:
+def _packed_tensor(
+    path: Path, opened: Any, name: str, entry: Entry, described: tuple[str, tuple[int, ...]]
+) -> Tensor:
+    """`opened` is the file of `path`, where the head is read from."""
+
     def read(first: int, count: int) -> Bits:
         with path.open("rb") as file:
             return read_exactly(file, entry, first, count)
@@ -171,7 +179,8 @@ def _packed_tensor(path: Path, name: str, entry: Entry, described: tuple[str, tu
     if (entry.dtype, entry.shape) != ("U8", (entry.nbytes,)):
         what = f"{where}: is stored as {entry.dtype} {entry.shape}, not as one row of bytes"
         raise InputError(343, what, mend="copy the file again, or pack the model again")
-    found = packed.read_packed(where, entry.nbytes, read)
+    found = packed.read_packed(where, entry.nbytes, partial(read_exactly, opened, entry))
+    found = replace(found, read=read)
     if (found.dtype, found.shape) != described:
         what = f"{where}: {found.dtype} {found.shape}, its manifest has {described[0]} {described[1]}"
         raise InputError(343, what, mend="copy the file again, or pack the model again")
