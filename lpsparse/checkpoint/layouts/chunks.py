@@ -6,7 +6,7 @@ import numpy as np
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.layouts.exponents import decode_exponents, encode_exponents
 from lpsparse.checkpoint.layouts.frames import box, join, keep_freed_memory, split, unbox
-from lpsparse.checkpoint.layouts.masks import decode_mask, encode_mask
+from lpsparse.checkpoint.layouts.masks import ALL_KEPT, decode_mask, encode_mask
 
 LEVELS = ("fast", "default", "max")
 _FIELDS = {  # bits of exponent and mantissa
@@ -22,8 +22,11 @@ def encode_chunk(values: Bits, dtype: str, level: str) -> bytes:
         octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, values.itemsize)
         return join([box(np.ascontiguousarray(each), any_saving=thrifty) for each in octets.T])
     mask = values != 0
-    places = np.flatnonzero(mask)
-    kept = values if places.size == values.size else values[places]
+    if values.size and mask.all():
+        kept, mask_plane = values, ALL_KEPT
+    else:
+        places = np.flatnonzero(mask)
+        kept, mask_plane = values[places], encode_mask(mask, places, level)
     exponent_bits, mantissa_bits = _FIELDS[dtype]
     kind = values.dtype.type
     exponents = kept >> kind(mantissa_bits) & kind((1 << exponent_bits) - 1)
@@ -32,7 +35,7 @@ def encode_chunk(values: Bits, dtype: str, level: str) -> bytes:
     rest |= kept & kind((1 << mantissa_bits) - 1)
     return join(
         [
-            encode_mask(mask, places, level),
+            mask_plane,
             encode_exponents(exponents.astype("<u2" if exponent_bits > 8 else "u1"), any_saving=thrifty),
             _encode_rest(rest, 1 + mantissa_bits, level),
         ]

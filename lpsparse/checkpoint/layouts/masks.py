@@ -14,14 +14,15 @@ from lpsparse.checkpoint.layouts.frames import BrokenError, Bytes, box, unbox
 Places = NDArray[np.int64]
 
 _NONE, _ALL, _BITS, _GAPS = range(4)  # first byte of a plane
+ALL_KEPT = bytes([_ALL])  # the plane of a mask without zeros
 _GAPS_BELOW = 0.22  # share of values kept, under which gaps are fewer bytes than bits, and quicker
 _PIECE = 1 << 17  # values whose places, 8 bytes each, are made at once: they stay in the cache
 
 
 def encode_mask(mask: NDArray[np.bool], places: Places, level: str) -> bytes:
-    """`places` are those where `mask` is set."""
-    if places.size in (0, mask.size):
-        return bytes([_ALL if places.size else _NONE])
+    """`places` are those where `mask` is set: not all of them."""
+    if not places.size:
+        return bytes([_NONE])
     low, both = places.size < _GAPS_BELOW * mask.size, level == "max"
     found: list[bytes] = []
     if low or both:
