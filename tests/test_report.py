@@ -229,7 +229,7 @@ def test_verify_fails_on_any_change_and_names_it(
     damage(tmp_path / "out")
     ran = cli("verify", tmp_path / "out")
     assert ran.rc == 1 and ": FAILED: " in ran.stdout
-    assert words in ran.stderr
+    assert words in ran.stdout
     found = json.loads(cli("verify", tmp_path / "out", "--json", "--quiet").stdout)
     assert not found["ok"] and any(words in problem for problem in found["problems"])
 
@@ -275,7 +275,7 @@ def test_a_manifest_cannot_make_verify_read_outside_the_folder(
     )
     ran = cli("verify", sparse)
     assert ran.rc == 1
-    assert f"{name}: missing" in ran.stderr
+    assert f"{name}: missing" in ran.stdout
 
 
 def sha_of(path: Path) -> str:
