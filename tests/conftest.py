@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,3 +298,34 @@ def faulty(tmp_path: Path) -> dict[str, object]:
         "data": str(tmp_path / "images.npz"), "model_fn": f"{tmp_path / 'faulty.py'}:build", "batch_size": 8,
         "epochs": 3, "lr": 0.01, "log_every": 2, "threads": 1,
     }  # fmt: skip
+
+
+# A hub on this machine
+
+
+class _HubServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """The client has gone: that is what is tested."""
+
+
+@contextmanager
+def hub_at(handler: type[BaseHTTPRequestHandler], cache: Path, patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Its address, which huggingface_hub asks in this process, with a cache of its own."""
+    from huggingface_hub import close_session
+
+    server = _HubServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {
+        "ENDPOINT": address, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache),
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+    }.items():  # fmt: skip
+        patch.setattr(f"huggingface_hub.constants.{name}", value)
+    patch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
+    yield address
+    server.shutdown()
+    server.server_close()
+    close_session()

@@ -35,6 +35,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from lpsparse import pack, prune, report, verify
+from lpsparse.checkpoint import files
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.output import remove_ours
 from lpsparse.checkpoint.writer import OWNER, REPLACED
@@ -587,6 +588,17 @@ def test_a_bit_that_the_disk_flips_is_seen_before_out_is_there(
     monkeypatch.setattr("lpsparse.checkpoint.writer.os.fsync", flip)
     with pytest.raises(OutputError, match=r"read back") as caught:
         prune(tiny, tmp_path / "out", sparsity=0.2, layout=layout)
+    assert caught.value.code == "LPS408" and not list(tmp_path.glob("out*"))
+
+
+def test_a_tensor_that_a_layout_loses_is_seen_before_out_is_there(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files.WRITERS["dense"]
+    loses = {"dense": lambda target, tensors, *more: write(target, tensors[1:], *more)}
+    monkeypatch.setattr("lpsparse.checkpoint.rewrite.WRITERS", loses)
+    with pytest.raises(OutputError, match="is not in OUT as it should be") as caught:
+        prune(tiny, tmp_path / "out", sparsity=0.2)
     assert caught.value.code == "LPS408" and not list(tmp_path.glob("out*"))
 
 

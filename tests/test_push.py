@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import LISTENING, Ran, cli_environment, run_cli, write_shards, write_tiny
+from conftest import LISTENING, Ran, cli_environment, hub_at, run_cli, write_shards, write_tiny
 
 from lpsparse import ExitCode, LpsparseError, pack, prune, push, verify
 from lpsparse.errors import TerminatedError
@@ -183,36 +183,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: Any) -> None:
-        """The client has gone: that is what is tested."""
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub at an address of this machine, for this process, which has its token; no waiting to try again."""
-    from huggingface_hub import close_session
-
     hub = Hub()
-    server = Server(("127.0.0.1", 0), type("OwnHandler", (Handler,), {"hub": hub}))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in {
-        "ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_DISABLE_XET": True,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    close_session()
-    yield hub
-    server.shutdown()
-    server.server_close()
-    close_session()
+    with hub_at(type("OwnHandler", (Handler,), {"hub": hub}), tmp_path / "cache", monkeypatch) as hub.address:
+        yield hub
 
 
 @pytest.fixture

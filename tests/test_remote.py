@@ -1,11 +1,10 @@
 """A dry run on a hub id that is not in the cache: what its headers tell, from a hub of our own."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from conftest import (
     PRUNABLE,
     PRUNABLE_WEIGHTS,
     f32,
+    hub_at,
     run_cli,
     safetensors_bytes,
     tiny_arrays,
@@ -114,35 +114,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: Any) -> None:
-        """The client has gone: that is what is tested."""
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub at an address of this machine, for this process; with an empty cache and a second of patience."""
-    from huggingface_hub import close_session
-
     hub = Hub()
-    server = Server(("127.0.0.1", 0), type("OwnHandler", (Handler,), {"hub": hub}))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {
-        "ENDPOINT": address, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    close_session()
-    hub.address = address
-    yield hub
-    server.shutdown()
-    server.server_close()
-    close_session()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    with hub_at(type("OwnHandler", (Handler,), {"hub": hub}), tmp_path / "cache", monkeypatch) as hub.address:
+        yield hub
 
 
 def dry(tmp_path: Path, **options: Any) -> dict[str, Any]:

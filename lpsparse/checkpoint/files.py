@@ -16,7 +16,7 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor, regrouped
 from lpsparse.checkpoint.threads import in_turn
-from lpsparse.checkpoint.writer import (
+from lpsparse.checkpoint.weights import (
     Named,
     Part,
     WeightFile,

@@ -18,13 +18,7 @@ from typing import Literal
 import psutil
 
 from lpsparse.checkpoint.threads import of_one
-from lpsparse.checkpoint.writer import (
-    METRICS,
-    OWNER,
-    REPLACED,
-    STATE,
-    fsync,
-)
+from lpsparse.checkpoint.writer import METRICS, OWNER, REPLACED, STATE, fsync
 from lpsparse.errors import OutputError, StateError, TerminatedError
 
 _NEW = f"{OWNER}.new"

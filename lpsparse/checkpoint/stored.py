@@ -155,14 +155,14 @@ def _open_packed(path: Path, header: Header) -> list[Tensor]:
             entry = entries.pop(stored, None)
             if entry is None:
                 what = f"{path}: {stored!r} is missing, its manifest lists it"
-                raise InputError(343, what, mend="copy the file again, or pack the model again")
+                raise InputError(343, what, mend=packed.AGAIN)
             if described is None:
                 tensors.append(_dense(path, entry))
             else:
                 tensors.append(_packed_tensor(path, file, name, entry, described))
     if entries:
         what = f"{path}: {next(iter(entries))!r} is not in its manifest"
-        raise InputError(343, what, mend="copy the file again, or pack the model again")
+        raise InputError(343, what, mend=packed.AGAIN)
     return tensors
 
 
@@ -178,12 +178,12 @@ def _packed_tensor(
     where = f"{path}: {name!r}"
     if (entry.dtype, entry.shape) != ("U8", (entry.nbytes,)):
         what = f"{where}: is stored as {entry.dtype} {entry.shape}, not as one row of bytes"
-        raise InputError(343, what, mend="copy the file again, or pack the model again")
+        raise InputError(343, what, mend=packed.AGAIN)
     found = packed.read_packed(where, entry.nbytes, partial(read_exactly, opened, entry))
     found = replace(found, read=read)
     if (found.dtype, found.shape) != described:
         what = f"{where}: {found.dtype} {found.shape}, its manifest has {described[0]} {described[1]}"
-        raise InputError(343, what, mend="copy the file again, or pack the model again")
+        raise InputError(343, what, mend=packed.AGAIN)
 
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
         lines, width = grid_of(found.shape, found.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 from lpsparse.checkpoint.counting import Cut, check_finite, nonfinite
 from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, ordered, value_of
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.progress import phase
 from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import UsageError, VerdictError
@@ -136,7 +137,8 @@ def plan_prune(
         if scope == "global":  # its passes are shared among processes, else the tensors are
             selected = [select(scored, sparsity, wide=wide)]
         else:
-            selected = parallel(lambda each: select([each], sparsity, wide=wide), scored)
+            with phase("selecting", sum(tensor.nbytes for tensor in tensors)):
+                selected = parallel(lambda each: select([each], sparsity, wide=wide), scored)
         for found in selected:
             for name, ties in found.ties.items():
                 plans[name] = replace(base[name], threshold=found.key, ties=ties)

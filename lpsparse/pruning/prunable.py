@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.writer import Named
+from lpsparse.checkpoint.weights import Named
 from lpsparse.errors import UsageError
 from lpsparse.pruning.quantised import quantised
 

@@ -7,7 +7,7 @@ from typing import Any
 from lpsparse.checkpoint import rescue
 from lpsparse.checkpoint.entry import is_ours
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.writer import Named
+from lpsparse.checkpoint.weights import Named
 from lpsparse.errors import InputError
 
 _UNSCALED = ("F64", "F32", "F16", "BF16")  # values that stand for themselves, whatever lies beside them

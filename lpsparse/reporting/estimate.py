@@ -16,7 +16,8 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rewrite import WAITING, metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import cores
-from lpsparse.checkpoint.writer import Named, file_size, find_sidecars
+from lpsparse.checkpoint.weights import Named, file_size
+from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.reporting.measure import Estimate, Report, measure
 
 # Peaks of anonymous memory, measured on 2 cores: 1 and 4 files of BF16, F32 and F64, each rule of `prune`.

@@ -17,7 +17,7 @@ from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.threads import parallel
-from lpsparse.checkpoint.writer import Named, file_size
+from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.pruning.prunable import choose
 
 

@@ -33,6 +33,7 @@ _WORTH = 128  # bytes that a packed tensor saves at least: so much longer are it
 
 MANIFEST = "lpsparse.manifest"  # key of the header's metadata
 
+AGAIN = "copy the file again, or pack the model again"
 Read = Callable[[int, int], Bits]  # (first byte, count) of the stored bytes
 
 
@@ -83,7 +84,7 @@ def read_manifest(path: Path, metadata: dict[str, str]) -> dict[str, tuple[str, 
         found = _Manifest.model_validate(unique_json(metadata.get(MANIFEST, "")), strict=False)
     except ValueError as error:  # pydantic's too
         what = f"{path}: its manifest is not understood: {str(error).splitlines()[0]}"
-        raise InputError(343, what, mend="copy the file again, or pack the model again") from None
+        raise InputError(343, what, mend=AGAIN) from None
     if found.format_version != VERSION:
         what = f"{path}: version {found.format_version} of the packed layout: written by a newer lpsparse"
         raise InputError(336, what, mend="upgrade lpsparse")
@@ -119,7 +120,7 @@ class Packed:
                 found = decode_chunk(stored, min(self.chunk_values, total - start), self.dtype)
             except BrokenError as error:
                 what = f"{self.where}: chunk {chunk} of {self.bounds.size - 1}: {error}"
-                raise InputError(343, what, mend="copy the file again, or pack the model again") from None
+                raise InputError(343, what, mend=AGAIN) from None
             yield found[max(first - start, 0) : last - start]
 
 
@@ -128,7 +129,7 @@ def read_packed(where: str, nbytes: int, read: Read) -> Packed:
     Raises InputError."""
 
     def refuse(why: str) -> InputError:
-        return InputError(343, f"{where}: {why}", mend="copy the file again, or pack the model again")
+        return InputError(343, f"{where}: {why}", mend=AGAIN)
 
     fixed = read(0, _FIXED).tobytes() if nbytes >= _FIXED else b""
     if fixed[:4] != _MAGIC:
