@@ -16,7 +16,8 @@ from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write
 from lpsparse.errors import InputError, LpsparseError
 from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card
-from lpsparse.reporting.measure import Report, measure, tensor_records
+from lpsparse.reporting.measure import measure, tensor_records
+from lpsparse.reporting.records import Report
 
 Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]

@@ -12,7 +12,7 @@ from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import PackStep, PruneStep, UnpackStep, pair
 from lpsparse.reporting.estimate import estimate, report_of
-from lpsparse.reporting.measure import Report
+from lpsparse.reporting.records import Report
 
 
 def foretell(

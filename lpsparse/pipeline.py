@@ -25,7 +25,7 @@ from lpsparse.recipe import (
     VerifyStep,
 )
 from lpsparse.recipe_file import Recipe, overrides_of, read_recipe
-from lpsparse.reporting.measure import Report
+from lpsparse.reporting.records import Report
 from lpsparse.settings import resolve
 
 Say = Callable[[str], None]

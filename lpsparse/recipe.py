@@ -8,9 +8,18 @@ from collections.abc import Collection
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Task = Literal["causal-lm", "masked-lm", "text-classification", "image-classification"]
 
@@ -69,9 +78,62 @@ def _branch(value: str) -> str:
     return value
 
 
+class Limit(NamedTuple):
+    """A budget's limit, and what it is of."""
+
+    value: Decimal  # bytes, a fraction, or in the metric's unit
+    pattern: str | None = None  # glob over tensor names; None: the whole model
+    n_m: str | None = None
+    relative: bool = False  # of the quality before
+
+
+def limit_of(name: str, text: str) -> Limit:
+    """`[GLOB=]LIMIT` of a budget, of min-nm `[GLOB=]N:M=LIMIT`. Raises ValueError."""
+    pattern, _, limit = text.rpartition("=")
+    n_m = None
+    if name == "min-nm":
+        pattern, _, n_m = pattern.rpartition("=")
+        if n_m not in REPORTED_N_M:
+            raise ValueError(f"--min-nm {text}: N:M=FRACTION, N:M one of {', '.join(REPORTED_N_M)}")
+    found = _LIMIT.fullmatch(limit.strip())
+    unit = found[2] if found else ""
+    if not found or (unit and (name, unit == "%") not in (("max-bytes", False), ("max-quality-drop", True))):
+        example = {"max-bytes": "20MB", "max-quality-drop": "0.01 or 2%", "min-nm": "2:4=1.0"}.get(
+            name, "0.8"
+        )
+        raise ValueError(f"--{name} {text}: not [GLOB=]LIMIT, such as {example}")
+    if pattern and name == "max-quality-drop":
+        raise ValueError(f"--{name} {text}: quality is of the whole model, it takes no GLOB")
+    value = Decimal(found[1]) * _UNITS.get(unit, 1) / (100 if unit == "%" else 1)
+    if name not in ("max-bytes", "max-quality-drop") and value > 1:
+        raise ValueError(f"--{name} {text}: a fraction is 0..1, such as 0.8")
+    return Limit(value, pattern or None, n_m, unit == "%")
+
+
+def _texts(value: Any) -> Any:
+    return [str(each) for each in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _levels(value: tuple[str, ...]) -> tuple[str, ...]:
+    for each in value:
+        if each not in (*BUDGETS, "baseline"):
+            near = [f"; did you mean {name}?" for name in get_close_matches(each, BUDGETS, n=1)]
+            raise ValueError(f"--warn {each}: not {', '.join(BUDGETS)} or baseline{''.join(near)}")
+    return value
+
+
+BUDGETS = ("min-sparsity", "max-bytes", "max-quality-drop", "max-layer-sparsity", "min-nm")
+REPORTED_N_M = ("1:4", "2:4", "4:8")
+_LIMIT = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([kMGT]?B|[KMGT]iB|%|)")
+_UNITS = {"B": 1} | {
+    f"{letter}{kind}": base**power
+    for kind, base in (("B", 1000), ("iB", 1024))
+    for power, letter in enumerate("kMGT" if kind == "B" else "KMGT", start=1)
+}
 _REPO = re.compile(r"\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Limits = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 _INCLUDE = Field(
     (),
@@ -95,7 +157,10 @@ _DRY_PRUNE = Field(
 )
 
 POSITIONAL = ("model", "out", "base", "source", "folder", "repo")
-REPEATED = ("include", "exclude", "freeze")  # flags that may be given more than once
+REPEATED = (  # flags that may be given more than once
+    "include", "exclude", "freeze", "min_sparsity", "max_bytes", "max_quality_drop", "max_layer_sparsity",
+    "min_nm", "warn",
+)  # fmt: skip
 _UNRECORDED = {
     "model", "weights", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data",
     "model_fn", "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track",
@@ -277,15 +342,44 @@ class ReportStep(Step):
     threads: int | None = _THREADS
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
-    min_sparsity: float | None = Field(
-        None, ge=0, le=1,
-        description="Budget: least sparsity of prunable weights.",
-    )  # fmt: skip
-    max_bytes: int | None = Field(None, ge=0, description="Budget: most bytes of the weight files.")
-    max_quality_drop: float | None = Field(
-        None, ge=0,
-        description="Budget: most that the quality recorded by finetune may fall, in the metric's own unit.",
-    )  # fmt: skip
+    min_sparsity: Limits = Field(
+        (),
+        description="Budget [GLOB=]FRACTION: least sparsity of the prunable weights, or of all that match.",
+    )
+    max_bytes: Limits = Field(
+        (), description="Budget [GLOB=]BYTES: most bytes of the weight files, or of tensors; 20MB, 1.5GiB."
+    )
+    max_quality_drop: Limits = Field(
+        (),
+        description="Budget: most that the quality recorded by finetune may fall, in the metric's own unit, "
+        "or in % of what it was.",
+    )
+    max_layer_sparsity: Limits = Field(
+        (), description="Budget [GLOB=]FRACTION: most sparsity of any one prunable (or matching) tensor."
+    )
+    min_nm: Limits = Field(
+        (),
+        description="Budget [GLOB=]N:M=FRACTION: least share of groups of M that hold at most N non-zeros.",
+    )
+    warn: Annotated[Patterns, AfterValidator(_levels)] = Field(
+        (), description="A budget, by its name, that only warns; repeatable. baseline: those of --baseline."
+    )
+    baseline: Path | None = Field(
+        None, description="Earlier report.json: sparsity, bytes and quality may be no worse than there."
+    )
+    max_regression: Decimal = Field(
+        Decimal(0), ge=0, le=1, description="Share by which they may be worse than --baseline."
+    )
+    spectra: bool = Field(
+        False, description="Largest and smallest singular value of each prunable matrix (slow)."
+    )
+
+    @field_validator(*(name.replace("-", "_") for name in BUDGETS))
+    @classmethod
+    def _understood(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for each in value:
+            limit_of(str(info.field_name).replace("_", "-"), each)
+        return value
 
 
 class _DataStep(Step):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from lpsparse.artefact import Say, check_same, complete, recorded, stamps_of, writing
 from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.hub import is_remote
-from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, source_of
+from lpsparse.checkpoint.manifest import Quality, hash_of, own_manifest, read_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rescue import LAYOUTS
@@ -22,7 +22,7 @@ from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.checkpoint.threads import of_each, of_one, using
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.dry_run import foretell, foretell_unread
-from lpsparse.errors import InputError, VerdictError
+from lpsparse.errors import InputError, UsageError, VerdictError
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
@@ -36,18 +36,26 @@ from lpsparse.recipe import (
     ReportStep,
     UnpackStep,
     VerifyStep,
+    flag,
     pair,
 )
 from lpsparse.reporting import text
+from lpsparse.reporting.budgets import check_baseline, check_budgets
+from lpsparse.reporting.changes import changes
 from lpsparse.reporting.check import check_against, check_folder, check_weights
+from lpsparse.reporting.history import read_history
 from lpsparse.reporting.measure import (
-    Report,
-    check_budgets,
     compare,
+    identity_of,
+    made_by,
     measure,
+    not_measured,
     own_quality,
     prunable_of,
 )  # fmt: skip
+from lpsparse.reporting.records import Report
+from lpsparse.reporting.reread import is_report, read_report
+from lpsparse.reporting.spectra import spectra
 from lpsparse.settings import (
     as_launched,
     is_first,
@@ -57,6 +65,7 @@ from lpsparse.settings import (
     resolve,
 )
 
+_OF_FILES = ("base", "weights", "include", "exclude", "spectra")  # what a written report has no more
 S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
 R = TypeVar("R")
 
@@ -239,17 +248,54 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
 
 @_on_threads
 def report_step(step: ReportStep, say: Say = silent) -> Report:
+    """MODEL may be a report.json, too: what it says, with the budgets checked anew."""
+    found = _reread(step) if is_report(step.model) else _measured(step, say)
+    if step.baseline is not None:
+        found = check_baseline(found, read_report(step.baseline), step)
+    return check_budgets(found, step)
+
+
+def _reread(step: ReportStep) -> Report:
+    given = [flag(name) for name in _OF_FILES if not step.at_default(name)]
+    if given:
+        what = f"{step.model}: a report, which is not measured again: {', '.join(given)} cannot be had of it"
+        raise UsageError(221, what, mend="give the checkpoint itself")
+    return read_report(Path(step.model)).model_copy(update={"budgets": (), "baseline": None})
+
+
+def _measured(step: ReportStep, say: Say) -> Report:
     checkpoint = _open(step.model, say, step.weights, needed=False)
     manifest = own_manifest(checkpoint)
     quality = () if manifest is None else manifest.quality
     found = measure(checkpoint, include=step.include, exclude=step.exclude, quality=quality)
     check_weights(checkpoint, found)
     if step.base is not None:
-        base = _open(step.base, say)
-        beside = measure(base, include=step.include, exclude=step.exclude)
-        check_weights(base, beside)
-        found = compare(found, beside)
-    return check_budgets(found, step.min_sparsity, step.max_bytes, step.max_quality_drop)
+        found = _compared(step.base, checkpoint, found, step, say)
+    if step.spectra:
+        values = spectra(checkpoint, {row.name for row in found.tensors if row.prunable})
+        rows = [row.model_copy(update={"spectrum": values.get(row.name)}) for row in found.tensors]
+        found = found.model_copy(update={"tensors": tuple(rows)})
+    more: dict[str, Any] = {
+        "identity": identity_of(found, manifest), "training": read_history(checkpoint.root),
+        "not_measured": not_measured(found),
+    }  # fmt: skip
+    if manifest is not None:
+        more["made"] = made_by(manifest, {path.name for path in checkpoint.files})
+    return found.model_copy(update=more)
+
+
+def _compared(model: str, checkpoint: Checkpoint, found: Report, step: ReportStep, say: Say) -> Report:
+    base = _open(model, say)
+    shapes = {tensor.name: tensor.shape for tensor in base.tensors}
+    if not any(shapes.get(tensor.name) == tensor.shape for tensor in checkpoint.tensors):
+        what = f"{base.name}: has no tensor of the names and shapes of {checkpoint.name}: not comparable"
+        raise InputError(353, what, mend="give the checkpoint that MODEL was made from as BASE")
+    beside = measure(base, include=step.include, exclude=step.exclude)
+    check_weights(base, beside)
+    manifest = own_manifest(checkpoint)
+    made_of = manifest and (hash_of(manifest.source.files), manifest.source.base_sha256)
+    is_source = made_of is not None and hash_of(source_of(base).files) in made_of
+    return compare(found, beside, changes(checkpoint, base), is_source=is_source)
 
 
 @_on_threads
@@ -369,9 +415,10 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     task = prepare(step, source, spread=False)
     for note in task.loaded.notes:
         say(note)
-    made_by = job.made_by(step, source, recorded(step))
+    recipe = recorded(step)
+    of_run = job.made_by(step, source, recipe)
     with job.training_folder(step) as folder:
-        states = job.find_states(step, folder, made_by, say)
+        states = job.find_states(step, folder, of_run, say)
         with job.recording(step, states, on_step, say) as record:
             trained = train(step, task, record, say, states)
         written = trained_checkpoint(source, task.loaded)
@@ -385,13 +432,16 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             metric=task.metric, before=trained.before.of(task.metric) if trained.before else None,
             after=trained.after.of(task.metric), higher_is_better=task.higher_is_better,
             rows=trained.after.count, split=f"{step.eval_split or 'held-out'} {task.unit}",
+            before_error=trained.before.error_of(task.metric) if trained.before else None,
+            after_error=trained.after.error_of(task.metric),
+            data_sha256=job.held_out_hash(step, recipe["finetune"]),
         )  # fmt: skip
         chosen = {
             t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors
         }
         notes = (*task.loaded.notes, trained.facts)
         record = source_of(source)
-        check_same(record, made_by["model"])
+        check_same(record, of_run["model"])
         found = complete(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
     distributed.wait()
     return found

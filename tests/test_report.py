@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from lpsparse import pack, prune, report, verify
 from lpsparse.errors import InputError
 from lpsparse.reporting.card import escape
-from lpsparse.reporting.measure import Report
+from lpsparse.reporting.records import Report
 from lpsparse.reporting.table import render
 from lpsparse.reporting.text import clean, columns, shorten, size
 

@@ -162,9 +162,14 @@ def unique_json(text: bytes | str) -> Any:
         return table
 
     try:
-        return json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=pairs)
+        text = text.decode() if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON")
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

@@ -46,6 +46,9 @@ class Quality(_Record):
     higher_is_better: bool
     rows: int
     split: str
+    before_error: float | None = None  # standard error of the mean; examples (tokens) taken as independent
+    after_error: float | None = None
+    data_sha256: str | None = None  # of the held-out data, and of the settings that decide what is measured
 
 
 class Source(_Record):
@@ -53,6 +56,7 @@ class Source(_Record):
     revision: str | None
     files: tuple[FileRecord, ...]
     base: str  # the model that the chain of steps began with
+    base_sha256: str | None = None  # of the hashes of its weight files
 
 
 class Manifest(_Record):
@@ -88,7 +92,15 @@ def source_of(checkpoint: Checkpoint) -> Source:
             mend = f"write it again, or delete {MANIFEST} if you changed the weights on purpose"
             raise InputError(352, what, mend=mend)
     base = checkpoint.name if earlier is None else earlier.source.base
-    return Source(name=checkpoint.name, revision=checkpoint.revision, files=files, base=base)
+    known_base = hash_of(files) if earlier is None else earlier.source.base_sha256
+    return Source(
+        name=checkpoint.name, revision=checkpoint.revision, files=files, base=base, base_sha256=known_base
+    )
+
+
+def hash_of(files: tuple[FileRecord, ...]) -> str:
+    """One hash for the contents of some files, whatever their names."""
+    return hashlib.sha256("".join(sorted(each.sha256 for each in files)).encode()).hexdigest()
 
 
 def own_manifest(checkpoint: Checkpoint) -> "Manifest | None":

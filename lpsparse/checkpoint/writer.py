@@ -149,11 +149,11 @@ def check_report_file(path: Path, models: Iterable[str | None]) -> None:
         raise OutputError(401, f"{path}: exists and is no report", mend="choose another file, such as x.json")
 
 
-def write_beside(path: Path, value: object) -> None:
-    """`write_json` so that `path` is never half a file. Raises OutputError."""
+def write_beside(path: Path, text: str) -> None:
+    """`write_text` so that `path` is never half a file. Raises OutputError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a name that nobody else's file has
     try:
-        write_json(partial, value)
+        write_text(partial, text)
         partial.replace(path)
     except OSError as error:
         raise OutputError(409, f"{path}: {error.strerror}", mend="choose another file") from error

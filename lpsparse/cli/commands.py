@@ -12,7 +12,7 @@ from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
 
 if TYPE_CHECKING:  # numpy comes with it, which --help can do without
-    from lpsparse.reporting.measure import Report
+    from lpsparse.reporting.records import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -91,7 +91,7 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
         print_json(found)
         return
     from lpsparse.reporting import table
-    from lpsparse.reporting.measure import Estimate
+    from lpsparse.reporting.records import Estimate
 
     zeros = found["zeros_at_least"]
     print_result(f"{text.clean(found['model'])}@{found['revision']}: from headers alone")

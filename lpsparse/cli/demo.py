@@ -18,7 +18,7 @@ from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.text import columns, size
 
 if TYPE_CHECKING:
-    from lpsparse.reporting.measure import Report
+    from lpsparse.reporting.records import Report
 
 RECIPE = Path(__file__).parents[1] / "bundled" / "demo.yaml"
 _HELP = """Run finetune, prune and report on a bundled model, offline; exit 1 below its bounds.

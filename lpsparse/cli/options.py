@@ -2,7 +2,7 @@
 defaults and checks are written once, in `recipe`."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
@@ -15,20 +15,31 @@ from lpsparse.settings import resolve
 _EPILOG = (
     "Each option can also be set as LPSPARSE_NAME, such as LPSPARSE_SEED=1; a flag wins. Docs: README.md."
 )
-Show = Callable[[Any, bool, bool], None]  # (step, as JSON, quiet)
+Show = Callable[[Any, Any, bool], None]  # (step, as JSON or the files asked for, quiet)
+_METAVARS = {
+    "min_sparsity": "LIMIT", "max_bytes": "LIMIT", "max_quality_drop": "LIMIT", "max_layer_sparsity": "LIMIT",
+    "min_nm": "LIMIT", "warn": "BUDGET",
+}  # fmt: skip
 
 
-def add_command(app: typer.Typer, name: str, kind: type[Step], show: Show, *, examples: str) -> None:
-    """Register `name`, which builds a step of `kind` from its options and gives it to `show`."""
+def add_command(
+    app: typer.Typer, name: str, kind: type[Step], show: Show, *, examples: str,
+    files: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Register `name`, which builds a step of `kind` from its options and gives it to `show`. `files` are the
+    names and help of options that each take a FILE to write; without them `--json` is a switch."""
 
     def body(**values: Any) -> None:
-        as_json, quiet = values.pop("as_json"), values.pop("quiet")
+        quiet = values.pop("quiet")
+        asked = {each: values.pop(f"{each}_file") for each in files} if files else values.pop("as_json")
         given = {key: value for key, value in values.items() if value is not None and value != []}
-        show(resolve(kind, given), as_json, quiet)
+        show(resolve(kind, given), asked, quiet)
 
     parameters = [_parameter(key, info) for key, info in kind.model_fields.items()]
     parameters.sort(key=lambda item: POSITIONAL.index(item.name) if item.name in POSITIONAL else 9)
-    parameters += [_switch("as_json", "--json", "Print the result as one JSON object on stdout.")]
+    if files is None:
+        parameters += [_switch("as_json", "--json", "Print the result as one JSON object on stdout.")]
+    parameters += [_file(each, text) for each, text in (files or {}).items()]
     parameters += [_switch("quiet", "--quiet", "Print no messages and no progress.")]
     body.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     body.__annotations__ = {item.name: item.annotation for item in parameters}
@@ -39,6 +50,12 @@ def add_command(app: typer.Typer, name: str, kind: type[Step], show: Show, *, ex
 def _switch(name: str, text: str, help_text: str) -> inspect.Parameter:
     annotation = Annotated[bool, typer.Option(text, help=help_text)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+
+
+def _file(name: str, text: str) -> inspect.Parameter:
+    option = typer.Option(f"--{name}", help=text, metavar="FILE", show_default=False)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(f"{name}_file", kind, default=None, annotation=Annotated[str | None, option])
 
 
 def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
@@ -58,7 +75,7 @@ def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
         )
     elif key in REPEATED:
         option, wanted = (
-            typer.Option(flag(key), help=text, metavar="GLOB", show_default=False),
+            typer.Option(flag(key), help=text, metavar=_METAVARS.get(key, "GLOB"), show_default=False),
             list[str] | None,
         )
     else:

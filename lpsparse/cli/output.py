@@ -25,6 +25,11 @@ def print_result(text: str) -> None:
         _write(sys.stdout, text)
 
 
+def print_text(text: str) -> None:
+    """`print_result` of a whole file."""
+    print_result(text.removesuffix("\n"))
+
+
 def tell(text: str) -> None:
     """Say on stderr; work goes on when its reader has gone away."""
     _write(sys.stderr, text)

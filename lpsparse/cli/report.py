@@ -1,74 +1,71 @@
-"""`lpsparse report`: the one command whose --json takes a file."""
+"""`lpsparse report`: what is shown of it, and the files that its views go to."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from lpsparse.cli.commands import show_report
-from lpsparse.cli.output import print_json, print_result, teller, width, working
-from lpsparse.errors import ExitCode
+from lpsparse.cli.options import add_command
+from lpsparse.cli.output import print_text, teller, working
+from lpsparse.errors import ExitCode, UsageError
 from lpsparse.recipe import ReportStep
-from lpsparse.settings import is_first, resolve
+from lpsparse.settings import is_first
 
-_HELP = """Measure sparsity and bytes from the files alone; exit 1 when a budget fails.
+if TYPE_CHECKING:
+    from lpsparse.reporting.records import Report
 
-\b
-Examples:
+_EXAMPLES = """\
   lpsparse report sparse dense
-  lpsparse report sparse --min-sparsity 0.8 --max-bytes 20000000
+  lpsparse report sparse dense --html report.html
+  lpsparse report sparse --min-sparsity 0.8 --max-bytes 20MB --max-quality-drop 1%
+  lpsparse report sparse --min-sparsity '*.mlp.*=0.9' --min-nm 2:4=1.0 --warn min-nm
+  lpsparse report sparse --baseline main/report.json --max-regression 0.01
   lpsparse report sparse --json - | jq .prunable.sparsity"""
+_FILES = {"json": "Write report.json; - is stdout."}
+
+
+def _json(report: "Report") -> str:
+    return report.model_dump_json(indent=1, ensure_ascii=True) + "\n"
+
+
+_VIEWS: dict[str, Callable[["Report"], str]] = {"json": _json}
 
 
 def register(app: typer.Typer) -> None:
-    app.command("report", help=_HELP, no_args_is_help=True)(report)
+    add_command(app, "report", ReportStep, _report, examples=_EXAMPLES, files=_FILES)
 
 
-def report(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, weight file, index or hub id.")],
-    base: Annotated[str | None, typer.Argument(metavar="BASE", help="The checkpoint it came from.")] = None,
-    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write report.json; - "
-        "is stdout.")]
-    = None,
-    weights: Annotated[str | None, typer.Option(metavar="NAME", help="Weight file or index in MODEL that "
-        "is meant.")] = None,
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors counted as "
-        "prunable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors not so counted.")] = None,
-    min_sparsity: Annotated[str | None, typer.Option(metavar="FRACTION", help="Least sparsity of "
-        "prunable weights.")]
-    = None,
-    max_bytes: Annotated[str | None, typer.Option(metavar="BYTES", help="Most bytes of the weight "
-        "files.")] = None,
-    max_quality_drop: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Most that the recorded quality may fall, in "
-            "its own unit.")
-    ] = None,
-    threads: Annotated[str | None, typer.Option(metavar="INTEGER", help="Threads; the result is the same. "
-        "Default: one a core.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages.")] = False,
-) -> None:  # fmt: skip
+def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None:
     from lpsparse.checkpoint.writer import check_report_file, write_beside
-    from lpsparse.reporting import table
     from lpsparse.verbs import report_step
 
-    given = {
-        "model": model, "base": base, "weights": weights, "include": include, "exclude": exclude,
-        "min_sparsity": min_sparsity, "max_bytes": max_bytes, "max_quality_drop": max_quality_drop,
-        "threads": threads,
-    }  # fmt: skip
-    step = resolve(ReportStep, {key: value for key, value in given.items() if value not in (None, [])})
-    if json_file not in (None, "-"):
-        check_report_file(Path(json_file), (model, base))
+    asked = {view: file for view, file in files.items() if file is not None}
+    _check(asked)
+    for file in asked.values():
+        if file != "-":
+            check_report_file(Path(file), (step.model, step.base))
     with working(quiet):
         found = report_step(step, teller(quiet))
-    if json_file == "-":
-        print_json(found.model_dump(mode="json"))
-    elif json_file is not None:
-        if is_first():
-            write_beside(Path(json_file), found.model_dump(mode="json"))
-        print_result(table.render(found, width()))
-    else:
+    for view, file in asked.items():
+        text = _VIEWS[view](found)
+        if file == "-":
+            print_text(text)
+        elif is_first():
+            write_beside(Path(file), text)
+    if "-" not in asked.values():
         show_report(found, as_json=False)
     if not found.passed:
         raise typer.Exit(ExitCode.VERDICT)
+
+
+def _check(asked: dict[str, str]) -> None:
+    """Raises UsageError for files that cannot all be written."""
+    for view, file in asked.items():
+        if file.startswith("--") or not file:
+            what = f"--{view} {file}: a FILE is needed there"
+            raise UsageError(222, what, mend=f"such as --{view} report.{view}, or - for stdout")
+    twice = [file for file in asked.values() if list(asked.values()).count(file) > 1]
+    if twice:
+        raise UsageError(222, f"{twice[0]}: two views cannot go to one place", mend="give each its own FILE")

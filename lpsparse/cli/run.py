@@ -9,7 +9,7 @@ from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, w
 from lpsparse.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from lpsparse.reporting.measure import Report
+    from lpsparse.reporting.records import Report
 
 _HELP = """Run the steps of a recipe; each step's output is the next one's input, finished steps are skipped.
 

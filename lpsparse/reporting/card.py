@@ -7,7 +7,7 @@ from jinja2 import Environment, StrictUndefined
 from lpsparse import __version__
 from lpsparse.checkpoint.hub import is_hub_id
 from lpsparse.checkpoint.manifest import Quality, Source
-from lpsparse.reporting.measure import Report
+from lpsparse.reporting.records import Report
 
 _TEMPLATE = Path(__file__).with_suffix(".md.j2")
 

@@ -16,7 +16,7 @@ from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError
-from lpsparse.reporting.measure import Report
+from lpsparse.reporting.records import Report
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import cores
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.checkpoint.writer import find_sidecars
-from lpsparse.reporting.measure import Estimate, Report, measure
+from lpsparse.reporting.measure import measure
+from lpsparse.reporting.records import Estimate, Report
 
 # Peaks of anonymous memory, measured on 2 cores: 1 and 4 files of BF16, F32 and F64, each rule of `prune`.
 _PROCESS_BYTES = 32 << 20  # Python and numpy

@@ -1,17 +1,12 @@
-"""Measure a checkpoint from its files, in one streaming pass:
-the source of every view and of every budget."""
+"""Measure a checkpoint from its files, in one streaming pass: what every view and every budget is made of."""
 
-from decimal import Decimal
-from math import floor
-from typing import Literal
+import hashlib
 
-from pydantic import BaseModel, ConfigDict
-
-from lpsparse.checkpoint.counting import Count, count_all
+from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.files import entries_of
 from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.manifest import Quality, TensorRecord, digest, own_manifest
+from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, own_manifest
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import metadata_of
@@ -19,94 +14,21 @@ from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.pruning.prunable import choose
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Share(_Record):
-    """Zeros among some weights. sparsity = zeros / weights, 0 where there are none."""
-
-    of: str  # the denominator, in words
-    weights: int
-    zeros: int
-    sparsity: float
-
-
-class TensorRow(_Record):
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    layout: str
-    prunable: bool
-    reason: str
-    weights: int
-    zeros: int
-    sparsity: float
-    nonfinite: int
-    stored_bytes: int
-    dense_bytes: int
-
-
-class Bytes(_Record):
-    """The third denominator: what the weight files take on disk."""
-
-    file_bytes: int  # weight files as they are, headers included
-    dense_bytes: int  # tensors alone, stored densely
-    zero_bytes: int  # bytes of exact zeros when stored densely
-    zero_share: float  # zero_bytes / dense_bytes
-    bitmask_bytes: int  # weight files in the bitmask layout, as `pack` writes them
-
-
-class Base(_Record):
-    """The checkpoint it came from, measured likewise."""
-
-    name: str
-    prunable: Share
-    file_bytes: int
-    bytes_ratio: float  # ours / theirs
-
-
-class Budget(_Record):
-    name: str
-    limit: float
-    value: float | None  # None: it was not measured
-    passed: bool
-
-
-class Estimate(_Record):
-    """What a run would take, of which only a dry run is made."""
-
-    disk_bytes: int  # OUT
-    free_bytes: int  # on its disk
-    memory_bytes: int  # of the process at its peak, without what the system caches of files
-    seconds: float | None  # None where nothing was read that could be timed
-    rule: str  # where these come from, in words
-
-
-class Report(_Record):
-    """What `lpsparse report` found. `schema_version` changes when a field changes its meaning."""
-
-    schema_version: Literal[1] = 1
-    model: str
-    layout: str
-    opens_with: str
-    rule: str  # how weights were counted, in words
-    prunable: Share
-    all: Share
-    bytes: Bytes
-    tensors: tuple[TensorRow, ...]
-    nonfinite_tensors: tuple[str, ...]
-    quality: tuple[Quality, ...] = ()
-    base: Base | None = None
-    budgets: tuple[Budget, ...] = ()
-    estimate: Estimate | None = None  # of a dry run alone
-
-    @property
-    def passed(self) -> bool:
-        return all(budget.passed for budget in self.budgets)
-
+from lpsparse.reporting.kinds import KINDS, kind_of
+from lpsparse.reporting.records import (
+    Base,
+    Bytes,
+    Change,
+    Detail,
+    Histogram,
+    Identity,
+    KindRow,
+    Made,
+    Report,
+    Share,
+    TensorRow,
+)
+from lpsparse.reporting.survey import survey
 
 _PACKED = (
     "lpsparse (load, unpack); transformers from_pretrained after `import lpsparse`, where config.json is "
@@ -130,31 +52,34 @@ def measure(
     quality: tuple[Quality, ...] = (),
     counts: dict[str, Count] | None = None,
 ) -> Report:
-    """Count every value of every tensor, unless `counts` has them.
+    """Look at every value of every tensor, unless `counts` has the zeros, which are all that is told then.
     `chosen` says what is prunable; by default the names and patterns do.
     """
     if chosen is None:
         chosen = prunable_of(checkpoint, include, exclude)
     rows: list[TensorRow] = []
     stored: dict[str, list[Named]] = {path.name: [] for path in checkpoint.files}  # in the bitmask layout
-    counts = count_all(checkpoint) if counts is None else counts
+    counts, details = survey(checkpoint) if counts is None else (counts, dict[str, Detail]())
     for tensor in checkpoint.tensors:
         counted = counts[tensor.name]
-        rows.append(_row(tensor, counted, *chosen[tensor.name]))
+        rows.append(_row(tensor, counted, details.get(tensor.name), *chosen[tensor.name]))
         pays = bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
         stored[tensor.file] += entries_of(tensor, counted, pays)
-    packed_bytes = sum(
+    bitmask_bytes = sum(
         file_size(entries, metadata_of(checkpoint, file, "bitmask")) for file, entries in stored.items()
     )
     rule = (
         f"exact zeros of either sign; prunable are {sum(row.prunable for row in rows)} of "
         f"{len(rows)} tensors; "
     )
+    prunable = [row for row in rows if row.prunable]
     return Report(
         model=name or checkpoint.name, layout=checkpoint.layout, opens_with=_OPENS[checkpoint.layout],
         rule=rule + "a tied tensor counts once, as it is stored",
-        prunable=_share("prunable weights", [row for row in rows if row.prunable]),
-        all=_share("all weights", rows), bytes=_bytes(checkpoint, rows, packed_bytes), tensors=tuple(rows),
+        prunable=_share("prunable weights", prunable), all=_share("all weights", rows),
+        bytes=_bytes(checkpoint, rows, bitmask_bytes), tensors=tuple(rows), kinds=_kinds(rows),
+        n_m=_together([row.detail.n_m for row in prunable if row.detail]),
+        empty=_together([row.detail.empty for row in prunable if row.detail]), histogram=_histogram(prunable),
         nonfinite_tensors=tuple(row.name for row in rows if row.nonfinite), quality=quality,
     )  # fmt: skip
 
@@ -172,9 +97,10 @@ def prunable_of(
     return choose(((t.name, t.dtype, t.shape) for t in checkpoint.tensors), include, exclude, needed=False)
 
 
-def _row(tensor: Tensor, counted: Count, prunable: bool, reason: str) -> TensorRow:
+def _row(tensor: Tensor, counted: Count, detail: Detail | None, prunable: bool, reason: str) -> TensorRow:
     return TensorRow(
-        name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, layout=tensor.layout, prunable=prunable,
+        name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, kind=kind_of(tensor.name, tensor.shape),
+        layout=tensor.layout, prunable=prunable, detail=detail,
         reason=reason, weights=tensor.size, zeros=counted.zeros, sparsity=_ratio(counted.zeros, tensor.size),
         nonfinite=counted.nonfinite, stored_bytes=tensor.stored_bytes, dense_bytes=tensor.nbytes,
     )  # fmt: skip
@@ -189,51 +115,109 @@ def _share(of: str, rows: list[TensorRow]) -> Share:
     return Share(of=of, weights=weights, zeros=zeros, sparsity=_ratio(zeros, weights))
 
 
-def _bytes(checkpoint: Checkpoint, rows: list[TensorRow], packed_bytes: int) -> Bytes:
+def _kinds(rows: list[TensorRow]) -> tuple[KindRow, ...]:
+    every = sum(row.weights for row in rows)
+    found: list[KindRow] = []
+    for kind in KINDS:
+        some = [row for row in rows if row.kind == kind]
+        share = _share(kind, some)
+        if some:
+            found.append(
+                KindRow(
+                    kind=kind, tensors=len(some), prunable=sum(row.prunable for row in some),
+                    weights=share.weights, share=_ratio(share.weights, every), zeros=share.zeros,
+                    sparsity=share.sparsity, stored_bytes=sum(row.stored_bytes for row in some),
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
+def _together(tables: list[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for table in tables:
+        for name, (part, whole) in table.items():
+            before = found.get(name, (0, 0))
+            found[name] = (before[0] + part, before[1] + whole)
+    return dict(sorted(found.items()))
+
+
+def _histogram(rows: list[TensorRow]) -> Histogram | None:
+    given = [row.detail.histogram for row in rows if row.detail]
+    some = [each for each in given if each.counts]
+    if not some:
+        return None
+    first = min(each.first for each in some)
+    counts = [0] * (max(each.first + len(each.counts) for each in some) - first)
+    for each in some:
+        for i, count in enumerate(each.counts, each.first - first):
+            counts[i] += count
+    return Histogram(first=first, counts=tuple(counts))
+
+
+def _bytes(checkpoint: Checkpoint, rows: list[TensorRow], bitmask_bytes: int) -> Bytes:
     dense = sum(row.dense_bytes for row in rows)
     zero = sum(row.zeros * DTYPES[row.dtype].bits // 8 for row in rows)
     return Bytes(
         file_bytes=checkpoint.file_bytes, dense_bytes=dense, zero_bytes=zero,
-        zero_share=_ratio(zero, dense), bitmask_bytes=packed_bytes,
+        zero_share=_ratio(zero, dense), bitmask_bytes=bitmask_bytes, packed_bytes=_packed(checkpoint, rows),
     )  # fmt: skip
 
 
-def compare(report: Report, base: Report) -> Report:
-    """`report` with the figures of the checkpoint it came from beside it."""
-    ratio = _ratio(report.bytes.file_bytes, base.bytes.file_bytes)
-    beside = Base(
-        name=base.model, prunable=base.prunable, file_bytes=base.bytes.file_bytes, bytes_ratio=ratio
-    )
-    return report.model_copy(update={"base": beside})
-
-
-def check_budgets(
-    report: Report, min_sparsity: float | None, max_bytes: int | None, max_quality_drop: float | None
-) -> Report:
-    """`report` with a verdict for each budget given; a quality that nobody recorded fails its budget."""
-    budgets: list[Budget] = []
-    if min_sparsity is not None:
-        share = report.prunable
-        asked = floor(Decimal(str(min_sparsity)) * share.weights)  # as many as `prune --sparsity` would leave
-        passed = share.zeros >= asked
-        budgets.append(Budget(name="min-sparsity", limit=min_sparsity, value=share.sparsity, passed=passed))
-    if max_bytes is not None:
-        size = report.bytes.file_bytes
-        budgets.append(Budget(name="max-bytes", limit=max_bytes, value=size, passed=size <= max_bytes))
-    if max_quality_drop is not None:
-        drops = [quality_drop(quality) for quality in report.quality]
-        drop = max((d for d in drops if d is not None), default=None)
-        passed = drop is not None and drop <= max_quality_drop
-        budgets.append(Budget(name="max-quality-drop", limit=max_quality_drop, value=drop, passed=passed))
-    return report.model_copy(update={"budgets": tuple(sorted(budgets, key=lambda budget: budget.passed))})
-
-
-def quality_drop(quality: Quality) -> float | None:
-    """How much worse `after` is than `before`, in the metric's unit; negative when better."""
-    if quality.before is None:
+def _packed(checkpoint: Checkpoint, rows: list[TensorRow]) -> int | None:
+    if checkpoint.layout == "packed":
+        return checkpoint.file_bytes
+    if not any(row.detail for row in rows):
         return None
-    change = quality.after - quality.before
-    return -change if quality.higher_is_better else change
+    headers = checkpoint.file_bytes - sum(row.stored_bytes for row in rows)
+    bounds = (min(row.detail.bound_bytes, row.dense_bytes) if row.detail else row.dense_bytes for row in rows)
+    return sum(bounds) + max(headers, 0)
+
+
+def compare(report: Report, base: Report, changed: dict[str, Change], *, is_source: bool) -> Report:
+    """`report` with the figures of another checkpoint beside it."""
+    ours = {row.name: row.shape for row in report.tensors}
+    theirs = {row.name: row.shape for row in base.tensors}
+    both = set(ours) & set(theirs)
+    beside = Base(
+        name=base.model, is_source=is_source, prunable=base.prunable, file_bytes=base.bytes.file_bytes,
+        dense_bytes=base.bytes.dense_bytes,
+        bytes_ratio=_ratio(report.bytes.file_bytes, base.bytes.file_bytes), histogram=base.histogram,
+        only_here=tuple(sorted(set(ours) - both)), only_there=tuple(sorted(set(theirs) - both)),
+        other_form=tuple(sorted(name for name in both if ours[name] != theirs[name])),
+    )  # fmt: skip
+    rows = tuple(row.model_copy(update={"change": changed.get(row.name)}) for row in report.tensors)
+    return report.model_copy(update={"base": beside, "tensors": rows})
+
+
+def identity_of(report: Report, manifest: Manifest | None) -> Identity:
+    """What another report must share to be compared with this one."""
+    counted = sorted((row.name, row.weights) for row in report.tensors if row.prunable)
+    return Identity(
+        base_sha256=manifest.source.base_sha256 if manifest else None,
+        prunable_sha256=hashlib.sha256(repr(counted).encode("utf-8", "surrogatepass")).hexdigest(),
+    )
+
+
+def not_measured(report: Report) -> tuple[str, ...]:
+    """What this report does not tell, in words: nobody should read it out of the rest."""
+    said = ["speed: zeros are faster only in a runtime that knows them, and none was timed"]
+    if not report.quality:
+        said.append("quality: none is recorded of these weights (`finetune` records it, `eval` measures it)")
+    if report.base is None:
+        said.append("changes: no BASE was given")
+    if not any(row.spectrum for row in report.tensors):
+        said.append("singular values: --spectra was not given")
+    return tuple(said)
+
+
+def made_by(manifest: Manifest, files: set[str]) -> Made:
+    """What the manifest says of how the folder was made; `files` are its weight files."""
+    source = manifest.source
+    return Made(
+        lpsparse=manifest.lpsparse, source=source.name, revision=source.revision, base=source.base,
+        recipe=manifest.recipe, files=tuple(each for each in manifest.files if each.name in files),
+        notes=manifest.notes,
+    )  # fmt: skip
 
 
 def tensor_records(report: Report) -> tuple[TensorRecord, ...]:

@@ -1,6 +1,7 @@
 """The report on a terminal: for 80 columns (its tables fit fewer); it says what each figure is of."""
 
-from lpsparse.reporting.measure import Estimate, Report, quality_drop
+from lpsparse.reporting.budgets import quality_drop
+from lpsparse.reporting.records import Estimate, Report
 from lpsparse.reporting.text import clean, columns, size
 
 MOST_ROWS = 40

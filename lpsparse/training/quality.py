@@ -18,9 +18,16 @@ class Measured:
     loss: float
     count: int
     accuracy: float | None
+    loss_error: float  # standard error of the mean, examples (tokens) taken as independent
 
     def of(self, metric: str) -> float:
         return self.loss if metric == "loss" or self.accuracy is None else self.accuracy
+
+    def error_of(self, metric: str) -> float:
+        """Standard error of `of`."""
+        if metric == "loss" or self.accuracy is None:
+            return self.loss_error
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.count)
 
 
 def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
@@ -30,7 +37,7 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
     model = task.loaded.module.to(device).eval()
     # Examples of like length together: less padding. The sums do not depend on the order.
     examples = sorted(task.held_out, key=task.length) if task.length else task.held_out
-    loss = count = correct = 0
+    loss = square = count = correct = 0
     rank, ranks = distributed.rank(), distributed.ranks()
     with torch.no_grad():
         for first in range(0, len(examples), step.batch_size):
@@ -41,12 +48,16 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
                 batch = task.measured(batch, list(places) or [first])
             logits, labels = task.predict(model, {key: value.to(device) for key, value in batch.items()})
             if mine:
-                loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+                losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+                loss += float(losses.sum())
+                square += float(losses.double().square().sum())
                 count += len(labels)
                 correct += int((logits.argmax(-1) == labels).sum())
     distributed.share_again(model)
-    loss, count, correct = distributed.sums([loss, count, correct])
+    loss, square, count, correct = distributed.sums([loss, square, count, correct])
     if not math.isfinite(loss):
         what = f"loss {loss} over {int(count)} {task.unit} held out"
         raise NumericError(502, what, mend="look for NaN or Inf with `lpsparse report`")
-    return Measured(loss / count, int(count), correct / count if task.metric == "accuracy" else None)
+    mean = loss / count
+    error = math.sqrt(max(square / count - mean * mean, 0) / count)
+    return Measured(mean, int(count), correct / count if task.metric == "accuracy" else None, error)

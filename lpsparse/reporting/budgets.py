@@ -1,0 +1,166 @@
+"""Budgets: limits that a report meets or fails, each with its value and its margin; failed first."""
+
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from math import floor
+from typing import Literal
+
+from lpsparse.checkpoint.manifest import Quality
+from lpsparse.errors import InputError, UsageError
+from lpsparse.recipe import BUDGETS, Limit, ReportStep, limit_of
+from lpsparse.reporting.records import Budget, Report, TensorRow
+
+Level = Literal["error", "warn"]
+
+
+def check_budgets(report: Report, step: ReportStep) -> Report:
+    """`report` with a verdict for each budget of `step`. What was not measured fails its budget.
+
+    Raises UsageError for a pattern that matches no tensor.
+    """
+    found: list[Budget] = []
+    for name in BUDGETS:
+        level: Level = "warn" if name in step.warn else "error"
+        for text in getattr(step, name.replace("-", "_")):
+            found.append(_CHECKS[name](report, limit_of(name, text)).model_copy(update={"level": level}))
+    return _with(report, found)
+
+
+def _with(report: Report, more: list[Budget]) -> Report:
+    ordered = sorted((*report.budgets, *more), key=lambda each: (each.passed, each.level == "warn"))
+    return report.model_copy(update={"budgets": tuple(ordered)})
+
+
+def _matching(report: Report, limit: Limit) -> list[TensorRow]:
+    """The tensors that a budget is of; without a pattern the prunable ones."""
+    if limit.pattern is None:
+        return [row for row in report.tensors if row.prunable]
+    found = [row for row in report.tensors if fnmatchcase(row.name, limit.pattern)]
+    if not found:
+        what = f"budget {limit.pattern}={limit.value}: the pattern matches no tensor"
+        raise UsageError(220, what, mend="`lpsparse inspect MODEL` lists the names")
+    return found
+
+
+def _min_sparsity(report: Report, limit: Limit) -> Budget:
+    rows = _matching(report, limit)
+    weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
+    passed = zeros >= floor(limit.value * weights)  # as many as `prune --sparsity` would leave
+    value = zeros / weights if weights else 0.0
+    return _at_least("min-sparsity", limit, value, passed=passed)
+
+
+def _max_bytes(report: Report, limit: Limit) -> Budget:
+    size = report.bytes.file_bytes
+    if limit.pattern is not None:
+        size = sum(row.stored_bytes for row in _matching(report, limit))
+    return _at_most("max-bytes", limit, size)
+
+
+def _max_quality_drop(report: Report, limit: Limit) -> Budget:
+    drops = [drop for each in report.quality if (drop := _drop(each, limit.relative)) is not None]
+    return _at_most("max-quality-drop", limit, max(drops, default=None))
+
+
+def _drop(quality: Quality, relative: bool) -> float | None:
+    drop = quality_drop(quality)
+    if not relative or drop is None or quality.before is None:
+        return drop
+    return drop / abs(quality.before) if quality.before else None
+
+
+def _max_layer_sparsity(report: Report, limit: Limit) -> Budget:
+    worst = max(_matching(report, limit), key=lambda row: row.sparsity, default=None)
+    found = _at_most("max-layer-sparsity", limit, worst.sparsity if worst else 0.0)
+    return found.model_copy(update={"worst": worst.name if worst else None})
+
+
+def _min_nm(report: Report, limit: Limit) -> Budget:
+    assert limit.n_m is not None
+    given = [row.detail.n_m.get(limit.n_m) for row in _matching(report, limit) if row.detail]
+    groups = [each for each in given if each is not None]
+    met, whole = sum(part for part, _ in groups), sum(count for _, count in groups)
+    value = met / whole if whole else None
+    found = _at_least(f"min-nm {limit.n_m}", limit, value, passed=value is not None and value >= limit.value)
+    return found
+
+
+_CHECKS = {
+    "min-sparsity": _min_sparsity, "max-bytes": _max_bytes, "max-quality-drop": _max_quality_drop,
+    "max-layer-sparsity": _max_layer_sparsity, "min-nm": _min_nm,
+}  # fmt: skip
+
+
+def _at_least(name: str, limit: Limit, value: float | None, *, passed: bool) -> Budget:
+    least = float(limit.value)
+    margin = None if value is None else value - least
+    return Budget(
+        name=name, pattern=limit.pattern, limit=least, value=value, margin=margin, passed=passed
+    )  # fmt: skip
+
+
+def _at_most(name: str, limit: Limit, value: float | None) -> Budget:
+    most = float(limit.value)
+    passed = value is not None and Decimal(repr(value)) <= limit.value
+    margin = None if value is None else most - value
+    return Budget(name=name, pattern=limit.pattern, limit=most, value=value, margin=margin, passed=passed)
+
+
+def quality_drop(quality: Quality) -> float | None:
+    """How much worse `after` is than `before`, in the metric's unit; negative when better."""
+    if quality.before is None:
+        return None
+    change = quality.after - quality.before
+    return -change if quality.higher_is_better else change
+
+
+def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report:
+    """`report` with budgets that say it is no worse than `baseline` by more than `step` allows.
+
+    Raises InputError where the two cannot be compared.
+    """
+    name, regression = str(step.baseline), step.max_regression
+    _check_alike(report, baseline, name)
+    share = Decimal(1) - regression
+    level: Level = "warn" if "baseline" in step.warn else "error"
+    zeros = Limit(Decimal(repr(baseline.prunable.sparsity)) * share)
+    value = report.prunable.sparsity
+    found = [_at_least("sparsity of baseline", zeros, value, passed=Decimal(repr(value)) >= zeros.value)]
+    size = Limit(baseline.bytes.file_bytes * (1 + regression))
+    found.append(_at_most("bytes of baseline", size, report.bytes.file_bytes))
+    for mine in report.quality:
+        for theirs in baseline.quality:
+            if mine.metric == theirs.metric:
+                found.append(_no_worse(mine, theirs, regression))
+    found = [each.model_copy(update={"level": level}) for each in found]
+    return _with(report.model_copy(update={"baseline": name}), found)
+
+
+def _no_worse(mine: Quality, theirs: Quality, regression: Decimal) -> Budget:
+    name, after = f"{mine.metric} of baseline", Decimal(repr(theirs.after))
+    worst = after - abs(after) * regression if mine.higher_is_better else after + abs(after) * regression
+    if mine.higher_is_better:
+        return _at_least(name, Limit(worst), mine.after, passed=Decimal(repr(mine.after)) >= worst)
+    return _at_most(name, Limit(worst), mine.after)
+
+
+def _check_alike(report: Report, baseline: Report, name: str) -> None:
+    ours, theirs = report.identity, baseline.identity
+    why = None
+    if ours is None or theirs is None:
+        why = "it does not say what it was measured of"
+    elif None not in (ours.base_sha256, theirs.base_sha256) and ours.base_sha256 != theirs.base_sha256:
+        why = f"its chain began with other weights (sha256 {str(theirs.base_sha256)[:12]}, "
+        why += f"here {str(ours.base_sha256)[:12]})"
+    elif ours.prunable_sha256 != theirs.prunable_sha256:
+        why = (
+            f"it counted other tensors as prunable ({baseline.prunable.weights:,} weights, here "
+            f"{report.prunable.weights:,})"
+        )
+    measured = {each.metric: each.data_sha256 for each in baseline.quality}
+    for each in report.quality:
+        if each.metric in measured and measured[each.metric] != each.data_sha256:
+            why = why or f"its {each.metric} was measured on other data"
+    if why is not None:
+        what = f"{name}: not comparable with {report.model}: {why}"
+        raise InputError(354, what, mend="make the baseline again, from the same base model and data")

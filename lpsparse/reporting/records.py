@@ -1,0 +1,216 @@
+"""What report.json holds: plain, frozen data, of which every view is made."""
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from lpsparse.checkpoint.manifest import FileRecord, Quality
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Share(Record):
+    """Zeros among some weights. sparsity = zeros / weights, 0 where there are none."""
+
+    of: str  # the denominator, in words
+    weights: int
+    zeros: int
+    sparsity: float
+
+
+class Histogram(Record):
+    """Non-zero finite magnitudes by powers of two: counts[i] are those with 2**(first + i) <= |w| <
+    2**(first + i + 1). The subnormal ones of a dtype are all in the bin under its smallest normal ones."""
+
+    first: int
+    counts: tuple[int, ...]
+
+
+class Detail(Record):
+    """What is in a tensor of floats, beside its zeros."""
+
+    negative_zeros: int  # of the zeros
+    subnormal: int
+    near_zero: int  # non-zero, and under 2**-10 of the power of two of the largest magnitude
+    nan: int
+    inf: int
+    smallest: float | None  # non-zero finite magnitude; None where there is none
+    largest: float | None
+    histogram: Histogram
+    n_m: dict[str, tuple[int, int]]  # "2:4": (groups of 4 neighbours with at most 2 non-zeros, all groups)
+    empty: dict[str, tuple[int, int]]  # "rows", "columns", "heads", "blocks 4x4": (all zero, all of them)
+    bound_bytes: int  # order-0 bound: entropy of where zeros are and of exponents, other bits as they are
+
+
+class Spectrum(Record):
+    """Singular values of a matrix (of more dimensions: rows by the rest)."""
+
+    largest: float
+    smallest: float
+    condition: float | None  # largest / smallest; None where the smallest is 0
+
+
+class Change(Record):
+    """A tensor beside that of the same name in BASE."""
+
+    cut: int  # zero here, not there
+    revived: int  # not zero here, zero there
+    changed: int  # zero in neither, other values
+    largest_cut: float | None  # magnitude in BASE of what was cut
+    smallest_kept: float | None  # and of what was not
+    largest_change: float  # |ours - theirs|, of values that are zero in neither
+    at: int | None  # place of that value in the tensor, in row-major order
+    before: float | None
+    after: float | None
+    distance: (
+        float | None
+    )  # root of the sum of squared changes, over that of BASE's squares; None: NaN or Inf
+
+
+class TensorRow(Record):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str  # layer type, by its name: a key of kinds.KINDS
+    layout: str
+    prunable: bool
+    reason: str
+    weights: int
+    zeros: int  # of either sign
+    sparsity: float
+    nonfinite: int
+    stored_bytes: int
+    dense_bytes: int
+    detail: Detail | None = None  # None: only zeros were counted, or it holds no floats
+    spectrum: Spectrum | None = None
+    change: Change | None = None
+
+
+class KindRow(Record):
+    """All tensors of one layer type."""
+
+    kind: str
+    tensors: int
+    prunable: int  # of the tensors
+    weights: int
+    share: float  # of all weights
+    zeros: int
+    sparsity: float
+    stored_bytes: int
+
+
+class Bytes(Record):
+    """The third denominator: what the weight files take on disk."""
+
+    file_bytes: int  # weight files as they are, headers included
+    dense_bytes: int  # tensors alone, stored densely
+    zero_bytes: int  # bytes of exact zeros when stored densely
+    zero_share: float  # zero_bytes / dense_bytes
+    bitmask_bytes: int  # weight files in the bitmask layout, as `pack --layout bitmask` writes them
+    packed_bytes: int | None = None  # about what `pack` writes: the order-0 bound; exact where it is packed
+
+
+class Base(Record):
+    """The checkpoint that it is compared with, measured likewise."""
+
+    name: str
+    is_source: bool  # by the hashes that the manifest has of what it was made from
+    prunable: Share
+    file_bytes: int
+    dense_bytes: int
+    bytes_ratio: float  # ours / theirs
+    histogram: Histogram | None  # of the prunable weights
+    only_here: tuple[str, ...]  # names of tensors
+    only_there: tuple[str, ...]
+    other_form: tuple[str, ...]  # of another shape
+
+
+class Budget(Record):
+    name: str
+    pattern: str | None = None  # glob of the tensors that it is of; None: see the name
+    limit: float
+    value: float | None  # None: it was not measured
+    margin: float | None = None  # how much better than the limit, in its unit; negative when it fails
+    level: Literal["error", "warn"] = "error"
+    passed: bool
+    worst: str | None = None  # the tensor that decides, where one does
+
+
+class Estimate(Record):
+    """What a run would take, of which only a dry run is made."""
+
+    disk_bytes: int  # OUT
+    free_bytes: int  # on its disk
+    memory_bytes: int  # of the process at its peak, without what the system caches of files
+    seconds: float | None  # None where nothing was read that could be timed
+    rule: str  # where these come from, in words
+
+
+class Point(Record):
+    """A line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    lr: float
+    lambda_p: float
+    sparsity: float
+
+
+class Made(Record):
+    """What lpsparse.json says of how the folder was made."""
+
+    lpsparse: str  # version
+    source: str
+    revision: str | None
+    base: str  # the model that the chain of steps began with
+    recipe: dict[str, Any]
+    files: tuple[FileRecord, ...]  # weight files
+    notes: tuple[str, ...]
+
+
+class Identity(Record):
+    """What two reports must share to be compared."""
+
+    base_sha256: str | None  # of the weights that the chain of steps began with; None: unknown
+    prunable_sha256: str  # of the names and sizes of what was counted as prunable
+
+
+class Report(Record):
+    """What `lpsparse report` found. `schema_version` changes when a field changes its meaning."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    layout: str
+    opens_with: str
+    rule: str  # how weights were counted, in words
+    prunable: Share
+    all: Share
+    bytes: Bytes
+    tensors: tuple[TensorRow, ...]
+    kinds: tuple[KindRow, ...] = ()
+    n_m: dict[str, tuple[int, int]] = {}  # sums over the prunable tensors
+    empty: dict[str, tuple[int, int]] = {}
+    histogram: Histogram | None = None  # of the prunable weights
+    nonfinite_tensors: tuple[str, ...]
+    quality: tuple[Quality, ...] = ()
+    base: Base | None = None
+    budgets: tuple[Budget, ...] = ()  # failed first
+    baseline: str | None = None  # the report that the budgets called "... of baseline" come from
+    training: tuple[Point, ...] = ()
+    made: Made | None = None
+    identity: Identity | None = None
+    not_measured: tuple[str, ...] = ()
+    estimate: Estimate | None = None  # of a dry run alone
+
+    @property
+    def passed(self) -> bool:
+        """Whether no budget failed that is more than a warning."""
+        return all(budget.passed or budget.level == "warn" for budget in self.budgets)
+
+
+def schema() -> str:
+    """JSON Schema of report.json."""
+    return json.dumps(Report.model_json_schema(mode="serialization"), indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,42 @@
+"""A report.json that was written before: read back as strictly as a checkpoint."""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lpsparse.checkpoint.header import unique_json
+from lpsparse.errors import InputError
+from lpsparse.reporting.records import Report
+
+_MOST_BYTES = 500_000_000
+_VERSION = 1
+
+
+def is_report(model: str) -> bool:
+    """Whether MODEL is a report and no checkpoint."""
+    return model.endswith(".json") and not model.endswith(".index.json") and Path(model).is_file()
+
+
+def read_report(path: Path) -> Report:
+    """Raises InputError for what is missing, broken or of another version."""
+    mend = "write it again: `lpsparse report MODEL --json FILE`"
+    if not path.is_file():
+        raise InputError(356, f"{path}: no such report", mend=mend)
+    if path.stat().st_size > _MOST_BYTES:
+        raise InputError(356, f"{path}: {path.stat().st_size:,} bytes are no report", mend=mend)
+    try:
+        table = unique_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(356, f"{path}: {error.strerror}", mend=mend) from error
+    except ValueError as error:
+        raise InputError(356, f"{path}: not valid JSON: {error}", mend=mend) from None
+    version = table.get("schema_version") if isinstance(table, dict) else None
+    if version != _VERSION:
+        what = f"{path}: no report of schema_version {_VERSION} (it has {str(version)[:20]})"
+        raise InputError(357, what, mend="upgrade lpsparse" if isinstance(version, int) else mend)
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(356, f"{path}: {where}: {first['msg']}", mend=mend) from None

@@ -1,0 +1,304 @@
+"""All that one look at every value tells: zeros, special values, magnitudes by powers of two, and whether
+patterns of zeros (N:M, rows, columns, heads, blocks) happen to be there."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpsparse.checkpoint.counting import Count
+from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, magnitudes, ordered
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.progress import advance, phase
+from lpsparse.checkpoint.tensors import Blocks, Tensor
+from lpsparse.checkpoint.threads import parallel
+from lpsparse.reporting.kinds import ATTENTION_ROWS, kind_of
+from lpsparse.reporting.records import Detail, Histogram
+
+N_M = {"1:4": 1, "2:4": 2, "4:8": 4}  # how many non-zeros a group may have
+_SIDES = (4, 16)  # of blocks
+_TASK_BYTES = 32 << 20  # what a thread looks at at a time
+_NEAR = 10  # powers of two under the largest magnitude: near zero
+_FIELDS = {  # bits of exponent and mantissa
+    "F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7), "F8_E4M3": (4, 3), "F8_E5M2": (5, 2),
+}  # fmt: skip
+
+Counts = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Found:
+    """What is in some lines of a tensor; lines of one tensor add up."""
+
+    zeros: int = 0
+    negative_zeros: int = 0
+    nan: int = 0
+    inf: int = 0
+    largest: int = 0  # integer of `ordered`, finite
+    smallest: int = -1  # of the non-zero ones; -1: none
+    binades: Counts = field(default_factory=lambda: np.zeros(0, np.int64))  # non-zero values by exponent
+    n_m: Counts = field(default_factory=lambda: np.zeros(len(N_M), np.int64))  # groups that hold so few
+    lines: list[Flags] = field(default_factory=list[Flags])  # of each line, whether it has a non-zero
+    columns: Flags | None = None  # of each column likewise
+    blocks: Counts = field(default_factory=lambda: np.zeros(len(_SIDES), np.int64))  # that are all zero
+
+    def add(self, other: "Found") -> None:
+        self.zeros += other.zeros
+        self.negative_zeros += other.negative_zeros
+        self.nan += other.nan
+        self.inf += other.inf
+        self.largest = max(self.largest, other.largest)
+        if other.smallest >= 0:
+            self.smallest = other.smallest if self.smallest < 0 else min(self.smallest, other.smallest)
+        self.binades = other.binades if not self.binades.size else self.binades + other.binades
+        self.n_m = self.n_m + other.n_m
+        self.lines += other.lines
+        if other.columns is not None:
+            self.columns = other.columns if self.columns is None else self.columns | other.columns
+        self.blocks = self.blocks + other.blocks
+
+
+def survey(checkpoint: Checkpoint) -> tuple[dict[str, Count], dict[str, Detail]]:
+    """What `count_all` counts (but its sums), and more of the tensors of floats: each value is read once."""
+    tasks = [(tensor, *lines) for tensor in checkpoint.tensors for lines in _tasks(tensor)]
+    found = {tensor.name: Found() for tensor in checkpoint.tensors}
+    with phase("reading", checkpoint.dense_bytes):
+        parts = parallel(_look, tasks)
+    for (tensor, *_), part in zip(tasks, parts, strict=True):
+        found[tensor.name].add(part)
+    heads = _head_size(checkpoint)
+    counts: dict[str, Count] = {}
+    details: dict[str, Detail] = {}
+    for tensor in checkpoint.tensors:
+        each = found.pop(tensor.name)
+        stored = tensor.size - each.zeros + each.negative_zeros
+        counts[tensor.name] = Count(each.zeros, stored, each.nan + each.inf, 0)
+        if DTYPES[tensor.dtype].is_float:
+            details[tensor.name] = _detail(tensor, each, heads)
+    return counts, details
+
+
+def _tasks(tensor: Tensor) -> list[tuple[int, int]]:
+    """Ranges of lines that blocks of rows do not cross."""
+    lines, width = tensor.grid
+    side = max(_SIDES)
+    step = max(1, _TASK_BYTES // max(width * DTYPES[tensor.dtype].storage.itemsize * side, 1)) * side
+    return [(line, min(line + step, lines)) for line in range(0, lines, step)]
+
+
+def _look(task: tuple[Tensor, int, int]) -> Found:
+    tensor, first, last = task
+    found = Found()
+    whole = tensor.grid[0] == tensor.rows  # a line is a row
+    for block in _aligned(tensor.blocks(first, last), max(_SIDES) if whole else 1):
+        advance(block.nbytes)
+        if DTYPES[tensor.dtype].is_float:
+            found.add(look_at(block, tensor.dtype, len(tensor.shape) > 1, whole))
+        else:
+            found.zeros += block.size - int(np.count_nonzero(block))
+    return found
+
+
+def _aligned(blocks: Blocks, lines: int) -> Iterator[Bits]:
+    """The same lines, so that all but the last are a multiple of `lines`: most are not copied."""
+    held: list[Bits] = []
+    count = 0
+    for _, block in blocks:
+        if count:
+            missing = min(lines - count, len(block))
+            held.append(block[:missing])
+            block, count = block[missing:], count + missing
+            if count < lines:
+                continue
+            yield np.concatenate(held)
+            held, count = [], 0
+        whole = len(block) - len(block) % lines
+        if whole:
+            yield block[:whole]
+        if whole < len(block):
+            held, count = [block[whole:]], len(block) - whole
+    if held:
+        yield np.concatenate(held)
+
+
+def look_at(block: Bits, dtype: str, matrix: bool, whole: bool) -> Found:
+    """Of lines of raw bits. `matrix`: patterns of zeros are looked for; `whole`: lines are rows."""
+    found = Found()
+    if not block.size:
+        return found
+    codes = ordered(block, dtype)
+    exponent, mantissa = _FIELDS[dtype]
+    zeros = codes.size - int(np.count_nonzero(codes))
+    found.zeros = zeros
+    if zeros:
+        found.negative_zeros = zeros - (block.size - int(np.count_nonzero(block)))
+    found.largest, found.smallest = int(codes.max()), int((codes - codes.dtype.type(1)).min()) + 1
+    if zeros == codes.size:
+        found.largest, found.smallest = 0, -1
+    limit = infinity(dtype)
+    if found.largest >= limit:
+        _special(found, codes, limit, dtype)
+    found.binades = _binades(codes >> codes.dtype.type(mantissa), 1 << exponent)
+    found.binades[0] -= zeros
+    if matrix:
+        _patterns(found, codes != 0, whole)
+    return found
+
+
+def _special(found: Found, codes: Bits, limit: int, dtype: str) -> None:
+    """NaN and Inf, and the extremes without them."""
+    bad = codes >= codes.dtype.type(limit)
+    if dtype != "F8_E4M3":  # which has NaN alone
+        found.inf = int(np.count_nonzero(codes == codes.dtype.type(limit)))
+    found.nan = int(np.count_nonzero(bad)) - found.inf
+    finite = codes[~bad]
+    some = finite[finite != 0]
+    found.largest = int(some.max()) if some.size else 0
+    found.smallest = int(some.min()) if some.size else -1
+
+
+def _binades(exponents: Bits, count: int) -> Counts:
+    """How many there are of each; of bytes two at a time, which is half the work."""
+    flat = exponents.reshape(-1)
+    if count > 256:
+        return np.bincount(flat.astype(np.int64), minlength=count)
+    octets = flat.astype(np.uint8)
+    pairs = np.bincount(octets[: octets.size // 2 * 2].view("<u2"), minlength=1 << 16).reshape(256, 256)
+    counts = pairs.sum(axis=0) + pairs.sum(axis=1)
+    if octets.size % 2:
+        counts[octets[-1]] += 1
+    return counts[:count]
+
+
+def _patterns(found: Found, kept: Flags, whole: bool) -> None:
+    """`kept`: (lines, width), whether a value is not zero."""
+    lines, width = kept.shape
+    found.lines = [np.logical_or.reduce(kept, axis=1)]
+    if whole:
+        found.columns = np.logical_or.reduce(kept, axis=0)
+    if width % 4 or not width:
+        return
+    fours = (kept.reshape(-1).view("<u4") * np.uint32(0x01010101) >> np.uint32(24)).astype(np.uint8)
+    fours = fours.reshape(lines, -1)  # non-zeros in each four neighbours of a line
+    few = [int(np.count_nonzero(fours <= N_M["1:4"])), int(np.count_nonzero(fours <= N_M["2:4"])), 0]
+    if width % 8 == 0:
+        few[2] = int(np.count_nonzero(fours[:, ::2] + fours[:, 1::2] <= N_M["4:8"]))
+    found.n_m = np.array(few)
+    if whole:
+        found.blocks = np.array([_empty_blocks(fours, side) for side in _SIDES])
+
+
+def _empty_blocks(fours: NDArray[np.uint8], side: int) -> int:
+    """Blocks of side x side that are all zero, of those that are whole."""
+    lines, width = len(fours) // side * side, fours.shape[1] * 4 // side * (side // 4)
+    if (fours.shape[1] * 4) % side or not lines:
+        return 0
+    tall = fours[:lines, :width].reshape(lines // side, side, -1).max(axis=1)
+    wide = tall.reshape(len(tall), -1, side // 4).max(axis=2)
+    return wide.size - int(np.count_nonzero(wide))
+
+
+def _detail(tensor: Tensor, found: Found, head_size: int | None) -> Detail:
+    exponent, mantissa = _FIELDS[tensor.dtype]
+    bias = (1 << (exponent - 1)) - 1
+    binades = found.binades if found.binades.size else np.zeros(1 << exponent, np.int64)
+    binades[-1] -= found.nan + found.inf
+    used = np.flatnonzero(binades)
+    first, last = (int(used[0]), int(used[-1])) if used.size else (0, -1)
+    kept = int(binades.sum())
+    sizes = [code for code in (found.smallest, found.largest) if code > 0]
+    values = _values(sizes, tensor.dtype)
+    return Detail(
+        negative_zeros=found.negative_zeros, subnormal=int(binades[0]), nan=found.nan, inf=found.inf,
+        near_zero=int(binades[: max(last - _NEAR, 0)].sum()),
+        smallest=values[0] if values else None, largest=values[-1] if values else None,
+        histogram=Histogram(first=first - bias, counts=tuple(binades[first : last + 1].tolist())),
+        n_m=_groups(tensor, found), empty=_empty(tensor, found, head_size),
+        bound_bytes=math.ceil(_bound_bits(tensor.size, kept, binades, 1 + mantissa) / 8),
+    )  # fmt: skip
+
+
+def _values(codes: list[int], dtype: str) -> list[float]:
+    """Magnitudes of integers of `ordered`."""
+    bits = magnitudes(np.array(codes, DTYPES[dtype].storage), dtype, wide=True)
+    return [float(value) for value in bits.view(np.float64)]
+
+
+def _bound_bits(size: int, kept: int, binades: Counts, rest: int) -> float:
+    """Bits by the order-0 entropy of where the kept values are and of their exponents."""
+
+    def entropy(counts: NDArray[np.int64]) -> float:
+        some = counts[counts > 0]
+        return float((some * np.log2(some.sum() / some)).sum()) if some.size else 0.0
+
+    return entropy(np.array([kept, size - kept])) + kept * rest + entropy(binades)
+
+
+def _groups(tensor: Tensor, found: Found) -> dict[str, tuple[int, int]]:
+    """N:M of the tensors whose rows are made of whole groups."""
+    width = tensor.grid[1]
+    if len(tensor.shape) < 2 or not tensor.size:
+        return {}
+    sizes = {name: int(name.partition(":")[2]) for name in N_M}
+    return {
+        name: (int(count), tensor.size // sizes[name])
+        for name, count in zip(N_M, found.n_m, strict=True)
+        if width % sizes[name] == 0
+    }
+
+
+def _empty(tensor: Tensor, found: Found, head_size: int | None) -> dict[str, tuple[int, int]]:
+    """What of a matrix is all zero: rows, columns, heads and whole blocks."""
+    if len(tensor.shape) < 2 or not tensor.size:
+        return {}
+    pieces = tensor.grid[0] // tensor.rows
+    rows = np.logical_or.reduce(np.concatenate(found.lines).reshape(tensor.rows, pieces), axis=1)
+    empty = {"rows": _none_of(rows, 1)}
+    kind = kind_of(tensor.name, tensor.shape)
+    if head_size and kind in ATTENTION_ROWS and tensor.rows % head_size == 0:
+        empty["heads"] = _none_of(rows, head_size)
+    if found.columns is None:
+        return empty
+    empty["columns"] = _none_of(found.columns, 1)
+    if head_size and kind == "attention out" and found.columns.size % head_size == 0:
+        empty["heads"] = _none_of(found.columns, head_size)
+    for side, count in zip(_SIDES, found.blocks, strict=True):
+        if tensor.grid[1] % side == 0 and tensor.rows >= side:
+            whole = tensor.rows // side * (tensor.grid[1] // side)
+            empty[f"blocks {side}x{side}"] = (int(count), whole)
+    return empty
+
+
+def _none_of(kept: Flags, size: int) -> tuple[int, int]:
+    groups: Flags = np.logical_or.reduce(kept.reshape(-1, size), axis=1)
+    return groups.size - int(np.count_nonzero(groups)), groups.size
+
+
+def _head_size(checkpoint: Checkpoint) -> int | None:
+    """Rows of an attention head, as config.json tells; None where it does not."""
+    path = checkpoint.root / "config.json" if checkpoint.root is not None else None
+    if path is None or not path.is_file() or path.stat().st_size > 10_000_000:
+        return None
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None  # nothing here needs it
+    config = config.get("text_config", config) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return None
+    table = cast("dict[str, Any]", config)
+    heads, width = (
+        _whole(table, *names) for names in (("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
+    )
+    given = _whole(table, "head_dim")
+    return given or (width // heads if heads and width and width % heads == 0 else None)
+
+
+def _whole(table: dict[str, Any], *names: str) -> int | None:
+    found = next((table[name] for name in names if name in table), None)
+    return found if isinstance(found, int) and 0 < found < 1 << 20 else None
