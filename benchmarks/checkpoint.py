@@ -3,6 +3,7 @@
     python benchmarks/checkpoint.py prune [--gib 1 2 4] [--rounds 3]    against `cp -r` and sync of the folder
     python benchmarks/checkpoint.py rivals [--gib 1]                    against what a user would write
     python benchmarks/checkpoint.py inspect                             700 tensors, 100 GB, sparse files
+    python benchmarks/checkpoint.py report [--gib 1 4]                  against `cat`; and of 20,000 tensors
 
 Checkpoints are generated: shards of 256 MiB, bf16, normal weights. Caches are warm. Peak memory is the
 largest RssAnon of the process, read every 10 ms.
@@ -187,6 +188,51 @@ def rivals(gib: float, rounds: int, folder: Path) -> None:
         )  # fmt: skip
 
 
+def report(sizes: list[float], rounds: int, folder: Path) -> None:
+    """The goal is the larger of 1.5 times `cat` and 1.5 s a GiB, with the time that starting takes."""
+    start = sorted(measured([*LPSPARSE, "report", "--help"])[0] for _ in range(rounds))[rounds // 2]
+    print(f"starting takes {start:.2f} s (report --help)")
+    print("| GiB, zeros | cat | report | s a GiB, without starting | times cat | peak anonymous memory |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for gib in sizes:
+        source = generate(folder / "model", gib)
+        sparse = folder / "sparse"
+        measured([*LPSPARSE, "prune", str(source), str(sparse), "--sparsity", "0.8"])
+        (sparse / "lpsparse.json").unlink()  # with it the hashes are checked too, 0.65 core seconds a GiB
+        for name, model in (("none", source), ("0.8", sparse)):
+            cats, ours, peaks = [], [], []
+            for _ in range(rounds):
+                cats.append(measured(["sh", "-c", f"cat {model}/*.safetensors"])[0])
+                seconds, peak = measured([*LPSPARSE, "report", str(model), "--json", str(folder / "r.json")])
+                ours.append(seconds)
+                peaks.append(peak)
+            cat, our = sorted(cats)[rounds // 2], sorted(ours)[rounds // 2]
+            print(
+                f"| {gib:g}, {name} | {cat:.2f} s | {our:.2f} s | {(our - start) / gib:.2f} | "
+                f"{our / cat:.1f} | {max(peaks) / (1 << 20):.0f} MiB |", flush=True,
+            )  # fmt: skip
+        shutil.rmtree(source)
+        shutil.rmtree(sparse)
+    many(folder)
+
+
+def many(folder: Path) -> None:
+    """A checkpoint of 20,000 tensors, all views written."""
+    source = folder / "many.safetensors"
+    draw = np.random.default_rng(0)
+    from safetensors.numpy import save_file
+
+    save_file(
+        {f"layers.{i}.mlp.up_proj.weight": draw.standard_normal((16, 32), np.float32) for i in range(20_000)},
+        source,
+    )
+    views = ("json", "html", "markdown", "comment", "junit", "csv")
+    files = [word for view in views for word in (f"--{view}", str(folder / f"r.{view}"))]
+    seconds, peak = measured([*LPSPARSE, "report", str(source), *files])
+    sizes = ", ".join(f"{view} {(folder / f'r.{view}').stat().st_size / 1e6:.2f} MB" for view in views)
+    print(f"20,000 tensors: {seconds:.1f} s, {peak / (1 << 20):.0f} MiB; {sizes}")
+
+
 def inspect(folder: Path) -> None:
     """Headers of 100 GB whose weights are holes."""
     (folder / "model").mkdir()
@@ -215,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["prune", "rivals", "inspect"])
+    parser.add_argument("what", choices=["prune", "rivals", "inspect", "report"])
     parser.add_argument("--gib", type=float, nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -224,6 +270,8 @@ def main() -> None:
             prune(arguments.gib or [1, 2, 4], arguments.rounds, Path(name))
         elif arguments.what == "rivals":
             rivals((arguments.gib or [1])[0], arguments.rounds, Path(name))
+        elif arguments.what == "report":
+            report(arguments.gib or [1, 4], arguments.rounds, Path(name))
         else:
             inspect(Path(name))
 

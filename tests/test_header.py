@@ -96,7 +96,7 @@ HOSTILE = {
     "dtype a list": (entry(dtype=["U8"]), ["'a'", "dtype"]),
     "dtype a table": (entry(dtype={}), ["'a'", "dtype"]),
     "f4 not ending on a byte": (entry(dtype="F4", shape=[13]), ["'a'", "6.5 bytes"]),
-    "nan in the header": (entry(shape=[float("nan")]), ["'a'"]),
+    "nan in the header": (entry(shape=[float("nan")]), ["NaN is no JSON"]),
 }  # fmt: skip
 
 

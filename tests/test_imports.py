@@ -23,7 +23,12 @@ MAY_IMPORT = {
     "checkpoint": {"errors"},
     "pruning": {"checkpoint", "errors"},
     "training": {"pruning", "checkpoint", "recipe", "settings", "distributed", "errors"},
-    "reporting": {"checkpoint", "errors", "pruning.prunable"},  # the rule of what counts is one rule
+    "reporting": {
+        "checkpoint",
+        "recipe",
+        "errors",
+        "pruning.prunable",
+    },  # the rule of what counts is one rule
     "integrations": {"training", "checkpoint", "recipe", "errors"},
     "artefact": VERBS_MAY,
     "dry_run": VERBS_MAY | {"artefact"},

@@ -55,7 +55,8 @@ def report_of(
     if layout == "packed":
         rooms = [room([t for t in source.tensors if t.file == file], metadata[file]) for file in files]
         size = sum(tensor.stored_bytes for tensor in tensors) + sum(8 + each for each in rooms)
-    return found.model_copy(update={"bytes": found.bytes.model_copy(update={"file_bytes": size})})
+    told = {"file_bytes": size} | ({"packed_bytes": size} if layout == "packed" else {})
+    return found.model_copy(update={"bytes": found.bytes.model_copy(update=told)})
 
 
 def estimate(

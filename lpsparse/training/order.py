@@ -110,9 +110,9 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
             of_step = []
 
 
-def of_worker(error: RuntimeError) -> bool:
-    """Whether it is how torch tells that one of a loader's processes is gone: while it waits for it, or from
-    a signal's handler at any moment."""
+def of_worker(error: Exception) -> bool:
+    """Whether it is how torch tells that one of a loader's processes is gone: while it waits for it, while it
+    fetches the memory of what that one had sent, or from a signal's handler at any moment."""
     where = {frame.name for frame in extract_tb(error.__traceback__)}
     return not where.isdisjoint({"_error_if_any_worker_fails", "_try_get_data"})
 

@@ -89,10 +89,10 @@ class Run:
         with distributed.missing_others(f"step {t + 1}: "):
             try:
                 yield
-            except (MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError, OSError, EOFError) as error:
                 if is_out_of_memory(error):
                     raise self._out_of_memory(t) from error
-                if isinstance(error, RuntimeError) and of_worker(error):
+                if of_worker(error):
                     what = f"a process that prepares batches is gone: {first_line(error)}"
                     raise ResourceError(606, what, mend="use fewer --workers, or 0") from error
                 raise
