@@ -1,7 +1,6 @@
 """What a person sees: results on stdout, everything else on stderr;
 bars on a terminal, plain lines elsewhere."""
 
-import ctypes
 import json
 import os
 import shutil
@@ -162,6 +161,8 @@ def _keep_freed_memory() -> None:
     """Have malloc keep what arrays of megabytes give back: each of millions of pages that it returns and asks
     for again is a fault. 7 % of the time of `prune` (docs/experiments.md). A command's process alone: a
     program that calls our functions has memory of its own to think of."""
+    import ctypes  # which --help can do without
+
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
