@@ -28,7 +28,7 @@ MAY_IMPORT = {
         "recipe",
         "errors",
         "pruning.prunable",
-    },  # the rule of what counts is one rule
+    },
     "integrations": {"training", "checkpoint", "recipe", "errors"},
     "artefact": VERBS_MAY,
     "dry_run": VERBS_MAY | {"artefact"},
