@@ -7,7 +7,7 @@ import typer
 
 from lpsparse.cli.commands import show_report
 from lpsparse.cli.output import print_json, print_result, teller, width, working
-from lpsparse.errors import ExitCode
+from lpsparse.errors import ExitCode, UsageError
 from lpsparse.recipe import ReportStep
 from lpsparse.settings import is_first, resolve
 
@@ -58,6 +58,9 @@ def report(
         "threads": threads,
     }  # fmt: skip
     step = resolve(ReportStep, {key: value for key, value in given.items() if value not in (None, [])})
+    if json_file is not None and json_file.startswith("--"):
+        mend = f"give a FILE first, or - for stdout: --json - {json_file}"
+        raise UsageError(217, f"--json {json_file}: a flag where a FILE is needed", mend=mend)
     if json_file not in (None, "-"):
         check_report_file(Path(json_file), (model, base))
     with working(quiet):
