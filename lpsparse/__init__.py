@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "prune": "verbs", "pack": "verbs", "unpack": "verbs", "verify": "verbs", "report": "verbs",
-    "inspect": "verbs", "push": "verbs", "together": "verbs",
+    "inspect": "verbs", "push": "verbs", "together": "verbs", "doctor": "health",
     "finetune": "verbs", "evaluate": "verbs", "open": "verbs", "load": "verbs", "run": "pipeline",
     "LpDecay": "training.decay", "LpAdamW": "training.fused", "Sparsity": "training.sparsity",
     "condition": "training.conditioning", "fold": "training.conditioning",

@@ -9,17 +9,35 @@ class ExitCode(IntEnum):
     """Exit codes of every command. Stable: scripts branch on them."""
 
     OK = 0
-    VERDICT = 1  # ran to the end, the artefact is whole, but a budget or a verification failed
-    USAGE = 2  # flag, environment variable or recipe wrong; nothing touched
-    INPUT = 3  # checkpoint, data or report malformed, unsafe or unsupported
-    OUTPUT = 4  # exists, no space, no permission
-    NUMERIC = 5  # NaN, Inf or divergence
-    RESOURCE = 6  # out of memory, no device
-    STATE = 7  # another run holds OUT, or resume refused
-    REMOTE = 8  # hub unreachable, gated or offline, or it refuses a push
+    VERDICT = 1
+    USAGE = 2
+    INPUT = 3
+    OUTPUT = 4
+    NUMERIC = 5
+    RESOURCE = 6
+    STATE = 7
+    REMOTE = 8
     BUG = 70
     RESUMABLE = 75
     INTERRUPT = 130
+
+
+MEANINGS = {
+    ExitCode.OK: "done",
+    ExitCode.VERDICT: "ran to the end, the artefact is whole, but a budget or verification failed, or "
+    "`--gap` found no band",
+    ExitCode.USAGE: "flag, environment variable or recipe wrong; nothing touched",
+    ExitCode.INPUT: "checkpoint or data malformed, unsafe or unsupported",
+    ExitCode.OUTPUT: "exists, no space, no permission",
+    ExitCode.NUMERIC: "NaN or Inf while training",
+    ExitCode.RESOURCE: "out of memory or open files, or a process of the run is gone or hangs",
+    ExitCode.STATE: "another run is writing OUT, or a training state is not of this run",
+    ExitCode.REMOTE: "hub unreachable, gated or offline, or it refuses a push",
+    ExitCode.BUG: "an error of lpsparse's own, with its traceback",
+    ExitCode.RESUMABLE: "stopped by SIGTERM or `--max-time`, training after saving its state: the same "
+    "command goes on",
+    ExitCode.INTERRUPT: "Ctrl-C; a training run has saved its state as with 75",
+}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -207,6 +207,8 @@ class Step(BaseModel):
 class PruneStep(Step):
     """Cut the smallest weights to exact zeros."""
 
+    rivals: ClassVar[tuple[str, ...]] = ("sparsity", "below", "gap", "n_m")  # one of them says how much
+
     model: str = MODEL
     weights: str | None = _WEIGHTS
     out: Path = _OUT
@@ -290,7 +292,7 @@ class UnpackStep(Step):
 class VerifyStep(Step):
     """Check that a folder is what its manifest says: files, hashes, zeros, finiteness."""
 
-    model: str = MODEL
+    model: str = Field(description="Folder that lpsparse wrote, with its lpsparse.json.")
     source: str | None = Field(
         None,
         description="What it was cut from: names, shapes and dtypes must be its, every value its bits or 0.",

@@ -3,7 +3,7 @@ launcher's environment says of this process."""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,12 @@ from lpsparse.errors import LpsparseError, UsageError
 from lpsparse.recipe import STEPS, FinetuneStep, InspectStep, PushStep, Step, flag
 
 S = TypeVar("S", bound=BaseModel)
+_COMMANDS: dict[str, type[Step]] = {**STEPS, "inspect": InspectStep, "push": PushStep}
+_SWITCHES = ("LPSPARSE_JSON", "LPSPARSE_QUIET")  # of every command, of no step
 _NO_FLAGS = ("LPSPARSE_MAX_TENSORS",)  # of checkpoint.header
+_WORDS = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("", "0", "false", "no", "off"), False)
+}  # fmt: skip
 
 
 # Rank, number of processes and rank on this machine, as MPICH's and Intel's, and Open MPI's mpirun tell.
@@ -90,14 +95,21 @@ def variable(field: str) -> str:
 
 def check_environment() -> None:
     """Raises UsageError for an LPSPARSE_ variable that sets nothing."""
-    kinds = (*STEPS.values(), InspectStep, PushStep)
-    fields = {variable(name) for kind in kinds for name in kind.model_fields}
-    known = sorted({*fields, *_NO_FLAGS})
+    fields = {variable(name) for kind in _COMMANDS.values() for name in kind.model_fields}
+    known = sorted({*fields, *_SWITCHES, *_NO_FLAGS})
     for key in os.environ:
         if key.startswith("LPSPARSE_") and key not in known:
             near = get_close_matches(key, known, n=1)
             mend = f"did you mean {near[0]}?" if near else "unset it; settings are named as the flags are"
             raise UsageError(209, f"{key}: sets nothing", mend=mend)
+
+
+def switched_on(name: str) -> bool:
+    """Whether a variable of yes or no says yes. Raises UsageError for another word."""
+    value = os.environ.get(name, "")
+    if value.lower() not in _WORDS:
+        raise UsageError(201, f"{name} {value!r}: must be 1 or 0", mend=f"{name}=1, or unset it")
+    return _WORDS[value.lower()]
 
 
 def resolve(
@@ -115,11 +127,30 @@ def resolve(
         and variable(name) in os.environ
         and kind.model_fields[name].annotation is not Path
     }
-    merged = {**_canonical(kind, recipe or {}), **environment, **_canonical(kind, given)}
+    layers = (_canonical(kind, recipe or {}), environment, _canonical(kind, given))
+    merged = _merged(layers, kind)
     try:
         return kind.model_validate(merged, by_name=True, by_alias=True)
     except ValidationError as error:
-        raise _explain(error, list(names.values()), where) from None
+        raise _explain(error, kind, where) from None
+
+
+def _merged(layers: Sequence[Mapping[str, Any]], kind: type[BaseModel]) -> dict[str, Any]:
+    """Each layer over those before it. Of settings that exclude one another, one that is given takes away
+    what the layers before it say of the others."""
+    rivals: Collection[str] = getattr(kind, "rivals", ())
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if any(_is_chosen(kind, name, layer.get(name)) for name in rivals):
+            merged = {name: value for name, value in merged.items() if name not in rivals}
+        merged |= layer
+    return merged
+
+
+def _is_chosen(kind: type[BaseModel], name: str, value: Any) -> bool:
+    if kind.model_fields[name].annotation is bool:
+        return _WORDS.get(str(value or "").lower(), True)
+    return value is not None
 
 
 def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,8 +162,9 @@ def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseError:
+def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> LpsparseError:
     first = error.errors()[0]
+    keys = [info.alias or name for name, info in kind.model_fields.items()]
     key = (
         ".".join(str(part) for part in first["loc"] if part not in ("constrained-float", "literal['auto']"))
         or "options"
@@ -147,9 +179,18 @@ def _explain(error: ValidationError, keys: list[str], where: str) -> LpsparseErr
         return UsageError(203, f"{prefix}{shown} is needed", mend=f"give {shown}")
     if first["type"] == "value_error":
         what = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
-        return UsageError(204, f"{prefix}{what}", mend="see --help")
+        return UsageError(204, f"{prefix}{what}", mend=_see(kind))
     allowed = first["msg"].replace("Input should be", "must be")
     if key == "lambda" or key == "lambda_p":
         allowed = "must be auto or a number from 0"
-    mend = "fractions are 0..1, such as 0.8" if "sparsity" in key else "see --help"
+    choices = re.findall(r"'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
+    near = get_close_matches(str(first["input"]).lower(), choices, n=1)
+    mend = f"did you mean {near[0]}?" if near else _see(kind)
+    mend = "fractions are 0..1, such as 0.8" if "sparsity" in key else mend
     return UsageError(201, f"{prefix}{shown} {first['input']!r}: {allowed}", mend=mend)
+
+
+def _see(kind: type[BaseModel]) -> str:
+    """Where its settings are told."""
+    command = next((name for name, step in _COMMANDS.items() if step is kind), "run")
+    return f"see `lpsparse {command} --help`"

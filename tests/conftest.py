@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -160,8 +161,11 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
         monkeypatch.delenv(key)
 
     def call(*args: object) -> Ran:
+        handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
         with pytest.raises(SystemExit) as left:
             main([str(arg) for arg in args])
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGINT, handler)
         out, err = capfd.readouterr()
         return Ran(int(left.value.code or 0), out, err)
 

@@ -33,7 +33,7 @@ from lpsparse.recipe import STEPS, FinetuneStep
 from lpsparse.settings import resolve
 
 Cli = Callable[..., Ran]
-COMMANDS = (*STEPS, "inspect", "push", "run", "demo")
+COMMANDS = (*STEPS, "inspect", "push", "run", "demo", "doctor", "explain", "help")
 ERROR = re.compile(r"error\[LPS[0-9]{3}\]: \S.*\n  mend: \S.*\n")
 
 
@@ -103,7 +103,7 @@ def test_an_unknown_flag_names_the_nearest(tiny: Path, cli: Cli) -> None:
 
 def test_an_unknown_command_names_the_nearest(cli: Cli) -> None:
     said = failed(cli("prun", "a", "b"), 2)
-    assert "prun" in said and "see `lpsparse --help`" in said
+    assert "prun\n" in said and "did you mean prune or run?" in said
 
 
 @pytest.mark.parametrize("command", ["prune", "pack", "unpack", "report", "verify", "inspect", "push", "run"])
@@ -292,8 +292,18 @@ def test_patterns_from_the_environment_are_separated_by_commas(
 
 def test_a_switch_can_be_turned_off_again(tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LPSPARSE_GAP", "1")
-    assert "--sparsity, --gap" in failed(cli("prune", tiny, tiny.parent / "out", "--sparsity", "0.5"), 2)
-    assert pruned(cli, tiny, "--sparsity", "0.5", "--no-gap") == 182
+    assert cli("prune", tiny, tiny.parent / "out").rc == 1  # no band
+    assert "(got none)" in failed(cli("prune", tiny, tiny.parent / "out", "--no-gap"), 2)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("GAP", "1"), ("SPARSITY", "0.25"), ("BELOW", "9")])
+def test_a_rule_that_is_given_takes_away_another_from_the_environment(
+    variable: str, value: str, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"LPSPARSE_{variable}", value)
+    assert pruned(cli, tiny, "--n-m", "1:13", "--include", "layers.*.attn.weight") == 2 * 7 * 12
+    both = cli("prune", tiny, tiny.parent / "out", "--sparsity", "0.5", "--gap")
+    assert "--sparsity, --gap" in failed(both, 2)
 
 
 # Recipes

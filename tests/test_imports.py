@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "dry_run": VERBS_MAY | {"artefact"},
     "verbs": VERBS_MAY | {"artefact", "dry_run"},
     "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file"},
-    "cli": VERBS_MAY | {"verbs", "recipe_file", "pipeline"},
+    "health": {"checkpoint", "reporting", "errors"},
+    "cli": VERBS_MAY | {"verbs", "recipe_file", "pipeline", "health"},
     "__main__": {"cli"},
     "__init__": {"integrations.hook"},  # standard library only
     "distributed": {"checkpoint.threads", "errors"},

@@ -10,7 +10,7 @@ from typing import Any
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, check_regular, sniff, unique_json
 from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, find_weight_names
-from lpsparse.errors import InputError, UsageError
+from lpsparse.errors import InputError, RemoteError, UsageError
 
 _NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
 _INDEX_AGAIN = "download the checkpoint again"
@@ -27,18 +27,35 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
         raise InputError(326, f"{text}: nothing of that name is bundled", mend="try bundled:stories260k")
     if os.path.lexists(path):
         return path, path.resolve().name if path.exists() else path.name, None  # a link loop has no end
+    near = _nearest(path)
     if is_hub_id(text):
-        folder, commit = fetch(text, replace_with="a local folder in its place (`run`: --set model=FOLDER)")
+        local = "a local folder in its place (`run`: --set model=FOLDER)"
+        try:
+            folder, commit = fetch(text, replace_with=local)
+        except RemoteError as error:
+            error.mend = error.mend if near is None else f"did you mean {near}? Else {error.mend}"
+            raise
         return folder, text.partition("@")[0], commit
-    raise InputError(327, f"{text}: no such file or folder", mend=_nearest_mend(path))
+    mend = "check the path (`run`: --set model=PATH)" if near is None else f"did you mean {near}?"
+    raise InputError(327, f"{text}: no such file or folder", mend=mend)
 
 
-def _nearest_mend(path: Path) -> str:
+def _nearest(path: Path) -> Path | None:
+    """What could be meant by a path that is not there: a folder or weights of nearly that name, there or
+    in a folder of nearly the name of its own."""
     from difflib import get_close_matches
 
-    beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        if not path.parent.is_dir():
+            parent = _nearest(path.parent) if path.parent != path else None
+            other = None if parent is None else parent / path.name
+            return other if other is None or other.exists() else _nearest(other)
+        ends = (*WEIGHT_SUFFIXES, ".index.json")
+        beside = [item.name for item in path.parent.iterdir() if item.name.endswith(ends) or item.is_dir()]
+    except OSError:  # closed to us
+        return None
     near = get_close_matches(path.name, beside, n=1)
-    return f"did you mean {path.parent / near[0]}?" if near else "check the path (`run`: --set model=PATH)"
+    return path.parent / near[0] if near else None
 
 
 def find_weights(folder: Path) -> Path:

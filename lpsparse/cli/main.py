@@ -5,49 +5,53 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from traceback import print_exc
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lpsparse import __version__
+from lpsparse.cli import interrupts
 from lpsparse.cli.output import silence, tell
-from lpsparse.errors import ExitCode, LaunchError, LpsparseError, TerminatedError, is_out_of_memory
-from lpsparse.settings import check_environment, is_first, is_one_of_several, name_as_launched
+from lpsparse.cli.panels import Command, Group
+from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
+from lpsparse.settings import check_environment, is_first, is_one_of_several, name_as_launched, switched_on
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 
 \b
-  finetune  train so that most weights go to zero by themselves
-  prune     cut what is near zero, exactly to a target
-  pack      store the zeros as no bytes
-  report    prove it: what is zero, what it costs, pass or fail
-
-\b
 Start with:
   lpsparse demo
+  lpsparse doctor
+  lpsparse help
 """
-_asked: list[int] = []  # signals that have asked this process to end
-_EXITS = "Exit codes: " + ", ".join(f"{int(code)} {code.name.lower()}" for code in ExitCode)
+_EXITS = (
+    f"Exit codes: {', '.join(f'{int(code)} {code.name.lower()}' for code in ExitCode)}.\n\n"
+    "`lpsparse COMMAND --help` has options and examples; --debug, of every command, shows where an error "
+    "comes from."
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with an ExitCode."""
-    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        interrupts.listen()
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # while an error was being told
+        _interrupted()
+
+
+def _run(words: list[str]) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     code: Any = 0
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII still shows every name
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)  # training has a handler of its own
     try:
         name_as_launched()
         check_environment()
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        code = ExitCode.INTERRUPT
+        _interrupted()
     except LpsparseError as error:
         if debug:
             print_exc()
@@ -74,23 +78,23 @@ def main(arguments: list[str] | None = None) -> None:
             _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
             _leave("", ExitCode.RESOURCE)
         code = _usage(error, words)
+        if code is None and interrupts.asked:  # what some library has made of it
+            _interrupted()
         if code is None:
             print_exc()
             code = ExitCode.BUG
-    if code == ExitCode.INTERRUPT and _asked:
+    if code == ExitCode.INTERRUPT:  # Typer turns Ctrl-C inside a command into this code
+        _interrupted()
+    _end(int(code) if isinstance(code, int) else 0)
+
+
+def _interrupted() -> NoReturn:
+    if signal.SIGTERM in interrupts.asked:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher that stops its processes says why
             mend = "run the command again; it uses the weight files that `prune` and `pack` had written"
             _say_error("LPS751", "stopped by SIGTERM before the result was whole", mend)
         _leave("", ExitCode.RESUMABLE)
-    if code == ExitCode.INTERRUPT:  # Typer turns Ctrl-C inside a command into this code
-        _leave("interrupted: the input is untouched, no half-written OUT is left", ExitCode.INTERRUPT)
-    _end(int(code) if isinstance(code, int) else 0)
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    """SIGTERM: clean up as for Ctrl-C, whatever is being done."""
-    _asked.append(number)
-    raise TerminatedError
+    _leave("interrupted: the input is untouched, no half-written OUT is left", ExitCode.INTERRUPT)
 
 
 def _leave_without_files(error: BaseException | None) -> None:
@@ -112,7 +116,12 @@ def _usage(error: Exception, words: list[str]) -> int | None:
         return ExitCode.USAGE
     context: Any = getattr(error, "ctx", None)
     where = getattr(context, "command_path", None) or " ".join(["lpsparse", *words[:1]])
-    _say_error("LPS200", " ".join(str(message()).split()), f"see `{where} --help`")
+    what, mend = " ".join(str(message()).split()), f"see `{where} --help`"
+    near: list[str] = sorted(getattr(error, "possibilities", None) or [])
+    if near:
+        what = f"no such option: {getattr(error, 'option_name', '')}"
+        mend = f"did you mean {' or '.join(near)}? {mend}"
+    _say_error("LPS200", what, mend)
     return ExitCode.USAGE
 
 
@@ -136,6 +145,7 @@ def _leave(text: str, code: ExitCode) -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     """Exit. One of several processes goes at once: torch's threads would wait for the others, or abort."""
+    interrupts.end_quietly(code)
     if is_one_of_several():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
@@ -145,19 +155,23 @@ def _end(code: int) -> NoReturn:
 
 
 def _app() -> typer.Typer:
-    from lpsparse.cli import commands, demo, report, run
+    from lpsparse.cli import commands, demo, doctor, explain, report, run, topics
 
     # Rich's boxes and its traceback are switched off: they wreck grep, and ours are two lines.
     app = typer.Typer(
-        name="lpsparse", help=_HELP, epilog=_EXITS, no_args_is_help=True, add_completion=True,
+        name="lpsparse", cls=Group, help=_HELP, epilog=_EXITS, no_args_is_help=True, add_completion=True,
         pretty_exceptions_enable=False, rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )  # fmt: skip
     app.callback()(_root)
-    commands.register(app)
-    report.register(app)
-    run.register(app)
-    demo.register(app)
+    for module in (commands, report, run, demo, doctor, explain, topics):
+        module.register(app)
+    defaults: dict[str, Any] = {"quiet": True} if switched_on("LPSPARSE_QUIET") else {}
+    if switched_on("LPSPARSE_JSON"):
+        defaults |= {"as_json": True, "json_file": "-"}  # report's is a file
+    for command in app.registered_commands:
+        command.cls = Command
+        command.context_settings = {"default_map": defaults}
     return app
 
 

@@ -13,7 +13,8 @@ from lpsparse.recipe import POSITIONAL, REPEATED, Step, flag
 from lpsparse.settings import resolve
 
 _EPILOG = (
-    "Each option can also be set as LPSPARSE_NAME, such as LPSPARSE_SEED=1; a flag wins. Docs: README.md."
+    "Each option can also be set as LPSPARSE_NAME, such as LPSPARSE_JSON=1; a flag wins (`lpsparse help "
+    "environment`)."
 )
 Show = Callable[[Any, Any, bool], None]  # (step, as JSON or the files asked for, quiet)
 _METAVARS = {
@@ -79,8 +80,14 @@ def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
             list[str] | None,
         )
     else:
-        metavar = _metavar(annotation)
-        option, wanted = typer.Option(flag(key), help=text, metavar=metavar, show_default=False), str | None
+        choices = _choices(annotation)
+        option, wanted = (
+            typer.Option(
+                flag(key), help=text, metavar=_metavar(annotation), show_default=False,
+                autocompletion=(lambda: choices) if choices else None,
+            ),
+            str | None,
+        )  # fmt: skip
     return inspect.Parameter(
         key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[wanted, option]
     )
@@ -96,6 +103,12 @@ def _default_in_words(info: FieldInfo) -> str:
         return " [default: on]"
     shown = ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else value
     return f" [default: {shown}]"
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values that a shell can complete."""
+    inner = [annotation, *get_args(annotation)]
+    return [str(choice) for part in inner if get_origin(part) is Literal for choice in get_args(part)]
 
 
 def _metavar(annotation: Any) -> str:

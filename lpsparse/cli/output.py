@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from lpsparse.errors import OutputError
-from lpsparse.reporting.text import clean, size
+from lpsparse.reporting.text import clean, fitted, size
 from lpsparse.settings import is_first
 
 _SILENCE = 15.0  # seconds between lines of progress
@@ -21,9 +21,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def print_result(text: str) -> None:
-    """Print on stdout; a reader that has gone away (`| head -1`) is no error."""
+    """Print on stdout, at most as wide as the terminal is; a reader that has gone away (`| head -1`) is no
+    error."""
     if is_first():
-        _write(sys.stdout, text)
+        _write(sys.stdout, fitted(text, width()))
+
+
+def print_text(text: str) -> None:
+    """Print paragraphs and lists to be read, in pipes too at most 80 columns wide."""
+    for line in text.split("\n"):
+        print_result(fitted(line, min(width(), 80), hang=0 if line.lstrip()[:1].isalpha() else 2))
 
 
 def print_text(text: str) -> None:
@@ -58,7 +65,8 @@ def silence(stream: TextIO) -> None:
 
 def print_json(value: Any) -> None:
     # ASCII: a tensor's name may hold characters that a terminal obeys.
-    print_result(json.dumps(value, indent=1, allow_nan=False))
+    if is_first():
+        _write(sys.stdout, json.dumps(value, indent=1, allow_nan=False))
 
 
 def teller(quiet: bool) -> Callable[[str], None]:
@@ -80,7 +88,7 @@ def width() -> int:
 
 def has_terminal() -> bool:
     """Whether stderr can show what moves."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class _Bar:

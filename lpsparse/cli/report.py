@@ -63,9 +63,9 @@ def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None
 def _check(asked: dict[str, str]) -> None:
     """Raises UsageError for files that cannot all be written."""
     for view, file in asked.items():
-        if file.startswith("--") or not file:
-            what = f"--{view} {file}: a FILE is needed there"
-            raise UsageError(222, what, mend=f"such as --{view} report.{view}, or - for stdout")
+        if file.startswith("--"):
+            mend = f"give a FILE first, or - for stdout: --{view} - {file}"
+            raise UsageError(217, f"--{view} {file}: a flag where a FILE is needed", mend=mend)
     twice = [file for file in asked.values() if list(asked.values()).count(file) > 1]
     if twice:
         raise UsageError(222, f"{twice[0]}: two views cannot go to one place", mend="give each its own FILE")

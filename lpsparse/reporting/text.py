@@ -24,16 +24,54 @@ def shorten(name: str, width: int) -> str:
     return f"{name[: width - 1 - half]}…{name[-half:]}"
 
 
+def fitted(text: str, width: int, hang: int = 2) -> str:
+    """Each line in `width` columns, broken between words alone; what goes on is indented by `hang` more."""
+    return "\n".join(_fitted(line, width, hang) if len(line) > width else line for line in text.split("\n"))
+
+
+def _fitted(line: str, width: int, hang: int) -> str:
+    from textwrap import fill
+
+    indent = " " * (len(line) - len(line.lstrip()) + hang)
+    return fill(  # a name, path or flag stays whole
+        line, max(width, 1), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+_LEAST_NAME = 32  # letters by which a tensor can mostly be told
+_CAN_GO = ("dtype", "", "bytes", "weights", "shape")  # by their heads, what is missed least first
+
+
 def columns(head: tuple[str, ...], body: list[tuple[str, ...]], width: int) -> list[str]:
     """Aligned columns: the first to the left, the others to the right.
-    To fit, first the last column is shortened (a remark), then the first (a name)."""
-    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    for i in (-1, 0):
-        over = sum(widths) + 2 * (len(head) - 1) - width
-        widths[i] = max(min(8, widths[i]), widths[i] - max(0, over))
-    lines: list[str] = []
-    for row in (head, *body):
-        cells = [shorten(row[0], widths[0]).ljust(widths[0])]
-        cells += [shorten(cell, w).rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    To fit, first the last column is shortened where it has no heading (a remark), then the first (a name),
+    then columns are left out; where that does not do, each row has a line for its name and the rest below."""
+    for gone in range(len(_CAN_GO) + 1):
+        kept = [i for i, name in enumerate(head) if i == 0 or name not in _CAN_GO[:gone]]
+        rows = [tuple(row[i] for i in kept) for row in (head, *body)]
+        widths = _widths(rows, width)
+        if widths is not None and len(kept) > 1:
+            return [_row(row, widths) for row in rows]
+    return [line for row in (head, *body) for line in _stacked(row, width)]
+
+
+def _widths(rows: list[tuple[str, ...]], width: int) -> list[int] | None:
+    """Of each column; None where they cannot share `width`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    over = sum(widths) + 2 * (len(widths) - 1) - width
+    remark = 8 if rows[0][-1] == "" else widths[-1]  # numbers are shown whole or not at all
+    for i, least in ((-1, remark), (0, _LEAST_NAME)):
+        less = max(0, min(over, widths[i] - least))
+        widths[i], over = widths[i] - less, over - less
+    return widths if over <= 0 else None
+
+
+def _row(row: tuple[str, ...], widths: list[int]) -> str:
+    name, *others = (shorten(cell, limit) for cell, limit in zip(row, widths, strict=True))
+    others = [cell.rjust(limit) for cell, limit in zip(others, widths[1:], strict=True)]
+    return "  ".join([name.ljust(widths[0]), *others]).rstrip()
+
+
+def _stacked(row: tuple[str, ...], width: int) -> list[str]:
+    rest = "  ".join(cell for cell in row[1:] if cell)
+    return [shorten(row[0], max(width, 2)), *fitted(f"  {rest}", width).split("\n")]

@@ -118,7 +118,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     for key, value in _entries(config):
         if key == "auto_map" or (key.endswith("_implementation") and not str(value).isidentifier()):
             what = f"{path}: asks for code of its own ({key}), which is never run"
-            raise InputError(393, what, mend="see --model-fn")
+            raise InputError(393, what, mend="give the code yourself: --model-fn FILE.py:CALLABLE")
         if key == "quantization_config" and is_ours(value):
             continue
         if key == "quantization_config":

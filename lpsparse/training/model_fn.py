@@ -31,7 +31,9 @@ def load_code(spec: str, flag: str, folder: Path | None = None) -> Callable[...,
     """What MODULE:NAME or FILE.py:NAME is. Raises UsageError, naming `flag`."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
-        raise UsageError(240, f"{flag} {spec!r}: not MODULE:NAME or FILE.py:NAME", mend="see --help")
+        raise UsageError(
+            240, f"{flag} {spec!r}: not MODULE:NAME or FILE.py:NAME", mend="such as net.py:build"
+        )
     try:
         return getattr(_import(where, folder, flag), name)
     except UsageError:

@@ -157,7 +157,7 @@ def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raises OutputError when a file is not what was to be written."""
     read = load_file(path)
     if any(not _same_bits(tensor, read[name]) for name, tensor in tensors.items()):
-        raise OutputError(411, f"{path}: was read back differently", mend="check the disk")
+        raise OutputError(408, f"{path}: was read back differently", mend="check the disk")
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:

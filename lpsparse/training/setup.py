@@ -117,7 +117,7 @@ def choose_weights(
     empty = [] if resumes or step.method != "lp" else _empty(weights)
     if empty:
         raise InputError(
-            410, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
+            348, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
         )
     kept = {each for out in weights for each in parts.get(out, [out])}
     frozen = [out for out, (yes, _) in prunable.items() if yes and out not in kept]

@@ -69,7 +69,7 @@ def _task(
                 f"{step.data}: label {y} of an image of {tuple(x.shape)} is outside the model's "
                 f"{classes} classes"
             )
-            raise InputError(400, what, mend="mend the labels")
+            raise InputError(349, what, mend="mend the labels")
     channels = train[0][0].shape[0] if train else held[0][0].shape[0]
     if len(step.mean) not in (1, channels):
         raise UsageError(

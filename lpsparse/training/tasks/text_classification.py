@@ -76,7 +76,7 @@ def _labels(rows: list[Row], config: dict[str, Any], checkpoint: Checkpoint, *, 
         return seen
     bad = next(row for row in rows if row.label not in _ids(known))
     what = f"{bad.where}: label {bad.label!r} is outside the model's set ({', '.join(known[:8])})"
-    raise InputError(400, what, mend="mend the row, or start from a checkpoint without a head")
+    raise InputError(349, what, mend="mend the row, or start from a checkpoint without a head")
 
 
 def _known_labels(config: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
@@ -112,7 +112,7 @@ def _encoder(tokenizer: Any, labels: list[str], max_length: int) -> Any:
         for row in rows:
             if row.label not in ids:
                 what = f"{row.where}: label {row.label!r} is outside the set ({', '.join(labels[:8])})"
-                raise InputError(400, what, mend="mend or drop the row")
+                raise InputError(349, what, mend="mend or drop the row")
         texts = [row.text for row in rows]
         tokens = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
         return [(token_ids, ids[row.label]) for token_ids, row in zip(tokens, rows, strict=True)]

@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM: clean up at the first, leave at once at the second, and no traceback at either."""
+
+import _thread
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from lpsparse.errors import ExitCode, TerminatedError
+
+asked: list[int] = []  # signals that have asked this process to end
+_LEFT = (
+    b"\ninterrupted twice: left at once; the input is untouched, OUT is as it was or whole; OUT.partial may "
+    b"be left, which the same command takes up\n"
+)
+
+
+def listen() -> None:
+    """Raise KeyboardInterrupt at the first Ctrl-C, TerminatedError at SIGTERM; leave at a second Ctrl-C."""
+    asked.clear()
+    if not _is_main():
+        return
+    signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+        sys.unraisablehook = partial(_again, sys.unraisablehook)
+
+
+def end_quietly(code: int) -> None:
+    """From here on Ctrl-C hurries, and changes nothing: the result is out."""
+    if _is_main() and signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """SIGTERM: clean up as for Ctrl-C, whatever is being done."""
+    asked.append(number)
+    raise TerminatedError
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    if asked:
+        _leave(_LEFT)
+    asked.append(number)
+    raise KeyboardInterrupt
+
+
+def _again(before: Callable[[Any], object], lost: Any) -> None:
+    """Where Python could only have shown a Ctrl-C and gone on (in a callback of its own), it comes again."""
+    if isinstance(lost.exc_value, KeyboardInterrupt) and asked:
+        threading.Timer(0.01, _thread.interrupt_main, (asked.pop(),)).start()
+    else:
+        before(lost)
+
+
+def _leave(text: bytes) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, text)
+    os._exit(ExitCode.INTERRUPT)
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
