@@ -135,7 +135,11 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
 
 def write_json(path: Path, value: object) -> None:
     """JSON with a fixed form, durable: the same value gives the same bytes; NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_report_file(path: Path, models: Iterable[str | None]) -> None:
@@ -151,9 +155,14 @@ def check_report_file(path: Path, models: Iterable[str | None]) -> None:
 
 def write_beside(path: Path, value: object) -> None:
     """`write_json` so that `path` is never half a file. Raises OutputError."""
+    write_text_beside(path, as_json(value))
+
+
+def write_text_beside(path: Path, text: str) -> None:
+    """`write_text` so that `path` is never half a file. Raises OutputError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a name that nobody else's file has
     try:
-        write_json(partial, value)
+        write_text(partial, text)
         partial.replace(path)
     except OSError as error:
         raise OutputError(409, f"{path}: {error.strerror}", mend="choose another file") from error
