@@ -34,6 +34,10 @@ class Link:
     called: str  # what the recipe calls its result; empty where it writes none
 
     @property
+    def model(self) -> str:
+        return str(getattr(self.step, "model"))  # noqa: B009
+
+    @property
     def out(self) -> Path | None:
         return self.step.out if isinstance(self.step, WRITES) else None
 
@@ -129,12 +133,7 @@ def _beside(step: Step, folder: Path) -> Step:
 def trained_from(link: Link, links: Sequence[Link]) -> str | None:
     """The model beside which the quality of this step's model was measured: what the last finetune before it
     began with. None where no step of the recipe trained it."""
-    model = getattr(link.step, "model", None)
-    while model is not None:
-        maker = next((each for each in links if str(each.out) == model), None)
-        if maker is None:
-            return None
-        model = getattr(maker.step, "model", None)
-        if isinstance(maker.step, FinetuneStep):
-            return model
-    return None
+    maker = next((each for each in links if str(each.out) == link.model), None)
+    if maker is None or isinstance(maker.step, FinetuneStep):
+        return None if maker is None else maker.model
+    return trained_from(maker, links)

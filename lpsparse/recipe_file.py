@@ -14,7 +14,7 @@ from lpsparse.settings import resolve
 
 _MOST_NESTED = 20  # levels of YAML
 # ${NAME} anywhere, or a path that begins with ~ or $NAME: what a shell would put in place of it, we do not.
-_SHELL = re.compile(r"\$\{|^(?:~[^/\s]*|\$\w+)(?:/|$)")
+SHELL = re.compile(r"\$\{|^(?:~[^/\s]*|\$\w+)(?:/|$)")
 
 
 class Recipe(BaseModel):
@@ -97,7 +97,7 @@ def _check_keys(path: Path, node: Any) -> None:
 def _check_literal(where: str, value: Any) -> None:
     """Refuse text that stands for something else: it would be taken as it is, or quietly for another thing on
     another machine."""
-    if isinstance(value, str) and _SHELL.search(value):
+    if isinstance(value, str) and SHELL.search(value):
         what = f"{where}: {value!r}: variables and ~ are not expanded in recipes"
         raise UsageError(281, what, mend="write the value out, or let the shell do it: --set KEY=VALUE")
     entries: Iterable[tuple[Any, Any]] = ()

@@ -38,9 +38,8 @@ def resolved(read: Recipe, links: Sequence[Link]) -> str:
     current = read.model
     for link in links:
         values = _values(link.step, names)
-        model = getattr(link.step, "model", current)
-        if model != current:
-            values = {"model": names.get(model, _path(model)), **values}
+        if link.model != current:
+            values = {"model": names.get(link.model, _path(link.model)), **values}
         if link.out is not None:
             values = {"out": link.called, **values}
             current = str(link.out)
