@@ -35,7 +35,8 @@ class Link:
 
     @property
     def model(self) -> str:
-        return str(getattr(self.step, "model"))  # noqa: B009
+        step: Any = self.step  # every kind of step in a recipe has a model
+        return str(step.model)
 
     @property
     def out(self) -> Path | None:

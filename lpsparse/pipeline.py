@@ -90,13 +90,17 @@ def folder_for(out: Path) -> Generator[None]:
             out.rmdir()
 
 
-def run_links(links: Sequence[Link], say: Say, on_step: Callable[[Any], None]) -> Iterator[Done]:
-    """Each step in turn, or what it made when it ran before."""
+def run_links(
+    links: Sequence[Link], say: Say, on_step: Callable[[Any], None], among: Sequence[Link] = ()
+) -> Iterator[Done]:
+    """Each step in turn, or what it made when it ran before. `among` are all steps of the recipe, where
+    `links` are not."""
+    among = among or links
     for link in links:
         step = link.step
-        say(f"[{link.index + 1}/{links[-1].index + 1}] {command_line(link.name, step)}")
+        say(f"[{link.index + 1}/{len(among)}] {command_line(link.name, step)}")
         if isinstance(step, ReportStep) and step.base is not None:
-            beside = trained_from(link, links)
+            beside = trained_from(link, among)
             say(f"  bytes are compared with {step.base}" + (f", quality with {beside}" if beside else ""))
         if isinstance(step, WRITES) and is_finished(step):
             say(f"  finished already: {step.out}")

@@ -145,7 +145,7 @@ def _end(code: int) -> NoReturn:
 
 
 def _app() -> typer.Typer:
-    from lpsparse.cli import commands, demo, recipe, report, run
+    from lpsparse.cli import commands, demo, recipe, report, run, sweep
 
     # Rich's boxes and its traceback are switched off: they wreck grep, and ours are two lines.
     app = typer.Typer(
@@ -157,6 +157,7 @@ def _app() -> typer.Typer:
     commands.register(app)
     report.register(app)
     run.register(app)
+    sweep.register(app)
     recipe.register(app)
     demo.register(app)
     return app

@@ -11,7 +11,8 @@ from lpsparse.cli.run import overrides
 _HELP = "Check a recipe before it runs, or print the schema of recipes for an editor."
 _CHECK = """Check settings, patterns, data, folders, disk and memory of a recipe, without a GPU.
 
-Nothing is trained or written. Models are known by their headers; of a hub id that is not in the cache these alone are fetched.
+Nothing is trained or written. Models are known by their headers; of a hub id that is not in the
+cache these alone are fetched.
 
 \b
 Examples:
