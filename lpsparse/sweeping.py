@@ -58,11 +58,13 @@ def sweep(
     first = placed[values[0]]
     with pipeline.folder_for(folder):
         shared = [link for link in first.all if link.index not in varied]
-        common = list(pipeline.run_links(shared, say, on_step, first.all))
+        with pipeline.folder_for(folder / "shared"):
+            common = list(pipeline.run_links(shared, say, on_step, first.all))
         rows: list[dict[str, Any]] = []
         for value, at in placed.items():
             say(f"sparsity {value}:")
-            done = list(pipeline.run_links(at.own, say, on_step, at.all))
+            with pipeline.folder_for(folder / f"s{_short(value)}"):
+                done = list(pipeline.run_links(at.own, say, on_step, at.all))
             rows.append(_row(value, at.own, done, folder))
         found = _result(path, rows, _dense(first.own[0].model, common, rows))
         if is_first():

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from lpsparse.reporting.text import clean
+from lpsparse.reporting.text import clean, size
 
-_WIDTH, _HEIGHT, _TOP, _BOTTOM = 760, 360, 56, 300
+_WIDTH, _HEIGHT, _TOP, _BOTTOM = 760, 380, 76, 320
 _LEFT, _RIGHT = (70, 370), (440, 740)  # from and to, of the two panels
 _UNITS = {"loss": "nats", "accuracy": "fraction"}
 # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart; failed points are hollow, too.
@@ -61,9 +61,8 @@ def draw(found: dict[str, Any]) -> str:
     """The figure of what `sweep` found; where no quality was measured it says so."""
     rows = [row for row in found["rows"] if row["after"] is not None]
     if not rows:
-        return _page(
-            "Size and quality", "No quality was recorded.", [_text(70, 90, "no quality was recorded")]
-        )
+        words = "no quality was recorded"
+        return _page("Size and quality", words, [_text(_LEFT[0], 90, words)])
     files = any(_limit(rows, "max-bytes")) or all(row["layout"] != "dense" for row in rows)
     points = [_point(row, "file_bytes" if files else "bitmask_bytes", found["smallest"]) for row in rows]
     dense = found["dense"]
@@ -86,33 +85,35 @@ def draw(found: dict[str, Any]) -> str:
         *_panel(left, y, "sparsity of prunable weights (%)", lambda value: f"{100 * value:.0f}"),
         *_panel(right, y, f"{what} ({unit})", _plain(right)),
         *_limits(left, y, _limit(rows, "min-sparsity"), floor),
-        *_limits(right, y, limits if files else [], floor),
+        *_limits(right, y, limits if files else [], [(level, "") for level, _ in floor]),
         *_curve(left, y, [(point.sparsity, point) for point in points]),
         *_curve(right, y, [(point.size / factor, point) for point in points]),
     ]  # fmt: skip
-    said = "; ".join(
-        f"{point.label}: {point.size / factor:.3g} {unit}, {metric} {point.quality:.4f}"
-        + (
-            " (fails a budget)"
-            if point.kind == "bad"
-            else " (the smallest that meets the budgets)" * point.best
-        )
+    said = (
+        f"{point.label}: {point.size / factor:.3g} {unit}, {metric} {point.quality:.4f}{_verdict(point)}"
         for point in points
     )
-    return _page(f"{y_name} against sparsity and size of {what}", said, marks)
+    return _page(f"{y_name} against sparsity and size of {what}", "; ".join(said), marks)
 
 
-def _point(row: dict[str, Any], size: str, smallest: str | None) -> _Point:
+def _verdict(point: _Point) -> str:
+    if point.best:
+        return " (the smallest that meets the budgets)"
+    return " (fails a budget)" if point.kind == "bad" else ""
+
+
+def _point(row: dict[str, Any], key: str, smallest: str | None) -> _Point:
     share = row["zeros"] / max(1, row["weights"])
     kind = "good" if row["passed"] else "bad"
     label = f"{100 * row['sparsity']:g} %"
-    return _Point(share, row[size], row["after"], label, kind, row["folder"] == smallest)
+    return _Point(share, row[key], row["after"], label, kind, row["folder"] == smallest)
 
 
 def _limit(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[float, str]]:
     """A budget's limit and its words; none where no report has it."""
     found = [each["limit"] for each in rows[0]["budgets"] if each["name"] == name]
-    return [(limit, f"{name} {limit:g}") for limit in found[:1]]
+    words = size if name == "max-bytes" else "{:g}".format
+    return [(limit, f"{name} {words(limit)}") for limit in found[:1]]
 
 
 def _floor(rows: Sequence[dict[str, Any]], dense: float | None) -> list[tuple[float, str]]:
@@ -163,10 +164,11 @@ def _limits(
     marks: list[str] = []
     for level, words in across:
         marks.append(_line(x.at(level), _TOP, x.at(level), _BOTTOM, "limit"))
-        marks.append(_text(x.at(level) - 4, _BOTTOM - 6, words, "small", "end"))
+        marks.append(_text(x.at(level), _TOP - 6, words, "small", "middle"))
     for level, words in up:
         marks.append(_line(x.start, y.at(level), x.end, y.at(level), "limit"))
-        marks.append(_text(x.start + 6, y.at(level) - 5, words, "small"))
+        if words:
+            marks.append(_text(x.start + 6, y.at(level) - 5, words, "small"))
     return marks
 
 
