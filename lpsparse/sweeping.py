@@ -79,7 +79,7 @@ def _values(given: Iterable[Any]) -> list[Decimal]:
             value = Decimal(str(each).strip())
         except InvalidOperation:
             value = Decimal(-1)
-        if not 0 <= value < 1 or value in values:
+        if not value.is_finite() or not 0 <= value < 1 or value in values:
             why = "stands twice" if value in values else "not a fraction from 0 to below 1"
             raise UsageError(284, f"--sparsity {each}: {why}", mend="such as --sparsity 0.5,0.7,0.8,0.9")
         values.append(value)
