@@ -71,7 +71,7 @@ def test_every_command_has_help_with_an_example(command: str, flag: str, cli: Cl
     assert f"  lpsparse {command}" in ran.stdout
 
 
-@pytest.mark.parametrize("command", STEPS)
+@pytest.mark.parametrize("command", sorted(STEPS.keys() - {"recover"}))  # a word of recipes alone
 def test_help_lists_every_setting_of_the_step(command: str, cli: Cli) -> None:
     text = cli(command, "--help").stdout
     for name, info in STEPS[command].model_fields.items():

@@ -1,7 +1,6 @@
 """Recipes: what a step takes, recovery, the resolved recipe, the schema, and what is refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -184,7 +183,7 @@ def test_a_run_that_was_killed_in_its_second_step_goes_on_there(tmp_path: Path) 
     words = [sys.executable, "-m", "lpsparse", "run", str(path)]
     run = subprocess.Popen(words, cwd=tmp_path, env=cli_environment(), stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "made" / "back.partial"
-    while not list(partial.glob(".lpsparse-state/step-*")) and run.poll() is None:
+    while not (partial / ".lpsparse-state" / "step-00000003").is_dir() and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
     run.communicate(timeout=60)
@@ -193,7 +192,7 @@ def test_a_run_that_was_killed_in_its_second_step_goes_on_there(tmp_path: Path) 
     again = subprocess.run(words, cwd=tmp_path, env=cli_environment(), capture_output=True, text=True)
     assert again.returncode == 75, again.stderr
     assert "finished already: made/cut" in again.stderr and "goes on after step" in again.stderr
-    assert tree_hash(tmp_path / "made" / "cut") == first and os.listdir(tmp_path / "made") != []
+    assert tree_hash(tmp_path / "made" / "cut") == first
 
 
 # The schema

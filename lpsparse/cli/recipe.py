@@ -8,7 +8,12 @@ import typer
 from lpsparse.cli.output import print_json, print_result, width
 from lpsparse.cli.run import overrides
 
-_HELP = "Check a recipe before it runs, or print the schema of recipes for an editor."
+_HELP = """Check a recipe before it runs, or print the schema of recipes for an editor.
+
+\b
+Examples:
+  lpsparse recipe check recipe.yaml
+  lpsparse recipe schema > recipe.schema.json"""
 _CHECK = """Check settings, patterns, data, folders, disk and memory of a recipe, without a GPU.
 
 Nothing is trained or written. Models are known by their headers; of a hub id that is not in the
