@@ -16,6 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from lpsparse import pipeline, verbs
+from lpsparse.chain import planned
 from lpsparse.cli.output import TrainingBar
 from lpsparse.cli.run import overrides
 from lpsparse.recipe import EvalStep, FinetuneStep
@@ -34,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     changes = overrides(arguments.set)
     read = read_recipe(arguments.recipe, changes)
-    steps = [step for _, _, step in pipeline.planned(read, changes, arguments.recipe)]
+    steps = [link.step for link in planned(read, changes, arguments.recipe)]
     sparse = next(step for step in reversed(steps) if isinstance(step, FinetuneStep))
     evaluation = next(step for step in reversed(steps) if isinstance(step, EvalStep))
     for step in steps[: steps.index(sparse)]:

@@ -1,12 +1,14 @@
 """Run a recipe: each step's output is the next one's input; finished steps are skipped."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lpsparse import verbs
 from lpsparse.artefact import recorded
+from lpsparse.chain import WRITES, Link, planned, trained_from
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
@@ -14,7 +16,6 @@ from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError, OutputError
 from lpsparse.recipe import (
     POSITIONAL,
-    STEPS,
     EvalStep,
     FinetuneStep,
     PackStep,
@@ -24,12 +25,12 @@ from lpsparse.recipe import (
     UnpackStep,
     VerifyStep,
 )
-from lpsparse.recipe_file import Recipe, overrides_of, read_recipe
+from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.records import Report
-from lpsparse.settings import resolve
+from lpsparse.resolved import write_resolved
+from lpsparse.settings import is_first
 
 Say = Callable[[str], None]
-_WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,69 +67,52 @@ def run_each(
     """`run`, giving each step's result as soon as it is there."""
     path = Path(recipe)
     read = read_recipe(path, overrides or {})
-    steps = planned(read, overrides or {}, path)
-    fresh = not read.out.exists()
+    links = planned(read, overrides or {}, path)
+    locate(read.model)  # a model that cannot be had fails before anything is made
+    with folder_for(read.out):
+        yield from run_links(links, say, on_step)
+        if is_first():
+            write_resolved(read, links)
+
+
+@contextmanager
+def folder_for(out: Path) -> Generator[None]:
+    """The folder that gets one folder a step; a first step that failed leaves nothing behind."""
+    fresh = not out.exists()
     try:
-        read.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(404, f"{read.out}: {error.strerror}", mend="choose another out") from error
+        raise OutputError(404, f"{out}: {error.strerror}", mend="choose another out") from error
     try:
-        yield from _run(steps, say, on_step)
+        yield
     finally:
-        if fresh and read.out.is_dir() and not any(read.out.iterdir()):
-            read.out.rmdir()  # a first step that failed leaves nothing behind
+        if fresh and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
 
 
-def _run(steps: list[tuple[int, str, Step]], say: Say, on_step: Callable[[Any], None]) -> Iterator[Done]:
-    for i, name, step in steps:
-        say(f"[{i + 1}/{len(steps)}] {command_line(name, step)}")
-        if isinstance(step, _WRITES) and is_finished(step):
+def run_links(
+    links: Sequence[Link], say: Say, on_step: Callable[[Any], None], among: Sequence[Link] = ()
+) -> Iterator[Done]:
+    """Each step in turn, or what it made when it ran before. `among` are all steps of the recipe, where
+    `links` are not."""
+    among = among or links
+    for link in links:
+        step = link.step
+        say(f"[{link.index + 1}/{len(among)}] {command_line(link.name, step)}")
+        if isinstance(step, ReportStep) and step.base is not None:
+            beside = trained_from(link, among)
+            say(f"  bytes are compared with {step.base}" + (f", quality with {beside}" if beside else ""))
+        if isinstance(step, WRITES) and is_finished(step):
             say(f"  finished already: {step.out}")
             named = read_manifest(step.out).source.name
             result = verbs.report(step.out).model_copy(update={"model": named})
-            yield Done(name, step, result, skipped=True)
-        elif isinstance(step, _WRITES) and (step.out / MANIFEST).is_file() and not step.overwrite:
+            yield Done(link.name, step, result, skipped=True)
+        elif isinstance(step, WRITES) and (step.out / MANIFEST).is_file() and not step.overwrite:
             what = f"{step.out}: holds what other settings, data or another input made"
-            mend = f"choose another --set out=FOLDER, or replace it: --set {name}.overwrite=true"
+            mend = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
             raise OutputError(401, what, mend=mend)
         else:
-            yield Done(name, step, execute(step, say, on_step))
-
-
-def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[tuple[int, str, Step]]:
-    """The steps of a recipe with every default, override and folder filled in."""
-    locate(read.model)  # a model that cannot be had fails before anything is made
-    if read.out.exists() and not read.out.is_dir():
-        raise OutputError(401, f"{read.out}: is a file", mend="choose another --set out=FOLDER")
-    steps: list[tuple[int, str, Step]] = []
-    current = read.model
-    for i, entry in enumerate(read.steps):
-        name, values = next(iter(entry.items()))
-        kind = STEPS[name]
-        settings: dict[str, Any] = {"model": current, **(values or {})}
-        if "data" in kind.model_fields and read.data is not None:
-            settings.setdefault("data", read.data)
-        if kind is ReportStep:
-            settings.setdefault("base", read.model)
-        given = {"model": settings.pop("model"), **overrides_of(name, values, overrides)}
-        if "out" in kind.model_fields:
-            given["out"] = read.out / str(given.get("out", settings.get("out", f"{i + 1}-{name}")))
-        step = resolve(kind, given, settings, where=f"{path}: steps[{i}].{name}")
-        step = _beside(step, path.parent)
-        steps.append((i, name, step))
-        current = str(step.out) if isinstance(step, _WRITES) else current
-    return steps
-
-
-def _beside(step: Step, folder: Path) -> Step:
-    """A model file named in a recipe is looked for beside the recipe."""
-    model_fn = getattr(step, "model_fn", None)
-    if model_fn is None or not model_fn.partition(":")[0].endswith(".py"):
-        return step
-    file = Path(model_fn.rpartition(":")[0])
-    if file.is_absolute() or file.exists() or not (folder / file).is_file():
-        return step
-    return step.model_copy(update={"model_fn": f"{folder / file}:{model_fn.rpartition(':')[2]}"})
+            yield Done(link.name, step, execute(step, say, on_step))
 
 
 def execute(step: Step, say: Say, on_step: Callable[[Any], None]) -> Report | dict[str, Any]:
@@ -181,5 +165,6 @@ def command_line(name: str, step: Step) -> str:
     """The command that a person would type for this step."""
     import shlex
 
+    name = "finetune" if isinstance(step, FinetuneStep) else name  # recover is one
     positional = [str(getattr(step, key)) for key in POSITIONAL if getattr(step, key, None) is not None]
     return shlex.join(["lpsparse", name, *positional, *step.options()])

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 Task = Literal["causal-lm", "masked-lm", "text-classification", "image-classification"]
+Method = Literal["lp", "gradual", "one-shot", "l1", "dwf", "rigl", "dense"]
 
 
 def _listed(value: Any) -> Any:
@@ -444,7 +445,7 @@ class FinetuneStep(_DataStep):
         0.1, gt=0, lt=1,
         description="Share of --split set aside when no --eval-split.",
     )  # fmt: skip
-    method: Literal["lp", "gradual", "one-shot", "l1", "dwf", "rigl", "dense"] = Field(
+    method: Method = Field(
         "lp",
         description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning, one-shot with "
         "masked training, L1 prox, deep weight factorisation, RigL's regrowth; or not at all.",
@@ -676,7 +677,27 @@ _USERS = {  # option -> the option that must have one of these values for it to 
 _OF_A_TARGET = ("decay_share", "ramp", "cut", "allocation", "score", "selective", "masked_forward")
 
 
+class RecoverStep(FinetuneStep):
+    """Train on with every zero of MODEL held, so that what a cut cost comes back. A word of recipes for
+    `finetune --method dense --keep-zeros`."""
+
+    method: Method = Field("dense", description="dense: nothing decays, and nothing more is cut.")
+    keep_zeros: bool = Field(True, description="Never revive a weight that is zero in MODEL: always so here.")
+
+    @model_validator(mode="after")
+    def _recovers(self) -> Self:
+        if self.method != "dense" or not self.keep_zeros:
+            raise ValueError(
+                "recover is method dense with keep_zeros: for anything else the step is finetune"
+            )
+        return self
+
+    def as_finetune(self) -> FinetuneStep:
+        """The command that does it."""
+        return FinetuneStep.model_validate(self.model_dump(), by_name=True)
+
+
 STEPS: dict[str, type[Step]] = {
-    "finetune": FinetuneStep, "prune": PruneStep, "pack": PackStep, "unpack": UnpackStep,
-    "eval": EvalStep, "report": ReportStep, "verify": VerifyStep,
+    "finetune": FinetuneStep, "prune": PruneStep, "recover": RecoverStep, "pack": PackStep,
+    "unpack": UnpackStep, "eval": EvalStep, "report": ReportStep, "verify": VerifyStep,
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Recipes in YAML: a file in, checked steps out. A small file is never let become a large or slow one."""
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +13,8 @@ from lpsparse.recipe import MODEL, STEPS
 from lpsparse.settings import resolve
 
 _MOST_NESTED = 20  # levels of YAML
+# ${NAME} anywhere, or a path that begins with ~ or $NAME: what a shell would put in place of it, we do not.
+SHELL = re.compile(r"\$\{|^(?:~[^/\s]*|\$\w+)(?:/|$)")
 
 
 class Recipe(BaseModel):
@@ -47,6 +50,9 @@ def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
         raise UsageError(205, f"{path}: not valid YAML: {why}", mend="mend the file") from None
     if not isinstance(table, dict):
         raise UsageError(205, f"{path}: not a table of keys", mend="start from a file under recipes/")
+    _check_literal(str(path), table)
+    for key, value in overrides.items():
+        _check_literal(f"--set {key}", value)
     top = {key: value for key, value in overrides.items() if "." not in key}
     recipe = resolve(Recipe, top, table, where=str(path))  # pyright: ignore[reportUnknownArgumentType]
     for i, step in enumerate(recipe.steps):
@@ -86,6 +92,21 @@ def _check_keys(path: Path, node: Any) -> None:
             _check_keys(path, value)
         elif not isinstance(entry, str):
             _check_keys(path, entry)
+
+
+def _check_literal(where: str, value: Any) -> None:
+    """Refuse text that stands for something else: it would be taken as it is, or quietly for another thing on
+    another machine."""
+    if isinstance(value, str) and SHELL.search(value):
+        what = f"{where}: {value!r}: variables and ~ are not expanded in recipes"
+        raise UsageError(281, what, mend="write the value out, or let the shell do it: --set KEY=VALUE")
+    entries: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        entries = cast("dict[Any, Any]", value).items()
+    elif isinstance(value, list):
+        entries = enumerate(cast("list[Any]", value))
+    for key, inner in entries:
+        _check_literal(f"{where}: {key}" if isinstance(value, dict) else f"{where}[{key}]", inner)
 
 
 def overrides_of(name: str, values: Mapping[str, Any] | None, overrides: Mapping[str, str]) -> dict[str, str]:

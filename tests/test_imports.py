@@ -33,9 +33,17 @@ MAY_IMPORT = {
     "artefact": VERBS_MAY,
     "dry_run": VERBS_MAY | {"artefact"},
     "verbs": VERBS_MAY | {"artefact", "dry_run"},
-    "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file"},
     "health": {"checkpoint", "reporting", "errors"},
-    "cli": VERBS_MAY | {"verbs", "recipe_file", "pipeline", "health"},
+    "schema": {"recipe_file", "recipe"},
+    "chain": {"recipe_file", "settings", "recipe", "errors"},
+    "resolved": {"chain", "checkpoint", "recipe_file", "recipe"},
+    "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file", "chain", "resolved"},
+    "check_data": {"training.data", "checkpoint", "recipe", "errors"},
+    "check_patterns": {"pruning", "checkpoint", "recipe"},
+    "checking": VERBS_MAY | {"chain", "check_data", "check_patterns", "pipeline", "recipe_file"},
+    "sweeping": VERBS_MAY | {"chain", "pipeline", "recipe_file", "verbs"},
+    "cli": VERBS_MAY
+    | {"verbs", "recipe_file", "pipeline", "chain", "checking", "schema", "sweeping", "health"},
     "__main__": {"cli"},
     "__init__": {"integrations.hook"},  # standard library only
     "distributed": {"checkpoint.threads", "errors"},
@@ -109,6 +117,7 @@ def modules_after(code: str, *argv: object) -> set[str]:
     return {name.partition(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
 
 
+DEMO = PACKAGE / "bundled" / "demo.yaml"
 RUN = """
 import sys
 from lpsparse.cli import main
@@ -134,7 +143,7 @@ def test_every_command_on_safetensors_runs_without_torch(tiny: Path, tmp_path: P
     commands = (
         ("prune", tiny, pruned, "--sparsity", "0.5"), ("report", pruned, tiny), ("inspect", tiny),
         ("verify", pruned), ("pack", pruned, packed), ("unpack", packed, tmp_path / "dense"),
-        ("push", packed, "org/name", "--dry-run"),
+        ("push", packed, "org/name", "--dry-run"), ("recipe", "check", DEMO),
     )  # fmt: skip
     for command in commands:
         assert not modules_after(RUN, *command) & {*HEAVY, "huggingface_hub"}, command[0]

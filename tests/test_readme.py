@@ -26,13 +26,13 @@ def test_every_recipe_and_document_that_the_readme_names_is_there() -> None:
 def test_every_recipe_is_valid_and_fails_early_with_a_mend_when_its_model_is_not_here(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from lpsparse import ExitCode, LpsparseError, pipeline
+    from lpsparse import ExitCode, LpsparseError, check_recipe
     from lpsparse.recipe_file import read_recipe
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     read = read_recipe(recipe, {})
     try:
-        assert len(pipeline.planned(read, {}, recipe)) == len(read.steps)
+        assert len(check_recipe(recipe, {"out": str(tmp_path / "out")})["steps"]) == len(read.steps)
     except LpsparseError as error:
         assert error.exit_code in (ExitCode.REMOTE, ExitCode.INPUT) and error.mend

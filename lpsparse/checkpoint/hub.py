@@ -17,12 +17,13 @@ def is_hub_id(text: str) -> bool:
     return HUB_ID.fullmatch(text) is not None and not text.lower().endswith(_FILE_SUFFIXES)
 
 
-def is_remote(text: str) -> bool:
-    """Whether it is the hub id of a model that would have to be downloaded. Asks nobody."""
+def is_remote(text: str, kind: str = "model") -> bool:
+    """Whether it is the hub id of a model (or dataset) that would have to be downloaded. Asks nobody."""
     if os.path.lexists(text) or not is_hub_id(text):
         return False
     try:
-        return not _has_weights(_snapshot(text, "model", local=True))
+        folder = _snapshot(text, kind, local=True)
+        return kind == "model" and not _has_weights(folder)
     except (OSError, ValueError):  # ValueError: no such name can be
         return True
 

@@ -21,7 +21,7 @@ def check_output(
     interrupted exchange, which is undone.
     """
     _check_name(out, overwrite=overwrite)
-    _check_place(out, source, reads)
+    check_place(out, source, reads, out.absolute().parent)
     for path, _ in find_sidecars(source)[0]:
         if not os.access(path, os.R_OK):
             what = f"{path}: Permission denied, and it is to be copied"
@@ -58,9 +58,9 @@ def _check_name(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def _check_place(out: Path, source: Checkpoint, reads: Iterable[Path]) -> None:
-    """Whether the folder that it is to be in can be written to, and is not somebody else's."""
-    parent = out.absolute().parent
+def check_place(out: Path, source: Checkpoint, reads: Iterable[Path], parent: Path) -> None:
+    """Whether the folder that it is to be in can be written to, and is not somebody else's. `parent` is that
+    folder, or the one in which that will be made."""
     if not parent.is_dir():
         raise OutputError(403, f"{parent}: no such folder", mend=f"mkdir -p {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -135,7 +135,11 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
 
 def write_json(path: Path, value: object) -> None:
     """JSON with a fixed form, durable: the same value gives the same bytes; NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_report_file(path: Path, models: Iterable[str | None]) -> None:

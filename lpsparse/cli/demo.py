@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lpsparse.chain import planned
 from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
 from lpsparse.errors import ExitCode, OutputError
-from lpsparse.recipe import FinetuneStep
+from lpsparse.recipe import FinetuneStep, Step
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.text import columns, size
 
@@ -44,7 +45,7 @@ def demo(
         raise OutputError(401, f"{folder}: exists already", mend="remove it, or give another DIR")
     say = teller(quiet)
     changes = {"out": str(folder)}
-    rival = _rival(pipeline.planned(read_recipe(RECIPE, changes), changes, RECIPE))
+    rival = _rival([link.step for link in planned(read_recipe(RECIPE, changes), changes, RECIPE)])
     command = pipeline.command_line("finetune", rival)
     done: list[pipeline.Done] = []
     with TrainingBar(quiet) as bar, _children() as children:
@@ -77,10 +78,11 @@ def demo(
         raise typer.Exit(ExitCode.VERDICT)
 
 
-def _rival(steps: list[tuple[int, str, Any]]) -> FinetuneStep:
+def _rival(steps: list[Step]) -> FinetuneStep:
     """Gradual magnitude pruning with everything else as in the recipe's sparse fine-tune, but for LAMP
     allocation, with which magnitudes do better on this model."""
-    sparse = next(step for _, name, step in steps if name == "finetune" and step.target_sparsity is not None)
+    trained = (step for step in steps if isinstance(step, FinetuneStep))
+    sparse = next(step for step in trained if step.target_sparsity is not None)
     changes = {"method": "gradual", "allocation": "lamp", "out": sparse.out.parent / "magnitude"}
     return sparse.model_copy(update=changes)
 

@@ -155,7 +155,7 @@ def _end(code: int) -> NoReturn:
 
 
 def _app() -> typer.Typer:
-    from lpsparse.cli import commands, demo, doctor, explain, report, run, topics
+    from lpsparse.cli import commands, demo, doctor, explain, recipe, report, run, sweep, topics
 
     # Rich's boxes and its traceback are switched off: they wreck grep, and ours are two lines.
     app = typer.Typer(
@@ -164,12 +164,16 @@ def _app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )  # fmt: skip
     app.callback()(_root)
-    for module in (commands, report, run, demo, doctor, explain, topics):
+    for module in (commands, report, run, sweep, recipe, demo, doctor, explain, topics):
         module.register(app)
     defaults: dict[str, Any] = {"quiet": True} if switched_on("LPSPARSE_QUIET") else {}
     if switched_on("LPSPARSE_JSON"):
         defaults |= {"as_json": True, "json_file": "-"}  # report's is a file
-    for command in app.registered_commands:
+    groups = [each.typer_instance for each in app.registered_groups]
+    for command in [
+        *app.registered_commands,
+        *(each for group in groups if group for each in group.registered_commands),
+    ]:
         command.cls = Command
         command.context_settings = {"default_map": defaults}
     return app

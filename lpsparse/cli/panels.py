@@ -26,13 +26,16 @@ _PANELS = {  # of a command's options, by field; what is not here is of the meth
         "layout", "level", "overwrite", "dry_run", "resume", "save_every", "keep_last", "max_time", "private",
         "revision", "message", "create_pr", "delete_others",
     ),
-    "Reporting": ("as_json", "json_file", "quiet", "log_every", "track"),
+    "Reporting": (
+        "as_json", "json_file", "html_file", "markdown_file", "comment_file", "junit_file", "csv_file", "quiet",
+        "log_every", "track",
+    ),
     "Other": ("help", "version", "install_completion", "show_completion"),
 }  # fmt: skip
 _WIDEST = 30  # letters of an option that has its text beside it, not below
 _COMMANDS = {
     "Start here": ("demo", "doctor", "help", "explain"),
-    "Make it small": ("finetune", "prune", "pack", "unpack", "run"),
+    "Make it small": ("finetune", "prune", "pack", "unpack", "run", "sweep", "recipe"),
     "Prove it": ("report", "verify", "inspect", "eval"),
     "Share it": ("push",),
 }

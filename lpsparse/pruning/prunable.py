@@ -1,5 +1,6 @@
 """Which tensors may lose weights, and why: by name, dtype and shape alone, the same rule in every command."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -67,12 +68,22 @@ def choose(
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
             if not any(_matches(name, name.removeprefix("module."), (pattern,)) for name in table):
-                near = get_close_matches(pattern, list(table), n=1, cutoff=0.3)
-                mend = f"nearest tensor: {near[0]}" if near else "see the names with `lpsparse inspect`"
-                raise UsageError(210, f"{flag} {pattern}: matches no tensor", mend=mend)
+                raise no_match(flag, pattern, table)
     if needed and not any(yes for yes, _ in table.values()):
         raise UsageError(211, "no prunable tensor is left", mend="choose tensors with --include")
     return table
+
+
+def no_match(flag: str, pattern: str, names: Iterable[str]) -> UsageError:
+    """For a pattern that matches nothing."""
+    known = list(names)
+    near = get_close_matches(pattern, known, n=1, cutoff=0.5)
+    words = [word for word in re.split(r"[*?.\[\]]+", pattern) if word]  # *.mpl.* is near what has an mlp
+    parts = [part for name in known for part in name.split(".")]
+    for part in (part for word in words for part in get_close_matches(word, parts, n=1)):
+        near = near or [name for name in known if part in name.split(".")]
+    mend = f"nearest tensor: {near[0]}" if near else "see the names with `lpsparse inspect`"
+    return UsageError(210, f"{flag} {pattern}: matches no tensor", mend=mend)
 
 
 def kept_in_words(table: dict[str, tuple[bool, str]]) -> str:

@@ -3,8 +3,12 @@
 In bytes, float32 masters. Activations depend on the model and the batch, and are not in it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
+from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.recipe import FinetuneStep
 
 _WEIGHT, _GRADIENT = 4, 4
@@ -41,3 +45,18 @@ def estimate(step: FinetuneStep, *, trained: int, frozen: int, prunable: int, pr
     width = 2 if step.shard and step.mixed_precision == "bf16" else 4
     moved = 2 * width * (trained + frozen) + 4 * trained if step.shard else 2 * 4 * trained
     return Memory(int(kept), int(work), int(ring * moved))
+
+
+def trained_and_frozen(step: FinetuneStep, tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """Weights of a checkpoint that `step` would train, and that it would leave, by names and dtypes alone."""
+    trained = frozen = 0
+    for tensor in tensors:
+        if DTYPES[tensor.dtype].is_float:
+            kept = any(fnmatchcase(tensor.name, pattern) for pattern in step.freeze)
+            trained, frozen = trained + tensor.size * (not kept), frozen + tensor.size * kept
+    return trained, frozen
+
+
+def of_measuring(weights: int) -> int:
+    """Bytes of a model that is only measured."""
+    return _WEIGHT * weights

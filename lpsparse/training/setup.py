@@ -8,7 +8,7 @@ from torch import nn
 
 from lpsparse import distributed
 from lpsparse.errors import InputError, UsageError
-from lpsparse.pruning.prunable import choose
+from lpsparse.pruning.prunable import choose, no_match
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training import optimizers
 from lpsparse.training.allocation import SETTLED
@@ -90,7 +90,7 @@ def choose_weights(
     outs = [out for out in names.values() if out not in parts] + list(loaded.fused)
     for pattern in step.freeze:
         if not any(fnmatchcase(out, pattern) for out in outs):
-            raise UsageError(210, f"--freeze {pattern}: matches no tensor", mend="see `lpsparse inspect`")
+            raise no_match("--freeze", pattern, outs)
     state = loaded.module.state_dict()
     described = [
         (out, _dtype_name(state[name]), tuple(state[name].shape))

@@ -1,0 +1,50 @@
+"""Patterns of a step against the names in a checkpoint, before the step runs."""
+
+from fnmatch import fnmatchcase
+
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.pruning.plan import plan_unread
+from lpsparse.pruning.prunable import choose, no_match
+from lpsparse.recipe import FinetuneStep, PruneStep, ReportStep, Step, pair
+
+_HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
+
+
+def check_patterns(step: Step, source: Checkpoint, *, renamed: bool) -> tuple[int | None, list[str], bool]:
+    """Prunable weights (None where the step does not choose any), what could not be checked, and whether the
+    names of the result may differ from those of `source`.
+
+    With `renamed` a pattern that matches nothing is told, else it raises UsageError with the nearest name.
+    """
+    if not isinstance(step, (FinetuneStep, PruneStep, ReportStep)):
+        return None, [], renamed
+    names = [tensor.name for tensor in source.tensors]
+    named = [(tensor.name, tensor.dtype, tensor.shape) for tensor in source.tensors]
+    if isinstance(step, FinetuneStep) and step.task in _HEADED and step.model_fn is None:
+        plain = choose(named, (), (), needed=False)
+        renamed = renamed or not any(reason == "output head" for _, reason in plain.values())
+    notes: list[str] = []
+    freeze = step.freeze if isinstance(step, FinetuneStep) else ()
+    if renamed:
+        given = (*step.include, *step.exclude, *freeze)
+        unknown = [each for each in given if not any(fnmatchcase(name, each) for name in names)]
+        notes = [f"{each}: matches no tensor yet; the new head may give it one" for each in unknown]
+        known = {
+            key: tuple(each for each in getattr(step, key) if each not in unknown)
+            for key in ("include", "exclude")
+        }
+        freeze = tuple(each for each in freeze if each not in unknown)
+        step = step.model_copy(update=known)
+    for pattern in freeze:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise no_match("--freeze", pattern, names)
+    if isinstance(step, PruneStep):
+        plan = plan_unread(
+            source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
+            include=step.include, exclude=step.exclude,
+        )  # fmt: skip
+        chosen = plan.chosen
+    else:
+        chosen = choose(named, step.include, step.exclude, needed=isinstance(step, FinetuneStep))
+    cut = sum(tensor.size for tensor in source.tensors if chosen[tensor.name][0])
+    return cut, notes, renamed

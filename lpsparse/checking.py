@@ -1,0 +1,185 @@
+"""Look through a recipe before it runs: what can be known without training, writing, torch or a GPU."""
+
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lpsparse.chain import WRITES, Link, planned
+from lpsparse.check_data import check_data
+from lpsparse.check_patterns import check_patterns
+from lpsparse.checkpoint.hub import is_remote
+from lpsparse.checkpoint.manifest import read_manifest
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.output import has_states, left_bytes, partial_of
+from lpsparse.checkpoint.preflight import check_place
+from lpsparse.checkpoint.remote import read_remote
+from lpsparse.checkpoint.rescue import LAYOUTS
+from lpsparse.checkpoint.writer import MANIFEST
+from lpsparse.errors import InputError, LpsparseError, OutputError
+from lpsparse.pipeline import is_finished
+from lpsparse.pruning.quantised import refuse_quantised
+from lpsparse.recipe import EvalStep, FinetuneStep, PruneStep, Step, VerifyStep
+from lpsparse.recipe_file import read_recipe
+from lpsparse.reporting.estimate import estimate
+from lpsparse.training import memory
+
+_SPARE = 1.05  # as preflight asks for
+_ELSEWHERE = "choose another --set out=FOLDER"
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A checkpoint that a step would take, as far as its headers tell."""
+
+    checkpoint: Checkpoint
+    sidecar_bytes: int | None = None  # of one that is not here; else they are looked at
+    download_bytes: int = 0
+    renamed: bool = False  # a new head is added on the way: names may get a prefix
+
+
+@dataclass(slots=True)
+class _Look:
+    """What is found on the way through the steps."""
+
+    made: dict[str, _Held] = field(default_factory=dict[str, _Held])  # by folder: what the steps so far make
+    opened: dict[tuple[str, str | None], _Held] = field(default_factory=dict[tuple[str, str | None], _Held])
+    fresh: set[str] = field(default_factory=set[str])  # folders that are not finished
+    used: int = 0  # bytes of disk of the steps so far
+
+
+def check_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Look through a recipe file as `run` would go through it: {"steps": [...], "disk_bytes", "free_bytes",
+    "memory_bytes", "download_bytes"}. Of a hub id that is not in the cache the headers alone are fetched.
+
+    Raises what the run would raise: UsageError for settings, and patterns that match nothing; InputError for
+    models and data; OutputError for folders in the way, and for a disk that is too small for all steps.
+    """
+    path = Path(recipe)
+    read = read_recipe(path, overrides or {})
+    links = planned(read, overrides or {}, path)
+    place = _existing(read.out.absolute())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(404, f"{place}: no permission to write here", mend=_ELSEWHERE)
+    free = shutil.disk_usage(place).free
+    look = _Look()
+    steps: list[dict[str, Any]] = []
+    for link in links:
+        with _naming(link):
+            steps.append(_step(link, look, place, free))
+    return {
+        "recipe": str(path), "out": str(read.out), "steps": steps, "disk_bytes": look.used,
+        "free_bytes": free, "memory_bytes": max(step["memory_bytes"] for step in steps),
+        "download_bytes": sum(held.download_bytes for held in look.opened.values()),
+    }  # fmt: skip
+
+
+@contextmanager
+def _naming(link: Link) -> Generator[None]:
+    """What goes wrong inside, with the step's place."""
+    try:
+        yield
+    except LpsparseError as error:
+        what = f"steps[{link.index}].{link.name}: {error.what}"
+        raise type(error)(int(error.code[3:]), what, mend=error.mend) from error
+
+
+def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
+    step = link.step
+    if isinstance(step, VerifyStep) and step.model not in look.made:
+        read_manifest(Path(step.model))
+    held = _take(link.model, getattr(step, "weights", None), look)
+    for name in (getattr(step, "base", None), getattr(step, "source", None)):
+        if name is not None:
+            _take(name, None, look)
+    if isinstance(step, (FinetuneStep, PruneStep)) or held.checkpoint.layout in LAYOUTS:
+        refuse_quantised(held.checkpoint)
+    notes = check_data(step, held.checkpoint) if isinstance(step, (FinetuneStep, EvalStep)) else []
+    prunable, more, renamed = check_patterns(step, held.checkpoint, renamed=held.renamed)
+    state = _state(link, held, look, place)
+    disk, most, memory_bytes = _needs(step, held, place, prunable)
+    if state == "finished":
+        disk = most = 0
+    elif isinstance(step, WRITES):
+        _check_disk(step.out, look.used + most, look.used, free + left_bytes(step.out))
+    look.used += disk
+    if isinstance(step, WRITES):
+        found = open_checkpoint(step.out) if state == "finished" else held.checkpoint
+        look.made[str(step.out)] = _Held(found, held.sidecar_bytes, renamed=renamed and state != "finished")
+    return {
+        "step": link.name, "model": link.model, "out": None if link.out is None else str(link.out),
+        "state": state, "prunable_weights": prunable, "disk_bytes": disk, "memory_bytes": memory_bytes,
+        "notes": [*notes, *more],
+    }  # fmt: skip
+
+
+def _take(model: str, weights: str | None, look: _Look) -> _Held:
+    if model in look.made:
+        return look.made[model]
+    if (model, weights) not in look.opened:
+        if is_remote(model):
+            far = read_remote(model, weights)
+            held = _Held(far.checkpoint, far.sidecar_bytes, far.download_bytes)
+        else:
+            held = _Held(open_checkpoint(model, weights))
+        if not held.checkpoint.tensors:
+            what = f"{held.checkpoint.name}: holds no tensors"
+            raise InputError(335, what, mend="give a checkpoint with weights")
+        look.opened[model, weights] = held
+    return look.opened[model, weights]
+
+
+def _state(link: Link, held: _Held, look: _Look, place: Path) -> str:
+    """What `run` would find at OUT, and do. Raises OutputError for what it would refuse."""
+    step = link.step
+    if not isinstance(step, WRITES):
+        return "looks"
+    out, again = step.out, step.model in look.fresh
+    check_place(out, held.checkpoint, (), out.parent if out.parent.is_dir() else place)
+    if (out / MANIFEST).is_file():
+        if not again and not is_remote(step.model) and is_finished(step):
+            return "finished"
+        if not step.overwrite:
+            what = f"{out}: holds what other settings, data or another input made"
+            mend = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
+            raise OutputError(401, what, mend=mend)
+        look.fresh.add(str(out))
+        return "replaced"
+    if os.path.lexists(out):
+        raise OutputError(401, f"{out}: exists already", mend=_ELSEWHERE)
+    look.fresh.add(str(out))
+    return "goes on" if has_states(partial_of(out)) else "new"
+
+
+def _needs(step: Step, held: _Held, place: Path, prunable: int | None) -> tuple[int, int, int]:
+    """Bytes of disk that stay, that are needed while it is written, and of memory."""
+    source, writes = held.checkpoint, isinstance(step, WRITES)
+    size = source.dense_bytes if writes else 0
+    threads = getattr(step, "threads", None)
+    needs = estimate(
+        source, place / "out", weight_bytes=size, sidecar_bytes=held.sidecar_bytes, threads=threads
+    )  # fmt: skip
+    if not writes:
+        counted = sum(tensor.size for tensor in source.tensors)
+        return 0, 0, memory.of_measuring(counted) if isinstance(step, EvalStep) else needs.memory_bytes
+    if not isinstance(step, FinetuneStep):
+        return needs.disk_bytes, needs.disk_bytes, needs.memory_bytes
+    trained, frozen = memory.trained_and_frozen(step, source.tensors)
+    took = memory.estimate(
+        step, trained=trained, frozen=frozen, prunable=prunable or 0, processes=step.processes or 1
+    )
+    return needs.disk_bytes, needs.disk_bytes + size, took.kept + took.peak  # a training state beside it
+
+
+def _check_disk(out: Path, need: int, before: int, free: int) -> None:
+    if need * _SPARE > free:
+        steps = f", {before} of them for the steps before it" if before else ""
+        what = f"{out}: needs {need} bytes{steps}; {free} are free"
+        raise OutputError(406, what, mend="free some space or choose another --set out=FOLDER")
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path, *path.parents) if each.exists())

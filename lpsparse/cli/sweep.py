@@ -1,0 +1,85 @@
+"""`lpsparse sweep`: a recipe at several sparsities, and the smallest model that is good enough."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
+from lpsparse.cli.run import overrides
+from lpsparse.errors import ExitCode
+
+_HELP = """Run a recipe at several sparsities; name the smallest model that meets the budgets of its reports.
+
+Writes OUT/sweep.json, sweep.csv and sweep.svg; runs that are finished are not run again. Exit 1 when no
+model meets the budgets.
+
+\b
+Examples:
+  lpsparse sweep recipes/demo.yaml --sparsity 0.5,0.7,0.8,0.9
+  lpsparse sweep recipe.yaml --sparsity 0.8,0.9 --out curve --set report.max_quality_drop=0.1"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("sweep", help=_HELP, no_args_is_help=True)(sweep)
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, such as recipes/demo.yaml.")],
+    sparsity: Annotated[
+        str, typer.Option(metavar="FRACTIONS", help="Sparsities, 0..1, comma separated. [required]",
+                          show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder that gets a folder a sparsity. Default: the recipe's out, "
+                                  "with -sweep.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override model, data or STEP.KEY."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages and no progress.")] = False,
+) -> None:  # fmt: skip
+    from lpsparse import sweeping
+
+    with TrainingBar(quiet) as bar:
+        parts = [part for part in sparsity.split(",") if part.strip()]
+        found = sweeping.sweep(recipe, parts, out, overrides(set_ or []), teller(quiet), bar.update)
+    if as_json:
+        print_json(found)
+    else:
+        _print(found, teller(quiet))
+    if found["smallest"] is None:
+        raise typer.Exit(ExitCode.VERDICT)
+
+
+def _print(found: dict[str, Any], say: Any) -> None:
+    from lpsparse.reporting.text import columns, size
+
+    dense = found["dense"]
+    body = [
+        ("dense", f"{dense['zeros']:,}", size(dense["file_bytes"]), "", "", _figure(dense["quality"]), "")
+    ]
+    for row in found["rows"]:
+        failed = [budget["name"] for budget in row["budgets"] if not budget["passed"]]
+        verdict = "ok" if row["passed"] else ", ".join(failed) or "verify failed"
+        body.append(
+            (
+                f"{row['sparsity']:g}", f"{row['zeros']:,}", size(row["file_bytes"]),
+                size(row["bitmask_bytes"]), _figure(row["before"]), _figure(row["after"]), verdict,
+            )
+        )  # fmt: skip
+    metric = next((row["metric"] for row in found["rows"] if row["metric"]), "quality")
+    head = ("sparsity", "zeros", "files", "bitmask", f"{metric} before", "after", "budgets")
+    print_result("\n".join(columns(head, body, width())))
+    out = Path(found["out"])
+    say(f"wrote {out / 'sweep.svg'}, sweep.csv and sweep.json")
+    if found["smallest"] is None:
+        print_result("no model meets the budgets")
+    else:
+        print_result(f"the smallest that meets the budgets:\n{out / found['smallest']}")
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

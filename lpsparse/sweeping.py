@@ -1,0 +1,197 @@
+"""A recipe at several sparsities: the curve of size against quality, and the smallest model that is good
+enough."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from lpsparse import pipeline, verbs
+from lpsparse.chain import Link, planned
+from lpsparse.checkpoint.finding import locate
+from lpsparse.checkpoint.writer import as_json, write_beside
+from lpsparse.errors import UsageError
+from lpsparse.pipeline import Done
+from lpsparse.recipe import FinetuneStep, PruneStep, ReportStep
+from lpsparse.recipe_file import read_recipe
+from lpsparse.reporting.curve import draw
+from lpsparse.reporting.measure import Report
+from lpsparse.settings import is_first
+
+_TAKEN = ("model", "base", "source", "baseline")
+_COLUMNS = (
+    "sparsity", "zeros", "weights", "file_bytes", "bitmask_bytes", "metric", "before", "after", "passed",
+    "folder",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """The steps of the recipe at one sparsity, in its folder."""
+
+    all: list[Link]
+    own: list[Link]  # those that depend on the sparsity
+
+
+def sweep(
+    recipe: str | Path, sparsity: Iterable[Any], out: str | Path | None = None,
+    overrides: Mapping[str, str] | None = None, say: Callable[[str], None] = verbs.silent,
+    on_step: Callable[[Any], None] = verbs.silent,
+) -> dict[str, Any]:  # fmt: skip
+    """Run a recipe once for each sparsity: {"rows", "dense", "smallest", ...}, which OUT/sweep.json,
+    sweep.csv and sweep.svg hold, too. `smallest` is the folder, in OUT, of the model with the fewest bytes
+    (of its files, then as a bitmask) among those that meet the budgets; None where there is none.
+
+    Each run lies in a folder of its own, such as OUT/s0.80; what does not depend on the sparsity is made
+    once, in OUT/shared. Finished steps are skipped. Raises UsageError for a recipe that cuts to no sparsity.
+    """
+    path, values = Path(recipe), _values(sparsity)
+    read = read_recipe(path, overrides or {})
+    links = planned(read, overrides or {}, path)
+    varied = _varied(path, links)
+    folder = read.out.with_name(f"{read.out.name}-sweep") if out is None else Path(out)
+    locate(read.model)
+    placed = {value: _place(links, varied, value, read.out, folder) for value in values}
+    first = placed[values[0]]
+    with pipeline.folder_for(folder):
+        shared = [link for link in first.all if link.index not in varied]
+        with pipeline.folder_for(folder / "shared"):
+            common = list(pipeline.run_links(shared, say, on_step, first.all))
+        rows: list[dict[str, Any]] = []
+        for value, at in placed.items():
+            say(f"sparsity {value}:")
+            with pipeline.folder_for(folder / f"s{_short(value)}"):
+                done = list(pipeline.run_links(at.own, say, on_step, at.all))
+            rows.append(_row(value, at.own, done, folder))
+        found = _result(path, rows, _dense(first.own[0].model, common, rows))
+        if is_first():
+            _write(folder, found)
+    return found | {"out": str(folder)}
+
+
+def _values(given: Iterable[Any]) -> list[Decimal]:
+    values: list[Decimal] = []
+    for each in given:
+        try:
+            value = Decimal(str(each).strip())
+        except InvalidOperation:
+            value = Decimal(-1)
+        if not value.is_finite() or not 0 <= value < 1 or value in values:
+            why = "stands twice" if value in values else "not a fraction from 0 to below 1"
+            raise UsageError(284, f"--sparsity {each}: {why}", mend="such as --sparsity 0.5,0.7,0.8,0.9")
+        values.append(value)
+    if not values:
+        raise UsageError(284, "--sparsity: no values", mend="such as --sparsity 0.5,0.7,0.8,0.9")
+    return sorted(values)
+
+
+def _varied(path: Path, links: Sequence[Link]) -> set[int]:
+    """The steps that depend on the sparsity: those that cut to one, and what follows from their results."""
+    varied: set[int] = set()
+    made: set[str] = set()
+    for link in links:
+        step = link.step
+        if isinstance(step, PruneStep) and step.sparsity is None:
+            rule = "n_m" if step.n_m else "gap" if step.gap else "below"
+            what = f"{path}: steps[{link.index}].prune cuts by {rule}: there is no sparsity to vary"
+            raise UsageError(286, what, mend="give it a sparsity, or run the recipe as it is")
+        cuts = isinstance(step, PruneStep) or (
+            isinstance(step, FinetuneStep) and step.target_sparsity is not None
+        )
+        if cuts or any(getattr(step, key, None) in made for key in _TAKEN):
+            varied.add(link.index)
+            made |= {str(link.out)} if link.out is not None else set()
+    if not made:
+        what = f"{path}: no step has a target_sparsity or a sparsity to vary"
+        raise UsageError(285, what, mend="give one to a finetune or prune step")
+    return varied
+
+
+def _place(links: Sequence[Link], varied: set[int], value: Decimal, was: Path, folder: Path) -> _Placed:
+    """The steps with their results in `folder`, at one sparsity."""
+    moved: dict[str, str] = {}
+    found: list[Link] = []
+    for link in links:
+        changes: dict[str, Any] = {
+            key: moved[getattr(link.step, key)] for key in _TAKEN if getattr(link.step, key, None) in moved
+        }
+        if link.out is not None:
+            part = f"s{_short(value)}" if link.index in varied else "shared"
+            changes["out"] = folder / part / link.called
+            moved[str(link.out)] = str(changes["out"])
+        if isinstance(link.step, PruneStep):
+            changes["sparsity"] = value
+        if isinstance(link.step, FinetuneStep) and link.step.target_sparsity is not None:
+            changes["target_sparsity"] = value
+        found.append(replace(link, step=link.step.model_copy(update=changes)))
+    return _Placed(found, [link for link in found if link.index in varied])
+
+
+def _short(value: Decimal) -> str:
+    return f"{value:.2f}" if value == value.quantize(Decimal("0.01")) else str(value.normalize())
+
+
+def _row(value: Decimal, links: Sequence[Link], done: Sequence[Done], folder: Path) -> dict[str, Any]:
+    out = next(link.out for link in reversed(links) if link.out is not None)
+    last = [each.result for each in done if isinstance(each.step, ReportStep)]
+    report = last[-1] if last else verbs.report(out)
+    assert isinstance(report, Report)
+    metric, before, after, higher = _quality(report, done)
+    return {
+        "sparsity": float(value), "folder": out.relative_to(folder).as_posix(), "layout": report.layout,
+        "zeros": report.prunable.zeros, "weights": report.prunable.weights,
+        "file_bytes": report.bytes.file_bytes, "bitmask_bytes": report.bytes.bitmask_bytes,
+        "metric": metric, "before": before, "after": after, "higher_is_better": higher,
+        "budgets": [budget.model_dump(mode="json") for budget in report.budgets],
+        "passed": pipeline.passed(list(done)),
+    }  # fmt: skip
+
+
+def _quality(report: Report, done: Sequence[Done]) -> tuple[str | None, float | None, float | None, bool]:
+    """Metric, before and after: what was recorded of these weights, else what an `eval` step measured."""
+    if report.quality:
+        quality = report.quality[0]
+        return quality.metric, quality.before, quality.after, quality.higher_is_better
+    metric, value = _measured(done)
+    return metric, None, value, metric == "accuracy"
+
+
+def _measured(done: Sequence[Done]) -> tuple[str | None, float | None]:
+    """What the last `eval` step measured."""
+    found = [each.result for each in done if isinstance(each.result, dict) and "loss" in each.result]
+    if not found:
+        return None, None
+    metric = "accuracy" if "accuracy" in found[-1] else "loss"
+    return metric, found[-1][metric]
+
+
+def _dense(model: str, common: Sequence[Done], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The model that all the runs begin with."""
+    report = verbs.report(model)
+    metric, value = _measured(common)
+    recorded = [row["before"] for row in rows if row["before"] is not None]
+    return {
+        "zeros": report.prunable.zeros, "weights": report.prunable.weights,
+        "file_bytes": report.bytes.file_bytes, "bitmask_bytes": report.bytes.bitmask_bytes,
+        "quality": recorded[0] if recorded else value if metric == rows[0]["metric"] else None,
+    }  # fmt: skip
+
+
+def _result(path: Path, rows: list[dict[str, Any]], dense: dict[str, Any]) -> dict[str, Any]:
+    good = [row for row in rows if row["passed"]]
+    best = min(good, key=lambda row: (row["file_bytes"], row["bitmask_bytes"], -row["zeros"]), default=None)
+    smallest = None if best is None else best["folder"]
+    return {"schema_version": 1, "recipe": path.name, "dense": dense, "rows": rows, "smallest": smallest}
+
+
+def _write(folder: Path, found: dict[str, Any]) -> None:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found["rows"])
+    write_beside(folder / "sweep.json", as_json(found))
+    write_beside(folder / "sweep.csv", table.getvalue())
+    write_beside(folder / "sweep.svg", draw(found))

@@ -1,0 +1,130 @@
+"""`recipe check`: what would fail in a run fails before it, and nothing is written."""
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BUNDLED, PRUNABLE_WEIGHTS, Ran, tree_hash
+from test_cli import failed
+
+from lpsparse import check_recipe, pipeline
+
+Cli = Callable[..., Ran]
+TUNE = {"task": "causal-lm", "steps": 2, "max_length": 16}
+
+
+def write(folder: Path, *steps: dict[str, Any], **top: Any) -> str:
+    table = {"model": "tiny", "out": "made", "data": "text.txt", **top, "steps": list(steps)}
+    (folder / "r.yaml").write_text(yaml.safe_dump(table))
+    return "r.yaml"
+
+
+@pytest.fixture
+def here(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tiny.parent)
+    (tiny.parent / "text.txt").write_text("Once upon a time. " * 40)
+    return tiny.parent
+
+
+def test_a_sound_recipe_gets_a_line_a_step_and_nothing_is_written(here: Path, cli: Cli) -> None:
+    write(
+        here, {"finetune": TUNE}, {"prune": {"sparsity": 0.5}}, {"pack": {}}, {"verify": None}, {"report": {}}
+    )
+    before = tree_hash(here)
+    ran = cli("recipe", "check", "r.yaml")
+    assert (ran.rc, ran.stderr) == (0, "")
+    assert [f"{i} " in ran.stdout for i in range(1, 6)] == [True] * 5 and "r.yaml: ok" in ran.stdout
+    assert tree_hash(here) == before
+
+
+def test_json_of_a_check_has_needs_of_every_step(here: Path, cli: Cli) -> None:
+    write(here, {"finetune": TUNE}, {"prune": {"sparsity": 0.5}})
+    found = json.loads(cli("recipe", "check", "r.yaml", "--json").stdout)
+    assert [each["prunable_weights"] for each in found["steps"]] == [PRUNABLE_WEIGHTS] * 2
+    assert found["disk_bytes"] == sum(each["disk_bytes"] for each in found["steps"]) > 0
+    assert found["memory_bytes"] >= found["steps"][0]["memory_bytes"] >= 16 * PRUNABLE_WEIGHTS
+
+
+WRONG: dict[str, tuple[tuple[dict[str, Any], ...], int, list[str]]] = {
+    "a pattern": (({"prune": {"sparsity": 0.5, "include": "*mpl*"}},), 2, ["steps[0].prune", ".mlp.weight"]),
+    "freeze": (({"finetune": {**TUNE, "freeze": "layer.0.*"}},), 2, ["--freeze", "tensor: layers.0"]),
+    "report": (({"report": {"exclude": ["none*"]}},), 2, ["none*", "matches no tensor"]),
+    "later": (({"pack": {}}, {"prune": {"sparsity": 0.5, "exclude": "x"}}), 2, ["steps[1].prune"]),
+    "n_m": (({"prune": {"n_m": "2:4"}},), 2, ["7 rows of 13"]),
+    "setting": (({"prune": {"sparsity": 2}},), 2, ["sparsity"]),
+    "data": (({"finetune": {**TUNE, "data": "gone.txt"}},), 3, ["gone.txt", "no such data"]),
+    "kind": (({"finetune": {**TUNE, "task": "image-classification"}},), 3, ["text.txt", "not data of"]),
+    "model": (({"pack": {"model": "gone"}},), 3, ["gone"]),
+    "base": (({"pack": {}}, {"report": {"base": "gone"}}), 3, ["steps[1].report", "gone"]),
+    "source": (({"pack": {}}, {"verify": {"source": "gone"}}), 3, ["gone"]),
+    "verify": (({"verify": None},), 3, ["lpsparse did not write it"]),
+    "inside": (({"pack": {"out": "../tiny/x"}},), 4, ["lies inside the input"]),
+    "held out": (({"finetune": {**TUNE, "eval_data": "text.txt"}},), 2, ["trains on"]),
+    "code": (({"finetune": {**TUNE, "model_fn": "net.py:build"}},), 2, ["net.py: no such file"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "rc", "words"), WRONG.values(), ids=WRONG.keys())
+def test_what_a_run_would_refuse_is_refused_with_its_step(
+    steps: tuple[dict[str, Any], ...], rc: int, words: list[str], here: Path, cli: Cli
+) -> None:
+    said = failed(cli("recipe", "check", write(here, *steps)), rc)
+    assert [word for word in words if word not in said] == []
+
+
+def test_a_folder_in_the_way_is_refused_and_one_that_is_finished_is_not(here: Path, cli: Cli) -> None:
+    write(here, {"prune": {"sparsity": 0.5, "out": "cut"}}, {"pack": {"out": "packed"}})
+    pipeline.run("r.yaml")
+    assert [each["state"] for each in check_recipe("r.yaml")["steps"]] == ["finished", "finished"]
+    shutil.rmtree(here / "made" / "packed")
+    found = check_recipe("r.yaml")["steps"]
+    assert [each["state"] for each in found] == ["finished", "new"] and found[0]["disk_bytes"] == 0
+    assert "overwrite=true" in failed(cli("recipe", "check", "r.yaml", "--set", "prune.sparsity=0.6"), 4)
+    (here / "made" / "packed").mkdir()
+    assert "exists already" in failed(cli("recipe", "check", "r.yaml"), 4)
+
+
+def test_a_replaced_step_asks_the_steps_after_it_to_be_replaced_too(here: Path, cli: Cli) -> None:
+    write(here, {"prune": {"sparsity": 0.5}}, {"pack": {}})
+    pipeline.run("r.yaml")
+    words = ["recipe", "check", "r.yaml", "--set", "prune.sparsity=0.6", "--set", "prune.overwrite=true"]
+    assert "2-pack" in failed(cli(*words), 4)
+    assert cli(*words, "--set", "pack.overwrite=true").rc == 0
+
+
+def test_a_disk_too_small_for_all_steps_together_is_exit_4(
+    here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(here, {"prune": {"sparsity": 0.5}}, {"pack": {}})
+    one = check_recipe("r.yaml")["steps"][0]["disk_bytes"]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, int(1.5 * one)))
+    assert "for the steps before it" in failed(cli("recipe", "check", "r.yaml"), 4)
+
+
+def test_names_that_a_new_head_may_change_are_told_and_not_refused(here: Path) -> None:
+    (here / "rows.csv").write_text("text,label\na,1\nb,0\n")
+    shutil.copytree(BUNDLED, here / "lm")
+    tune = {"finetune": {"task": "text-classification", "data": "rows.csv"}}
+    write(here, tune, {"prune": {"sparsity": 0.5, "exclude": ["score.*"]}}, model="lm")
+    assert check_recipe("r.yaml")["steps"][1]["notes"] == [
+        "score.*: matches no tensor yet; the new head may give it one"
+    ]
+
+
+def test_a_hub_id_is_not_downloaded_and_offline_it_is_exit_8(
+    here: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write(here, {"prune": {"sparsity": 0.5}}, model="org/name")
+    failed(cli("recipe", "check", "r.yaml"), 8)
+    write(here, {"finetune": TUNE}, data="org/rows")
+    assert check_recipe("r.yaml")["steps"][0]["notes"] == [
+        "data org/rows: not in the local cache; `run` downloads it"
+    ]

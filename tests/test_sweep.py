@@ -1,0 +1,143 @@
+"""`sweep`: what is shared, what is run again, the curve, and the model that it names."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from conftest import PRUNABLE_WEIGHTS, SMALL, Ran, tree_hash
+from test_cli import failed
+
+import lpsparse
+from lpsparse.reporting.curve import draw
+
+Cli = Callable[..., Ran]
+STEPS: list[dict[str, Any]] = [
+    {"pack": {"out": "before"}},
+    {"prune": {"sparsity": 0.1, "model": "before", "out": "cut"}},
+    {"pack": {"out": "packed"}},
+    {"report": {"min_sparsity": 0.5}},
+]
+
+
+@pytest.fixture
+def here(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tiny.parent)
+    write(tiny.parent, STEPS)
+    return tiny.parent
+
+
+def write(folder: Path, steps: list[dict[str, Any]], **top: Any) -> None:
+    (folder / "r.yaml").write_text(yaml.safe_dump({"model": "tiny", "out": "made", **top, "steps": steps}))
+
+
+def test_each_sparsity_has_its_folder_and_the_rest_is_made_once(here: Path, cli: Cli) -> None:
+    ran = cli("sweep", "r.yaml", "--sparsity", "0.75,0.5,0.955")
+    assert ran.rc == 0, ran.stderr
+    made = [path.relative_to("made-sweep").as_posix() for path in Path("made-sweep").glob("*/*")]
+    assert sorted(made) == ["s0.50/cut", "s0.50/packed", "s0.75/cut", "s0.75/packed", "s0.955/cut",
+                            "s0.955/packed", "shared/before"]  # fmt: skip
+    assert ran.stderr.count("lpsparse pack tiny") == 1 and not Path("made").exists()
+    assert ran.stdout.splitlines()[-1] == "made-sweep/s0.955/packed"
+
+
+def test_a_sweep_writes_the_same_table_as_json_and_csv(here: Path, cli: Cli) -> None:
+    ran = cli("sweep", "r.yaml", "--sparsity", "0.5,0.75", "--out", "curve", "--json", "--quiet")
+    found = json.loads(ran.stdout)
+    assert [row["zeros"] for row in found["rows"]] == [PRUNABLE_WEIGHTS // 2, PRUNABLE_WEIGHTS * 3 // 4]
+    assert json.loads(Path("curve/sweep.json").read_text()) | {"out": "curve"} == found
+    lines = Path("curve/sweep.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines[2].startswith("0.75,273,364,") and ran.stderr == ""
+
+
+def test_a_sweep_again_skips_what_is_finished_and_changes_no_byte(here: Path, cli: Cli) -> None:
+    cli("sweep", "r.yaml", "--sparsity", "0.5,0.75")
+    before = tree_hash(Path("made-sweep"))
+    ran = cli("sweep", "r.yaml", "--sparsity", "0.75,0.5")
+    assert ran.stderr.count("finished already") == 5
+    assert tree_hash(Path("made-sweep")) == before
+    assert cli("sweep", "r.yaml", "--sparsity", "0.5,0.75,0.9").stderr.count("finished already") == 5
+
+
+def test_no_model_within_the_budgets_is_exit_1(here: Path, cli: Cli) -> None:
+    ran = cli("sweep", "r.yaml", "--sparsity", "0.25,0.4", "--quiet")
+    assert ran.rc == 1 and ran.stdout.splitlines()[-1] == "no model meets the budgets"
+    assert json.loads(Path("made-sweep/sweep.json").read_text())["smallest"] is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "values", "words"),
+    [
+        ([{"prune": {"below": 0.1}}], "0.5", "cuts by below"), ([{"prune": {"gap": True}}], "0.5", "by gap"),
+        ([{"prune": {"n_m": "2:4"}}], "0.5", "by n_m"), ([{"pack": {}}], "0.5", "no step has"),
+        (STEPS, "0.5,1", "--sparsity 1"), (STEPS, "0.5,0.50", "stands twice"), (STEPS, ",", "no values"),
+        (STEPS, "80%", "80%"), (STEPS, "nan", "nan"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_swept_is_exit_2(steps: Any, values: str, words: str, here: Path, cli: Cli) -> None:
+    write(here, steps)
+    assert words in failed(cli("sweep", "r.yaml", "--sparsity", values), 2)
+    assert sorted(path.name for path in here.iterdir()) == ["r.yaml", "tiny"]
+
+
+def test_a_sweep_of_training_draws_the_dense_model_beside_the_others(tmp_path: Path) -> None:
+    tune = {"finetune": {**SMALL, "steps": 4, "target_sparsity": 0.5, "threads": 1, "out": "tuned"}}
+    steps = [tune, {"report": {"max_quality_drop": 5}}]
+    write(tmp_path, steps, model="bundled:stories260k", out=str(tmp_path / "made"))
+    found = lpsparse.sweep(tmp_path / "r.yaml", [0.3, "0.6"])
+    assert found["dense"]["quality"] == found["rows"][0]["before"] and found["smallest"] == "s0.60/tuned"
+    figure = (tmp_path / "made-sweep" / "sweep.svg").read_text()
+    assert all(f">{word}</text>" in figure for word in ("dense", "30 %", "60 %", "max-quality-drop 5"))
+
+
+def row(sparsity: float, quality: float | None, *, passed: bool = True, **more: Any) -> dict[str, Any]:
+    limits = {"min-sparsity": 0.4, "max-quality-drop": 0.2, "max-bytes": 700}
+    budgets = [{"name": name, "limit": limit, "value": 0, "passed": passed} for name, limit in limits.items()]
+    return {
+        "sparsity": sparsity, "folder": f"s{sparsity}/x", "layout": "dense", "zeros": int(1000 * sparsity),
+        "weights": 1000, "file_bytes": 1000, "bitmask_bytes": int(1000 * (1 - sparsity)), "metric": "loss",
+        "before": 2.0, "after": quality, "higher_is_better": False, "budgets": budgets, "passed": passed,
+        **more,
+    }  # fmt: skip
+
+
+def found_of(*rows: dict[str, Any], quality: float | None = 2.0) -> dict[str, Any]:
+    dense = {"zeros": 0, "weights": 1000, "file_bytes": 1000, "bitmask_bytes": 1000, "quality": quality}
+    return {"rows": list(rows), "dense": dense, "smallest": "s0.5/x"}
+
+
+def test_the_figure_has_a_title_units_limits_and_a_mark_for_each_verdict() -> None:
+    figure = draw(found_of(row(0.5, 2.1), row(0.9, 3.0, passed=False)))
+    root = ElementTree.fromstring(figure)
+    space = "{http://www.w3.org/2000/svg}"
+    assert [root[0].tag, root[1].tag] == [f"{space}title", f"{space}desc"]
+    texts = [each.text for each in root.iter(f"{space}text")]
+    assert {"loss (nats; lower is better)", "weight files (kB)", "min-sparsity 0.4"} <= set(texts)
+    kinds = [each.get("class") for each in root.iter(f"{space}circle")]
+    assert (kinds.count("good"), kinds.count("bad"), kinds.count("best")) == (2, 2, 2)
+    assert "prefers-color-scheme: dark" in figure and "<script" not in figure
+
+
+def test_the_same_table_gives_the_same_figure() -> None:
+    assert draw(found_of(row(0.5, 2.1))) == draw(found_of(row(0.5, 2.1)))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        found_of(row(0.5, None)), found_of(row(0.0, 2.0), quality=None), found_of(row(0.5, 0.0), quality=0.0),
+        found_of(row(0.5, 1e9), row(0.6, -1e9)), found_of(row(0.5, 2.0, bitmask_bytes=0, file_bytes=0)),
+        found_of(row(0.5, 2.0, budgets=[], layout="packed", file_bytes=5 * 10**12)),
+    ],
+)  # fmt: skip
+def test_any_figures_can_be_drawn(found: dict[str, Any]) -> None:
+    assert ElementTree.fromstring(draw(found)).tag.endswith("svg")
+
+
+def test_hostile_words_are_escaped_in_the_figure() -> None:
+    figure = draw(found_of(row(0.5, 2.1, metric="<script>\x1b&amp")))
+    assert "<script" not in figure and "\x1b" not in figure
+    ElementTree.fromstring(figure)
