@@ -16,7 +16,7 @@ from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write
 from lpsparse.errors import InputError, LpsparseError
 from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card
-from lpsparse.reporting.measure import measure, tensor_records
+from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report
 
 Say = Callable[[str], None]
@@ -100,6 +100,7 @@ def complete(
     for note in said:
         say(note)
     found = measure(checkpoint, chosen, name=source.name, quality=quality, counts=written.counts)
+    found = found.model_copy(update={"identity": identity_of(found, record.base_sha256)})
     write_json(folder / REPORT, found.model_dump(mode="json"))
     base_card = (folder / "README.base.md").exists()
     write_text(folder / CARD, card.render(found, record, quality, base_card=base_card))

@@ -368,7 +368,9 @@ class ReportStep(Step):
         (), description="A budget, by its name, that only warns; repeatable. baseline: those of --baseline."
     )
     baseline: Path | None = Field(
-        None, description="Earlier report.json: sparsity, bytes and quality may be no worse than there."
+        None,
+        description="Earlier report.json, or a folder with one: sparsity, bytes and quality may be no "
+        "worse than there.",
     )
     max_regression: Decimal = Field(
         Decimal(0), ge=0, le=1, description="Share by which they may be worse than --baseline."

@@ -259,7 +259,7 @@ def _reread(step: ReportStep) -> Report:
     given = [flag(name) for name in _OF_FILES if not step.at_default(name)]
     if given:
         what = f"{step.model}: a report, which is not measured again: {', '.join(given)} cannot be had of it"
-        raise UsageError(221, what, mend="give the checkpoint itself")
+        raise UsageError(291, what, mend="give the checkpoint itself")
     return read_report(Path(step.model)).model_copy(update={"budgets": (), "baseline": None})
 
 
@@ -276,7 +276,8 @@ def _measured(step: ReportStep, say: Say) -> Report:
         rows = [row.model_copy(update={"spectrum": values.get(row.name)}) for row in found.tensors]
         found = found.model_copy(update={"tensors": tuple(rows)})
     more: dict[str, Any] = {
-        "identity": identity_of(found, manifest), "training": read_history(checkpoint.root),
+        "identity": identity_of(found, manifest.source.base_sha256 if manifest else None),
+        "training": read_history(checkpoint.root),
         "not_measured": not_measured(found),
     }  # fmt: skip
     if manifest is not None:

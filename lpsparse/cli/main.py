@@ -169,11 +169,8 @@ def _app() -> typer.Typer:
     defaults: dict[str, Any] = {"quiet": True} if switched_on("LPSPARSE_QUIET") else {}
     if switched_on("LPSPARSE_JSON"):
         defaults |= {"as_json": True, "json_file": "-"}  # report's is a file
-    groups = [each.typer_instance for each in app.registered_groups]
-    for command in [
-        *app.registered_commands,
-        *(each for group in groups if group for each in group.registered_commands),
-    ]:
+    groups = [app, *(each.typer_instance for each in app.registered_groups if each.typer_instance)]
+    for command in (each for group in groups for each in group.registered_commands):
         command.cls = Command
         command.context_settings = {"default_map": defaults}
     return app

@@ -33,11 +33,6 @@ def print_text(text: str) -> None:
         print_result(fitted(line, min(width(), 80), hang=0 if line.lstrip()[:1].isalpha() else 2))
 
 
-def print_text(text: str) -> None:
-    """`print_result` of a whole file."""
-    print_result(text.removesuffix("\n"))
-
-
 def tell(text: str) -> None:
     """Say on stderr; work goes on when its reader has gone away."""
     _write(sys.stderr, text)

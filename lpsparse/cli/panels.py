@@ -14,6 +14,10 @@ _PANELS = {  # of a command's options, by field; what is not here is of the meth
         "label_field", "max_length", "model_fn", "mean", "std", "set_",
     ),
     "Method": (),
+    "Budgets": (
+        "min_sparsity", "max_bytes", "max_quality_drop", "max_layer_sparsity", "min_nm", "baseline",
+        "max_regression", "warn",
+    ),
     "Training": (
         "epochs", "steps", "batch_size", "optimizer", "lr", "lr_schedule", "warmup", "weight_decay", "clip",
         "freeze", "augment", "seed",
@@ -27,8 +31,8 @@ _PANELS = {  # of a command's options, by field; what is not here is of the meth
         "revision", "message", "create_pr", "delete_others",
     ),
     "Reporting": (
-        "as_json", "json_file", "html_file", "markdown_file", "comment_file", "junit_file", "csv_file", "quiet",
-        "log_every", "track",
+        "as_json", "json_file", "html_file", "markdown_file", "comment_file", "junit_file", "csv_file",
+        "quiet", "log_every", "track", "spectra",
     ),
     "Other": ("help", "version", "install_completion", "show_completion"),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import typer
 
 from lpsparse.cli.commands import show_report
 from lpsparse.cli.options import add_command
-from lpsparse.cli.output import print_text, teller, working
+from lpsparse.cli.output import print_result, teller, working
 from lpsparse.errors import ExitCode, UsageError
 from lpsparse.recipe import ReportStep
 from lpsparse.settings import is_first
@@ -51,7 +51,7 @@ def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None
     for view, file in asked.items():
         text = _VIEWS[view](found)
         if file == "-":
-            print_text(text)
+            print_result(text.removesuffix("\n"))
         elif is_first():
             write_beside(Path(file), text)
     if "-" not in asked.values():
@@ -68,4 +68,4 @@ def _check(asked: dict[str, str]) -> None:
             raise UsageError(217, f"--{view} {file}: a flag where a FILE is needed", mend=mend)
     twice = [file for file in asked.values() if list(asked.values()).count(file) > 1]
     if twice:
-        raise UsageError(222, f"{twice[0]}: two views cannot go to one place", mend="give each its own FILE")
+        raise UsageError(292, f"{twice[0]}: two views cannot go to one place", mend="give each its own FILE")

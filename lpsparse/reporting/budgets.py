@@ -38,7 +38,7 @@ def _matching(report: Report, limit: Limit) -> list[TensorRow]:
     found = [row for row in report.tensors if fnmatchcase(row.name, limit.pattern)]
     if not found:
         what = f"budget {limit.pattern}={limit.value}: the pattern matches no tensor"
-        raise UsageError(220, what, mend="`lpsparse inspect MODEL` lists the names")
+        raise UsageError(290, what, mend="`lpsparse inspect MODEL` lists the names")
     return found
 
 

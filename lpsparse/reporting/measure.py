@@ -189,11 +189,11 @@ def compare(report: Report, base: Report, changed: dict[str, Change], *, is_sour
     return report.model_copy(update={"base": beside, "tensors": rows})
 
 
-def identity_of(report: Report, manifest: Manifest | None) -> Identity:
-    """What another report must share to be compared with this one."""
+def identity_of(report: Report, base_sha256: str | None) -> Identity:
+    """What another report must share to be compared with this one; `base_sha256` is its source's."""
     counted = sorted((row.name, row.weights) for row in report.tensors if row.prunable)
     return Identity(
-        base_sha256=manifest.source.base_sha256 if manifest else None,
+        base_sha256=base_sha256,
         prunable_sha256=hashlib.sha256(repr(counted).encode("utf-8", "surrogatepass")).hexdigest(),
     )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lpsparse.checkpoint.header import unique_json
+from lpsparse.checkpoint.writer import REPORT
 from lpsparse.errors import InputError
 from lpsparse.reporting.records import Report
 
@@ -18,7 +19,9 @@ def is_report(model: str) -> bool:
 
 
 def read_report(path: Path) -> Report:
-    """Raises InputError for what is missing, broken or of another version."""
+    """`path` may be a folder that lpsparse wrote, which has one.
+    Raises InputError for what is missing, broken or of another version."""
+    path = path / REPORT if path.is_dir() else path
     mend = "write it again: `lpsparse report MODEL --json FILE`"
     if not path.is_file():
         raise InputError(356, f"{path}: no such report", mend=mend)
