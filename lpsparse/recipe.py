@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -134,7 +135,10 @@ _UNITS = {"B": 1} | {
 _REPO = re.compile(r"\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-Limits = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+Limits = Annotated[
+    tuple[str, ...], BeforeValidator(_texts),
+    WithJsonSchema({"type": "array", "items": {"type": ["number", "string"]}}),
+]  # fmt: skip
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 _INCLUDE = Field(
     (),

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -203,7 +203,7 @@ class Run:
         scaler, before = self.accelerator.scaler, self.before
         return {
             "losses": distributed.gathered(list(self.losses)), "skipped": self.skipped,
-            "before": None if before is None else [before.loss, before.count, before.accuracy],
+            "before": None if before is None else astuple(before),
             "weights": dict(self.task.loaded.module.state_dict()),
             "optimizer": self.method.control.optimizer.state_dict(), "method": self.method.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
