@@ -23,14 +23,23 @@ _EXAMPLES = """\
   lpsparse report sparse --min-sparsity '*.mlp.*=0.9' --min-nm 2:4=1.0 --warn min-nm
   lpsparse report sparse --baseline main/report.json --max-regression 0.01
   lpsparse report sparse --json - | jq .prunable.sparsity"""
-_FILES = {"json": "Write report.json; - is stdout."}
+_FILES = {
+    "json": "Write report.json; - is stdout.",
+    "html": "Write the report as one page with figures, without script; - is stdout.",
+}
 
 
 def _json(report: "Report") -> str:
     return report.model_dump_json(indent=1, ensure_ascii=True) + "\n"
 
 
-_VIEWS: dict[str, Callable[["Report"], str]] = {"json": _json}
+def _html(report: "Report") -> str:
+    from lpsparse.reporting.html.page import render
+
+    return render(report)
+
+
+_VIEWS: dict[str, Callable[["Report"], str]] = {"json": _json, "html": _html}
 
 
 def register(app: typer.Typer) -> None:

@@ -1,0 +1,98 @@
+"""How large the weights are, before and after, and where the cut fell."""
+
+import math
+
+from markupsafe import Markup
+
+from lpsparse.reporting.html import svg
+from lpsparse.reporting.html.parts import Figure, Table, View, brief, count, exponent, number
+from lpsparse.reporting.records import Histogram, Report
+
+_HEIGHT = 220
+_Counts = dict[int, int]  # power of two -> weights
+
+
+def view(report: Report) -> View:
+    title = "Magnitudes"
+    ours = _counts(report.histogram)
+    theirs = _counts(report.base.histogram if report.base else None)
+    if not ours and not theirs:
+        why = "no prunable weight is a finite value other than zero, or only zeros were counted"
+        return View("magnitudes", title, (f"There is no histogram: {why}.",))
+    words = ["Both axes are logarithmic: a bar is the prunable weights from one power of two to the next."]
+    if report.base is None:
+        words.append("No BASE was given, so there is only after.")
+    cut, kept = threshold(report)
+    if cut is not None and kept is not None:
+        words.append(_gap(cut, kept))
+    elif report.base is not None:
+        words.append("Nothing was cut, so no threshold is drawn.")
+    return View("magnitudes", title, (" ".join(words),), (_figure(ours, theirs, cut, kept),))
+
+
+def _counts(histogram: Histogram | None) -> _Counts:
+    if histogram is None:
+        return {}
+    return {histogram.first + i: many for i, many in enumerate(histogram.counts) if many}
+
+
+def threshold(report: Report) -> tuple[float | None, float | None]:
+    """Magnitudes of BASE in the prunable tensors: the largest that was cut, the smallest that was kept."""
+    changes = [row.change for row in report.tensors if row.prunable and row.change and row.change.cut]
+    cut = max((each.largest_cut for each in changes if each.largest_cut is not None), default=None)
+    kept = min((each.smallest_kept for each in changes if each.smallest_kept is not None), default=None)
+    return cut, kept
+
+
+def _gap(cut: float, kept: float) -> str:
+    ends = f"{number(cut, 6)} is the largest that was cut, {number(kept, 6)} the smallest kept"
+    said = f"Of BASE's magnitudes, {ends}: "
+    return said + ("one threshold parts them." if cut <= kept else "there was not one threshold for all.")
+
+
+def _figure(ours: _Counts, theirs: _Counts, cut: float | None, kept: float | None) -> Figure:
+    powers = [*ours, *theirs]
+    first, last = min(powers), max(powers) + 1
+    high = max((*ours.values(), *theirs.values()))
+    axis = svg.Axis(0.7, max(high, 10) * 1.3, log=True)
+    bins = range(first, last)
+    parts = svg.grid(axis, _HEIGHT, [(value, brief(value)) for value in svg.ticks(axis, 4)])
+    parts.append(svg.columns([axis.at(ours[i]) if i in ours else 0.0 for i in bins], _HEIGHT, "total"))
+    if theirs:
+        parts.append(_outline([axis.at(theirs[i]) if i in theirs else 0.0 for i in bins]))
+    for value, css in ((cut, "cut"), (kept, "kept")):
+        parts += _threshold(value, first, last, css) if value else []
+    step = max(1, -(-(last - first) // 5))
+    marks = [((i - first) / (last - first), _power(i, 2)) for i in range(first, last + 1, step)]
+    parts += svg.feet(marks, _HEIGHT)
+    legend = [("total", "after")] + ([("outline", "before (BASE)")] if theirs else [])
+    legend += [("cut", f"largest that was cut: {number(cut, 6)}")] if cut else []
+    legend += [("kept", f"smallest that was kept: {number(kept, 6)}")] if kept else []
+    told = f"From {_power(first, 2)} to {_power(last, 2)}; the tallest bar is {count(high)} weights."
+    body = [
+        (f"{_power(i, 3)} to {_power(i + 1, 3)}", count(theirs.get(i, 0)) if theirs else "–",
+         count(ours.get(i, 0)))
+        for i in bins
+        if i in ours or i in theirs
+    ]  # fmt: skip
+    drawing = svg.canvas("histogram", "Magnitudes", told, svg.TOP + _HEIGHT + 26, parts, "plot")
+    table = Table("Weights by magnitude", ("magnitude", "before", "after"), body)
+    return Figure("Prunable weights by magnitude", (drawing,), table, tuple(legend))
+
+
+def _outline(heights: list[float]) -> Markup:
+    each = 1 / len(heights)
+    steps = [point for i, high in enumerate(heights) for point in ((i * each, high), ((i + 1) * each, high))]
+    return svg.line([(0.0, 0.0), *steps, (1.0, 0.0)], _HEIGHT, "outline")
+
+
+def _threshold(value: float, first: int, last: int, css: str) -> list[Markup]:
+    share = min(1.0, max(0.0, (math.log2(value) - first) / (last - first)))
+    return svg.upright(share, _HEIGHT, css)
+
+
+def _power(power: int, digits: int) -> str:
+    """A power of two as a number, where it is one that can be written."""
+    if abs(power) > 1000:
+        return f"2^{power}".replace("-", "−")
+    return number(2.0**power, digits) if power > -10 else exponent(2.0**power, digits)

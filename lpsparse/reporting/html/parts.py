@@ -1,0 +1,126 @@
+"""What the page is made of: views with words, figures and tables; how its numbers and names are written."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from lpsparse.reporting import text
+
+THIN = "\u202f"  # narrow no-break space: between thousands, and before a unit
+MOST_ROWS = 200  # of a table
+ELSEWHERE = "all are in report.json (--json FILE)"
+_LONGEST = 160  # letters of a name that are shown; its title has more
+_LONGEST_TITLE = 1000
+
+Cell = str | Markup
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    caption: str  # another one for every table of the page: it names the region
+    head: tuple[str, ...]
+    body: Sequence[tuple[Cell, ...]]
+    words: tuple[int, ...] = (0,)  # columns of text; the others are numbers
+    rest: str = ""  # where the rows are that are left out
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    title: str
+    drawings: tuple[Markup, ...]
+    table: Table
+    legend: tuple[tuple[str, str], ...] = ()  # class of the mark, words
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    name: str  # of its place in the page
+    title: str
+    words: tuple[Cell, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+def shown(value: object) -> str:
+    """Text without control and format characters; what is Markup is ours, and stays."""
+    if isinstance(value, Markup):
+        return value
+    return THIN.join(text.clean(part) for part in str(value).split(THIN))
+
+
+def named(name: str) -> Markup:
+    """A name from a checkpoint, cut in its middle when it is very long.
+    Letters that are written to the left do not turn those beside it."""
+    whole = shown(name)
+    short = text.shorten(whole, _LONGEST)
+    if short == whole:
+        return filled("<bdi>{}</bdi>", whole)
+    return filled('<bdi title="{}">{}</bdi>', text.shorten(whole, _LONGEST_TITLE), short)
+
+
+def filled(template: str, *values: object) -> Markup:
+    """A template of ours with values that are cleaned and escaped, unless they are Markup."""
+    return Markup(template).format(*map(shown, values))
+
+
+def coded(words: str) -> Markup:
+    """Words with what is between backticks as code."""
+    parts = words.split("`")
+    return Markup().join(filled("<code>{}</code>" if i % 2 else "{}", part) for i, part in enumerate(parts))
+
+
+def listed(names: Iterable[str], most: int = 5) -> Markup:
+    """The first names, and how many there are more."""
+    every = list(names)
+    more = f" and {count(len(every) - most)} more" if len(every) > most else ""
+    return Markup(", ").join(named(each) for each in every[:most]) + escape(more)
+
+
+def count(number: float) -> str:
+    return f"{number:,.0f}".replace(",", THIN)
+
+
+def brief(number: float) -> str:
+    """A count in few letters, for an axis."""
+    for unit, one in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= one:
+            return f"{number / one:.4g}{THIN}{unit}"
+    return f"{number:.4g}"
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """A share in percent; never 100 or 0 by rounding alone."""
+    written = f"{100 * share:.{digits}f}"
+    if float(written) == 100 and share < 1:
+        written = f">{100 - 10**-digits:.{digits}f}"
+    elif float(written) == 0 and share > 0:
+        written = f"<{10**-digits:.{digits}f}"
+    return f"{written}{THIN}%"
+
+
+def size(number: float) -> str:
+    """Bytes in a unit that suits them; negative ones are what was saved."""
+    sign = "−" if number < 0 else ""
+    return sign + text.size(abs(number)).replace(" ", THIN)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A value in few digits; a dash for what is not known."""
+    if value is None:
+        return "–"
+    return _minus(f"{value:.{digits}g}")
+
+
+def exponent(value: float, digits: int) -> str:
+    return _minus(f"{value:.{digits - 1}e}")
+
+
+def _minus(written: str) -> str:
+    mantissa, e, power = written.partition("e")
+    return (mantissa + (f"e{int(power)}" if e else "")).replace("-", "−")
+
+
+def plural(many: int, one: str) -> str:
+    return f"{count(many)} {one}{'' if many == 1 else 's'}"
