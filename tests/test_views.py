@@ -126,7 +126,7 @@ def test_junit_has_a_test_case_for_each_budget_and_check(sparse: Path, tmp_path:
     cases = {case.name: case for case in suite if case.classname}
     assert cases["min-sparsity"].result[0].message == "limit 0.9, value 0.799451, margin -0.100549"
     assert cases["max-bytes"].result == [] and "warning: limit 100" in cases["max-bytes"].system_out
-    assert cases["weights match the manifest"].result == []
+    assert cases["weights are those of the manifest"].result == []
 
 
 def test_junit_fails_for_nan_and_skips_the_manifest_that_is_not_there(tmp_path: Path) -> None:
