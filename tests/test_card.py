@@ -69,7 +69,7 @@ def test_results_are_there_dense_and_sparse(trained: Path) -> None:
         found["after"],
     ]
     assert {(each.task_type, each.metric_type, each.dataset_split) for each in results} == {
-        ("text-generation", "loss", "validation[:4000]")
+        ("text-generation", "loss", "validation[:4000] tokens")
     }
     assert results[0].metric_name == "loss, dense" and "sparse (50.00 %" in str(results[1].metric_name)
 
@@ -91,7 +91,9 @@ def test_the_recipe_in_the_card_is_that_of_the_manifest(trained: Path) -> None:
 
 
 def test_no_pattern_ends_the_recipes_block(tiny: Path, tmp_path: Path) -> None:
-    prune(tiny, tmp_path / "out", sparsity=0.5, exclude="x```\n# not the recipe\n```")
+    name = "x```\n# not the recipe\n```"
+    save_file({**tiny_arrays(), name: np.ones((2, 2), np.float32)}, tiny / "model.safetensors")
+    prune(tiny, tmp_path / "out", sparsity=0.5, exclude=name)
     text = (tmp_path / "out" / "README.md").read_text()
     fence = re.search(r"\n(`{4,})yaml\n(.*?)\n\1\n", text, re.DOTALL)
     assert fence is not None and "not the recipe" in fence.group(2)

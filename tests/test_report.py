@@ -70,7 +70,7 @@ def test_a_foreign_file_is_reported_and_compared_with_its_base(tiny: Path, tmp_p
     ran = cli("report", tmp_path / "theirs.safetensors", tiny)
     assert ran.rc == 0
     assert ran.stdout.startswith("theirs.safetensors: 91 of 364 prunable weights are zero (25.00 %)")
-    assert "came from      tiny: " in ran.stdout and "sparsity 0.00 %" in ran.stdout
+    assert "compared with  tiny: " in ran.stdout and "sparsity 0.00 %" in ran.stdout
 
 
 def test_the_report_on_a_folder_uses_the_choice_of_its_manifest(tiny: Path, tmp_path: Path) -> None:

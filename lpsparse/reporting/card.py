@@ -57,7 +57,7 @@ def _metadata(
     on_hub = is_hub_id(source.base)
     name = shorten(clean(source.base.rpartition("/")[2]), 100)
     results = [EvalResult(**each) for each in _results(report, quality, copied, trained)]
-    more = {"base_model_relation": "finetune"} if on_hub else {}  # the hub has no word for "pruned"
+    more: Settings = {"base_model_relation": "finetune"} if on_hub else {}  # the hub has no word for "pruned"
     return ModelCardData(
         base_model=source.base.partition("@")[0] if on_hub else None, library_name="lpsparse",
         tags=["lpsparse", "sparse", "pruned"], eval_results=results or None,
