@@ -73,9 +73,9 @@ def _lines(kind: str, notes: list[tuple[str, str]]) -> list[str]:
     return [command(kind, title, text) for title, text in notes]
 
 
-def command(kind: str, title: str, text: str) -> str:
+def command(kind: str, title: str, *lines: str) -> str:
     """A line that the runner makes an annotation of. Its signs cannot be forged by what is told."""
-    text = "%0A".join(_escaped(line) for line in text.split("\n"))
+    text = "%0A".join(map(_escaped, lines))
     return f"::{kind} title={_escaped(title).replace(':', '%3A').replace(',', '%2C')}::{text}"
 
 

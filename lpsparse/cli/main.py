@@ -135,7 +135,7 @@ def _say_error(code: str, what: str, mend: str) -> None:
         Path(note).write_text(json.dumps({"message": text, "code": code, "timestamp": int(time.time())}))
     if is_first():
         tell(text)
-        annotate_error(f"lpsparse: {code}", f"{what}\nmend: {mend}")
+        annotate_error(f"lpsparse: {code}", what, f"mend: {mend}")
 
 
 def _leave(text: str, code: ExitCode) -> NoReturn:

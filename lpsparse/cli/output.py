@@ -64,10 +64,10 @@ def tell_runner(report: "Report") -> None:
             _write(sys.stderr, line)
 
 
-def annotate_error(title: str, text: str) -> None:
+def annotate_error(title: str, *lines: str) -> None:
     """On GitHub Actions: an error, where a person looks first."""
     if github.is_runner():
-        _write(sys.stderr, github.command("error", title, text))
+        _write(sys.stderr, github.command("error", title, *lines))
 
 
 def _write(stream: TextIO | None, text: str) -> None:

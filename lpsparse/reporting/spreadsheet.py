@@ -2,7 +2,7 @@
 
 A spreadsheet must not take a name for a formula, nor a terminal or a CI runner for an order. In cells of
 text, backslashes and what does not print stand as in JSON strings, and an apostrophe leads a cell that begins
-with one of = + - @ : or an apostrophe. To get the text back, take one leading apostrophe away, then read the
+with one of = + - @ : space or apostrophe. To get the text back, take one leading apostrophe away, then read the
 cell as the inside of a JSON string (in which quotation marks are as they are)."""
 
 import csv
@@ -65,7 +65,7 @@ def _cell(value: Any) -> str:
     if not isinstance(value, str):
         return json.dumps(value)
     text = "".join(_shown(char) for char in value).replace("##[", "##\\u005b")  # an order to GitHub's runner
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", ":", "'") and text else text
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", ":", "'", " ") and text else text
 
 
 def _shown(char: str) -> str:
