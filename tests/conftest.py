@@ -130,7 +130,9 @@ def tree_hash(folder: Path) -> dict[str, str]:
 
 def cli_environment(**env: str | None) -> dict[str, str]:
     """This process's environment without settings of lpsparse, offline; a value of None removes a name."""
-    names = {key: value for key, value in os.environ.items() if not key.startswith(("LPSPARSE_", "HF_"))}
+    names = {
+        key: value for key, value in os.environ.items() if not key.startswith(("LPSPARSE_", "HF_", "GITHUB_"))
+    }
     names |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     names |= {key: value for key, value in env.items() if value is not None}
     return {key: value for key, value in names.items() if env.get(key, "") is not None}
@@ -160,6 +162,13 @@ def _check_reports(args: list[str], ran: Ran) -> None:
     for flag, where in pairwise(args):
         if args[0] == "report" and flag == "--json" and ran.rc in (0, 1):
             _check_report(ran.stdout.encode() if where == "-" else Path(where).read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def _no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests are those of a person at a terminal, also where a CI job runs them."""
+    for key in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(key, raising=False)
 
 
 @pytest.fixture

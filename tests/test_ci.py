@@ -66,9 +66,7 @@ def test_the_summary_is_appended_to_without_being_asked(sparse: Path, runner: Pa
     assert runner.read_text().count("## lpsparse") == 2
 
 
-def test_no_summary_without_a_runner(sparse: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+def test_no_summary_without_a_runner(sparse: Path, cli: Cli) -> None:
     ran = cli("report", sparse, "--max-bytes", "1")
     assert (ran.rc, ran.stderr) == (1, "")
 

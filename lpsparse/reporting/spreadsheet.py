@@ -2,7 +2,7 @@
 
 A spreadsheet must not take a name for a formula, nor a terminal or a CI runner for an order. In cells of
 text, backslashes and what does not print stand as in JSON strings, and an apostrophe leads a cell that begins
-with one of = + - @ : space or apostrophe. To get the text back, take one leading apostrophe away, then read the
+with one of = + - @ : space or apostrophe. To get the text back, take a leading apostrophe away, then read the
 cell as the inside of a JSON string (in which quotation marks are as they are)."""
 
 import csv
