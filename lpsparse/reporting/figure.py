@@ -3,7 +3,7 @@
 from lpsparse.reporting.records import Report, TensorRow
 
 FIGURE = "figures/sparsity.svg"
-_WIDE, _HIGH, _LEFT, _TOP = 640, 160, 44, 24
+_WIDE, _HIGH, _LEFT, _TOP = 640, 160, 52, 24
 _MOST_BARS = 320
 _COLORS = {True: "#0072b2", False: "#b0b0b0"}  # prunable, kept: told apart by everyone, and in grey
 
