@@ -145,5 +145,6 @@ def _tensors(report: Report, width: int) -> list[str]:
     ]  # fmt: skip
     lines = columns(("tensor", "dtype", "weights", "zero", "bytes", ""), body, width)
     if len(report.tensors) > len(largest):
-        lines.append(f"... and {len(report.tensors) - len(largest)} smaller tensors (all are in --json)")
+        more = f"... and {len(report.tensors) - len(largest)} smaller tensors (all are in --json)"
+        lines += wrap(more, width)
     return lines
