@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.entry import tell_loaders
-from lpsparse.checkpoint.manifest import Quality, Source, source_of, write_manifest
+from lpsparse.checkpoint.manifest import Quality, Source, own_manifest, source_of, write_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.rescue import LAYOUTS, free_config
 from lpsparse.checkpoint.rewrite import Written
 from lpsparse.checkpoint.threads import beside, of_one
-from lpsparse.checkpoint.writer import CARD, REPORT, copy_sidecars, fsync, write_json, write_text
+from lpsparse.checkpoint.writer import BASE_CARD, CARD, REPORT, copy_sidecars, fsync, write_json, write_text
 from lpsparse.errors import InputError, LpsparseError
 from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
-from lpsparse.reporting import card
+from lpsparse.reporting import card, figure
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report
 
@@ -102,13 +102,27 @@ def complete(
     found = measure(checkpoint, chosen, name=source.name, quality=quality, counts=written.counts)
     found = found.model_copy(update={"identity": identity_of(found, record.base_sha256)})
     write_json(folder / REPORT, found.model_dump(mode="json"))
-    base_card = (folder / "README.base.md").exists()
-    write_text(folder / CARD, card.render(found, record, quality, base_card=base_card))
-    write_manifest(
-        folder, record, recorded(step), tensor_records(found), found.layout, quality, notes, written.files
-    )
+    recipe, earlier = recorded(step), own_manifest(source)
+    before = None if earlier is None else earlier.recipe.get("finetune")
+    text = card.render(
+        found, record, quality, recipe=recipe, trained=recipe.get("finetune") or before,
+        base_card=folder / BASE_CARD, figure=_draw(folder, found, ours=earlier is not None),
+    )  # fmt: skip
+    write_text(folder / CARD, text)
+    write_manifest(folder, record, recipe, tensor_records(found), found.layout, quality, notes, written.files)
     fsync(folder)
     return found
+
+
+def _draw(folder: Path, found: Report, *, ours: bool) -> bool:
+    """Draw the card's figure, unless somebody else's files are where it would be."""
+    path = folder / figure.FIGURE
+    if (path.exists() and not ours) or (path.parent.exists() and not path.parent.is_dir()):
+        return False
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, figure.render(found))
+    fsync(path.parent)
+    return True
 
 
 def recorded(step: Step) -> dict[str, Any]:

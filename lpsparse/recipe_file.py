@@ -1,4 +1,4 @@
-"""Recipes in YAML: a file in, checked steps out. A small file is never let become a large or slow one."""
+"""Recipes in YAML: a file in, checked steps out."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,10 +9,10 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from lpsparse.errors import InputError, UsageError
+from lpsparse.plain_yaml import read_yaml
 from lpsparse.recipe import MODEL, STEPS
 from lpsparse.settings import resolve
 
-_MOST_NESTED = 20  # levels of YAML
 # ${NAME} anywhere, or a path that begins with ~ or $NAME: what a shell would put in place of it, we do not.
 SHELL = re.compile(r"\$\{|^(?:~[^/\s]*|\$\w+)(?:/|$)")
 
@@ -32,8 +32,6 @@ class Recipe(BaseModel):
 def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
     """A checked recipe file, with `--set key=value` applied.
     Raises UsageError naming file, key and nearest key."""
-    import yaml
-
     if not path.is_file():
         raise InputError(360, f"{path}: no such recipe", mend="give a YAML file, such as recipes/demo.yaml")
     if path.stat().st_size > 1_000_000:
@@ -41,13 +39,9 @@ def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
             205, f"{path}: {path.stat().st_size} bytes is too large for a recipe", mend="shorten it"
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        _check_tokens(path, yaml.scan(text))
-        _check_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
-        table = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
-        why = str(error).splitlines()[0]
-        raise UsageError(205, f"{path}: not valid YAML: {why}", mend="mend the file") from None
+        table = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UsageError(205, f"{path}: not valid YAML: {error}", mend="mend the file") from None
     if not isinstance(table, dict):
         raise UsageError(205, f"{path}: not a table of keys", mend="start from a file under recipes/")
     _check_literal(str(path), table)
@@ -65,33 +59,6 @@ def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
             mend = f"did you mean {near[0]}?" if near else f"steps are {', '.join(dict.fromkeys(known))}"
             raise UsageError(208, f"--set {key}: the recipe has no step {prefix!r}", mend=mend)
     return recipe
-
-
-def _check_tokens(path: Path, tokens: Iterable[Any]) -> None:
-    """Refuse what makes a small file large (aliases) or its reader slow (nesting)."""
-    depth = 0
-    for token in tokens:
-        kind = type(token).__name__
-        if kind == "AliasToken":
-            raise UsageError(205, f"{path}: YAML aliases are not accepted", mend="write the value out")
-        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
-        if depth > _MOST_NESTED:
-            raise UsageError(205, f"{path}: nested more than {_MOST_NESTED} deep", mend="mend the file")
-
-
-def _check_keys(path: Path, node: Any) -> None:
-    """Refuse a key that stands twice in a table: YAML would quietly take the last."""
-    seen: set[str] = set()
-    for entry in getattr(node, "value", None) or ():
-        if isinstance(entry, tuple):  # of a table; a list has its nodes themselves
-            key, value = cast("tuple[Any, Any]", entry)
-            if isinstance(key.value, str) and key.value in seen:
-                line = key.start_mark.line + 1
-                raise UsageError(205, f"{path}: line {line}: {key.value!r} stands twice", mend="keep one")
-            seen.add(str(key.value))
-            _check_keys(path, value)
-        elif not isinstance(entry, str):
-            _check_keys(path, entry)
 
 
 def _check_literal(where: str, value: Any) -> None:

@@ -10,7 +10,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,10 +130,62 @@ def tree_hash(folder: Path) -> dict[str, str]:
 
 def cli_environment(**env: str | None) -> dict[str, str]:
     """This process's environment without settings of lpsparse, offline; a value of None removes a name."""
-    names = {key: value for key, value in os.environ.items() if not key.startswith(("LPSPARSE_", "HF_"))}
+    names = {
+        key: value for key, value in os.environ.items() if not key.startswith(("LPSPARSE_", "HF_", "GITHUB_"))
+    }
     names |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     names |= {key: value for key, value in env.items() if value is not None}
     return {key: value for key, value in names.items() if env.get(key, "") is not None}
+
+
+_VALID: set[bytes] = set()  # hashes of the reports that were looked at
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def _check_report(text: bytes) -> None:
+    key = hashlib.sha256(text).digest()
+    if key not in _VALID:
+        _validator().validate(json.loads(text))
+        _VALID.add(key)
+
+
+def _check_reports(args: list[str], ran: Ran) -> None:
+    """What `report --json` wrote is a report, whatever is tested."""
+    for flag, where in pairwise(args):
+        if args[0] == "report" and flag == "--json" and ran.rc in (0, 1):
+            _check_report(ran.stdout.encode() if where == "-" else Path(where).read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def _no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests are those of a person at a terminal, also where a CI job runs them."""
+    for key in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture
+def valid() -> Callable[[object], None]:
+    """Raises jsonschema's ValidationError for what is no report."""
+    return _validator().validate
+
+
+@pytest.fixture(autouse=True)
+def _every_report_is_valid(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each report.json that lpsparse wrote in this test, and nobody changed, is what the schema says."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    for path in [] if folder is None else folder.rglob("report.json"):
+        manifest, data = path.with_name("lpsparse.json"), path.read_bytes()
+        if manifest.is_file() and hashlib.sha256(data).hexdigest() in manifest.read_text():
+            _check_report(data)
 
 
 def run_cli(args: list[object], *, cwd: Path | None = None, **env: str | None) -> Ran:
@@ -140,7 +194,9 @@ def run_cli(args: list[object], *, cwd: Path | None = None, **env: str | None) -
         [sys.executable, "-m", "lpsparse", *map(str, args)], cwd=cwd, env=cli_environment(**env),
         stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
     )  # fmt: skip
-    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+    ran = Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+    _check_reports([str(arg) for arg in args], ran)
+    return ran
 
 
 # A runner in the background has Ctrl-C switched off and its children inherit that, so they switch it on.
@@ -167,7 +223,9 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
         sys.unraisablehook = hook
         signal.signal(signal.SIGINT, handler)
         out, err = capfd.readouterr()
-        return Ran(int(left.value.code or 0), out, err)
+        ran = Ran(int(left.value.code or 0), out, err)
+        _check_reports([str(arg) for arg in args], ran)
+        return ran
 
     return call
 

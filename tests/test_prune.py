@@ -88,6 +88,7 @@ def test_sidecars_are_copied_byte_for_byte(pruned_minilm: tuple[Path, Path, dict
     _, out, before = pruned_minilm
     after = tree_hash(out)
     new = {"README.md", "README.base.md", "lpsparse.json", "report.json", "model.safetensors"}
+    new |= {"figures", "figures/sparsity.svg"}
     assert {name: after[name] for name in after if name not in new} == {
         name: before[name] for name in before if name not in new
     }
@@ -187,6 +188,7 @@ def test_a_torch_file_comes_out_as_safetensors_with_its_own_names(tmp_path: Path
     prune(tmp_path / "net.th", tmp_path / "out", sparsity=0.5)
     assert sorted(os.listdir(tmp_path / "out")) == [
         "README.md",
+        "figures",
         "lpsparse.json",
         "model.safetensors",
         "report.json",

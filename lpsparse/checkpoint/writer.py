@@ -16,7 +16,7 @@ MANIFEST = "lpsparse.json"
 REPORT = "report.json"
 CARD = "README.md"
 METRICS = "metrics.jsonl"
-_BASE_CARD = "README.base.md"  # the source's own card in OUT
+BASE_CARD = "README.base.md"  # the source's own card in OUT
 STATE = ".lpsparse-state"  # folder in OUT.partial of an unfinished run's training states
 OURS = (MANIFEST, REPORT, METRICS)  # of an earlier run on the source: never carried over
 OWNER = ".lpsparse-owner.json"
@@ -124,10 +124,10 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
         ):
             if relative.as_posix() not in used and not path.name.endswith(".json"):
                 left.append(relative.as_posix())
-        elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, REPLACED, CARD, _BASE_CARD):
+        elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, REPLACED, CARD, BASE_CARD):
             found.append((path, relative.as_posix()))
-        elif path.name == (_BASE_CARD if ours or not (source.root / CARD).is_file() else CARD):
-            found.append((path, _BASE_CARD))
+        elif path.name == (BASE_CARD if ours or not (source.root / CARD).is_file() else CARD):
+            found.append((path, BASE_CARD))
         elif not ours:  # somebody else's, where ours is to be
             left.append(relative.as_posix())
     return found, tuple(left)

@@ -7,7 +7,16 @@ import typer
 
 from lpsparse import recipe
 from lpsparse.cli.options import add_command
-from lpsparse.cli.output import TrainingBar, has_terminal, print_json, print_result, teller, width, working
+from lpsparse.cli.output import (
+    TrainingBar,
+    has_color,
+    has_terminal,
+    print_json,
+    print_result,
+    teller,
+    width,
+    working,
+)
 from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
 
@@ -58,7 +67,7 @@ def show_report(report: "Report", *, as_json: bool) -> None:
     else:
         from lpsparse.reporting import table
 
-        print_result(table.render(report, width()))
+        print_result(table.render(report, width(), color=has_color()))
 
 
 def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:

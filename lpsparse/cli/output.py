@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from lpsparse.cli import github
 from lpsparse.errors import OutputError
 from lpsparse.reporting.text import clean, fitted, size
 from lpsparse.settings import is_first
+
+if TYPE_CHECKING:
+    from lpsparse.reporting.records import Report
 
 _SILENCE = 15.0  # seconds between lines of progress
 _BLINK = 0.1  # seconds between two looks of a bar
@@ -24,7 +28,7 @@ def print_result(text: str) -> None:
     """Print on stdout, at most as wide as the terminal is; a reader that has gone away (`| head -1`) is no
     error."""
     if is_first():
-        _write(sys.stdout, fitted(text, width()))
+        _tell_person(sys.stdout, fitted(text, width()))
 
 
 def print_text(text: str) -> None:
@@ -33,9 +37,37 @@ def print_text(text: str) -> None:
         print_result(fitted(line, min(width(), 80), hang=0 if line.lstrip()[:1].isalpha() else 2))
 
 
+def print_file(text: str) -> None:
+    """A whole file on stdout, as it is."""
+    if is_first():
+        _write(sys.stdout, text.removesuffix("\n"))
+
+
 def tell(text: str) -> None:
     """Say on stderr; work goes on when its reader has gone away."""
-    _write(sys.stderr, text)
+    _tell_person(sys.stderr, text)
+
+
+def _tell_person(stream: TextIO | None, text: str) -> None:
+    _write(stream, github.harmless(text) if github.is_runner() else text)
+
+
+def tell_runner(report: "Report") -> None:
+    """On GitHub Actions: a summary, and an annotation for each budget that failed."""
+    if not is_first():
+        return
+    wrong = github.summarise(report)
+    if wrong is not None:
+        tell(f"warning: {clean(wrong)}")
+    if github.is_runner():
+        for line in github.annotations(report):
+            _write(sys.stderr, line)
+
+
+def annotate_error(title: str, *lines: str) -> None:
+    """On GitHub Actions: an error, where a person looks first."""
+    if github.is_runner():
+        _write(sys.stderr, github.command("error", title, *lines))
 
 
 def _write(stream: TextIO | None, text: str) -> None:
@@ -60,8 +92,12 @@ def silence(stream: TextIO) -> None:
 
 def print_json(value: Any) -> None:
     # ASCII: a tensor's name may hold characters that a terminal obeys.
-    if is_first():
-        _write(sys.stdout, json.dumps(value, indent=1, allow_nan=False))
+    print_file(as_data(json.dumps(value, indent=1, allow_nan=False)))
+
+
+def as_data(text: str) -> str:
+    """The same JSON, without what GitHub's runner would obey: strings alone can hold it."""
+    return text.replace("##[", "##\\u005b")
 
 
 def teller(quiet: bool) -> Callable[[str], None]:
@@ -79,6 +115,12 @@ def width() -> int:
     if (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ:
         return shutil.get_terminal_size((100, 24)).columns
     return 100_000
+
+
+def has_color() -> bool:
+    """Whether stdout can show colours, and may (https://no-color.org)."""
+    dumb = os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
+    return sys.stdout is not None and sys.stdout.isatty() and not dumb
 
 
 def has_terminal() -> bool:

@@ -8,7 +8,7 @@ import typer
 
 from lpsparse.cli.commands import show_report
 from lpsparse.cli.options import add_command
-from lpsparse.cli.output import print_result, teller, working
+from lpsparse.cli.output import as_data, print_file, tell_runner, teller, working
 from lpsparse.errors import ExitCode, UsageError
 from lpsparse.recipe import ReportStep
 from lpsparse.settings import is_first
@@ -22,15 +22,20 @@ _EXAMPLES = """\
   lpsparse report sparse --min-sparsity 0.8 --max-bytes 20MB --max-quality-drop 1%
   lpsparse report sparse --min-sparsity '*.mlp.*=0.9' --min-nm 2:4=1.0 --warn min-nm
   lpsparse report sparse --baseline main/report.json --max-regression 0.01
-  lpsparse report sparse --json - | jq .prunable.sparsity"""
+  lpsparse report sparse --json - | jq .prunable.sparsity
+  lpsparse report sparse dense --markdown summary.md --junit budgets.xml --csv tensors.csv"""
 _FILES = {
     "json": "Write report.json; - is stdout.",
     "html": "Write the report as one page with figures, without script; - is stdout.",
+    "markdown": "Write Markdown, as a CI job's summary shows it.",
+    "comment": "Write the same for a comment on a pull request, with a mark to find it by.",
+    "junit": "Write JUnit XML: a test case a budget and check.",
+    "csv": "Write all figures of each tensor as a table.",
 }
 
 
 def _json(report: "Report") -> str:
-    return report.model_dump_json(indent=1, ensure_ascii=True) + "\n"
+    return as_data(report.model_dump_json(indent=1, ensure_ascii=True)) + "\n"
 
 
 def _html(report: "Report") -> str:
@@ -39,7 +44,33 @@ def _html(report: "Report") -> str:
     return render(report)
 
 
-_VIEWS: dict[str, Callable[["Report"], str]] = {"json": _json, "html": _html}
+def _markdown(report: "Report") -> str:
+    from lpsparse.reporting import markdown
+
+    return markdown.render(report)
+
+
+def _comment(report: "Report") -> str:
+    from lpsparse.reporting import markdown
+
+    return markdown.comment(report)
+
+
+def _junit(report: "Report") -> str:
+    from lpsparse.reporting import junit
+
+    return junit.render(report)
+
+
+def _csv(report: "Report") -> str:
+    from lpsparse.reporting import spreadsheet
+
+    return spreadsheet.render(report)
+
+
+_VIEWS: dict[str, Callable[["Report"], str]] = {
+    "json": _json, "html": _html, "markdown": _markdown, "comment": _comment, "junit": _junit, "csv": _csv,
+}  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -60,11 +91,12 @@ def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None
     for view, file in asked.items():
         text = _VIEWS[view](found)
         if file == "-":
-            print_result(text.removesuffix("\n"))
+            print_file(text)
         elif is_first():
             write_beside(Path(file), text)
     if "-" not in asked.values():
         show_report(found, as_json=False)
+    tell_runner(found)
     if not found.passed:
         raise typer.Exit(ExitCode.VERDICT)
 

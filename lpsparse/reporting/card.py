@@ -1,31 +1,103 @@
 """The model card README.md of OUT: what was done, in the words of the Hugging Face hub's metadata."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from lpsparse import __version__
 from lpsparse.checkpoint.hub import is_hub_id
 from lpsparse.checkpoint.manifest import Quality, Source
+from lpsparse.reporting.base_card import read_base_card
+from lpsparse.reporting.figure import FIGURE
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.text import clean, shorten
+from lpsparse.reporting.words import change_of, interval
 
+Settings = dict[str, Any]
 _TEMPLATE = Path(__file__).with_suffix(".md.j2")
+# Tasks in the hub's words, where they are not ours (https://huggingface.co/tasks)
+_HUB_TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}
 
 
-def render(report: Report, source: Source, quality: tuple[Quality, ...], *, base_card: bool) -> str:
-    """Markdown. Names from a checkpoint are escaped."""
+def render(
+    report: Report, source: Source, quality: tuple[Quality, ...], *, recipe: Settings,
+    trained: Settings | None = None, base_card: Path, figure: bool = False,
+) -> str:  # fmt: skip
+    """Markdown with metadata. Names from a checkpoint are escaped; the licence, and what else is still true,
+    is copied from `base_card` if it is there. `trained` are the settings of the finetune step that measured
+    `quality`, where they are known."""
     # Markdown, not HTML: escaping is done by the md filter where text comes from outside.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["md"] = escape
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    copied = read_base_card(base_card)
     return template.render(
-        report=report,
-        source=source,
-        quality=quality,
-        base_card=base_card,
-        version=__version__,
-        on_hub=is_hub_id(source.base),
-    )
+        metadata=_metadata(report, source, quality, copied, trained or {}),
+        report=report, source=source, base_card=base_card.name if base_card.is_file() else "",
+        quality=[(each, interval(each.before, each.before_error), interval(each.after, each.after_error),
+                  change_of(each)) for each in quality],
+        version=__version__, figure=FIGURE if figure else "", recipe=_fenced(recipe),
+        licensed="license" in copied,
+    )  # fmt: skip
+
+
+def _metadata(
+    report: Report,
+    source: Source,
+    quality: tuple[Quality, ...],
+    copied: dict[str, Any],
+    trained: dict[str, Any],
+) -> str:
+    """The YAML at the top, as the hub's own library writes it."""
+    # Imported here, and no more than this: it takes 0.1 s, which only a command that writes a card pays.
+    from huggingface_hub.repocard_data import EvalResult, ModelCardData
+
+    on_hub = is_hub_id(source.base)
+    name = shorten(clean(source.base.rpartition("/")[2]), 100)
+    results = [EvalResult(**each) for each in _results(report, quality, copied, trained)]
+    more: Settings = {"base_model_relation": "finetune"} if on_hub else {}  # the hub has no word for "pruned"
+    return ModelCardData(
+        base_model=source.base.partition("@")[0] if on_hub else None, library_name="lpsparse",
+        tags=["lpsparse", "sparse", "pruned"], eval_results=results or None,
+        model_name=f"{name}-lpsparse" if results else None,
+        **{**copied, **more},
+    ).to_yaml()  # fmt: skip
+
+
+def _results(
+    report: Report, quality: tuple[Quality, ...], copied: Settings, trained: Settings
+) -> list[dict[str, Any]]:
+    """What the index of results has of each figure, dense and sparse; nothing where the task is not known."""
+    task = trained.get("task")
+    task = _HUB_TASKS.get(task, task) if isinstance(task, str) else copied.get("pipeline_tag")
+    if task is None:
+        return []
+    data: Any = trained.get("eval_data") or trained.get("data") or {}
+    names = ", ".join(map(str, data)) if isinstance(data, dict) else ""  # pyright: ignore[reportUnknownArgumentType]
+    found: list[dict[str, Any]] = []
+    for each in quality:
+        zeros = f"sparse ({100 * report.prunable.sparsity:.2f} % of the prunable weights are zero)"
+        of = {
+            "task_type": task, "dataset_type": "other",
+            "dataset_name": shorten(clean(names or each.split), 100),
+            "dataset_split": shorten(clean(each.split), 100), "metric_type": shorten(clean(each.metric), 60),
+        }  # fmt: skip
+        if each.before is not None:
+            found.append({**of, "metric_value": each.before, "metric_name": f"{of['metric_type']}, dense"})
+        found.append({**of, "metric_value": each.after, "metric_name": f"{of['metric_type']}, {zeros}"})
+    return found
+
+
+def _fenced(recipe: Settings) -> str:
+    """YAML in a code block that nothing in it can end."""
+    import yaml
+
+    # ASCII: what does not print stands as an escape.
+    text = yaml.safe_dump(recipe, sort_keys=True, default_flow_style=None, width=100)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}yaml\n{text}{fence}"
 
 
 def escape(text: str) -> str:

@@ -1,62 +1,105 @@
-"""The report on a terminal: for 80 columns (its tables fit fewer); it says what each figure is of."""
+"""The report on a terminal: for 80 columns, and whole in a pipe; it says what each figure is of."""
 
-from lpsparse.reporting.budgets import quality_drop
+from textwrap import wrap
+
 from lpsparse.reporting.records import Estimate, Report
 from lpsparse.reporting.text import clean, columns, size
+from lpsparse.reporting.words import (
+    budget_row,
+    change_of,
+    changes,
+    cut_at,
+    hint,
+    in_figures,
+    interval,
+    largest_change,
+    neighbours,
+    nonfinite,
+    oddities,
+    percent,
+    stores,
+    verdict,
+)
 
 MOST_ROWS = 40
+_MOST_NAMES = 5
+_INDENT = 17  # where the figures of the totals stand
+_RED, _PLAIN = "\x1b[31m", "\x1b[0m"
+Line = tuple[str, str]
 
 
-def render(report: Report, width: int = 80) -> str:
-    """Verdict first, then totals, then the tensors with the most weights."""
-    lines = [f"{clean(report.model)}: {_verdict(report)}", ""]
-    lines += _totals(report)
+def render(report: Report, width: int = 80, *, color: bool = False) -> str:
+    """Verdict first, then totals, budgets, layer types, then the tensors with the most weights."""
+    parts = [_head(report, width, color), _totals(report, width)]
     if report.budgets:
-        lines += ["", *_budgets(report, width)]
-    lines += ["", *_tensors(report, width)]
-    return "\n".join(lines)
+        parts.append(_budgets(report, width))
+    if len(report.kinds) > 1:
+        parts.append(_kinds(report, width))
+    parts.append(_tensors(report, width))
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
-def _verdict(report: Report) -> str:
-    share = report.prunable
-    be = "are" if report.estimate is None else "would be"
-    text = f"{share.zeros:,} of {share.weights:,} prunable weights {be} zero ({100 * share.sparsity:.2f} %)"
-    if report.budgets:
-        failed = sum(not budget.passed for budget in report.budgets)
-        text += f"; {failed} of {len(report.budgets)} budgets failed" if failed else "; all budgets met"
-    return text
+def _head(report: Report, width: int, color: bool) -> list[str]:
+    lines = wrap(f"{clean(report.model)}: {verdict(report)}", width, break_on_hyphens=False)
+    alarm = nonfinite(report)
+    if alarm is None:
+        return lines
+    alarm = f"NOT FINITE: {alarm}"
+    return [f"{_RED}{alarm}{_PLAIN}" if color else alarm, *lines]
 
 
-def _totals(report: Report) -> list[str]:
-    every, held = report.all, report.bytes
-    lines = [
-        f"  all weights    {every.zeros:,} of {every.weights:,} zero ({100 * every.sparsity:.2f} %)",
-        f"  weight files   {size(held.file_bytes)} ({held.file_bytes:,} bytes, {report.layout}); "
-        f"{100 * held.zero_share:.2f} % of the dense bytes are zeros",
-        f"  as bitmask     {size(held.bitmask_bytes)}",
-        f"  opens with     {report.opens_with}",
+def _totals(report: Report, width: int) -> list[str]:
+    every = report.all
+    lines: list[Line] = [
+        ("all weights", f"{every.zeros:,} of {every.weights:,} zero ({percent(every.sparsity)})"),
+        *stores(report),
+        ("opens with", report.opens_with),
+        *_base(report),
+        *neighbours(report),
+        *oddities(report),
     ]
-    if report.base is not None:
-        base = report.base
-        lines.append(
-            f"  came from      {clean(base.name)}: {size(base.file_bytes)}, sparsity "
-            f"{100 * base.prunable.sparsity:.2f}"
-            f" %; the files are now {base.bytes_ratio:.3f} of that"
-        )
-    if report.estimate is not None:
-        lines += estimate_lines(report.estimate)
     for quality in report.quality:
-        before = "no head yet" if quality.before is None else f"{quality.before:.4f}"
-        drop = quality_drop(quality)
-        word = "worse by" if drop and drop > 0 else "better by"
-        worse = "" if drop is None else f" ({word} {abs(drop):.4f})" if drop else " (unchanged)"
-        lines.append(
-            f"  {quality.metric:<14} {before} -> {quality.after:.4f}{worse}, {quality.rows:,} of "
-            f"{clean(quality.split)}"
-        )
+        before = interval(quality.before, quality.before_error)
+        after = interval(quality.after, quality.after_error)
+        change = change_of(quality)
+        worse = f" ({change})" if change else ""
+        lines.append((quality.metric, f"{before} -> {after}{worse}, {quality.rows:,} of {quality.split}"))
+    if report.baseline is not None:
+        lines.append(("baseline", report.baseline))
     if report.nonfinite_tensors:
-        lines.append(f"  NaN or Inf in  {', '.join(clean(name) for name in report.nonfinite_tensors[:5])}")
+        names = report.nonfinite_tensors
+        more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+        lines.append(("NaN or Inf in", ", ".join(names[:_MOST_NAMES]) + more))
+    shown = [line for each in lines for line in _line(each, width)]
+    return shown if report.estimate is None else shown + estimate_lines(report.estimate)
+
+
+def _base(report: Report) -> list[Line]:
+    base, sums = report.base, changes(report)
+    if base is None or sums is None:
+        return []
+    lines = [(
+        "came from" if base.is_source else "compared with",
+        f"{base.name}: {size(base.file_bytes)}, sparsity {percent(base.prunable.sparsity)}; "
+        f"the files are now {base.bytes_ratio:.3f} of that",
+    )]  # fmt: skip
+    if sums.tensors:
+        lines.append(("changes", in_figures(sums)))
+    at = cut_at(sums)
+    lines += [("cut", at)] if at else []
+    if sums.moved is not None:
+        lines.append(("largest change", f"{largest_change(sums.moved)} of {sums.moved.name}"))
+    only = {"only here": base.only_here, "only in BASE": base.only_there, "other shape": base.other_form}
+    lines += [(word, f"{len(names):,} tensors") for word, names in only.items() if names]
     return lines
+
+
+def _line(line: Line, width: int) -> list[str]:
+    """A word and its figures, which go on below each other."""
+    name, text = (clean(part) for part in line)
+    indent = " " * (_INDENT if width >= 2 * _INDENT else 4)
+    first = f"  {name:<{_INDENT - 3}} "
+    return wrap(first + text, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def estimate_lines(needs: Estimate) -> list[str]:
@@ -70,29 +113,38 @@ def estimate_lines(needs: Estimate) -> list[str]:
 
 
 def _budgets(report: Report, width: int) -> list[str]:
-    body = []
+    body = [tuple(clean(cell) for cell in budget_row(budget)) for budget in report.budgets]
+    lines = columns(("budget", "limit", "value", "margin", "verdict"), body, width)
     for budget in report.budgets:
-        value = "not recorded" if budget.value is None else _figure(budget.value)
-        body.append((budget.name, _figure(budget.limit), value, "ok" if budget.passed else "FAILED"))
-    return columns(("budget", "limit", "value", "verdict"), body, width)
+        if not budget.passed and budget.worst is not None:
+            lines += wrap(clean(f"{budget.name}: worst is {budget.worst}"), width, break_on_hyphens=False)
+    hints = [text for budget in report.budgets if (text := hint(budget))]
+    return lines + [line for text in hints for line in wrap(clean(text), width, break_on_hyphens=False)]
 
 
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
+def _kinds(report: Report, width: int) -> list[str]:
+    body = [
+        (
+            clean(row.kind), f"{row.tensors:,}", f"{row.prunable:,}", f"{row.weights:,}", percent(row.share),
+            percent(row.sparsity), size(row.stored_bytes),
+        )
+        for row in report.kinds
+    ]  # fmt: skip
+    return columns(("layer type", "tensors", "prunable", "weights", "of all", "zero", "bytes"), body, width)
 
 
 def _tensors(report: Report, width: int) -> list[str]:
-    shown = sorted(report.tensors, key=lambda row: -row.weights)[:MOST_ROWS]
-    kept = [row for row in report.tensors if row in shown]
+    largest = sorted(range(len(report.tensors)), key=lambda i: -report.tensors[i].weights)[:MOST_ROWS]
     body = [
         (
             clean(row.name), row.dtype, f"{row.weights:,}", f"{100 * row.sparsity:.1f} %",
             size(row.stored_bytes),
             "prunable" if row.prunable else "kept",
         )
-        for row in kept
+        for row in (report.tensors[i] for i in sorted(largest))
     ]  # fmt: skip
     lines = columns(("tensor", "dtype", "weights", "zero", "bytes", ""), body, width)
-    if len(report.tensors) > len(shown):
-        lines.append(f"... and {len(report.tensors) - len(shown)} smaller tensors (all are in --json)")
+    if len(report.tensors) > len(largest):
+        more = f"... and {len(report.tensors) - len(largest)} smaller tensors (all are in --json)"
+        lines += wrap(more, width)
     return lines

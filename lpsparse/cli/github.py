@@ -1,0 +1,88 @@
+"""What GitHub Actions is told: the summary of the step, and annotations.
+
+The runner reads commands from stderr as well as from stdout (one OutputManager takes both):
+annotations stand on stderr, so that stdout stays data."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lpsparse.reporting.text import clean, shorten
+
+if TYPE_CHECKING:
+    from lpsparse.reporting.records import Report
+
+_MOST = 10  # annotations of a kind that GitHub shows of a step
+_STEP_BYTES = 1000 * 1024  # GitHub drops what is over 1,024 KiB, with all that other commands wrote there
+_LEAST_BYTES = 10_000  # that are worth it
+
+
+def is_runner() -> bool:
+    return os.environ.get("GITHUB_ACTIONS") == "true"
+
+
+def summarise(report: "Report") -> str | None:
+    """Append Markdown to the step's summary, where there is one. What went wrong, if anything did."""
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return None
+    from lpsparse.reporting.markdown import SUMMARY_BYTES, render
+
+    path = Path(name)
+    try:
+        if path.exists() and not path.is_file():
+            return f"GITHUB_STEP_SUMMARY: {name}: is no file; no summary was written"
+        before = path.stat().st_size if path.exists() else 0
+        if _STEP_BYTES - before < _LEAST_BYTES:
+            return f"GITHUB_STEP_SUMMARY: {name}: {before:,} bytes are there, no summary was added"
+        text = render(report, min(SUMMARY_BYTES, _STEP_BYTES - before))
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(f"\n{text}" if before else text)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        return f"GITHUB_STEP_SUMMARY: {name}: {why}; no summary was written"
+    return None
+
+
+def annotations(report: "Report") -> list[str]:
+    """An error for each failed budget, a warning for each that warns, ten of each at most."""
+    from lpsparse.reporting.words import budget_row, nonfinite, state
+
+    found: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
+    alarm = nonfinite(report)
+    if alarm:
+        found["warning"].append(("lpsparse: not finite", f"{alarm}: {report.nonfinite_tensors[0]}"))
+    for budget in report.budgets:
+        name, limit, value, margin, _ = budget_row(budget)
+        worst = "" if budget.worst is None else f", worst {shorten(budget.worst, 200)}"
+        text = f"{report.model}: limit {limit}, value {value}, margin {margin or 'unknown'}{worst}"
+        kind = {"FAILED": "error", "warn": "warning"}.get(state(budget))
+        if kind is not None:
+            found[kind].append((f"lpsparse: {name} failed", text))
+    return [line for kind, notes in found.items() for line in _lines(kind, notes)]
+
+
+def _lines(kind: str, notes: list[tuple[str, str]]) -> list[str]:
+    if len(notes) > _MOST:
+        left = len(notes) - _MOST + 1
+        notes = [
+            *notes[: _MOST - 1],
+            ("lpsparse", f"{left} more are not shown here, but in the report"),
+        ]
+    return [command(kind, title, text) for title, text in notes]
+
+
+def command(kind: str, title: str, *lines: str) -> str:
+    """A line that the runner makes an annotation of. Its signs cannot be forged by what is told."""
+    text = "%0A".join(map(_escaped, lines))
+    return f"::{kind} title={_escaped(title).replace(':', '%3A').replace(',', '%2C')}::{text}"
+
+
+def _escaped(text: str) -> str:
+    return clean(shorten(text, 1000)).replace("%", "%25")  # CR and LF are cleaned away
+
+
+def harmless(text: str) -> str:
+    """Text of which the runner makes no command, whatever names a checkpoint has."""
+    return re.sub(r"(?m)^(\s*)::", r"\1: :", text).replace("##[", "# #[")

@@ -1,0 +1,58 @@
+"""The report as JUnit XML: one test case a budget, and one a check that needs no budget."""
+
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
+
+from lpsparse.reporting.records import Report
+from lpsparse.reporting.text import clean, shorten
+from lpsparse.reporting.words import budget_name, budget_row, nonfinite, state, verdict
+
+_NAME = 200
+_MOST_NAMES = 20
+
+
+def render(report: Report) -> str:
+    """A test suite that fails where the report does, and where a weight is NaN or Inf."""
+    suite = Element("testsuite", name=f"lpsparse {_text(report.model)}")
+    for budget in report.budgets:
+        case = SubElement(suite, "testcase", classname="lpsparse.budgets", name=_text(budget_name(budget)))
+        _, limit, value, margin, said = budget_row(budget)
+        text = f"limit {limit}, value {value}, margin {margin or 'unknown'}"
+        text += "" if budget.worst is None else f", worst {_text(budget.worst)}"
+        if state(budget) == "FAILED":
+            SubElement(case, "failure", type="budget", message=text)
+        else:
+            SubElement(case, "system-out").text = text if said == "ok" else f"warning: {text}"
+    _finite(report, suite)
+    _manifest(report, suite)
+    failed = len(suite.findall("testcase/failure"))
+    skipped = len(suite.findall("testcase/skipped"))
+    suite.attrib |= {
+        "tests": str(len(suite)), "failures": str(failed), "errors": "0", "skipped": str(skipped)
+    }  # fmt: skip
+    SubElement(suite, "system-out").text = verdict(report)
+    suites = Element("testsuites")
+    suites.append(suite)
+    indent(suites, " ")
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(suites, encoding="unicode") + "\n"
+
+
+def _finite(report: Report, suite: Element) -> None:
+    case = SubElement(suite, "testcase", classname="lpsparse.checks", name="weights are finite")
+    alarm = nonfinite(report)
+    if alarm:
+        failure = SubElement(case, "failure", type="finite", message=alarm)
+        failure.text = "\n".join(_text(name) for name in report.nonfinite_tensors[:_MOST_NAMES])
+
+
+def _manifest(report: Report, suite: Element) -> None:
+    """A report is refused where the manifest does not match, so there is none that fails."""
+    case = SubElement(
+        suite, "testcase", classname="lpsparse.checks", name="weights are those of the manifest"
+    )
+    if report.made is None:
+        SubElement(case, "skipped", message="no lpsparse.json is beside this model")
+
+
+def _text(text: str) -> str:
+    """XML allows no control characters, however they are escaped."""
+    return shorten(clean(text), _NAME).replace("##[", "# #[")  # an order to GitHub's runner

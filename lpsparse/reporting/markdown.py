@@ -1,0 +1,206 @@
+"""The report as GitHub's Markdown: for the summary of a step, and for a comment on a pull request.
+
+Names are code: what a checkpoint says cannot become a link, a mention, HTML or a column."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from lpsparse.reporting.records import Report, TensorRow
+from lpsparse.reporting.text import clean, shorten, size
+from lpsparse.reporting.words import (
+    budget_name,
+    budget_row,
+    change_of,
+    changes,
+    cut_at,
+    hint,
+    in_figures,
+    interval,
+    largest_change,
+    neighbours,
+    nonfinite,
+    oddities,
+    percent,
+    state,
+    stores,
+    verdict,
+)
+
+MARKER = "<!-- lpsparse-report -->"  # by which a comment is found again, to be replaced
+SUMMARY_BYTES = 900 * 1024  # GitHub drops a step's summary whole when it is over 1,024 KiB
+# GitHub's limit is 65,536 characters. As many bytes of UTF-8 are as few or fewer, however they are counted.
+COMMENT_BYTES = 65_535
+_KEPT_BYTES = 2000  # for headings of what is left out, and for the fold
+_MOST_ROWS = 20  # of tensors outside of the fold
+_MOST_LINES = 40  # of a table that a command line or an edited report.json can make long
+_NAME = 120
+_CODE = re.compile(r"[\w./:+\[\](),=%?*… -]*[\w./:+\[\](),=%?*-]")  # means nothing between back-ticks
+_PLAIN = re.compile(r"[\w .,;:?()%'`/=+-]*")
+_LINK = re.compile(r"://|www\.|::", re.IGNORECASE)
+_TENSORS = ("tensor", "dtype", "weights", "zero", "bytes", "")
+
+
+def render(report: Report, most_bytes: int = SUMMARY_BYTES) -> str:
+    """Verdict first; what is too long is left out, and it is said that it is."""
+    largest = sorted(range(len(report.tensors)), key=lambda i: -report.tensors[i].weights)[:_MOST_ROWS]
+    shown = [report.tensors[i] for i in sorted(largest)]
+    sections = {
+        "Budgets": _budgets(report), "Before and after": _quality(report), "Totals": _totals(report),
+        "Layer types": _kinds(report), "Not measured": _missing(report),
+        f"Largest {len(shown)} of {len(report.tensors):,} tensors": _table(_TENSORS, map(_tensor, shown)),
+    }  # fmt: skip
+    text = "\n".join(_head(report)) + "\n"
+    for title, section in sections.items():
+        lines = list(section)
+        added = "\n".join(("", f"### {title}", "", *lines, ""))
+        if len((text + added).encode()) > most_bytes - _KEPT_BYTES:
+            added = f"\n### {title}\n\nToo long to stand here: see report.json.\n"
+        text += added if lines else ""
+    kept = set(largest)
+    rest = [row for i, row in enumerate(report.tensors) if i not in kept]
+    return text + _fold(rest, most_bytes - len(text.encode()))
+
+
+def comment(report: Report) -> str:
+    """For a pull request: with a mark by which it is found again, and short enough."""
+    return f"{MARKER}\n{render(report, COMMENT_BYTES - len(MARKER) - 1)}"
+
+
+def code(text: str) -> str:
+    """Text from outside as code, on one line. Signs that mean something are entities."""
+    text = shorten(clean(text), _NAME)
+    if _CODE.fullmatch(text) and not text.startswith(" "):
+        return f"`{text}`"
+    signs = (char if char.isalnum() or char in " .-" else f"&#{ord(char)};" for char in text)
+    return f"<code>{''.join(signs) or ' '}</code>"
+
+
+def plain(text: str) -> str:
+    """A sentence of ours, which an edited report.json may have replaced: then it is code."""
+    text = shorten(clean(text), 400)
+    if _PLAIN.fullmatch(text) and not _LINK.search(text) and text.count("`") % 2 == 0:
+        return text
+    return code(text)
+
+
+def _head(report: Report) -> Iterator[str]:
+    alarm = nonfinite(report)
+    word = "" if not report.budgets else ": passed" if report.passed else ": FAILED"
+    yield f"## lpsparse{word}"
+    yield ""
+    if alarm:
+        yield f"**NOT FINITE: {alarm}**: {', '.join(code(name) for name in report.nonfinite_tensors[:5])}"
+        yield ""
+    yield f"{code(report.model)}: **{verdict(report)}**"
+
+
+def _budgets(report: Report) -> Iterator[str]:
+    if not report.budgets:
+        return
+    body: list[Sequence[str]] = []
+    for budget in report.budgets[:_MOST_LINES]:
+        name, limit, value, margin, _ = budget_row(budget)
+        worst = f" (worst: {code(budget.worst)})" if budget.worst and not budget.passed else ""
+        said = {"FAILED": "**FAILED**"}.get(state(budget), state(budget))
+        body.append((code(name), limit, value, margin, said + worst))
+    yield from _table(("budget", "limit", "value", "margin", "verdict"), body)
+    if len(report.budgets) > _MOST_LINES:
+        yield from ("", f"... and {len(report.budgets) - _MOST_LINES:,} more (failed ones come first).")
+    if report.baseline is not None:
+        yield from ("", f"Baseline: {code(report.baseline)}")
+    hints = [hint(budget, code(budget_name(budget))) for budget in report.budgets[:_MOST_LINES]]
+    if any(hints):
+        yield from ("", *(f"- {text}" for text in hints if text))
+
+
+def _totals(report: Report) -> Iterator[str]:
+    every, sums = report.all, changes(report)
+    rows = [("all weights", f"{every.zeros:,} of {every.weights:,} zero ({percent(every.sparsity)})")]
+    rows += [*stores(report), ("opens with", report.opens_with), *neighbours(report)[:_MOST_LINES]]
+    rows = [(plain(name), plain(text)) for name, text in (*rows, *oddities(report))]
+    if sums is not None and sums.tensors:
+        at = cut_at(sums)
+        rows += [("changes", in_figures(sums)), *([("cut", at)] if at else [])]
+        if sums.moved is not None:
+            rows.append(("largest change", f"{largest_change(sums.moved)} of {code(sums.moved.name)}"))
+    yield from _table(("", ""), rows)
+    yield from ("", f"Counted: {plain(report.rule)}.")
+
+
+def _quality(report: Report) -> Iterator[str]:
+    """Before and after, with 95 % intervals where standard errors are recorded."""
+    body: list[Sequence[str]] = []
+    for each in report.quality[:_MOST_LINES]:
+        before, after = interval(each.before, each.before_error), interval(each.after, each.after_error)
+        of = f"{each.rows:,} of {code(each.split)}"
+        body.append((code(each.metric), before, after, change_of(each), of))
+    base = report.base
+    if base is not None:
+        of = f"{'source' if base.is_source else 'compared with'} {code(base.name)}"
+        body.append(
+            (
+                "prunable weights zero",
+                percent(base.prunable.sparsity),
+                percent(report.prunable.sparsity),
+                "",
+                of,
+            )
+        )
+        held = (size(base.file_bytes), size(report.bytes.file_bytes))
+        body.append(("weight files", *held, f"{base.bytes_ratio:.3f} of it", of))
+    if not body:
+        return
+    yield from _table(("", "before", "after", "", "of"), body)
+    if any(each.after_error is not None for each in report.quality):
+        yield from ("", "± is half of a 95 % interval: 1.96 standard errors, examples taken as independent.")
+
+
+def _kinds(report: Report) -> Iterator[str]:
+    body = [
+        (
+            plain(row.kind), f"{row.tensors:,}", f"{row.weights:,}", percent(row.share),
+            percent(row.sparsity), size(row.stored_bytes),
+        )
+        for row in report.kinds[:_MOST_LINES]
+    ]  # fmt: skip
+    if body:
+        yield from _table(("type", "tensors", "weights", "of all", "zero", "bytes"), body)
+
+
+def _missing(report: Report) -> Iterator[str]:
+    if report.not_measured:
+        yield from (f"- {plain(text)}" for text in report.not_measured[:_MOST_LINES])
+
+
+def _fold(rows: list[TensorRow], most_bytes: int) -> str:
+    """The other tensors, folded away: as many as fit."""
+    if not rows:
+        return ""
+    lines = ["", f"<details><summary>The other {len(rows):,} tensors</summary>", "", *_table(_TENSORS, ())]
+    end = ["", "</details>", ""]
+    left = most_bytes - sum(len(line.encode()) + 1 for line in (*lines, *end)) - 100
+    for i, row in enumerate(rows):
+        line = _row(_tensor(row))
+        left -= len(line.encode()) + 1
+        if left < 0:
+            end.insert(1, f"... and {len(rows) - i:,} more, for which there is no room: see report.json.\n")
+            break
+        lines.append(line)
+    return "\n".join([*lines, *end])
+
+
+def _tensor(row: TensorRow) -> Sequence[str]:
+    return (
+        code(row.name), code(row.dtype), f"{row.weights:,}", f"{100 * row.sparsity:.1f} %",
+        size(row.stored_bytes), "prunable" if row.prunable else "kept",
+    )  # fmt: skip
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    rule = [":--", *["--:"] * (len(head) - 1)]
+    return [_row(head), _row(rule), *(_row(row) for row in body)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,174 @@
+"""What every view says of a report, in the same words."""
+
+from dataclasses import dataclass
+
+from lpsparse.checkpoint.manifest import Quality
+from lpsparse.reporting.budgets import quality_drop
+from lpsparse.reporting.records import Budget, Report, TensorRow
+from lpsparse.reporting.text import size
+
+_ROOM = 0.05  # share of a limit from which on a margin is worth a word
+_WIDE = 1.96  # standard errors either way that hold 95 % of a normal distribution
+
+
+def verdict(report: Report) -> str:
+    """How much is zero, and how many budgets failed. A budget that only warns is told apart."""
+    share = report.prunable
+    be = "are" if report.estimate is None else "would be"
+    text = f"{share.zeros:,} of {share.weights:,} prunable weights {be} zero ({percent(share.sparsity)})"
+    return "; ".join([text, *([budgets_in_short(report)] if report.budgets else [])])
+
+
+def budgets_in_short(report: Report) -> str:
+    states = [state(budget) for budget in report.budgets]
+    failed, warned, of = states.count("FAILED"), states.count("warn"), len(states)
+    text = f"{failed} of {of} budgets failed" if failed else "all budgets met" if not warned else ""
+    warning = f"{warned} of {of} budgets warn{'s' * (warned == 1)}" if warned else ""
+    return ", ".join(part for part in (text, warning) if part)
+
+
+def nonfinite(report: Report) -> str | None:
+    """What has to be read before anything else; None where every value is a number."""
+    count = len(report.nonfinite_tensors)
+    return f"NaN or Inf in {count:,} of {len(report.tensors):,} tensors" if count else None
+
+
+def state(budget: Budget) -> str:
+    """ok, warn or FAILED."""
+    return "ok" if budget.passed else "warn" if budget.level == "warn" else "FAILED"
+
+
+def budget_name(budget: Budget) -> str:
+    return budget.name if budget.pattern is None else f"{budget.name} {budget.pattern}"
+
+
+def budget_row(budget: Budget) -> tuple[str, str, str, str, str]:
+    """Name, limit, value, margin and state of a budget."""
+    value = "not recorded" if budget.value is None else figure(budget.value)
+    margin = "" if budget.margin is None else signed(budget.margin)
+    return budget_name(budget), figure(budget.limit), value, margin, state(budget)
+
+
+def hint(budget: Budget, name: str | None = None) -> str | None:
+    """A budget that is met with room to spare protects nothing. `name` is how it is shown."""
+    if not budget.passed or budget.margin is None or budget.name.endswith("of baseline"):
+        return None
+    if budget.margin <= _ROOM * abs(budget.limit):
+        return None
+    return f"you beat {name or budget_name(budget)} by {figure(budget.margin)}: tighten it?"
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+def signed(value: float) -> str:
+    return f"+{figure(value)}" if value > 0 else figure(value)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def interval(value: float | None, error: float | None) -> str:
+    """A figure with its 95 % interval, where its standard error is known."""
+    if value is None:
+        return "no head yet"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {_WIDE * error:.4f}"
+
+
+def change_of(quality: Quality) -> str:
+    """Better or worse, and by how much; empty where there was nothing before."""
+    drop = quality_drop(quality)
+    if drop is None:
+        return ""
+    return f"{'worse' if drop > 0 else 'better'} by {abs(drop):.4f}" if drop else "unchanged"
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """The changes of all tensors beside BASE."""
+
+    cut: int
+    revived: int
+    changed: int
+    tensors: int  # that were compared
+    cut_to: float | None  # largest magnitude in BASE of a prunable weight that was cut
+    kept_from: float | None  # smallest of one that was not
+    moved: TensorRow | None  # the tensor whose value changed most
+
+
+def changes(report: Report) -> Sums | None:
+    """None where no BASE was given."""
+    given = [(row, row.change) for row in report.tensors if row.change is not None]
+    if report.base is None:
+        return None
+    prunable = [change for row, change in given if row.prunable]
+    cut = [change.largest_cut for change in prunable if change.largest_cut is not None]
+    kept = [change.smallest_kept for change in prunable if change.smallest_kept is not None]
+    moved = max(given, key=lambda each: each[1].largest_change, default=None)
+    return Sums(
+        cut=sum(change.cut for _, change in given), revived=sum(change.revived for _, change in given),
+        changed=sum(change.changed for _, change in given), tensors=len(given),
+        cut_to=max(cut, default=None), kept_from=min(kept, default=None),
+        moved=moved[0] if moved and moved[1].largest_change else None,
+    )  # fmt: skip
+
+
+def in_figures(sums: Sums) -> str:
+    """What was cut, came back and has another value."""
+    return f"{sums.cut:,} cut, {sums.revived:,} revived, {sums.changed:,} of another value"
+
+
+def cut_at(sums: Sums) -> str | None:
+    """Where the cut was made, by magnitudes in BASE; None where nothing was cut."""
+    if sums.cut_to is None:
+        return None
+    kept = "" if sums.kept_from is None else f"; smallest kept {sums.kept_from:.6g}"
+    one = "" if sums.kept_from is None or sums.cut_to <= sums.kept_from else " (not one threshold for all)"
+    return f"magnitudes up to {sums.cut_to:.6g}{kept}{one}"
+
+
+def largest_change(row: TensorRow) -> str:
+    """Of a tensor that has one: from what to what, and where in it."""
+    assert row.change is not None
+    change, where = row.change, ""
+    if change.at is not None and change.before is not None and change.after is not None:
+        where = f", {change.before:.6g} -> {change.after:.6g} at value {change.at:,}"
+    return f"{change.largest_change:.6g}{where}"
+
+
+def neighbours(report: Report) -> list[tuple[str, str]]:
+    """N:M patterns, empty rows, columns, heads and blocks of the prunable weights: what there is."""
+    lines: list[tuple[str, str]] = []
+    for name, (part, whole) in report.n_m.items():
+        if part:
+            lines.append((name, f"{part:,} of {whole:,} groups ({percent(part / whole)})"))
+    for name, (part, whole) in report.empty.items():
+        if part:
+            lines.append((f"empty {name}", f"{part:,} of {whole:,} ({percent(part / whole)})"))
+    return lines
+
+
+def oddities(report: Report) -> list[tuple[str, str]]:
+    """Zeros with a sign, subnormal and nearly zero weights, of all tensors: those that are there."""
+    details = [row.detail for row in report.tensors if row.detail is not None]
+    counts = {
+        "-0.0": (sum(each.negative_zeros for each in details), "zeros with a sign, counted as zeros"),
+        "subnormal": (sum(each.subnormal for each in details), "weights under the dtype's normal ones"),
+        "nearly zero": (sum(each.near_zero for each in details), "and under 1/1000 of the tensor's largest"),
+    }  # fmt: skip
+    return [(name, f"{count:,} {text}") for name, (count, text) in counts.items() if count]
+
+
+def stores(report: Report) -> list[tuple[str, str]]:
+    """Bytes of the weight files as they are, and in the layouts that `pack` writes."""
+    held = report.bytes
+    lines = [
+        ("weight files", f"{size(held.file_bytes)} ({held.file_bytes:,} bytes, {report.layout}); "
+                         f"{percent(held.zero_share)} of the dense bytes are zeros"),
+        ("as bitmask", size(held.bitmask_bytes)),
+    ]  # fmt: skip
+    if held.packed_bytes is not None and report.layout != "packed":
+        lines.append(("packed", f"about {size(held.packed_bytes)}"))
+    return lines

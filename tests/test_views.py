@@ -1,0 +1,297 @@
+"""The views of a report: the same figures everywhere, within the limits of who shows them."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from conftest import PRUNABLE, ROOT, Given, Ran, f32, tiny_arrays, write_safetensors
+from junitparser import JUnitXml
+from safetensors.numpy import save_file
+
+from lpsparse import prune, report
+from lpsparse.checkpoint.manifest import Quality
+from lpsparse.reporting import junit, markdown, spreadsheet, table, words
+from lpsparse.reporting.records import Budget, Report, schema
+
+Cli = Callable[..., Ran]
+NAMES = {
+    "ansi": "\x1b[2J\x1b[31mred", "newline": "a\n| b |\n# c", "bidi": "a\u202ebin\u202c", "nul": "a\0b",
+    "script": "<script>alert(1)</script>", "details": "</details><h1>x</h1>", "code": "a`b``c|d\\|e",
+    "link": "[x](http://x) www.x.org", "mention": "@everyone #1", "formula": "=cmd|' /C calc'!A0",
+    "command": "::error::fake", "old command": "x ##[error]fake", "quote": "'a\"b'", "empty": "",
+    "percent": "100%0A::error::fake", "entity": "&lt;b&gt;", "cdata": "]]>", "plus": "+1", "tab": "\t=1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def sparse(tiny: Path) -> Path:
+    prune(tiny, tiny.parent / "sparse", sparsity=0.8)
+    return tiny.parent / "sparse"
+
+
+def quality(**fields: Any) -> Quality:
+    given = {"metric": "accuracy", "before": 0.9, "after": 0.88, "higher_is_better": True, "rows": 872}
+    return Quality(**{**given, "split": "validation[:872]", **fields})
+
+
+def budget(name: str = "min-sparsity", **fields: Any) -> Budget:
+    return Budget(**{"name": name, "limit": 0.8, "value": 0.7, "margin": -0.1, "passed": False, **fields})
+
+
+def named(name: str, folder: Path) -> Report:
+    """A report in which everything that can have the name has it."""
+    given: dict[str, Given] = {name: f32(7, 13), f"{name}.bias": f32(7)}
+    found = report(write_safetensors(folder / "m.safetensors", given))
+    row = found.tensors[0].model_copy(update={"dtype": name, "reason": name})
+    return found.model_copy(
+        update={
+            "model": name, "baseline": name, "tensors": (row, *found.tensors[1:]), "rule": name,
+            "budgets": (budget(pattern=name, worst=name), budget(passed=True, pattern=name, margin=0.5)),
+            "quality": (quality(metric=name, split=name),), "nonfinite_tensors": (name,),
+            "not_measured": (name,), "opens_with": name, "n_m": {name: (1, 2)},
+        }
+    )  # fmt: skip
+
+
+# Markdown
+
+
+def test_markdown_has_the_verdict_first_and_failed_budgets_before_met_ones(sparse: Path) -> None:
+    text = markdown.render(report(sparse, min_sparsity="0.5", max_bytes="100"))
+    lines = text.splitlines()
+    assert lines[0] == "## lpsparse: FAILED"
+    assert lines[2] == "`sparse`: **291 of 364 prunable weights are zero (79.95 %); 1 of 2 budgets failed**"
+    assert text.index("| `max-bytes` | 100 | 3,084 | -2,984 | **FAILED** |") < text.index(
+        "| `min-sparsity` |"
+    )
+    assert "you beat `min-sparsity` by 0.299451: tighten it?" in text
+    assert "speed: zeros are faster only" in text.partition("### Not measured")[2]
+
+
+def test_markdown_says_quality_with_its_interval(sparse: Path) -> None:
+    found = report(sparse).model_copy(update={"quality": (quality(before_error=0.01, after_error=0.02),)})
+    row = "| `accuracy` | 0.9000 ± 0.0196 | 0.8800 ± 0.0392 | worse by 0.0200 | 872 of `validation[:872]` |"
+    assert row in markdown.render(found)
+    assert "1.96 standard errors" in markdown.render(found)
+
+
+@pytest.mark.parametrize("view", ["markdown", "comment"])
+@pytest.mark.parametrize("name", ["model.layers.{i}.weight", "{i}" + "<" * 3000, "{i}" + "\U0001f600" * 500])
+def test_markdown_fits_whatever_the_input(view: str, name: str, sparse: Path) -> None:
+    found = report(sparse)
+    rows = [found.tensors[0].model_copy(update={"name": name.format(i=i)}) for i in range(20_000)]
+    names = tuple(row.name for row in rows)
+    many = tuple(budget(pattern=each, worst=each) for each in names[:500])
+    found = found.model_copy(
+        update={"tensors": tuple(rows), "nonfinite_tensors": names, "not_measured": names, "budgets": many}
+    )
+    text = markdown.render(found) if view == "markdown" else markdown.comment(found)
+    assert len(text.encode()) < (900 * 1024 if view == "markdown" else 65_536)
+    assert "more, for which there is no room: see report.json" in text and text.endswith("</details>\n")
+
+
+def test_a_comment_begins_with_the_mark_by_which_it_is_found_again(sparse: Path, cli: Cli) -> None:
+    ran = cli("report", sparse, "--comment", "-")
+    assert (ran.rc, ran.stdout.splitlines()[0]) == (0, "<!-- lpsparse-report -->")
+    assert ran.stdout.partition("\n")[2] == cli("report", sparse, "--markdown", "-").stdout
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+def test_no_name_becomes_markdown(name: str, tmp_path: Path) -> None:
+    text = markdown.render(named(name, tmp_path))
+    outside = re.sub(r"`[^`\n]*`|<code>[^<\n]*</code>", "", text)  # what is code shows as it stands
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert not re.search(r"script|<h1|http|www|@|#1|everyone|\x1b|::|##\[|fake|cmd|\\", outside)
+    assert not re.search(r"<code>[^<]*[<`|\\@][^<]*</code>", text)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} <= {3, 6, 7}
+    assert "`" not in outside and "<details" not in outside
+
+
+# JUnit
+
+
+def test_junit_has_a_test_case_for_each_budget_and_check(sparse: Path, tmp_path: Path, cli: Cli) -> None:
+    flags = ("--min-sparsity", "0.9", "--max-bytes", "100", "--warn", "max-bytes", "--min-nm", "2:4=0.1")
+    assert cli("report", sparse, *flags, "--junit", tmp_path / "j.xml").rc == 1
+    suite = next(iter(JUnitXml.fromfile(str(tmp_path / "j.xml"))))
+    assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (5, 2, 0, 0)
+    cases = {case.name: case for case in suite if case.classname}
+    assert cases["min-sparsity"].result[0].message == "limit 0.9, value 0.799451, margin -0.100549"
+    assert cases["max-bytes"].result == [] and "warning: limit 100" in cases["max-bytes"].system_out
+    assert cases["weights are those of the manifest"].result == []
+
+
+def test_junit_fails_for_nan_and_skips_the_manifest_that_is_not_there(tmp_path: Path) -> None:
+    save_file({"a.weight": np.full((7, 13), np.nan, np.float32)}, tmp_path / "m.safetensors")
+    suite = ElementTree.fromstring(junit.render(report(tmp_path / "m.safetensors")))[0]
+    assert (suite.get("failures"), suite.get("skipped")) == ("1", "1")
+    assert suite.findtext("testcase/failure") == "a.weight"
+
+
+@pytest.mark.parametrize("name", [*NAMES.values(), "\ufffe\ud800"], ids=[*NAMES.keys(), "no character"])
+def test_junit_is_xml_whatever_names_say(name: str, tiny: Path) -> None:
+    update = {"model": name, "nonfinite_tensors": (name,), "budgets": (budget(pattern=name, worst=name),)}
+    text = junit.render(report(tiny).model_copy(update=update))
+    suites = ElementTree.fromstring(text.encode())
+    tags = {each.tag for each in suites.iter()}
+    assert tags == {"testsuites", "testsuite", "testcase", "failure", "skipped", "system-out"}
+
+
+# CSV
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+
+
+def test_csv_has_all_figures_of_each_tensor(sparse: Path, tiny: Path) -> None:
+    found = report(sparse, tiny, spectra=True)
+    rows = rows_of(spreadsheet.render(found))
+    for row, cells in zip(found.tensors, rows, strict=True):
+        assert cells["name"] == row.name and cells["zeros"] == str(row.zeros)
+        assert cells["shape"] == " ".join(map(str, row.shape))
+        for part in ("spectrum", "change", "detail"):
+            for key, value in (getattr(row, part) or _none()).__dict__.items():
+                if not isinstance(value, dict) and key != "histogram":
+                    assert cells[f"{part}.{key}"] == ("" if value is None else repr(value))
+        if row.detail:
+            for key, (met, whole) in {**row.detail.empty}.items():
+                assert cells[f"detail.empty.{key}.part"] == str(met)
+                assert cells[f"detail.empty.{key}.of"] == str(whole)
+            assert cells["detail.histogram.counts"] == " ".join(map(str, row.detail.histogram.counts))
+
+
+def _none() -> object:
+    return type("None_", (), {})()
+
+
+@pytest.mark.parametrize("name", [*NAMES.values(), "-1", "'", "''=x"], ids=[*NAMES.keys(), "-", "'", "''="])
+def test_csv_gives_no_formula_and_the_name_back(name: str, tmp_path: Path) -> None:
+    text = spreadsheet.render(named(name, tmp_path))
+    assert all(char.isprintable() or char in "\r\n" for char in text) and "##[" not in text
+    assert not re.search(r"(?m)^::", text)
+    for row, cells in zip(named(name, tmp_path).tensors, rows_of(text), strict=True):
+        cell = cells["name"]
+        assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r")
+        cell = cell.removeprefix("'").replace('"', '\\"')
+        assert json.loads(f'"{cell}"') == row.name
+
+
+def test_csv_lines_end_as_rfc_4180_says(sparse: Path, tmp_path: Path, cli: Cli) -> None:
+    assert cli("report", sparse, "--csv", tmp_path / "t.csv").rc == 0
+    data = (tmp_path / "t.csv").read_bytes()
+    assert data.count(b"\r\n") == data.count(b"\n") == 12
+    assert data.decode() == spreadsheet.render(report(sparse))
+
+
+# All views
+
+
+@pytest.mark.parametrize("view", ["json", "markdown", "comment", "junit", "csv"])
+def test_every_view_has_the_same_bytes_each_time(view: str, sparse: Path, tmp_path: Path, cli: Cli) -> None:
+    for name in ("a", "b"):
+        assert cli("report", sparse, f"--{view}", tmp_path / name).rc == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != b""
+    assert cli("report", sparse, f"--{view}", "-").stdout.encode() == (tmp_path / "a").read_bytes()
+
+
+def test_two_views_are_not_written_to_one_place(sparse: Path, tmp_path: Path, cli: Cli) -> None:
+    assert cli("report", sparse, "--csv", "-", "--json", "-").rc == 2
+    assert cli("report", sparse, "--csv", tmp_path / "x", "--junit", tmp_path / "x").rc == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_view_is_written_when_a_budget_fails(sparse: Path, tmp_path: Path, cli: Cli) -> None:
+    assert cli("report", sparse, "--max-bytes", "1", "--markdown", tmp_path / "s.md").rc == 1
+    assert (tmp_path / "s.md").read_text().startswith("## lpsparse: FAILED")
+
+
+def test_the_published_schema_is_that_of_the_code() -> None:
+    assert (ROOT / "docs" / "report.schema.json").read_text() == schema()
+
+
+def test_the_schema_refuses_what_is_no_report(sparse: Path, valid: Callable[[object], None]) -> None:
+    from jsonschema import ValidationError
+
+    found = json.loads((sparse / "report.json").read_text())
+    valid(found)
+    for wrong in ({"schema_version": 2}, {"new": 1}, {"tensors": [{}]}, {"bytes": None}):
+        with pytest.raises(ValidationError):
+            valid({**found, **wrong})
+
+
+# The terminal
+
+
+def test_a_warning_is_no_failure(sparse: Path, cli: Cli) -> None:
+    ran = cli("report", sparse, "--max-bytes", "100", "--warn", "max-bytes", "--min-sparsity", "0.7")
+    assert ran.rc == 0 and ran.stdout.splitlines()[0].endswith("; 1 of 2 budgets warns")
+    row = next(line for line in ran.stdout.splitlines() if line.startswith("max-bytes"))
+    assert row.split() == ["max-bytes", "100", "3,084", "-2,984", "warn"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"limit": 0.8, "margin": 0.1}, True), ({"limit": 0.8, "margin": 0.04}, False),
+        ({"limit": 0.0, "margin": 0.001}, True), ({"limit": 0.0, "margin": 0.0}, False),
+        ({"limit": 0.8, "margin": None}, False), ({"limit": 0.8, "margin": 0.1, "passed": False}, False),
+        ({"limit": 0.8, "margin": 0.1, "name": "sparsity of baseline"}, False),
+    ],
+)  # fmt: skip
+def test_only_a_budget_that_is_met_with_room_is_to_be_tightened(fields: dict[str, Any], said: bool) -> None:
+    given = budget(**{"value": 0.9, "passed": True, **fields})
+    assert (words.hint(given) is not None) == said
+
+
+def test_the_changes_beside_the_source_are_told(sparse: Path, tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("report", sparse, tiny)
+    assert "  came from      tiny: " in ran.stdout
+    assert "  changes        291 cut, 0 revived, 0 of another value\n" in ran.stdout
+    assert re.search(r"  cut            magnitudes up to 1\.28\d+; smallest kept 1\.28\d+\n", ran.stdout)
+    arrays = tiny_arrays()
+    arrays[PRUNABLE[0]][0, 3] += 2
+    save_file(arrays, tmp_path / "other.safetensors")
+    ran = cli("report", tmp_path / "other.safetensors", tiny)
+    assert "  compared with  tiny: " in ran.stdout and "0 cut, 0 revived, 1 of another value" in ran.stdout
+    assert re.search(rf"largest change 2, .* at value 3 of {PRUNABLE[0]}\n", ran.stdout)
+
+
+def test_oddities_are_told_where_they_are_and_nowhere_else(tmp_path: Path, sparse: Path, cli: Cli) -> None:
+    array = np.ones((8, 8), np.float32)
+    array[0], array[1, 0], array[1, 1] = -0.0, 1e-40, 1e-4
+    save_file({"a.weight": array}, tmp_path / "m.safetensors")
+    ran = cli("report", tmp_path / "m.safetensors")
+    for line in ("-0.0           8 zeros", "subnormal      1 weights", "nearly zero    2 and under 1/1000"):
+        assert f"  {line}" in ran.stdout
+    assert "  empty rows     1 of 8 (12.50 %)\n" in ran.stdout
+    assert not re.search("-0.0 |subnormal|nearly|heads|largest change", cli("report", sparse).stdout)
+
+
+def test_nan_is_the_first_word_and_no_failure(tmp_path: Path, cli: Cli) -> None:
+    save_file({"a.weight": np.full((7, 13), np.nan, np.float32)}, tmp_path / "m.safetensors")
+    ran = cli("report", tmp_path / "m.safetensors")
+    assert (ran.rc, ran.stdout.splitlines()[0]) == (0, "NOT FINITE: NaN or Inf in 1 of 1 tensors")
+    found = report(tmp_path / "m.safetensors")
+    assert table.render(found, color=True).startswith("\x1b[31mNOT FINITE: ")
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 100_000])
+def test_the_report_fits_its_width_at_twenty_thousand_tensors(width: int, sparse: Path, tiny: Path) -> None:
+    found = report(sparse, tiny, min_sparsity="0.5", max_bytes="1", max_layer_sparsity="*.mlp.*=0.1")
+    row = found.tensors[3]
+    rows = [row.model_copy(update={"name": f"model.layers.{i}.self_attention.weight"}) for i in range(20_000)]
+    text = table.render(found.model_copy(update={"tensors": tuple(rows)}), width)
+    lines = text.splitlines()
+    assert len(lines) < 90 + 4000 // width
+    assert "... and 19960 smaller tensors" in " ".join(text.split())
+    if width >= 40:
+        assert max(map(len, lines)) <= width
