@@ -9,7 +9,7 @@ from lpsparse.reporting import text
 
 THIN = "\u202f"  # narrow no-break space: between thousands, and before a unit
 MOST_ROWS = 200  # of a table
-ELSEWHERE = "all are in report.json (--json FILE)"
+ELSEWHERE = "all are in report.json (--json FILE) and --csv FILE"
 _LONGEST = 160  # letters of a name that are shown; its title has more
 _LONGEST_TITLE = 1000
 

@@ -1,0 +1,98 @@
+"""What MkDocs calls: the command reference, made from the commands when the pages are built."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+_EXIT = re.compile(r"\| (\d+) \| \w+ \| .+ \|")
+_HEAD = """# Command reference
+
+Made from the commands when these pages are built, so it says what `lpsparse COMMAND --help` says. A flag wins
+over the variable that stands beside it, the variable over a recipe, the recipe over the default.
+"""
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """The pages, and this one that no file holds."""
+    from mkdocs.structure.files import File
+
+    sys.path.insert(0, str(ROOT))  # the commands of this checkout, not of one that is installed
+    files.append(File.generated(config, "reference.md", content=reference()))
+    return files
+
+
+def reference() -> str:
+    """The page, in Markdown."""
+    from typer.main import get_command
+
+    from lpsparse.cli.main import _app
+
+    parts = [_HEAD]
+    for path, command in commands(get_command(_app()), ("lpsparse",)):
+        parts += [f"## {' '.join(path[1:])}\n", *_command(path, command)]
+    return "\n".join([*parts, "## Exit codes\n", *_exit_codes(), "", *_environment()]) + "\n"
+
+
+def commands(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it, those of a group after it."""
+    for name, command in group.commands.items():
+        if command.hidden:
+            continue
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def _command(path: tuple[str, ...], command: Any) -> Iterator[str]:
+    context = command.make_context(path[-1], [], resilient_parsing=True)
+    records = [(parameter, parameter.get_help_record(context)) for parameter in command.params]
+    shown = [(parameter, record) for parameter, record in records if record is not None]
+    arguments = [
+        (p.metavar or p.name.upper(), text) for p, (_, text) in shown if not p.opts[0].startswith("-")
+    ]
+    told, _, examples = (command.help or "").partition("\b\nExamples:\n")
+    yield _plain(told.strip()) + "\n"
+    yield f"```text\n{' '.join([*path, *(name for name, _ in arguments), '[OPTIONS]'])}\n```\n"
+    if examples:
+        yield f"```sh\n{re.sub('^  ', '', examples, flags=re.MULTILINE).rstrip()}\n```\n"
+    for name, text in arguments:
+        yield f"`{name}`\n:   {_plain(text)}\n"
+    for parameter, (words, text) in shown:
+        if parameter.opts[0].startswith("-"):
+            name = _variable(path[-1], parameter.name)
+            yield f"`{words}`\n:   {_plain(text)}{f' `{name}`' if name else ''}\n"
+
+
+def _variable(command: str, field: str) -> str | None:
+    """The environment's name of an option, where it has one: `settings.resolve` reads those of steps."""
+    from lpsparse.recipe import STEPS, InspectStep, PushStep
+    from lpsparse.settings import variable
+
+    step = {**STEPS, "inspect": InspectStep, "push": PushStep}.get(command)
+    fields = {} if step is None else step.model_fields
+    return variable(field) if field in fields and fields[field].annotation is not Path else None
+
+
+def _exit_codes() -> Iterator[str]:
+    """README's table, which says each in words."""
+    yield "Of every command, as `lpsparse.ExitCode` in Python. They are stable: scripts branch on them.\n"
+    yield "| code | name | meaning |\n| --- | --- | --- |"
+    yield from (
+        line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if _EXIT.fullmatch(line)
+    )
+
+
+def _environment() -> Iterator[str]:
+    yield "## Environment\n"
+    yield "An option can be set as the variable beside it above; one that sets nothing is an error.\n"
+    yield "`LPSPARSE_MAX_TENSORS`\n:   Number of tensors above which a file is refused unread (500,000).\n"
+    yield "`HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`\n:   The hub's own: token, cache, and no network at all.\n"
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown finds nothing to do."""
+    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", " ".join(text.split()))
