@@ -166,8 +166,8 @@ def _check_reports(args: list[str], ran: Ran) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests are those of a person at a terminal, also where a CI job runs them."""
-    for key in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+    """The tests are those of a person at a terminal, also where a CI job or pytest-xdist runs them."""
+    for key in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "COLUMNS"):
         monkeypatch.delenv(key, raising=False)
 
 

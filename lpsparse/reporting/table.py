@@ -1,9 +1,7 @@
 """The report on a terminal: for 80 columns, and whole in a pipe; it says what each figure is of."""
 
-from textwrap import wrap
-
 from lpsparse.reporting.records import Estimate, Report
-from lpsparse.reporting.text import clean, columns, size
+from lpsparse.reporting.text import clean, columns, fitted, size
 from lpsparse.reporting.words import (
     budget_row,
     change_of,
@@ -40,7 +38,7 @@ def render(report: Report, width: int = 80, *, color: bool = False) -> str:
 
 
 def _head(report: Report, width: int, color: bool) -> list[str]:
-    lines = wrap(f"{clean(report.model)}: {verdict(report)}", width, break_on_hyphens=False)
+    lines = [fitted(f"{clean(report.model)}: {verdict(report)}", width, hang=0)]
     alarm = nonfinite(report)
     if alarm is None:
         return lines
@@ -99,7 +97,7 @@ def _line(line: Line, width: int) -> list[str]:
     name, text = (clean(part) for part in line)
     indent = " " * (_INDENT if width >= 2 * _INDENT else 4)
     first = f"  {name:<{_INDENT - 3}} "
-    return wrap(first + text, width, subsequent_indent=indent, break_on_hyphens=False)
+    return fitted(first + text, width, hang=len(indent) - 2).split("\n")
 
 
 def estimate_lines(needs: Estimate) -> list[str]:
@@ -117,9 +115,9 @@ def _budgets(report: Report, width: int) -> list[str]:
     lines = columns(("budget", "limit", "value", "margin", "verdict"), body, width)
     for budget in report.budgets:
         if not budget.passed and budget.worst is not None:
-            lines += wrap(clean(f"{budget.name}: worst is {budget.worst}"), width, break_on_hyphens=False)
+            lines.append(fitted(clean(f"{budget.name}: worst is {budget.worst}"), width, hang=0))
     hints = [text for budget in report.budgets if (text := hint(budget))]
-    return lines + [line for text in hints for line in wrap(clean(text), width, break_on_hyphens=False)]
+    return lines + [fitted(clean(text), width, hang=0) for text in hints]
 
 
 def _kinds(report: Report, width: int) -> list[str]:
@@ -146,5 +144,5 @@ def _tensors(report: Report, width: int) -> list[str]:
     lines = columns(("tensor", "dtype", "weights", "zero", "bytes", ""), body, width)
     if len(report.tensors) > len(largest):
         more = f"... and {len(report.tensors) - len(largest)} smaller tensors (all are in --json)"
-        lines += wrap(more, width)
+        lines.append(fitted(more, width, hang=0))
     return lines
