@@ -8,7 +8,7 @@ from collections.abc import Collection
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from lpsparse.limits import BUDGETS, limit_of
 
 Task = Literal["causal-lm", "masked-lm", "text-classification", "image-classification"]
 Method = Literal["lp", "gradual", "one-shot", "l1", "dwf", "rigl", "dense"]
@@ -80,38 +82,6 @@ def _branch(value: str) -> str:
     return value
 
 
-class Limit(NamedTuple):
-    """A budget's limit, and what it is of."""
-
-    value: Decimal  # bytes, a fraction, or in the metric's unit
-    pattern: str | None = None  # glob over tensor names; None: the whole model
-    n_m: str | None = None
-    relative: bool = False  # of the quality before
-
-
-def limit_of(name: str, text: str) -> Limit:
-    """`[GLOB=]LIMIT` of a budget, of min-nm `[GLOB=]N:M=LIMIT`. Raises ValueError."""
-    pattern, _, limit = text.rpartition("=")
-    n_m = None
-    if name == "min-nm":
-        pattern, _, n_m = pattern.rpartition("=")
-        if n_m not in REPORTED_N_M:
-            raise ValueError(f"--min-nm {text}: N:M=FRACTION, N:M one of {', '.join(REPORTED_N_M)}")
-    found = _LIMIT.fullmatch(limit.strip())
-    unit = found[2] if found else ""
-    if not found or (unit and (name, unit == "%") not in (("max-bytes", False), ("max-quality-drop", True))):
-        example = {"max-bytes": "20MB", "max-quality-drop": "0.01 or 2%", "min-nm": "2:4=1.0"}.get(
-            name, "0.8"
-        )
-        raise ValueError(f"--{name} {text}: not [GLOB=]LIMIT, such as {example}")
-    if pattern and name == "max-quality-drop":
-        raise ValueError(f"--{name} {text}: quality is of the whole model, it takes no GLOB")
-    value = Decimal(found[1]) * _UNITS.get(unit, 1) / (100 if unit == "%" else 1)
-    if name not in ("max-bytes", "max-quality-drop") and value > 1:
-        raise ValueError(f"--{name} {text}: a fraction is 0..1, such as 0.8")
-    return Limit(value, pattern or None, n_m, unit == "%")
-
-
 def _texts(value: Any) -> Any:
     return [str(each) for each in value] if isinstance(value, (list, tuple)) else [str(value)]
 
@@ -124,14 +94,6 @@ def _levels(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
-BUDGETS = ("min-sparsity", "max-bytes", "max-quality-drop", "max-layer-sparsity", "min-nm")
-REPORTED_N_M = ("1:4", "2:4", "4:8")
-_LIMIT = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([kMGT]?B|[KMGT]iB|%|)")
-_UNITS = {"B": 1} | {
-    f"{letter}{kind}": base**power
-    for kind, base in (("B", 1000), ("iB", 1024))
-    for power, letter in enumerate("kMGT" if kind == "B" else "KMGT", start=1)
-}
 _REPO = re.compile(r"\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]

@@ -35,8 +35,8 @@ from lpsparse.settings import resolve
 
 Cli = Callable[..., Ran]
 COMMANDS = (
-    *(STEPS.keys() - {"recover"}), "inspect", "push", "run", "sweep", "recipe", "demo", "doctor", "explain",
-    "help",
+    *sorted(STEPS.keys() - {"recover"}), "inspect", "push", "run", "sweep", "recipe", "demo", "doctor",
+    "explain", "help",
 )  # fmt: skip
 ERROR = re.compile(r"error\[LPS[0-9]{3}\]: \S.*\n  mend: \S.*\n")
 

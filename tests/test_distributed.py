@@ -419,13 +419,13 @@ def test_sigterm_before_the_first_step_exits_75_and_leaves_nothing(plain: Option
 
 SLOW = """
 import time
-from lpsparse import verbs
+from lpsparse import tuning
 from lpsparse.cli import main
 
 def slow(*_):
     print("loading", flush=True)
     time.sleep(60)
 
-verbs._open = slow
+tuning.opened = slow
 main()
 """

@@ -7,7 +7,8 @@ from typing import Literal
 
 from lpsparse.checkpoint.manifest import Quality
 from lpsparse.errors import InputError, UsageError
-from lpsparse.recipe import BUDGETS, Limit, ReportStep, limit_of
+from lpsparse.limits import BUDGETS, Limit, limit_of
+from lpsparse.recipe import ReportStep
 from lpsparse.reporting.records import Budget, Report, TensorRow
 
 Level = Literal["error", "warn"]

@@ -1,0 +1,45 @@
+"""What verbs begin with: a checkpoint opened, with its notes said; a step on its own number of threads."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from lpsparse.artefact import Say
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.threads import of_each, using
+from lpsparse.errors import InputError
+from lpsparse.recipe import PackStep, PruneStep, ReportStep, UnpackStep, VerifyStep
+
+S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
+R = TypeVar("R")
+
+
+def silent(_: Any) -> None:
+    """Says nothing. Given as `say`, processes that a step starts are silent too."""
+
+
+def on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
+    """The verb, on the step's own number of threads. Raises InputError for a disk that cannot be read."""
+
+    @wraps(verb)
+    def run(step: S, say: Say = silent) -> R:
+        try:
+            with using(step.threads):
+                return verb(step, say)
+        except OSError as error:  # what cannot be written is an OutputError by now
+            what = f"{error.filename or step.model}: {error.strerror or error}"
+            raise InputError(338, what, mend="check the disk that it is on, and run again") from error
+
+    return run
+
+
+def opened(model: str, say: Say, weights: str | None = None, *, needed: bool = True) -> Checkpoint:
+    """The checkpoint, its notes said. Raises InputError when it has no tensors, where some are needed."""
+    checkpoint = of_each(lambda: open_checkpoint(model, weights))
+    for note in checkpoint.notes:
+        say(f"{checkpoint.name}: {note}")
+    if not checkpoint.tensors and needed:
+        raise InputError(335, f"{checkpoint.name}: holds no tensors", mend="give a checkpoint with weights")
+    if not checkpoint.tensors:
+        say(f"{checkpoint.name}: holds no tensors")
+    return checkpoint

@@ -1,0 +1,107 @@
+"""report, verify and inspect: what is there, by the files alone."""
+
+from pathlib import Path
+from typing import Any
+
+from lpsparse.artefact import Say
+from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
+from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.errors import InputError, UsageError
+from lpsparse.opened import on_threads, opened, silent
+from lpsparse.recipe import InspectStep, ReportStep, VerifyStep, flag
+from lpsparse.reporting.budgets import check_baseline, check_budgets
+from lpsparse.reporting.changes import changes
+from lpsparse.reporting.check import check_against, check_folder, check_weights
+from lpsparse.reporting.history import read_history
+from lpsparse.reporting.measure import compare, identity_of, made_by, measure, not_measured, prunable_of
+from lpsparse.reporting.records import Report
+from lpsparse.reporting.reread import is_report, read_report
+from lpsparse.reporting.spectra import spectra
+
+_OF_FILES = ("base", "weights", "include", "exclude", "spectra")  # what a written report has no more
+
+
+@on_threads
+def report_step(step: ReportStep, say: Say = silent) -> Report:
+    """MODEL may be a report.json, too: what it says, with the budgets checked anew."""
+    found = _reread(step) if is_report(step.model) else _measured(step, say)
+    if step.baseline is not None:
+        found = check_baseline(found, read_report(step.baseline), step)
+    return check_budgets(found, step)
+
+
+def _reread(step: ReportStep) -> Report:
+    given = [flag(name) for name in _OF_FILES if not step.at_default(name)]
+    if given:
+        what = f"{step.model}: a report, which is not measured again: {', '.join(given)} cannot be had of it"
+        raise UsageError(291, what, mend="give the checkpoint itself")
+    return read_report(Path(step.model)).model_copy(update={"budgets": (), "baseline": None})
+
+
+def _measured(step: ReportStep, say: Say) -> Report:
+    checkpoint = opened(step.model, say, step.weights, needed=False)
+    manifest = own_manifest(checkpoint)
+    quality = () if manifest is None else manifest.quality
+    found = measure(checkpoint, include=step.include, exclude=step.exclude, quality=quality)
+    check_weights(checkpoint, found)
+    if step.base is not None:
+        found = _compared(step.base, checkpoint, found, step, say)
+    if step.spectra:
+        values = spectra(checkpoint, {row.name for row in found.tensors if row.prunable})
+        rows = [row.model_copy(update={"spectrum": values.get(row.name)}) for row in found.tensors]
+        found = found.model_copy(update={"tensors": tuple(rows)})
+    more: dict[str, Any] = {
+        "identity": identity_of(found, manifest.source.base_sha256 if manifest else None),
+        "training": read_history(checkpoint.root),
+        "not_measured": not_measured(found),
+    }  # fmt: skip
+    if manifest is not None:
+        more["made"] = made_by(manifest, {path.name for path in checkpoint.files})
+    return found.model_copy(update=more)
+
+
+def _compared(model: str, checkpoint: Checkpoint, found: Report, step: ReportStep, say: Say) -> Report:
+    base = opened(model, say)
+    shapes = {tensor.name: tensor.shape for tensor in base.tensors}
+    if not any(shapes.get(tensor.name) == tensor.shape for tensor in checkpoint.tensors):
+        what = f"{base.name}: has no tensor of the names and shapes of {checkpoint.name}: not comparable"
+        raise InputError(353, what, mend="give the checkpoint that MODEL was made from as BASE")
+    beside = measure(base, include=step.include, exclude=step.exclude)
+    check_weights(base, beside)
+    manifest = own_manifest(checkpoint)
+    made_of = manifest and (hash_of(manifest.source.files), manifest.source.base_sha256)
+    is_source = made_of is not None and hash_of(source_of(base).files) in made_of
+    return compare(found, beside, changes(checkpoint, base), is_source=is_source)
+
+
+@on_threads
+def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
+    folder = Path(step.model)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise InputError(327, f"{folder}: {what}", mend="give a folder that lpsparse wrote")
+    found = check_folder(folder)
+    if step.source is not None and found["ok"]:
+        found["problems"] = list(check_against(open_checkpoint(folder), opened(step.source, say)))
+        found["ok"] = not found["problems"]
+    return found
+
+
+def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
+    checkpoint = opened(step.model, say, step.weights, needed=False)
+    chosen = prunable_of(checkpoint)
+    tensors = [
+        {
+            "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
+            "layout": tensor.layout, "bytes": tensor.stored_bytes, "prunable": chosen[tensor.name][0],
+            "reason": chosen[tensor.name][1],
+        }
+        for tensor in checkpoint.tensors
+    ]  # fmt: skip
+    return {
+        "model": checkpoint.name, "revision": checkpoint.revision, "layout": checkpoint.layout,
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
+        "weights": sum(tensor.size for tensor in checkpoint.tensors),
+        "prunable_weights": sum(tensor.size for tensor in checkpoint.tensors if chosen[tensor.name][0]),
+        "tensors": tensors, "notes": list(checkpoint.notes),
+    }  # fmt: skip

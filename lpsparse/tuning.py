@@ -1,0 +1,125 @@
+"""finetune and eval: a model is trained, or measured, on data.
+
+Torch is imported where that begins, nowhere else.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lpsparse.artefact import Say, check_same, complete, recorded
+from lpsparse.checkpoint.manifest import Quality, read_manifest, source_of
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.preflight import check_output
+from lpsparse.checkpoint.rewrite import follow, rewrite
+from lpsparse.checkpoint.threads import using
+from lpsparse.opened import opened, silent
+from lpsparse.proof import report_step
+from lpsparse.pruning.quantised import refuse_quantised
+from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
+from lpsparse.reporting.records import Report
+from lpsparse.settings import as_launched, is_first, is_launched, resolve
+
+
+def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
+    source = opened(step.model, say, step.weights)
+    from lpsparse.training.data import find
+    from lpsparse.training.loop import prepare
+    from lpsparse.training.quality import evaluate as measure_quality
+
+    task = prepare(step, source)
+    measured = measure_quality(step, task)
+    split = find(step.data, step.split)[2]
+    found: dict[str, Any] = {
+        "model": source.name, "task": step.task, "split": split, "loss": measured.loss
+    }  # fmt: skip
+    if measured.accuracy is not None:
+        found["accuracy"] = measured.accuracy
+    return found | {task.unit: measured.count}
+
+
+def finetune_step(
+    step: FinetuneStep, say: Say = silent, on_step: Callable[[Any], None] = silent
+) -> Report | dict[str, Any]:
+    """Train and write. With dry_run: {"steps", "prunable_weights", ...} and nothing written.
+
+    Every process of a launched job calls it; process 0 writes and speaks. With --processes it starts them.
+    """
+    step = as_launched(step)
+    source = opened(step.model, say, step.weights)
+    refuse_quantised(source)
+    if is_first():
+        check_output(
+            step.out, source, 2 * source.dense_bytes, overwrite=step.overwrite, reads=_data_files(step)
+        )
+    if step.dry_run:
+        from lpsparse.training.loop import plan_training, prepare
+
+        say("dry run: nothing is written")
+        return plan_training(step, prepare(step, source))
+    if step.processes is not None and step.processes > 1 and not is_launched():
+        return _launch(step, quiet=say is silent)
+    from lpsparse.distributed import missing_others
+
+    with missing_others():
+        return _train(step, source, say, on_step)
+
+
+def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
+    from lpsparse import distributed
+    from lpsparse.training import job
+    from lpsparse.training.loop import prepare, start, train
+    from lpsparse.training.model import trained_checkpoint
+
+    distributed.end_with_launcher()
+    start(step)
+    task = prepare(step, source, spread=False)
+    for note in task.loaded.notes:
+        say(note)
+    recipe = recorded(step)
+    of_run = job.made_by(step, source, recipe)
+    with job.training_folder(step) as folder:
+        states = job.find_states(step, folder, of_run, say)
+        with job.recording(step, states, on_step, say) as record:
+            trained = train(step, task, record, say, states)
+        written = trained_checkpoint(source, task.loaded)
+        if not is_first():
+            follow(written)
+            distributed.wait()
+            return report_step(resolve(ReportStep, {"model": str(step.out)}))
+        with using(1):  # a sharded tensor is gathered by all processes, one after another
+            result = rewrite(written, folder, lambda _: None, "dense")
+        quality = Quality(
+            metric=task.metric, before=trained.before.of(task.metric) if trained.before else None,
+            after=trained.after.of(task.metric), higher_is_better=task.higher_is_better,
+            rows=trained.after.count, split=f"{step.eval_split or 'held-out'} {task.unit}",
+            before_error=trained.before.error_of(task.metric) if trained.before else None,
+            after_error=trained.after.error_of(task.metric),
+            data_sha256=job.held_out_hash(step, recipe["finetune"]),
+        )  # fmt: skip
+        chosen = {
+            t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors
+        }
+        notes = (*task.loaded.notes, trained.facts)
+        record = source_of(source)
+        check_same(record, of_run["model"])
+        found = complete(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
+    distributed.wait()
+    return found
+
+
+def _launch(step: FinetuneStep, *, quiet: bool) -> Report:
+    """The step in `step.processes` processes, which say what there is to say; then what is in OUT."""
+    from lpsparse import distributed
+
+    words = ["finetune", step.model, str(step.out), *step.options(), "--json"]
+    words += ["--quiet"] if quiet else []
+    distributed.launch(step.processes or 1, words)
+    found = report_step(resolve(ReportStep, {"model": str(step.out)}))
+    return found.model_copy(update={"model": read_manifest(step.out).source.name})
+
+
+def _data_files(step: FinetuneStep) -> list[Path]:
+    """What a fine-tune reads beside MODEL, as far as it is local."""
+    named = [step.data, step.eval_data or "", (step.model_fn or "").rpartition(":")[0]]
+    return [Path(text) for text in named if text and Path(text).exists()]
