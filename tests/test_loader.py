@@ -163,6 +163,17 @@ def test_a_device_map_is_followed(device_map: Any, llama: Path) -> None:
     assert_same(*(AutoModelForCausalLM.from_pretrained(each, device_map=device_map) for each in (out, llama)))
 
 
+def test_on_the_meta_device_a_model_has_shapes_alone(llama: Path) -> None:
+    models = (
+        AutoModelForCausalLM.from_pretrained(each, device_map="meta") for each in (packed(llama), llama)
+    )
+    found, wanted = (
+        {name: (value.shape, value.dtype, value.is_meta) for name, value in model.state_dict().items()}
+        for model in models
+    )
+    assert found == wanted and all(meta for _, _, meta in found.values())
+
+
 def test_what_is_offloaded_to_disk_is_unpacked_there(llama: Path, tmp_path: Path) -> None:
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

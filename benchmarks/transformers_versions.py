@@ -1,0 +1,55 @@
+"""The tests of the loader and of the callback on other transformers than the installed one: by default the
+oldest and the newest that we support.
+
+    python benchmarks/transformers_versions.py [VERSION ...]
+
+Each is installed beside, without its dependencies: those that are installed serve both.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("tests/test_loader.py", "tests/test_integrations.py")
+
+
+def supported() -> list[str]:
+    """Oldest and newest, as pyproject.toml and the index say."""
+    wanted = re.search(r'"transformers>=([\d.]+),<(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert wanted is not None
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "index", "versions", "transformers"], capture_output=True, text=True,
+        check=True,
+    ).stdout  # fmt: skip
+    found = re.search(r"Available versions: (.*)", listed)
+    assert found is not None
+    least = [int(part) for part in wanted[1].split(".")]
+    ours = [
+        version for version in found[1].split(", ")
+        if [int(part) for part in version.split(".")] >= least and int(version.split(".")[0]) < int(wanted[2])
+    ]  # fmt: skip
+    return [ours[-1], ours[0]]
+
+
+def main() -> None:
+    failed = False
+    for version in sys.argv[1:] or supported():
+        with tempfile.TemporaryDirectory(prefix="lpsparse-") as folder:
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder]
+            subprocess.run([*pip, f"transformers=={version}"], check=True, stderr=subprocess.DEVNULL)
+            path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+            ran = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-n", "0", *TESTS], cwd=ROOT, capture_output=True,
+                text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            print(f"transformers {version}: {ran.stdout.strip().splitlines()[-1]}", flush=True)
+            failed |= ran.returncode != 0
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
