@@ -88,9 +88,9 @@ def _texts(value: Any) -> Any:
 
 def _levels(value: tuple[str, ...]) -> tuple[str, ...]:
     for each in value:
-        if each not in (*BUDGETS, "baseline"):
+        if each not in (*BUDGETS, "baseline", "finite"):
             near = [f"; did you mean {name}?" for name in get_close_matches(each, BUDGETS, n=1)]
-            raise ValueError(f"--warn {each}: not {', '.join(BUDGETS)} or baseline{''.join(near)}")
+            raise ValueError(f"--warn {each}: not {', '.join(BUDGETS)}, finite or baseline{''.join(near)}")
     return value
 
 
@@ -331,7 +331,9 @@ class ReportStep(Step):
         description="Budget [GLOB=]N:M=FRACTION: least share of groups of M that hold at most N non-zeros.",
     )
     warn: Annotated[Patterns, AfterValidator(_levels)] = Field(
-        (), description="A budget, by its name, that only warns; repeatable. baseline: those of --baseline."
+        (),
+        description="A budget, by its name, that only warns; repeatable. baseline: those of "
+        "--baseline; finite: NaN or Inf, which fails where there is a budget.",
     )
     baseline: Path | None = Field(
         None,

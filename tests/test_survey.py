@@ -10,10 +10,14 @@ from conftest import Given, write_safetensors
 
 from lpsparse import prune, report
 from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.manifest import Quality
 from lpsparse.errors import InputError, UsageError
+from lpsparse.recipe import ReportStep
+from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.kinds import kind_of
-from lpsparse.reporting.records import Detail, TensorRow
+from lpsparse.reporting.records import Bytes, Detail, Identity, Report, Share, TensorRow
 from lpsparse.reporting.survey import N_M
+from lpsparse.settings import resolve
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -341,3 +345,125 @@ def test_a_baseline_of_another_model_or_another_count_is_refused(
     cli("report", tmp_path / "a", "--include", "*mlp*", "--json", tmp_path / "a.json")
     with pytest.raises(InputError, match="other tensors as prunable"):
         report(tmp_path / "a", baseline=tmp_path / "a.json")
+
+
+# Verdicts that must not be given
+
+
+def with_quality(before: float, after: float, **more: Any) -> Report:
+    share = Share(of="all weights", weights=10, zeros=5, sparsity=0.5)
+    held = Bytes(file_bytes=9, dense_bytes=40, zero_bytes=20, zero_share=0.5, bitmask_bytes=9)
+    quality = Quality(
+        metric="accuracy", before=before, after=after, higher_is_better=True, rows=9, split="dev", **more
+    )
+    return Report(
+        model="m", layout="dense", opens_with="", rule="", prunable=share, all=share, bytes=held, tensors=(),
+        nonfinite_tensors=(), quality=(quality,), identity=Identity(base_sha256=None, prunable_sha256="x"),
+    )  # fmt: skip
+
+
+def asked(**budgets: Any) -> ReportStep:
+    return resolve(ReportStep, {"model": "m", **budgets})
+
+
+@pytest.mark.parametrize(("after", "limit"), [(0.89, "0.01"), (0.882, "2%"), (0.91, "0")])
+def test_a_quality_budget_that_is_met_exactly_passes(after: float, limit: str) -> None:
+    (budget,) = check_budgets(with_quality(0.9, after), asked(max_quality_drop=limit)).budgets
+    assert budget.passed and budget.margin is not None and budget.margin >= 0
+    assert budget.relative == limit.endswith("%")
+
+
+def test_groups_met_exactly_pass_and_tensors_without_groups_meet_none(tmp_path: Path) -> None:
+    values = np.ones((10, 4), np.float32)
+    values[:7, 2:] = 0
+    rows = {"a.weight": values, "b.weight": np.ones((2, 7), np.float32)}
+    for names, passed in (("a", True), ("ab", False)):
+        given: dict[str, Given] = {
+            f"{name}.weight": ("F32", list(rows[f"{name}.weight"].shape), rows[f"{name}.weight"].tobytes())
+            for name in names
+        }
+        write_safetensors(tmp_path / "m.safetensors", given)
+        found = report(tmp_path / "m.safetensors", min_nm="2:4=0.7")
+        assert found.passed == passed and found.budgets[0].worst == ("a.weight" if passed else "b.weight")
+
+
+@pytest.mark.parametrize(
+    "options", [{"min_sparsity": 0.8}, {"max_layer_sparsity": 0.5}, {"min_nm": "2:4=0.1"}]
+)
+def test_a_budget_of_nothing_fails(options: dict[str, Any], tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"a.bias": ("F32", [4], bytes(16))})
+    found = report(tmp_path / "m.safetensors", **options)
+    assert not found.passed and found.budgets[0].value is None
+
+
+def test_a_budget_on_a_few_weights_is_not_met_by_no_zero(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"a.bias": ("F32", [1], b"\0\0\x80\x3f")})
+    assert not report(tmp_path / "m.safetensors", min_sparsity="*.bias=0.9").passed
+
+
+def test_a_quality_that_only_the_baseline_has_fails(tmp_path: Path) -> None:
+    mine = with_quality(0.9, 0.9).model_copy(update={"quality": ()})
+    found = check_baseline(mine, with_quality(0.9, 0.9), asked(baseline="b.json"))
+    assert [each.name for each in found.budgets if not each.passed] == ["accuracy of baseline"]
+
+
+def test_weights_that_are_not_finite_fail_where_there_is_a_budget(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"a.weight": ("F32", [2, 2], b"\0\0\xc0\x7f" * 4)})
+    assert report(tmp_path / "m.safetensors").passed
+    found = report(tmp_path / "m.safetensors", max_bytes="1MB")
+    assert [(each.name, each.passed) for each in found.budgets] == [("finite", False), ("max-bytes", True)]
+    assert report(tmp_path / "m.safetensors", max_bytes="1MB", warn="finite").passed
+
+
+def test_the_baseline_is_not_written_over(tiny: Path, tmp_path: Path, cli: Any) -> None:
+    cli("report", tiny, "--json", tmp_path / "b.json")
+    before = (tmp_path / "b.json").read_bytes()
+    assert cli("report", tiny, "--baseline", tmp_path / "b.json", "--json", tmp_path / "b.json").rc == 4
+    assert (tmp_path / "b.json").read_bytes() == before
+
+
+def test_a_report_of_a_dry_run_is_of_no_model(tiny: Path, tmp_path: Path, cli: Any) -> None:
+    told = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.9", "--dry-run", "--json").stdout
+    (tmp_path / "dry.json").write_text(told)
+    assert cli("report", tmp_path / "dry.json", "--min-sparsity", "0.8").rc == 3
+
+
+def test_base_is_counted_over_the_same_weights(tiny: Path, tmp_path: Path) -> None:
+    prune(tiny, tmp_path / "out", sparsity=0.5, exclude=["*mlp*"])
+    found = report(tmp_path / "out", tiny)
+    assert found.base is not None and found.base.prunable.weights == found.prunable.weights
+
+
+def test_rows_of_other_lengths_in_lines_are_compared(tmp_path: Path) -> None:
+    shape, values = [2, 1572864], np.ones(2 * 1572864)
+    for name, dtype, kind in (("o", "F16", np.float16), ("b", "F32", np.float32)):
+        write_safetensors(
+            tmp_path / f"{name}.safetensors", {"a.weight": (dtype, shape, values.astype(kind).tobytes())}
+        )
+    found = report(tmp_path / "o.safetensors", tmp_path / "b.safetensors").tensors[0].change
+    assert found is not None and (found.cut, found.changed, found.distance) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("base", [[np.nan, 1, 2, 3], [0, 0, 0, 0]])
+def test_changes_from_what_has_no_size_have_no_distance(base: list[float], tmp_path: Path) -> None:
+    for name, values in (("o", [0, 5, 6, 7]), ("b", base)):
+        raw = np.array(values, np.float32).tobytes()
+        write_safetensors(tmp_path / f"{name}.safetensors", {"a.weight": ("F32", [1, 4], raw)})
+    found = report(tmp_path / "o.safetensors", tmp_path / "b.safetensors").tensors[0].change
+    assert found is not None and found.distance is None and found.largest_cut is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_m": {"2:4": [1, 0]}}, {"histogram": {"first": 10**9, "counts": [1]}},
+        {"empty": {"rows": [3, 2]}}, {"histogram": {"first": 0, "counts": [1] * 3000}},
+    ],
+)  # fmt: skip
+def test_a_report_with_impossible_figures_is_refused(
+    change: dict[str, Any], tiny: Path, tmp_path: Path, cli: Any
+) -> None:
+    table = json.loads(cli("report", tiny, "--json", "-").stdout) | change
+    (tmp_path / "r.json").write_text(json.dumps(table))
+    with pytest.raises(InputError):
+        report(tmp_path / "r.json")

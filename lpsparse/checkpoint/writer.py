@@ -148,7 +148,9 @@ def check_report_file(path: Path, models: Iterable[str | None]) -> None:
     inputs = [Path(model).resolve() for model in models if model is not None]
     inside = any(each == target or (each.is_dir() and each in target.parents) for each in inputs)
     if inside or (target.parent / MANIFEST).exists():
-        raise OutputError(405, f"{path}: lies inside a checkpoint", mend="choose a file outside of it")
+        raise OutputError(
+            405, f"{path}: is read, or lies inside a checkpoint", mend="choose a file outside of it"
+        )
     if path.exists() and (not path.is_file() or path.suffix in FOREIGN_WEIGHTS):
         raise OutputError(401, f"{path}: exists and is no report", mend="choose another file, such as x.json")
 

@@ -85,7 +85,8 @@ def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None
     _check(asked)
     for file in asked.values():
         if file != "-":
-            check_report_file(Path(file), (step.model, step.base))
+            read = (step.model, step.base, None if step.baseline is None else str(step.baseline))
+            check_report_file(Path(file), read)
     with working(quiet):
         found = report_step(step, teller(quiet))
     for view, file in asked.items():

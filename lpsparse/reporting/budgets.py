@@ -24,7 +24,16 @@ def check_budgets(report: Report, step: ReportStep) -> Report:
         level: Level = "warn" if name in step.warn else "error"
         for text in getattr(step, name.replace("-", "_")):
             found.append(_CHECKS[name](report, limit_of(name, text)).model_copy(update={"level": level}))
+    if (found or report.budgets) and report.nonfinite_tensors:
+        found.append(_finite(report, "warn" if "finite" in step.warn else "error"))
     return _with(report, found)
+
+
+def _finite(report: Report, level: Level) -> Budget:
+    """Nobody asks for it, and nobody who has budgets would pass a model of NaN."""
+    count = sum(row.nonfinite for row in report.tensors)
+    worst = report.nonfinite_tensors[0]
+    return Budget(name="finite", limit=0, value=count, margin=-count, level=level, passed=False, worst=worst)
 
 
 def _with(report: Report, more: list[Budget]) -> Report:
@@ -46,9 +55,11 @@ def _matching(report: Report, limit: Limit) -> list[TensorRow]:
 def _min_sparsity(report: Report, limit: Limit) -> Budget:
     rows = _matching(report, limit)
     weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
-    passed = zeros >= floor(limit.value * weights)  # as many as `prune --sparsity` would leave
-    value = zeros / weights if weights else 0.0
-    return _at_least("min-sparsity", limit, value, passed=passed)
+    if not weights:
+        return _at_least("min-sparsity", limit, None, passed=False)
+    enough = zeros >= floor(limit.value * weights)  # as many as `prune --sparsity` would leave
+    passed = enough and (zeros > 0 or limit.value == 0)
+    return _at_least("min-sparsity", limit, zeros / weights, passed=passed)
 
 
 def _max_bytes(report: Report, limit: Limit) -> Budget:
@@ -60,30 +71,42 @@ def _max_bytes(report: Report, limit: Limit) -> Budget:
 
 def _max_quality_drop(report: Report, limit: Limit) -> Budget:
     drops = [drop for each in report.quality if (drop := _drop(each, limit.relative)) is not None]
-    return _at_most("max-quality-drop", limit, max(drops, default=None))
+    found = _at_most("max-quality-drop", limit, max(drops, default=None))
+    return found.model_copy(update={"relative": limit.relative})
 
 
-def _drop(quality: Quality, relative: bool) -> float | None:
-    drop = quality_drop(quality)
-    if not relative or drop is None or quality.before is None:
-        return drop
-    return drop / abs(quality.before) if quality.before else None
+def _drop(quality: Quality, relative: bool) -> Decimal | None:
+    """In decimals, as figures are written: 0.90 to 0.89 is 0.01, which binary fractions have not."""
+    if quality.before is None or (relative and not quality.before):
+        return None
+    before, after = Decimal(repr(quality.before)), Decimal(repr(quality.after))
+    drop = before - after if quality.higher_is_better else after - before
+    return drop / abs(before) if relative else drop
 
 
 def _max_layer_sparsity(report: Report, limit: Limit) -> Budget:
-    worst = max(_matching(report, limit), key=lambda row: row.sparsity, default=None)
-    found = _at_most("max-layer-sparsity", limit, worst.sparsity if worst else 0.0)
+    rows = [row for row in _matching(report, limit) if row.weights]
+    worst = max(rows, key=lambda row: row.sparsity, default=None)
+    found = _at_most("max-layer-sparsity", limit, worst.sparsity if worst else None)
     return found.model_copy(update={"worst": worst.name if worst else None})
 
 
 def _min_nm(report: Report, limit: Limit) -> Budget:
     assert limit.n_m is not None
-    given = [row.detail.n_m.get(limit.n_m) for row in _matching(report, limit) if row.detail]
-    groups = [each for each in given if each is not None]
-    met, whole = sum(part for part, _ in groups), sum(count for _, count in groups)
-    value = met / whole if whole else None
-    found = _at_least(f"min-nm {limit.n_m}", limit, value, passed=value is not None and value >= limit.value)
-    return found
+    size = int(limit.n_m.partition(":")[2])
+    met = whole = 0
+    worst: tuple[float, str] | None = None
+    for row in _matching(report, limit):
+        if row.detail is None:  # a report of zeros alone
+            return _at_least(f"min-nm {limit.n_m}", limit, None, passed=False)
+        # A tensor that has no such groups meets none.
+        part, count = row.detail.n_m.get(limit.n_m, (0, -(-row.weights // size)))
+        met, whole = met + part, whole + count
+        if count and (worst is None or part / count < worst[0]):
+            worst = part / count, row.name
+    passed = whole > 0 and met >= limit.value * whole
+    found = _at_least(f"min-nm {limit.n_m}", limit, met / whole if whole else None, passed=passed)
+    return found.model_copy(update={"worst": worst[1] if worst else None})
 
 
 _CHECKS = {
@@ -95,24 +118,27 @@ _CHECKS = {
 def _at_least(name: str, limit: Limit, value: float | None, *, passed: bool) -> Budget:
     least = float(limit.value)
     margin = None if value is None else value - least
+    if margin is not None and passed:
+        margin = max(margin, 0.0)  # met by whole weights, where the fraction lies between two
     return Budget(
         name=name, pattern=limit.pattern, limit=least, value=value, margin=margin, passed=passed
     )  # fmt: skip
 
 
-def _at_most(name: str, limit: Limit, value: float | None) -> Budget:
-    most = float(limit.value)
-    passed = value is not None and Decimal(repr(value)) <= limit.value
-    margin = None if value is None else most - value
-    return Budget(name=name, pattern=limit.pattern, limit=most, value=value, margin=margin, passed=passed)
+def _at_most(name: str, limit: Limit, value: Decimal | float | None) -> Budget:
+    exact = None if value is None else value if isinstance(value, Decimal) else Decimal(repr(value))
+    return Budget(
+        name=name, pattern=limit.pattern, limit=float(limit.value),
+        value=None if exact is None else float(exact),
+        margin=None if exact is None else float(limit.value - exact),
+        passed=exact is not None and exact <= limit.value,
+    )  # fmt: skip
 
 
 def quality_drop(quality: Quality) -> float | None:
     """How much worse `after` is than `before`, in the metric's unit; negative when better."""
-    if quality.before is None:
-        return None
-    change = quality.after - quality.before
-    return -change if quality.higher_is_better else change
+    drop = _drop(quality, relative=False)
+    return None if drop is None else float(drop)
 
 
 def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report:
@@ -125,24 +151,25 @@ def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report
     share = Decimal(1) - regression
     level: Level = "warn" if "baseline" in step.warn else "error"
     zeros = Limit(Decimal(repr(baseline.prunable.sparsity)) * share)
-    value = report.prunable.sparsity
-    found = [_at_least("sparsity of baseline", zeros, value, passed=Decimal(repr(value)) >= zeros.value)]
+    passed = report.prunable.zeros >= baseline.prunable.zeros * share  # of the same weights
+    found = [_at_least("sparsity of baseline", zeros, report.prunable.sparsity, passed=passed)]
     size = Limit(baseline.bytes.file_bytes * (1 + regression))
     found.append(_at_most("bytes of baseline", size, report.bytes.file_bytes))
-    for mine in report.quality:
-        for theirs in baseline.quality:
-            if mine.metric == theirs.metric:
-                found.append(_no_worse(mine, theirs, regression))
+    measured = {each.metric: each for each in report.quality}
+    found += [_no_worse(measured.get(each.metric), each, regression) for each in baseline.quality]
     found = [each.model_copy(update={"level": level}) for each in found]
     return _with(report.model_copy(update={"baseline": name}), found)
 
 
-def _no_worse(mine: Quality, theirs: Quality, regression: Decimal) -> Budget:
-    name, after = f"{mine.metric} of baseline", Decimal(repr(theirs.after))
-    worst = after - abs(after) * regression if mine.higher_is_better else after + abs(after) * regression
-    if mine.higher_is_better:
-        return _at_least(name, Limit(worst), mine.after, passed=Decimal(repr(mine.after)) >= worst)
-    return _at_most(name, Limit(worst), mine.after)
+def _no_worse(mine: Quality | None, theirs: Quality, regression: Decimal) -> Budget:
+    """A quality that is recorded there and not here fails."""
+    name, after = f"{theirs.metric} of baseline", Decimal(repr(theirs.after))
+    may = abs(after) * (-regression if theirs.higher_is_better else regression)
+    if not theirs.higher_is_better:
+        return _at_most(name, Limit(after + may), None if mine is None else mine.after)
+    value = None if mine is None else mine.after
+    passed = value is not None and Decimal(repr(value)) >= after + may
+    return _at_least(name, Limit(after + may), value, passed=passed)
 
 
 def _check_alike(report: Report, baseline: Report, name: str) -> None:

@@ -54,7 +54,7 @@ def _alike(ours: Tensor, other: Tensor) -> bool:
 
 def _tasks(ours: Tensor, other: Tensor) -> list[tuple[int, int]]:
     """Ranges of values that lie in whole lines of both."""
-    wide = max(ours.grid[1], other.grid[1])
+    wide = math.lcm(ours.grid[1], other.grid[1])  # it divides a row
     lines = ours.size // wide
     step = max(1, _TASK_BYTES // max(wide * DTYPES[ours.dtype].storage.itemsize, 1))
     return [(line * wide, min(line + step, lines) * wide) for line in range(0, lines, step)]
@@ -74,7 +74,7 @@ def _compare(task: tuple[Tensor, Tensor, int, int]) -> _Sums:
 
 def _side_by_side(ours: Tensor, other: Tensor, first: int, last: int) -> Iterator[tuple[Bits, Bits]]:
     """The same values of both, in one dimension, a few megabytes at a time."""
-    wide = max(ours.grid[1], other.grid[1])
+    wide = math.lcm(ours.grid[1], other.grid[1])  # it divides a row
     size = max(1, BLOCK_BYTES // max(wide * DTYPES[ours.dtype].storage.itemsize, 1)) * wide
     for start in range(first, last, size):
         end = min(start + size, last)
@@ -94,10 +94,9 @@ def _of_block(mine: Bits, base: Bits, dtype: str, other: str) -> _Sums:
     found.cut, found.revived = int(np.count_nonzero(cut)), int(np.count_nonzero(kept & ~was))
     before = floats(base, other)
     size = np.abs(before)
-    if found.cut:
-        found.largest_cut = float(size[cut].max())
-    if both.any():
-        found.smallest_kept = float(size[both].min())
+    finite = np.isfinite(size)
+    found.largest_cut = float(size[cut & finite].max(initial=-1.0))
+    found.smallest_kept = float(size[both & finite].min(initial=np.inf))
     with np.errstate(over="ignore", invalid="ignore"):
         found.square = float(np.square(before, dtype=np.float64).sum())
         if dtype == other and not ((mine != base) & kept).any():  # only cut: most blocks
@@ -141,10 +140,12 @@ def _add(total: _Sums, part: _Sums) -> None:
 
 def _change(sums: _Sums) -> Change:
     moved = sums.at >= 0
-    distance = math.sqrt(sums.moved / sums.square) if sums.square > 0 else 0.0
+    distance = 0.0 if sums.moved == 0 else math.inf
+    if sums.square > 0 and sums.moved:
+        distance = math.sqrt(sums.moved / sums.square)
     return Change(
         cut=sums.cut, revived=sums.revived, changed=sums.changed,
-        largest_cut=_finite(sums.largest_cut) if sums.cut else None,
+        largest_cut=sums.largest_cut if sums.largest_cut >= 0 else None,
         smallest_kept=_finite(sums.smallest_kept), largest_change=sums.largest_change,
         at=sums.at if moved else None, before=_finite(sums.before) if moved else None,
         after=_finite(sums.after) if moved else None,

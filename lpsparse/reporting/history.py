@@ -25,16 +25,15 @@ def read_history(folder: Path | None) -> tuple[Point, ...]:
     mend = f"put the right file back, or delete {METRICS}: nothing else needs it"
     if path.stat().st_size > _MOST_BYTES:
         raise InputError(355, f"{path}: {path.stat().st_size:,} bytes are no metrics", mend=mend)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except ValueError:
-        raise InputError(355, f"{path}: not UTF-8", mend=mend) from None
-    step = max(1, -(-len(lines) // _MOST_POINTS))
-    taken = [i for i in range(len(lines)) if i % step == 0 or i == len(lines) - 1]
-    return tuple(_point(path, i, lines[i], mend) for i in taken)
+    with path.open("rb") as file:
+        count = sum(1 for _ in file)
+        file.seek(0)
+        step = max(1, -(-count // _MOST_POINTS))
+        taken = ((i, line) for i, line in enumerate(file) if i % step == 0 or i == count - 1)
+        return tuple(_point(path, i, line, mend) for i, line in taken)
 
 
-def _point(path: Path, i: int, line: str, mend: str) -> Point:
+def _point(path: Path, i: int, line: bytes, mend: str) -> Point:
     try:
         table: Any = json.loads(line)
         return Point.model_validate({key: table[key] for key in Point.model_fields})

@@ -1,15 +1,24 @@
 """What report.json holds: plain, frozen data, of which every view is made."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lpsparse.checkpoint.manifest import FileRecord, Quality
 
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _some(part: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= part[0] <= part[1] or not part[1]:
+        raise ValueError(f"{part[0]} of {part[1]}")
+    return part
+
+
+Part = Annotated[tuple[int, int], AfterValidator(_some)]  # how many, of how many
 
 
 class Share(Record):
@@ -25,8 +34,8 @@ class Histogram(Record):
     """Non-zero finite magnitudes by powers of two: counts[i] are those with 2**(first + i) <= |w| <
     2**(first + i + 1). The subnormal ones of a dtype are all in the bin under its smallest normal ones."""
 
-    first: int
-    counts: tuple[int, ...]
+    first: int = Field(ge=-1100, le=1100)
+    counts: tuple[int, ...] = Field(max_length=2200)
 
 
 class Detail(Record):
@@ -40,8 +49,8 @@ class Detail(Record):
     smallest: float | None  # non-zero finite magnitude; None where there is none
     largest: float | None
     histogram: Histogram
-    n_m: dict[str, tuple[int, int]]  # "2:4": (groups of 4 neighbours with at most 2 non-zeros, all groups)
-    empty: dict[str, tuple[int, int]]  # "rows", "columns", "heads", "blocks 4x4": (all zero, all of them)
+    n_m: dict[str, Part]  # "2:4": (groups of 4 neighbours with at most 2 non-zeros, all groups)
+    empty: dict[str, Part]  # "rows", "columns", "heads", "blocks 4x4": (all zero, all of them)
     bound_bytes: int  # order-0 bound: entropy of where zeros are and of exponents, other bits as they are
 
 
@@ -132,6 +141,7 @@ class Budget(Record):
     name: str
     pattern: str | None = None  # glob of the tensors that it is of; None: see the name
     limit: float
+    relative: bool = False  # limit, value and margin are shares of the quality before
     value: float | None  # None: it was not measured
     margin: float | None = None  # how much better than the limit, in its unit; negative when it fails
     level: Literal["error", "warn"] = "error"
@@ -191,8 +201,8 @@ class Report(Record):
     bytes: Bytes
     tensors: tuple[TensorRow, ...]
     kinds: tuple[KindRow, ...] = ()
-    n_m: dict[str, tuple[int, int]] = {}  # sums over the prunable tensors
-    empty: dict[str, tuple[int, int]] = {}
+    n_m: dict[str, Part] = {}  # sums over the prunable tensors
+    empty: dict[str, Part] = {}
     histogram: Histogram | None = None  # of the prunable weights
     nonfinite_tensors: tuple[str, ...]
     quality: tuple[Quality, ...] = ()

@@ -9,7 +9,7 @@ from lpsparse.checkpoint.writer import REPORT
 from lpsparse.errors import InputError
 from lpsparse.reporting.records import Report
 
-_MOST_BYTES = 500_000_000
+_MOST_BYTES = 200_000_000  # 20,000 tensors are 20 MB
 _VERSION = 1
 
 
@@ -38,8 +38,11 @@ def read_report(path: Path) -> Report:
         what = f"{path}: no report of schema_version {_VERSION} (it has {str(version)[:20]})"
         raise InputError(357, what, mend="upgrade lpsparse" if isinstance(version, int) else mend)
     try:
-        return Report.model_validate_json(path.read_bytes())
+        found = Report.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InputError(356, f"{path}: {where}: {first['msg']}", mend=mend) from None
+    if found.estimate is not None:
+        raise InputError(356, f"{path}: of a dry run: there is no such model", mend="report the model itself")
+    return found

@@ -260,6 +260,8 @@ def _empty(tensor: Tensor, found: Found, head_size: int | None) -> dict[str, tup
     rows = np.logical_or.reduce(np.concatenate(found.lines).reshape(tensor.rows, pieces), axis=1)
     empty = {"rows": _none_of(rows, 1)}
     kind = kind_of(tensor.name, tensor.shape)
+    if "c_attn" in tensor.name or "c_proj" in tensor.name:
+        head_size = None  # of GPT-2, which has a layer's inputs as rows
     if head_size and kind in ATTENTION_ROWS and tensor.rows % head_size == 0:
         empty["heads"] = _none_of(rows, head_size)
     if found.columns is None:
