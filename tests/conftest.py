@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch comes later; tests run side by side
 ROOT = Path(__file__).parents[1]
 PRUNABLE = ("layers.0.attn.weight", "layers.0.mlp.weight", "layers.1.attn.weight", "layers.1.mlp.weight")
 PRUNABLE_WEIGHTS = 4 * 7 * 13

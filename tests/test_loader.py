@@ -233,7 +233,7 @@ def test_a_folder_in_a_folder_and_in_the_cache_of_the_hub_are_opened(llama: Path
     repo = tmp_path / "cache" / "models--some--llama"
     (repo / "snapshots" / commit).mkdir(parents=True)
     (repo / "blobs").mkdir()
-    for i, path in enumerate(sorted(out.iterdir())):
+    for i, path in enumerate(sorted(path for path in out.iterdir() if path.is_file())):
         shutil.copyfile(path, repo / "blobs" / str(i))
         (repo / "snapshots" / commit / path.name).symlink_to(f"../../blobs/{i}")
     (repo / "refs").mkdir()
