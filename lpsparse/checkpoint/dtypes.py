@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 Bits = NDArray[np.unsignedinteger]
 
 
+_STORAGE = {nbytes: np.dtype(f"<u{nbytes}") for nbytes in (1, 2, 4, 8)}
+
+
 @dataclass(frozen=True, slots=True)
 class Dtype:
     name: str  # as written in a safetensors header
@@ -23,7 +26,7 @@ class Dtype:
     @property
     def storage(self) -> np.dtype[np.unsignedinteger]:
         """Little-endian unsigned integers of the same width: how raw tensors travel through lpsparse."""
-        return np.dtype(f"<u{max(self.bits // 8, 1)}")
+        return _STORAGE[max(self.bits // 8, 1)]
 
 
 _FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}

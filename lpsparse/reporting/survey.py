@@ -20,8 +20,10 @@ from lpsparse.reporting.kinds import ATTENTION_ROWS, kind_of
 from lpsparse.reporting.records import Detail, Histogram
 
 N_M = {"1:4": 1, "2:4": 2, "4:8": 4}  # how many non-zeros a group may have
+_GROUPS = {name: int(name.partition(":")[2]) for name in N_M}  # how large one is
 _SIDES = (4, 16)  # of blocks
 _TASK_BYTES = 32 << 20  # what a thread looks at at a time
+_MANY = 1 << 16  # exponents, from which on two at a time are faster
 _NEAR = 10  # powers of two under the largest magnitude: near zero
 _FIELDS = {  # bits of exponent and mantissa
     "F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7), "F8_E4M3": (4, 3), "F8_E5M2": (5, 2),
@@ -165,7 +167,7 @@ def _special(found: Found, codes: Bits, limit: int, dtype: str) -> None:
 def _binades(exponents: Bits, count: int) -> Counts:
     """How many there are of each; of bytes two at a time, which is half the work."""
     flat = exponents.reshape(-1)
-    if count > 256:
+    if count > 256 or flat.size < _MANY:
         return np.bincount(flat.astype(np.int64), minlength=count)
     octets = flat.astype(np.uint8)
     pairs = np.bincount(octets[: octets.size // 2 * 2].view("<u2"), minlength=1 << 16).reshape(256, 256)
@@ -232,11 +234,11 @@ def _values(codes: list[int], dtype: str) -> list[float]:
 def _bound_bits(size: int, kept: int, binades: Counts, rest: int) -> float:
     """Bits by the order-0 entropy of where the kept values are and of their exponents."""
 
-    def entropy(counts: NDArray[np.int64]) -> float:
-        some = counts[counts > 0]
-        return float((some * np.log2(some.sum() / some)).sum()) if some.size else 0.0
+    def entropy(counts: list[int]) -> float:
+        total = sum(counts)
+        return sum(count * math.log2(total / count) for count in counts if count)
 
-    return entropy(np.array([kept, size - kept])) + kept * rest + entropy(binades)
+    return entropy([kept, size - kept]) + kept * rest + entropy(binades.tolist())
 
 
 def _groups(tensor: Tensor, found: Found) -> dict[str, tuple[int, int]]:
@@ -244,11 +246,10 @@ def _groups(tensor: Tensor, found: Found) -> dict[str, tuple[int, int]]:
     width = tensor.grid[1]
     if len(tensor.shape) < 2 or not tensor.size:
         return {}
-    sizes = {name: int(name.partition(":")[2]) for name in N_M}
     return {
-        name: (int(count), tensor.size // sizes[name])
-        for name, count in zip(N_M, found.n_m, strict=True)
-        if width % sizes[name] == 0
+        name: (count, tensor.size // size)
+        for (name, size), count in zip(_GROUPS.items(), found.n_m.tolist(), strict=True)
+        if width % size == 0
     }
 
 
@@ -259,7 +260,7 @@ def _empty(tensor: Tensor, found: Found, head_size: int | None) -> dict[str, tup
     pieces = tensor.grid[0] // tensor.rows
     rows = np.logical_or.reduce(np.concatenate(found.lines).reshape(tensor.rows, pieces), axis=1)
     empty = {"rows": _none_of(rows, 1)}
-    kind = kind_of(tensor.name, tensor.shape)
+    kind = kind_of(tensor.name, tensor.shape) if head_size else None
     if "c_attn" in tensor.name or "c_proj" in tensor.name:
         head_size = None  # of GPT-2, which has a layer's inputs as rows
     if head_size and kind in ATTENTION_ROWS and tensor.rows % head_size == 0:
