@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -75,7 +75,6 @@ def _rows(shape: tuple[int, ...], dtype: str) -> int:
     return shape[0] if shape and DTYPES[dtype].bits >= 8 else 1
 
 
-@lru_cache(4096)
 def grid_of(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
     """See `Tensor.grid`. Fused experts have rows of hundreds of megabytes, which nobody wants to hold."""
     rows, kind = _rows(shape, dtype), DTYPES[dtype]
