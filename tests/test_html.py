@@ -273,7 +273,7 @@ def test_the_verdict_is_in_words(budget: Budget, words: str) -> None:
     assert words in page.partition("</title>")[0] and words in page.partition("<body>")[2]
 
 
-@pytest.mark.parametrize(("value", "hint"), [(8_000_000, True), (9_950_000, False), (10_000_000, False)])
+@pytest.mark.parametrize(("value", "hint"), [(8_000_000, True), (9_600_000, False), (10_000_000, False)])
 def test_a_budget_with_room_asks_to_be_tightened(value: int, hint: bool) -> None:
     budget = Budget(name="max-bytes", limit=1e7, value=value, margin=1e7 - value, passed=True)
     assert ("tighten it?" in render(bare(tensors(7), budgets=(budget,)))) == hint
@@ -284,9 +284,41 @@ def test_nan_tensors_are_named_at_the_top() -> None:
     assert "NaN or Inf in 1 tensor: <bdi>a.weight</bdi>." in top
 
 
+@pytest.mark.parametrize(
+    "budgets", [(), (Budget(name="max-bytes", limit=9, value=9, margin=0, passed=True),)]
+)
+def test_a_page_of_nan_is_not_passed_and_not_green(budgets: tuple[Budget, ...]) -> None:
+    page = render(bare(tensors(7), nonfinite_tensors=("a.weight",), budgets=budgets))
+    assert '<p class="verdict failed">' in page and "Not finite: NaN or Inf in 1 of 7 tensors" in page
+    assert "Passed" not in page and "verdict passed" not in page
+
+
+def test_a_page_on_stdout_holds_no_command_for_the_runner() -> None:
+    name = "::error::x ##[error]fake"
+    page = render(full(tensors(7), model=name, not_measured=(name,), nonfinite_tensors=(name,)))
+    assert "##[" not in page and not re.search(r"(?m)^\s*::", page.partition("</style>")[2])
+    assert "".join(Page(page).words).count(name) >= 3
+
+
+def test_histograms_far_from_each_other_are_drawn_by_their_bins() -> None:
+    rows = tensors(7)
+    far = Histogram.model_construct(first=3_000_000, counts=(7,))
+    found = full(rows).model_copy(update={"histogram": far})
+    page = render(found)
+    assert len(page) < 200_000 and "2^3000000 to 2^3000001" in page
+
+
+def test_a_cut_of_nan_has_no_threshold() -> None:
+    row = tensor(3, "a.query.weight")
+    assert row.change is not None
+    change = row.change.model_copy(update={"largest_cut": 0.0, "smallest_kept": 0.0})
+    page = render(full((row.model_copy(update={"change": change}),)))
+    assert "no threshold is drawn" in page
+
+
 def test_intervals_are_at_95_percent() -> None:
     words = "".join(Page(page_of("everything")).words)
-    assert "±0.019 and ±0.019 (95 % intervals)" in words and "the intervals overlap" in words
+    assert "± 0.0190 and ± 0.0194 (95 % intervals)" in words and "the intervals overlap" in words
     apart = render(full(tensors(7), quality=(quality(after=0.5),)))
     assert "the intervals are apart" in apart
 
@@ -305,7 +337,7 @@ def test_layers_are_in_the_order_of_the_model_and_not_of_the_alphabet() -> None:
 
 @pytest.mark.parametrize(
     ("share", "words"),
-    [(0.5, "50.00"), (0, "0.00"), (1, "100.00"), (0.999999, ">99.99"), (1e-9, "<0.01")],
+    [(0.5, "50.00"), (0, "0.00"), (1, "100.00"), (0.999999, "99.99"), (1e-9, "under 0.01")],
 )
 def test_percent_never_rounds_to_all_or_nothing(share: float, words: str) -> None:
     assert percent(share) == f"{words}\u202f%"

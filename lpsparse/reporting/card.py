@@ -12,7 +12,7 @@ from lpsparse.checkpoint.manifest import Quality, Source
 from lpsparse.reporting.base_card import read_base_card
 from lpsparse.reporting.figure import FIGURE
 from lpsparse.reporting.records import Report
-from lpsparse.reporting.text import clean, shorten
+from lpsparse.reporting.text import clean, percent, shorten
 from lpsparse.reporting.words import change_of, interval
 
 Settings = dict[str, Any]
@@ -30,7 +30,7 @@ def render(
     `quality`, where they are known."""
     # Markdown, not HTML: escaping is done by the md filter where text comes from outside.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["md"] = escape
+    environment.filters |= {"md": escape, "percent": percent}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     copied = read_base_card(base_card)
     return template.render(
@@ -78,7 +78,7 @@ def _results(
     names = ", ".join(map(str, data)) if isinstance(data, dict) else ""  # pyright: ignore[reportUnknownArgumentType]
     found: list[dict[str, Any]] = []
     for each in quality:
-        zeros = f"sparse ({100 * report.prunable.sparsity:.2f} % of the prunable weights are zero)"
+        zeros = f"sparse ({percent(report.prunable.sparsity)} of the prunable weights are zero)"
         of = {
             "task_type": task, "dataset_type": "other",
             "dataset_name": shorten(clean(names or each.split), 100),
