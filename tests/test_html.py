@@ -2,15 +2,18 @@
 
 import base64
 import hashlib
+import math
 import re
 from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Ran, f32, write_safetensors
 from html_reports import bare, base, full, made, points, quality, tensor, tensors
+from safetensors.numpy import save_file
 from test_report import FORBIDDEN, NAMES, Cli
 
 from lpsparse import prune
@@ -308,12 +311,22 @@ def test_histograms_far_from_each_other_are_drawn_by_their_bins() -> None:
     assert len(page) < 200_000 and "2^3000000 to 2^3000001" in page
 
 
-def test_a_cut_of_nan_has_no_threshold() -> None:
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_magnitude_that_is_none_is_no_threshold(value: float) -> None:
     row = tensor(3, "a.query.weight")
     assert row.change is not None
-    change = row.change.model_copy(update={"largest_cut": 0.0, "smallest_kept": 0.0})
+    change = row.change.model_copy(update={"largest_cut": value, "smallest_kept": value})
     page = render(full((row.model_copy(update={"change": change}),)))
     assert "no threshold is drawn" in page
+
+
+def test_a_cut_of_nan_has_a_page(tmp_path: Path, cli: Cli) -> None:
+    for name, first in (("base", math.nan), ("cut", 0.0)):
+        array = np.ones((7, 13), np.float32)
+        array[0, 0] = first
+        save_file({"a.weight": array}, tmp_path / f"{name}.safetensors")
+    ran = cli("report", tmp_path / "cut.safetensors", tmp_path / "base.safetensors", "--html", "-")
+    assert ran.rc == 0 and "no threshold is drawn" in ran.stdout
 
 
 def test_intervals_are_at_95_percent() -> None:

@@ -1,5 +1,6 @@
 """What every view says of a report, in the same words."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lpsparse.checkpoint.manifest import Quality
@@ -116,8 +117,7 @@ def changes(report: Report) -> Sums | None:
     if report.base is None:
         return None
     prunable = [change for row, change in given if row.prunable]
-    cut = [change.largest_cut for change in prunable if change.largest_cut]  # 0: NaN alone was cut
-    kept = [change.smallest_kept for change in prunable if change.smallest_kept]
+    cut, kept = _magnitudes(c.largest_cut for c in prunable), _magnitudes(c.smallest_kept for c in prunable)
     moved = max(given, key=lambda each: each[1].largest_change, default=None)
     return Sums(
         cut=sum(change.cut for _, change in given), revived=sum(change.revived for _, change in given),
@@ -125,6 +125,11 @@ def changes(report: Report) -> Sums | None:
         cut_to=max(cut, default=None), kept_from=min(kept, default=None),
         moved=moved[0] if moved and moved[1].largest_change else None,
     )  # fmt: skip
+
+
+def _magnitudes(given: Iterable[float | None]) -> list[float]:
+    """Those that are: where NaN alone was cut, none is positive."""
+    return [value for value in given if value is not None and value > 0]
 
 
 def in_figures(sums: Sums) -> str:

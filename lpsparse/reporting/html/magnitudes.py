@@ -28,7 +28,7 @@ def view(report: Report) -> View:
     if sums is not None and cut is not None and kept is not None:
         words.append(_gap(cut, kept, bool(one_threshold(sums))))
     elif report.base is not None and cut is None:
-        words.append("Nothing was cut, so no threshold is drawn.")
+        words.append("No finite weight was cut, so no threshold is drawn.")
     return View("magnitudes", title, (" ".join(words),), (_figure(ours, theirs, cut, kept),))
 
 
