@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.entry import tell_loaders
-from lpsparse.checkpoint.manifest import Quality, Source, own_manifest, source_of, write_manifest
+from lpsparse.checkpoint.manifest import Manifest, Quality, Source, own_manifest, source_of, write_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.rescue import LAYOUTS, free_config
@@ -16,6 +16,7 @@ from lpsparse.checkpoint.writer import BASE_CARD, CARD, REPORT, copy_sidecars, f
 from lpsparse.errors import InputError, LpsparseError
 from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card, figure
+from lpsparse.reporting.base_card import read_own_card
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report
 
@@ -103,15 +104,22 @@ def complete(
     found = found.model_copy(update={"identity": identity_of(found, record.base_sha256)})
     write_json(folder / REPORT, found.model_dump(mode="json"))
     recipe, earlier = recorded(step), own_manifest(source)
-    before = None if earlier is None else earlier.recipe.get("finetune")
     text = card.render(
-        found, record, quality, recipe=recipe, trained=recipe.get("finetune") or before,
+        found, record, quality, recipe=recipe, trained=recipe.get("finetune") or _trained(source, earlier),
         base_card=folder / BASE_CARD, figure=_draw(folder, found, ours=earlier is not None),
     )  # fmt: skip
     write_text(folder / CARD, text)
     write_manifest(folder, record, recipe, tensor_records(found), found.layout, quality, notes, written.files)
     fsync(folder)
     return found
+
+
+def _trained(source: Checkpoint, earlier: Manifest | None) -> dict[str, Any] | None:
+    """Settings of the finetune step that was the last; of one before it, what the card says that it made."""
+    if earlier is None or source.root is None:
+        return None
+    settings: Any = earlier.recipe.get("finetune")
+    return settings if isinstance(settings, dict) else read_own_card(source.root / CARD)
 
 
 def _draw(folder: Path, found: Report, *, ours: bool) -> bool:

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
 from lpsparse import finetune, pack, prune, unpack, verify
-from lpsparse.reporting.base_card import read_base_card
+from lpsparse.reporting.base_card import read_base_card, read_own_card
+from lpsparse.reporting.card import escape
 
 Cli = Callable[..., Ran]
 TAGS = ["lpsparse", "sparse", "pruned"]
@@ -80,6 +81,39 @@ def test_results_stay_with_the_weights_that_they_are_of(trained: Path, tmp_path:
     prune(trained, tmp_path / "pruned", sparsity=0.9)
     assert "model-index" not in card_of(tmp_path / "pruned")
     assert "No quality is recorded of these weights" in (tmp_path / "pruned" / "README.md").read_text()
+
+
+def test_results_stay_however_many_steps_keep_the_weights(trained: Path, tmp_path: Path) -> None:
+    prune(trained, tmp_path / "pruned", sparsity=0.5)  # as many as are zero: nothing is cut
+    pack(tmp_path / "pruned", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "dense")
+    for name in ("pruned", "packed", "dense"):
+        assert card_of(tmp_path / name)["model-index"] == card_of(trained)["model-index"]
+
+
+@pytest.mark.parametrize("made", ["x", ["task"], 7, None])
+def test_a_manifest_with_another_recipe_does_not_stop_pack(made: Any, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "in")
+    manifest = json.loads((trained / "lpsparse.json").read_text()) | {"recipe": {"finetune": made}}
+    (tmp_path / "in" / "lpsparse.json").write_text(json.dumps(manifest))
+    pack(tmp_path / "in", tmp_path / "out")
+    assert card_of(tmp_path / "out")["model-index"] == card_of(trained)["model-index"]
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["[]", "7", "[7]", "[{results: 7}]", "[{results: [7]}]", "[{results: [{}]}]", "[{results: {0: 1}}]",
+     "[{results: [{task: {type: 'a b'}}]}]"],
+)  # fmt: skip
+def test_a_card_with_other_results_gives_none(index: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nmodel-index: {index}\n---\n")
+    assert read_own_card(tmp_path / "README.md") == {}
+
+
+@pytest.mark.parametrize("base", ["https://evil.example/x", "WWW.evil.example", "a@evil.example"])
+def test_no_base_becomes_a_link(base: str) -> None:
+    assert escape(base).startswith(("`", "<code>"))
+    assert escape("org/model@v1") == "org/model@v1"
 
 
 def test_the_recipe_in_the_card_is_that_of_the_manifest(trained: Path) -> None:

@@ -2,15 +2,18 @@
 
 import base64
 import hashlib
+import math
 import re
 from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Ran, f32, write_safetensors
 from html_reports import bare, base, full, made, points, quality, tensor, tensors
+from safetensors.numpy import save_file
 from test_report import FORBIDDEN, NAMES, Cli
 
 from lpsparse import prune
@@ -273,7 +276,7 @@ def test_the_verdict_is_in_words(budget: Budget, words: str) -> None:
     assert words in page.partition("</title>")[0] and words in page.partition("<body>")[2]
 
 
-@pytest.mark.parametrize(("value", "hint"), [(8_000_000, True), (9_950_000, False), (10_000_000, False)])
+@pytest.mark.parametrize(("value", "hint"), [(8_000_000, True), (9_600_000, False), (10_000_000, False)])
 def test_a_budget_with_room_asks_to_be_tightened(value: int, hint: bool) -> None:
     budget = Budget(name="max-bytes", limit=1e7, value=value, margin=1e7 - value, passed=True)
     assert ("tighten it?" in render(bare(tensors(7), budgets=(budget,)))) == hint
@@ -284,9 +287,51 @@ def test_nan_tensors_are_named_at_the_top() -> None:
     assert "NaN or Inf in 1 tensor: <bdi>a.weight</bdi>." in top
 
 
+@pytest.mark.parametrize(
+    "budgets", [(), (Budget(name="max-bytes", limit=9, value=9, margin=0, passed=True),)]
+)
+def test_a_page_of_nan_is_not_passed_and_not_green(budgets: tuple[Budget, ...]) -> None:
+    page = render(bare(tensors(7), nonfinite_tensors=("a.weight",), budgets=budgets))
+    assert '<p class="verdict failed">' in page and "Not finite: NaN or Inf in 1 of 7 tensors" in page
+    assert "Passed" not in page and "verdict passed" not in page
+
+
+def test_a_page_on_stdout_holds_no_command_for_the_runner() -> None:
+    name = "::error::x ##[error]fake"
+    page = render(full(tensors(7), model=name, not_measured=(name,), nonfinite_tensors=(name,)))
+    assert "##[" not in page and not re.search(r"(?m)^\s*::", page.partition("</style>")[2])
+    assert "".join(Page(page).words).count(name) >= 3
+
+
+def test_histograms_far_from_each_other_are_drawn_by_their_bins() -> None:
+    rows = tensors(7)
+    far = Histogram.model_construct(first=3_000_000, counts=(7,))
+    found = full(rows).model_copy(update={"histogram": far})
+    page = render(found)
+    assert len(page) < 200_000 and "2^3000000 to 2^3000001" in page
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_magnitude_that_is_none_is_no_threshold(value: float) -> None:
+    row = tensor(3, "a.query.weight")
+    assert row.change is not None
+    change = row.change.model_copy(update={"largest_cut": value, "smallest_kept": value})
+    page = render(full((row.model_copy(update={"change": change}),)))
+    assert "no threshold is drawn" in page
+
+
+def test_a_cut_of_nan_has_a_page(tmp_path: Path, cli: Cli) -> None:
+    for name, first in (("base", math.nan), ("cut", 0.0)):
+        array = np.ones((7, 13), np.float32)
+        array[0, 0] = first
+        save_file({"a.weight": array}, tmp_path / f"{name}.safetensors")
+    ran = cli("report", tmp_path / "cut.safetensors", tmp_path / "base.safetensors", "--html", "-")
+    assert ran.rc == 0 and "no threshold is drawn" in ran.stdout
+
+
 def test_intervals_are_at_95_percent() -> None:
     words = "".join(Page(page_of("everything")).words)
-    assert "±0.019 and ±0.019 (95 % intervals)" in words and "the intervals overlap" in words
+    assert "± 0.0190 and ± 0.0194 (95 % intervals)" in words and "the intervals overlap" in words
     apart = render(full(tensors(7), quality=(quality(after=0.5),)))
     assert "the intervals are apart" in apart
 
@@ -305,7 +350,7 @@ def test_layers_are_in_the_order_of_the_model_and_not_of_the_alphabet() -> None:
 
 @pytest.mark.parametrize(
     ("share", "words"),
-    [(0.5, "50.00"), (0, "0.00"), (1, "100.00"), (0.999999, ">99.99"), (1e-9, "<0.01")],
+    [(0.5, "50.00"), (0, "0.00"), (1, "100.00"), (0.999999, "99.99"), (1e-9, "under 0.01")],
 )
 def test_percent_never_rounds_to_all_or_nothing(share: float, words: str) -> None:
     assert percent(share) == f"{words}\u202f%"

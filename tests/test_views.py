@@ -12,13 +12,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from conftest import PRUNABLE, ROOT, Given, Ran, f32, tiny_arrays, write_safetensors
+from html_reports import full, tensor
 from junitparser import JUnitXml
 from safetensors.numpy import save_file
 
 from lpsparse import prune, report
-from lpsparse.checkpoint.manifest import Quality
-from lpsparse.reporting import junit, markdown, spreadsheet, table, words
-from lpsparse.reporting.records import Budget, Report, schema
+from lpsparse.checkpoint.manifest import Quality, Source
+from lpsparse.reporting import card, junit, markdown, spreadsheet, table, words
+from lpsparse.reporting.html.page import render as render_page
+from lpsparse.reporting.records import Budget, Report, Share, schema
+from lpsparse.reporting.text import percent
 
 Cli = Callable[..., Ran]
 NAMES = {
@@ -43,6 +46,11 @@ def quality(**fields: Any) -> Quality:
 
 def budget(name: str = "min-sparsity", **fields: Any) -> Budget:
     return Budget(**{"name": name, "limit": 0.8, "value": 0.7, "margin": -0.1, "passed": False, **fields})
+
+
+def card_of(found: Report) -> str:
+    source = Source(name="x", revision=None, files=(), base="x")
+    return card.render(found, source, (), recipe={}, base_card=Path("no card"))
 
 
 def named(name: str, folder: Path) -> Report:
@@ -129,11 +137,22 @@ def test_junit_has_a_test_case_for_each_budget_and_check(sparse: Path, tmp_path:
     assert cases["weights are those of the manifest"].result == []
 
 
-def test_junit_fails_for_nan_and_skips_the_manifest_that_is_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [False, True])
+def test_junit_fails_for_nan_where_the_report_does(asked: bool, tmp_path: Path) -> None:
     save_file({"a.weight": np.full((7, 13), np.nan, np.float32)}, tmp_path / "m.safetensors")
-    suite = ElementTree.fromstring(junit.render(report(tmp_path / "m.safetensors")))[0]
-    assert (suite.get("failures"), suite.get("skipped")) == ("1", "1")
-    assert suite.findtext("testcase/failure") == "a.weight"
+    finite = budget("finite", limit=0, value=91, margin=-91)
+    found = report(tmp_path / "m.safetensors").model_copy(update={"budgets": (finite,) if asked else ()})
+    suite = ElementTree.fromstring(junit.render(found))[0]
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("2", str(int(asked)), "1")
+    told = suite.findtext(f"testcase/{'failure' if asked else 'system-out'}")
+    assert told is not None and "a.weight" in told
+
+
+@pytest.mark.parametrize(("met", "word"), [(None, "NOT FINITE"), (True, "NOT FINITE"), (False, "FAILED")])
+def test_markdown_of_nan_has_no_passed_heading(met: bool | None, word: str, sparse: Path) -> None:
+    budgets = () if met is None else (budget(passed=met),)
+    found = report(sparse).model_copy(update={"budgets": budgets, "nonfinite_tensors": ("a.weight",)})
+    assert markdown.render(found).splitlines()[0] == f"## lpsparse: {word}"
 
 
 @pytest.mark.parametrize("name", [*NAMES.values(), "\ufffe\ud800"], ids=[*NAMES.keys(), "no character"])
@@ -226,6 +245,57 @@ def test_the_schema_refuses_what_is_no_report(sparse: Path, valid: Callable[[obj
     for wrong in ({"schema_version": 2}, {"new": 1}, {"tensors": [{}]}, {"bytes": None}):
         with pytest.raises(ValidationError):
             valid({**found, **wrong})
+
+
+def test_all_views_say_alike_whether_there_was_one_threshold() -> None:
+    uncut = tensor(0, "b.query.weight").change
+    assert uncut is not None
+    uncut = uncut.model_copy(update={"cut": 0, "largest_cut": None, "smallest_kept": 1e-6})
+    found = full((tensor(3, "a.query.weight"), tensor(0, "b.query.weight", change=uncut)))
+    assert "(not one threshold for all)" in " ".join(table.render(found).split())
+    assert "(not one threshold for all)" in markdown.render(found)
+    assert "there was not one threshold for all." in render_page(found)
+
+
+def test_all_views_ask_to_tighten_the_same_budgets(sparse: Path) -> None:
+    tight, loose = (budget(passed=True, margin=share * 0.8) for share in (0.04, 0.06))
+    base = budget("sparsity of baseline", passed=True, margin=0.5)
+    for given in ((tight, base), (loose, base)):
+        found = report(sparse).model_copy(update={"budgets": given})
+        for text in (table.render(found), markdown.render(found), render_page(found)):
+            assert text.count("tighten it?") == (given[0] is loose) and "take this report" not in text
+
+
+def test_no_view_says_100_percent_with_a_weight_left() -> None:
+    share = Share(of="x", weights=1_000_000, zeros=999_999, sparsity=0.999999)
+    row = tensor(3, "a.query.weight", sparsity=0.999999)
+    found = full((row,), prunable=share, all=share, kinds=())
+    for text in (table.render(found), markdown.render(found), render_page(found), card_of(found)):
+        assert "(100.0" not in text and re.search(r"\(99\.99\s%", text)
+    assert "99.9 %" in table.render(found) and "99.9 %" in markdown.render(found)
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "said"),
+    [(1, 2, "100.00 %"), (0.999999, 2, "99.99 %"), (0.9999, 1, "99.9 %"), (0, 2, "0.00 %"),
+     (1e-9, 2, "under 0.01 %"), (-1e-9, 2, "over -0.01 %"), (-0.5, 0, "-50 %"), (1.5, 2, "150.00 %")],
+)  # fmt: skip
+def test_percent_is_not_rounded_to_all_or_nothing(share: float, digits: int, said: str) -> None:
+    assert percent(share, digits) == said
+
+
+def test_a_share_of_nothing_is_left_out(sparse: Path) -> None:
+    found = report(sparse).model_copy(update={"n_m": {"2:4": (1, 0)}, "empty": {"rows": (1, 0)}})
+    assert words.neighbours(found) == []
+    assert table.render(found) and markdown.render(found) and render_page(found)
+
+
+def test_a_drop_that_is_a_share_has_its_figures_in_percent() -> None:
+    drop = budget("max-quality-drop", limit=0.01, value=0.0125, margin=-0.0025)
+    drop = drop.model_copy(update={"relative": True})
+    assert words.budget_row(drop) == ("max-quality-drop", "1.00 %", "1.25 %", "-0.25 %", "FAILED")
+    met = drop.model_copy(update={"value": 0.004, "margin": 0.006, "passed": True})
+    assert words.budget_row(met)[3] == "+0.60 %" and "by 0.60 %" in str(words.hint(met))
 
 
 # The terminal

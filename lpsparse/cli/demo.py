@@ -16,7 +16,7 @@ from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, w
 from lpsparse.errors import ExitCode, OutputError
 from lpsparse.recipe import FinetuneStep, Step
 from lpsparse.recipe_file import read_recipe
-from lpsparse.reporting.text import columns, size
+from lpsparse.reporting.text import columns, percent, size
 
 if TYPE_CHECKING:
     from lpsparse.reporting.records import Report
@@ -112,7 +112,7 @@ def _row(name: str, report: "Report") -> dict[str, Any]:
 def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
     body = [
         (
-            row["model"], f"{row['loss']:.4f}", f"{row['zeros']:,} ({100 * row['sparsity']:.1f} %)",
+            row["model"], f"{row['loss']:.4f}", f"{row['zeros']:,} ({percent(row['sparsity'], 1)})",
             size(row["dense_bytes"]), size(row["bitmask_bytes"]),
         )
         for row in rows

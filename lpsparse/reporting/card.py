@@ -11,10 +11,12 @@ from lpsparse.checkpoint.hub import is_hub_id
 from lpsparse.checkpoint.manifest import Quality, Source
 from lpsparse.reporting.base_card import read_base_card
 from lpsparse.reporting.figure import FIGURE
+from lpsparse.reporting.markdown import code
 from lpsparse.reporting.records import Report
-from lpsparse.reporting.text import clean, shorten
+from lpsparse.reporting.text import clean, percent, shorten
 from lpsparse.reporting.words import change_of, interval
 
+_LINK = re.compile(r"://|www\.|\S@\S+\.", re.IGNORECASE)  # with a dot behind it, @ makes an address
 Settings = dict[str, Any]
 _TEMPLATE = Path(__file__).with_suffix(".md.j2")
 # Tasks in the hub's words, where they are not ours (https://huggingface.co/tasks)
@@ -30,7 +32,7 @@ def render(
     `quality`, where they are known."""
     # Markdown, not HTML: escaping is done by the md filter where text comes from outside.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["md"] = escape
+    environment.filters |= {"md": escape, "percent": percent}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     copied = read_base_card(base_card)
     return template.render(
@@ -78,7 +80,7 @@ def _results(
     names = ", ".join(map(str, data)) if isinstance(data, dict) else ""  # pyright: ignore[reportUnknownArgumentType]
     found: list[dict[str, Any]] = []
     for each in quality:
-        zeros = f"sparse ({100 * report.prunable.sparsity:.2f} % of the prunable weights are zero)"
+        zeros = f"sparse ({percent(report.prunable.sparsity)} of the prunable weights are zero)"
         of = {
             "task_type": task, "dataset_type": "other",
             "dataset_name": shorten(clean(names or each.split), 100),
@@ -101,6 +103,8 @@ def _fenced(recipe: Settings) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text that Markdown shows as it is, on one line. What would become a link is code."""
+    if _LINK.search(text):
+        return code(text)
     printable = "".join(char if char.isprintable() else "?" for char in text)
     return "".join(f"\\{char}" if char in "\\`*_{}[]()#+!|<>" else char for char in printable)

@@ -1,6 +1,7 @@
 """The figure of a model card: how much of each tensor is zero, as SVG without scripts, fonts or names."""
 
 from lpsparse.reporting.records import Report, TensorRow
+from lpsparse.reporting.text import percent
 
 FIGURE = "figures/sparsity.svg"
 _WIDE, _HIGH, _LEFT, _TOP = 640, 160, 52, 24
@@ -14,10 +15,9 @@ def render(report: Report) -> str:
     step = max(1, -(-len(rows) // _MOST_BARS))
     bars = [rows[i : i + step] for i in range(0, len(rows), step)]
     wide = _WIDE / max(len(bars), 1)
-    share = 100 * report.prunable.sparsity
-    said = (
-        f"{report.prunable.zeros:,} of {report.prunable.weights:,} prunable weights are zero ({share:.2f} %)"
-    )
+    share = report.prunable
+    zeros = f"{share.zeros:,} of {share.weights:,} prunable weights are zero"
+    said = f"{zeros} ({percent(share.sparsity)})"
     each = "a tensor" if step == 1 else f"{step} tensors"
     right, low = _LEFT + _WIDE, _TOP + _HIGH
     lines = [

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from lpsparse.reporting.records import Report, TensorRow
-from lpsparse.reporting.text import clean, shorten, size
+from lpsparse.reporting.text import clean, percent, shorten, size
 from lpsparse.reporting.words import (
     budget_name,
     budget_row,
@@ -20,7 +20,6 @@ from lpsparse.reporting.words import (
     neighbours,
     nonfinite,
     oddities,
-    percent,
     state,
     stores,
     verdict,
@@ -85,7 +84,8 @@ def plain(text: str) -> str:
 
 def _head(report: Report) -> Iterator[str]:
     alarm = nonfinite(report)
-    word = "" if not report.budgets else ": passed" if report.passed else ": FAILED"
+    met = "" if not report.budgets else ": passed"
+    word = ": FAILED" if not report.passed else ": NOT FINITE" if alarm else met
     yield f"## lpsparse{word}"
     yield ""
     if alarm:
@@ -191,7 +191,7 @@ def _fold(rows: list[TensorRow], most_bytes: int) -> str:
 
 def _tensor(row: TensorRow) -> Sequence[str]:
     return (
-        code(row.name), code(row.dtype), f"{row.weights:,}", f"{100 * row.sparsity:.1f} %",
+        code(row.name), code(row.dtype), f"{row.weights:,}", percent(row.sparsity, 1),
         size(row.stored_bytes), "prunable" if row.prunable else "kept",
     )  # fmt: skip
 

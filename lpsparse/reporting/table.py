@@ -1,7 +1,7 @@
 """The report on a terminal: for 80 columns, and whole in a pipe; it says what each figure is of."""
 
 from lpsparse.reporting.records import Estimate, Report
-from lpsparse.reporting.text import clean, columns, fitted, size
+from lpsparse.reporting.text import clean, columns, fitted, percent, size
 from lpsparse.reporting.words import (
     budget_row,
     change_of,
@@ -14,7 +14,6 @@ from lpsparse.reporting.words import (
     neighbours,
     nonfinite,
     oddities,
-    percent,
     stores,
     verdict,
 )
@@ -135,7 +134,7 @@ def _tensors(report: Report, width: int) -> list[str]:
     largest = sorted(range(len(report.tensors)), key=lambda i: -report.tensors[i].weights)[:MOST_ROWS]
     body = [
         (
-            clean(row.name), row.dtype, f"{row.weights:,}", f"{100 * row.sparsity:.1f} %",
+            clean(row.name), row.dtype, f"{row.weights:,}", percent(row.sparsity, 1),
             size(row.stored_bytes),
             "prunable" if row.prunable else "kept",
         )

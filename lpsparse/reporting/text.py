@@ -16,6 +16,16 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def percent(share: float, digits: int = 2) -> str:
+    """A share in percent. What is neither nothing nor all is not rounded to it."""
+    written, least = f"{abs(100 * share):.{digits}f}", 10**-digits
+    if share and float(written) == 0:
+        return f"{'under ' if share > 0 else 'over -'}{least:.{digits}f} %"
+    if abs(share) < 1 and float(written) == 100:
+        written = f"{100 - least:.{digits}f}"
+    return f"{'-' if share < 0 else ''}{written} %"
+
+
 def shorten(name: str, width: int) -> str:
     """A name cut in its middle to `width` characters."""
     if len(name) <= width:

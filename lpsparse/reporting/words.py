@@ -1,14 +1,15 @@
 """What every view says of a report, in the same words."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lpsparse.checkpoint.manifest import Quality
 from lpsparse.reporting.budgets import quality_drop
 from lpsparse.reporting.records import Budget, Report, TensorRow
-from lpsparse.reporting.text import size
+from lpsparse.reporting.text import percent, size
 
 _ROOM = 0.05  # share of a limit from which on a margin is worth a word
-_WIDE = 1.96  # standard errors either way that hold 95 % of a normal distribution
+CONFIDENCE = 1.96  # standard errors either way that hold 95 % of a normal distribution
 
 
 def verdict(report: Report) -> str:
@@ -44,9 +45,16 @@ def budget_name(budget: Budget) -> str:
 
 def budget_row(budget: Budget) -> tuple[str, str, str, str, str]:
     """Name, limit, value, margin and state of a budget."""
-    value = "not recorded" if budget.value is None else figure(budget.value)
-    margin = "" if budget.margin is None else signed(budget.margin)
-    return budget_name(budget), figure(budget.limit), value, margin, state(budget)
+    value = "not recorded" if budget.value is None else _in_unit(budget, budget.value)
+    margin = "" if budget.margin is None else _in_unit(budget, budget.margin)
+    if budget.margin is not None and budget.margin > 0:
+        margin = f"+{margin}" if margin[0].isdigit() else margin  # "under 0.01 %" has no sign
+    return budget_name(budget), _in_unit(budget, budget.limit), value, margin, state(budget)
+
+
+def _in_unit(budget: Budget, value: float) -> str:
+    """A quality that may drop by a share of itself has a limit in percent."""
+    return percent(value) if getattr(budget, "relative", False) else figure(value)
 
 
 def hint(budget: Budget, name: str | None = None) -> str | None:
@@ -55,26 +63,31 @@ def hint(budget: Budget, name: str | None = None) -> str | None:
         return None
     if budget.margin <= _ROOM * abs(budget.limit):
         return None
-    return f"you beat {name or budget_name(budget)} by {figure(budget.margin)}: tighten it?"
+    return f"you beat {name or budget_name(budget)} by {_in_unit(budget, budget.margin)}: tighten it?"
 
 
 def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
-def signed(value: float) -> str:
-    return f"+{figure(value)}" if value > 0 else figure(value)
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
-
-
 def interval(value: float | None, error: float | None) -> str:
     """A figure with its 95 % interval, where its standard error is known."""
     if value is None:
         return "no head yet"
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {_WIDE * error:.4f}"
+    return f"{value:.4f}" if error is None else f"{value:.4f} {spread(error)}"
+
+
+def spread(error: float) -> str:
+    """Half of the 95 % interval of a figure with this standard error."""
+    return f"± {CONFIDENCE * error:.4f}"
+
+
+def apart(quality: Quality) -> bool | None:
+    """Whether the intervals before and after do not meet; None where there are not two."""
+    before, errors = quality.before, (quality.before_error, quality.after_error)
+    if before is None or errors[0] is None or errors[1] is None:
+        return None
+    return abs(before - quality.after) > CONFIDENCE * (errors[0] + errors[1])
 
 
 def change_of(quality: Quality) -> str:
@@ -104,8 +117,7 @@ def changes(report: Report) -> Sums | None:
     if report.base is None:
         return None
     prunable = [change for row, change in given if row.prunable]
-    cut = [change.largest_cut for change in prunable if change.largest_cut is not None]
-    kept = [change.smallest_kept for change in prunable if change.smallest_kept is not None]
+    cut, kept = _magnitudes(c.largest_cut for c in prunable), _magnitudes(c.smallest_kept for c in prunable)
     moved = max(given, key=lambda each: each[1].largest_change, default=None)
     return Sums(
         cut=sum(change.cut for _, change in given), revived=sum(change.revived for _, change in given),
@@ -113,6 +125,11 @@ def changes(report: Report) -> Sums | None:
         cut_to=max(cut, default=None), kept_from=min(kept, default=None),
         moved=moved[0] if moved and moved[1].largest_change else None,
     )  # fmt: skip
+
+
+def _magnitudes(given: Iterable[float | None]) -> list[float]:
+    """Those that are: where NaN alone was cut, none is positive."""
+    return [value for value in given if value is not None and value > 0]
 
 
 def in_figures(sums: Sums) -> str:
@@ -125,8 +142,15 @@ def cut_at(sums: Sums) -> str | None:
     if sums.cut_to is None:
         return None
     kept = "" if sums.kept_from is None else f"; smallest kept {sums.kept_from:.6g}"
-    one = "" if sums.kept_from is None or sums.cut_to <= sums.kept_from else " (not one threshold for all)"
+    one = "" if one_threshold(sums) is not False else " (not one threshold for all)"
     return f"magnitudes up to {sums.cut_to:.6g}{kept}{one}"
+
+
+def one_threshold(sums: Sums) -> bool | None:
+    """Whether all prunable weights were cut at one magnitude; None where none was cut, or none kept."""
+    if sums.cut_to is None or sums.kept_from is None:
+        return None
+    return sums.cut_to <= sums.kept_from
 
 
 def largest_change(row: TensorRow) -> str:
@@ -142,10 +166,10 @@ def neighbours(report: Report) -> list[tuple[str, str]]:
     """N:M patterns, empty rows, columns, heads and blocks of the prunable weights: what there is."""
     lines: list[tuple[str, str]] = []
     for name, (part, whole) in report.n_m.items():
-        if part:
+        if part and whole:
             lines.append((name, f"{part:,} of {whole:,} groups ({percent(part / whole)})"))
     for name, (part, whole) in report.empty.items():
-        if part:
+        if part and whole:
             lines.append((f"empty {name}", f"{part:,} of {whole:,} ({percent(part / whole)})"))
     return lines
 

@@ -4,9 +4,9 @@ from markupsafe import Markup
 
 from lpsparse.checkpoint.manifest import Quality
 from lpsparse.reporting.html import svg
-from lpsparse.reporting.html.parts import Figure, Table, View, coded, count, number, percent
-from lpsparse.reporting.html.verdict import CONFIDENCE, interval
+from lpsparse.reporting.html.parts import Figure, Table, View, coded, count, number, percent, typeset
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.words import CONFIDENCE, spread
 
 _HEIGHT = 200
 _Point = tuple[str, float | None, float, float | None]  # words, sparsity, value, standard error
@@ -54,7 +54,7 @@ def _figure(report: Report, i: int) -> Figure:
     better = "higher is better" if each.higher_is_better else "lower is better"
     told = "; ".join(f"{words} {number(value)} at {_at(sparsity)}" for words, sparsity, value, _ in points)
     body = [
-        (_words(words), _at(sparsity), number(value), interval(error))
+        (_words(words), _at(sparsity), number(value), "–" if error is None else typeset(spread(error)))
         for words, sparsity, value, error in points
     ]
     name = f"{each.metric} on {each.split}" + (f" ({i + 1})" if len(report.quality) > 1 else "")

@@ -7,6 +7,7 @@ from markupsafe import Markup
 from lpsparse.reporting.html import svg
 from lpsparse.reporting.html.parts import Figure, Table, View, brief, count, exponent, number
 from lpsparse.reporting.records import Histogram, Report
+from lpsparse.reporting.words import changes, one_threshold
 
 _HEIGHT = 220
 _Counts = dict[int, int]  # power of two -> weights
@@ -22,11 +23,12 @@ def view(report: Report) -> View:
     words = ["Both axes are logarithmic: a bar is the prunable weights from one power of two to the next."]
     if report.base is None:
         words.append("No BASE was given, so there is only after.")
-    cut, kept = threshold(report)
-    if cut is not None and kept is not None:
-        words.append(_gap(cut, kept))
-    elif report.base is not None:
-        words.append("Nothing was cut, so no threshold is drawn.")
+    sums = changes(report)
+    cut, kept = (None, None) if sums is None else (sums.cut_to, sums.kept_from)
+    if sums is not None and cut is not None and kept is not None:
+        words.append(_gap(cut, kept, bool(one_threshold(sums))))
+    elif report.base is not None and cut is None:
+        words.append("No finite weight was cut, so no threshold is drawn.")
     return View("magnitudes", title, (" ".join(words),), (_figure(ours, theirs, cut, kept),))
 
 
@@ -36,18 +38,10 @@ def _counts(histogram: Histogram | None) -> _Counts:
     return {histogram.first + i: many for i, many in enumerate(histogram.counts) if many}
 
 
-def threshold(report: Report) -> tuple[float | None, float | None]:
-    """Magnitudes of BASE in the prunable tensors: the largest that was cut, the smallest that was kept."""
-    changes = [row.change for row in report.tensors if row.prunable and row.change and row.change.cut]
-    cut = max((each.largest_cut for each in changes if each.largest_cut is not None), default=None)
-    kept = min((each.smallest_kept for each in changes if each.smallest_kept is not None), default=None)
-    return cut, kept
-
-
-def _gap(cut: float, kept: float) -> str:
+def _gap(cut: float, kept: float, one: bool) -> str:
     ends = f"{number(cut, 6)} is the largest that was cut, {number(kept, 6)} the smallest kept"
     said = f"Of BASE's magnitudes, {ends}: "
-    return said + ("one threshold parts them." if cut <= kept else "there was not one threshold for all.")
+    return said + ("one threshold parts them." if one else "there was not one threshold for all.")
 
 
 def _figure(ours: _Counts, theirs: _Counts, cut: float | None, kept: float | None) -> Figure:
@@ -55,11 +49,11 @@ def _figure(ours: _Counts, theirs: _Counts, cut: float | None, kept: float | Non
     first, last = min(powers), max(powers) + 1
     high = max((*ours.values(), *theirs.values()))
     axis = svg.Axis(0.7, max(high, 10) * 1.3, log=True)
-    bins = range(first, last)
+    many = last - first  # of which few may be there: work goes by those
     parts = svg.grid(axis, _HEIGHT, [(value, brief(value)) for value in svg.ticks(axis, 4)])
-    parts.append(svg.columns([axis.at(ours[i]) if i in ours else 0.0 for i in bins], _HEIGHT, "total"))
+    parts.append(svg.columns({i - first: axis.at(each) for i, each in ours.items()}, many, _HEIGHT, "total"))
     if theirs:
-        parts.append(_outline([axis.at(theirs[i]) if i in theirs else 0.0 for i in bins]))
+        parts.append(_outline({i - first: axis.at(each) for i, each in theirs.items()}, many))
     for value, css in ((cut, "cut"), (kept, "kept")):
         parts += _threshold(value, first, last, css) if value else []
     step = max(1, -(-(last - first) // 5))
@@ -72,18 +66,21 @@ def _figure(ours: _Counts, theirs: _Counts, cut: float | None, kept: float | Non
     body = [
         (f"{_power(i, 3)} to {_power(i + 1, 3)}", count(theirs.get(i, 0)) if theirs else "–",
          count(ours.get(i, 0)))
-        for i in bins
-        if i in ours or i in theirs
+        for i in sorted({*ours, *theirs})
     ]  # fmt: skip
     drawing = svg.canvas("histogram", "Magnitudes", told, svg.TOP + _HEIGHT + 26, parts, "plot")
     table = Table("Weights by magnitude", ("magnitude", "before", "after"), body)
     return Figure("Prunable weights by magnitude", (drawing,), table, tuple(legend))
 
 
-def _outline(heights: list[float]) -> Markup:
-    each = 1 / len(heights)
-    steps = [point for i, high in enumerate(heights) for point in ((i * each, high), ((i + 1) * each, high))]
-    return svg.line([(0.0, 0.0), *steps, (1.0, 0.0)], _HEIGHT, "outline")
+def _outline(heights: dict[int, float], many: int) -> Markup:
+    points = [(0.0, 0.0)]
+    for i, high in sorted(heights.items()):
+        left, right = i / many, (i + 1) / many
+        points += [] if i - 1 in heights else [(left, 0.0)]
+        points += [(left, high), (right, high)]
+        points += [] if i + 1 in heights else [(right, 0.0)]
+    return svg.line([*points, (1.0, 0.0)], _HEIGHT, "outline")
 
 
 def _threshold(value: float, first: int, last: int, css: str) -> list[Markup]:

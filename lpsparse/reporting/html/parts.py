@@ -1,5 +1,6 @@
 """What the page is made of: views with words, figures and tables; how its numbers and names are written."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -91,13 +92,13 @@ def brief(number: float) -> str:
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """A share in percent; never 100 or 0 by rounding alone."""
-    written = f"{100 * share:.{digits}f}"
-    if float(written) == 100 and share < 1:
-        written = f">{100 - 10**-digits:.{digits}f}"
-    elif float(written) == 0 and share > 0:
-        written = f"<{10**-digits:.{digits}f}"
-    return f"{written}{THIN}%"
+    return typeset(text.percent(share, digits))
+
+
+def typeset(written: str) -> str:
+    """Figures of ours with the signs and the narrow spaces of print."""
+    written = re.sub(r"e([+-]\d+)", lambda power: f"e{int(power[1])}", written)
+    return written.replace(",", THIN).replace(" %", f"{THIN}%").replace("-", "−")
 
 
 def size(number: float) -> str:
@@ -110,16 +111,11 @@ def number(value: float | None, digits: int = 4) -> str:
     """A value in few digits; a dash for what is not known."""
     if value is None:
         return "–"
-    return _minus(f"{value:.{digits}g}")
+    return typeset(f"{value:.{digits}g}")
 
 
 def exponent(value: float, digits: int) -> str:
-    return _minus(f"{value:.{digits - 1}e}")
-
-
-def _minus(written: str) -> str:
-    mantissa, e, power = written.partition("e")
-    return (mantissa + (f"e{int(power)}" if e else "")).replace("-", "−")
+    return typeset(f"{value:.{digits - 1}e}")
 
 
 def plural(many: int, one: str) -> str:

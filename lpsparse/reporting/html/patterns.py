@@ -93,7 +93,7 @@ def _lane(i: int, name: str, groups: list[list[TensorRow]]) -> svg.Markup:
         svg.tag("text", _words(name), x=0, y=9, class_="strong"),
         svg.tag("text", f"at most {percent(most)}", x="100%", y=9, class_="end"),
         svg.tag("rect", x=0, y=svg.TOP, width="100%", height=_LANE, class_="track"),
-        svg.columns(shares, _LANE, _css(name)),
+        svg.columns(dict(enumerate(shares)), len(shares), _LANE, _css(name)),
         svg.tag("line", x1=0, x2="100%", y1=y, y2=y, class_="grid"),
     ]
     return svg.canvas(f"lane-{i}", _words(name), told, y + 10, parts, "rows")

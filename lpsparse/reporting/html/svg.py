@@ -2,7 +2,7 @@
 Colours are classes of style.css, for light, dark and paper."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -128,12 +128,12 @@ def line(points: Sequence[tuple[float, float]], height: float, css: str) -> Mark
     return stretched(height, tag("polyline", points=drawn, class_=css))
 
 
-def columns(heights: Sequence[float], height: float, css: str) -> Markup:
-    """Bars without room between them, as one path: few bytes for many."""
-    each = WIDE / max(len(heights), 1)
+def columns(heights: Mapping[int, float], many: int, height: float, css: str) -> Markup:
+    """Bars at some of `many` places, without room between them, as one path: few bytes for many."""
+    each = WIDE / max(many, 1)
     drawn = "".join(
         f"M{_plain(i * each)} {height:g}V{_plain(height * (1 - share))}H{_plain((i + 1) * each)}V{height:g}z"
-        for i, share in enumerate(heights)
+        for i, share in sorted(heights.items())
         if share > 0
     )
     return stretched(height, tag("path", d=drawn, class_=css))

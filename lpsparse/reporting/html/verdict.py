@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from lpsparse.checkpoint.manifest import Quality
-from lpsparse.reporting.budgets import quality_drop
 from lpsparse.reporting.html.parts import (
     Cell,
     Table,
@@ -17,12 +16,12 @@ from lpsparse.reporting.html.parts import (
     percent,
     plural,
     size,
+    typeset,
 )
 from lpsparse.reporting.records import Budget, Report
+from lpsparse.reporting.words import apart, budget_row, change_of, hint, nonfinite, spread, state
 
-CONFIDENCE = 1.96  # standard errors to either side: 95 %
-_SHARES = ("min-sparsity", "max-layer-sparsity", "sparsity of", "min-nm")
-_ROOM = 0.01  # of its limit: a budget that is met by less is tight
+_LEVELS = {"ok": "passed", "FAILED": "failed", "warn": "warning"}
 _SIGNS = {"passed": "✓", "failed": "✕", "warning": "!", "none": "–"}
 
 
@@ -35,15 +34,18 @@ class Card:
 
 def status(report: Report) -> tuple[str, str]:
     """The class of the verdict, and its words."""
-    failed = [each for each in report.budgets if not each.passed]
-    errors = sum(each.level == "error" for each in failed)
-    if not report.budgets:
-        return "none", "No budgets were set"
-    if errors:
-        return "failed", f"Failed: {count(errors)} of {plural(len(report.budgets), 'budget')}"
+    states = [state(each) for each in report.budgets]
+    failed, warned, of = states.count("FAILED"), states.count("warn"), len(states)
+    alarm = nonfinite(report)
     if failed:
-        return "warning", f"Passed, with {plural(len(failed), 'warning')}"
-    return "passed", f"Passed: {'the budget is' if len(report.budgets) == 1 else 'all budgets are'} met"
+        return "failed", f"Failed: {count(failed)} of {plural(of, 'budget')}"
+    if alarm:
+        return "failed", f"Not finite: {typeset(alarm)}"
+    if not states:
+        return "none", "No budgets were set"
+    if warned:
+        return "warning", f"Passed, with {plural(warned, 'warning')}"
+    return "passed", f"Passed: {'the budget is' if of == 1 else 'all budgets are'} met"
 
 
 def sentence(report: Report) -> str:
@@ -87,15 +89,9 @@ def _arrow(before: str | None, after: str) -> Cell:
 
 def _quality(each: Quality) -> Card:
     before = None if each.before is None else number(each.before)
-    drop = quality_drop(each)
-    if drop is None:
-        change = "the model had no head for the task before"
-    elif drop == 0:
-        change = "unchanged"
-    else:
-        change = f"{'worse' if drop > 0 else 'better'} by {number(abs(drop))}"
-    spread = [interval(error) for error in (each.before_error, each.after_error) if error is not None]
-    said = f"{' and '.join(spread)} (95 % intervals)" if spread else "no interval is recorded"
+    change = typeset(change_of(each)) or "the model had no head for the task before"
+    errors = [error for error in (each.before_error, each.after_error) if error is not None]
+    said = f"{' and '.join(map(spread, errors))} (95 % intervals)" if errors else "no interval is recorded"
     better = "higher is better" if each.higher_is_better else "lower is better"
     return Card(
         f"Quality: {each.metric}", _arrow(before, number(each.after)),
@@ -104,27 +100,21 @@ def _quality(each: Quality) -> Card:
 
 
 def _meet(each: Quality) -> tuple[str, ...]:
-    if each.before is None or each.before_error is None or each.after_error is None:
-        return ()
-    apart = abs(each.before - each.after) > CONFIDENCE * (each.before_error + each.after_error)
-    return ("the intervals are apart" if apart else "the intervals overlap",)
-
-
-def interval(error: float | None) -> str:
-    return "–" if error is None else f"±{number(CONFIDENCE * error, 2)}"
+    known = apart(each)
+    return () if known is None else ("the intervals are apart" if known else "the intervals overlap",)
 
 
 def budgets(report: Report) -> Table:
     """Failed first, as the report has them."""
-    body = [
-        (
-            mark(_level(each)), _name(each), _figure(each, each.value), _figure(each, each.limit),
-            _margin(each), each.level, _remark(each),
-        )
-        for each in report.budgets
-    ]  # fmt: skip
+    body = [_row(each) for each in report.budgets]
     head = ("verdict", "budget", "value", "limit", "margin", "level", "remark")
     return Table("Budgets, failed first", head, body, words=(0, 1, 5, 6))
+
+
+def _row(budget: Budget) -> tuple[Cell, ...]:
+    _, *figures, said = budget_row(budget)
+    limit, value, margin = map(typeset, figures)
+    return mark(_LEVELS[said]), _name(budget), value, limit, margin or "–", budget.level, _remark(budget)
 
 
 def mark(name: str) -> Markup:
@@ -133,37 +123,10 @@ def mark(name: str) -> Markup:
     return filled(sign, name, _SIGNS[name], name)
 
 
-def _level(budget: Budget) -> str:
-    return "passed" if budget.passed else "failed" if budget.level == "error" else "warning"
-
-
 def _name(budget: Budget) -> Cell:
     if budget.pattern is None:
         return budget.name
     return filled("{} for {}", budget.name, named(budget.pattern))
-
-
-def _figure(budget: Budget, value: float | None) -> str:
-    if value is None:
-        return "not recorded"
-    if "bytes" in budget.name:
-        return f"{count(value)} B"
-    return percent(value) if budget.name.startswith(_SHARES) else number(value)
-
-
-def _margin(budget: Budget) -> str:
-    if budget.margin is None:
-        return "–"
-    distance = _distance(budget, abs(budget.margin))
-    if not any(digit in distance for digit in "123456789"):
-        return distance  # met, but for what rounding to whole weights takes
-    return f"{'+' if budget.margin > 0 else '−'}{distance}"
-
-
-def _distance(budget: Budget, margin: float) -> str:
-    if "bytes" in budget.name:
-        return size(margin)
-    return f"{100 * margin:.2f} points" if budget.name.startswith(_SHARES) else number(margin)
 
 
 def _remark(budget: Budget) -> Cell:
@@ -171,9 +134,4 @@ def _remark(budget: Budget) -> Cell:
         return "what was not recorded fails its budget"
     if budget.worst is not None:
         return filled("decided by {}", named(budget.worst))
-    if not budget.passed or budget.margin is None or budget.margin <= _ROOM * abs(budget.limit):
-        return ""
-    beaten = _distance(budget, budget.margin)
-    if budget.name.endswith("of baseline"):
-        return f"better than the baseline allows by {beaten}: take this report as the new one?"
-    return f"you beat this budget by {beaten}: tighten it?"
+    return typeset(hint(budget, "this budget") or "")
