@@ -54,7 +54,7 @@ def budget_row(budget: Budget) -> tuple[str, str, str, str, str]:
 
 def _in_unit(budget: Budget, value: float) -> str:
     """A quality that may drop by a share of itself has a limit in percent."""
-    return percent(value) if getattr(budget, "relative", False) else figure(value)
+    return percent(value) if budget.relative else figure(value)
 
 
 def hint(budget: Budget, name: str | None = None) -> str | None:
