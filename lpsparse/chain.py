@@ -20,7 +20,7 @@ from lpsparse.recipe_file import Recipe, overrides_of
 from lpsparse.settings import resolve
 
 WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
-_TAKEN = ("model", "base", "source", "baseline")  # settings that may name what an earlier step makes
+TAKEN = ("model", "base", "source", "baseline")  # settings that may name what an earlier step makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[Link
     """The steps of a recipe with every default, override and folder filled in. No model is looked for.
 
     A step takes what the last step before it that writes has made. `model` in a step names another model, or
-    the `out` of an earlier step, and the steps after it go on from its result; `base` and `source` may name
-    such an `out`, too. A report's `base` is the model that its own chain began with.
+    the `out` of an earlier step, and the steps after it go on from its result; `base`, `source` and
+    `baseline` may name such an `out`, too. A report's `base` is the model that its own chain began with.
     """
     if read.out.exists() and not read.out.is_dir():
         raise OutputError(401, f"{read.out}: is a file", mend="choose another --set out=FOLDER")
@@ -69,7 +69,7 @@ def _linked(
     kind, where = STEPS[name], f"{path}: steps[{i}].{name}"
     settings = {"model": current, **(values or {})}
     given = {"model": settings.pop("model"), **overrides_of(name, values, overrides)}
-    for key in _TAKEN:
+    for key in TAKEN:
         for table in (settings, given):
             if isinstance(table.get(key), str):
                 table[key] = _made(table[key], before)
