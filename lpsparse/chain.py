@@ -76,7 +76,7 @@ def _linked(
     origin = next((link.origin for link in before if str(link.out) == given["model"]), given["model"])
     if "data" in kind.model_fields and read.data is not None:
         settings.setdefault("data", read.data)
-    if kind is ReportStep:
+    if kind is ReportStep and not _is_one_of_several(origin, {**settings, **given}, before):
         settings.setdefault("base", origin)
     if kind is RecoverStep and not {"include", "exclude"} & {*settings, *given}:
         settings |= _patterns(given["model"], before)
@@ -89,6 +89,13 @@ def _linked(
         mend = "leave it out; `lpsparse recipe check` looks without writing"
         raise UsageError(282, f"{where}: dry_run leaves nothing for the steps after it", mend=mend)
     return Link(i, name, step.as_finetune() if isinstance(step, RecoverStep) else step, origin, called)
+
+
+def _is_one_of_several(origin: str, values: Mapping[str, Any], before: Sequence[Link]) -> bool:
+    """Whether a step says by `weights` which checkpoint in `origin` it means: a report's `base` cannot."""
+    of_ours = values["model"] == origin and values.get("weights") is not None
+    named = (link for link in before if link.model == origin)
+    return of_ours or any(getattr(link.step, "weights", None) is not None for link in named)
 
 
 def _made(text: str, before: Sequence[Link]) -> str:
