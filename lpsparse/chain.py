@@ -20,7 +20,7 @@ from lpsparse.recipe_file import Recipe, overrides_of
 from lpsparse.settings import resolve
 
 WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
-_TAKEN = ("model", "base", "source", "baseline")  # settings that may name what an earlier step makes
+TAKEN = ("model", "base", "source", "baseline")  # settings that may name what an earlier step makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[Link
     """The steps of a recipe with every default, override and folder filled in. No model is looked for.
 
     A step takes what the last step before it that writes has made. `model` in a step names another model, or
-    the `out` of an earlier step, and the steps after it go on from its result; `base` and `source` may name
-    such an `out`, too. A report's `base` is the model that its own chain began with.
+    the `out` of an earlier step, and the steps after it go on from its result; `base`, `source` and
+    `baseline` may name such an `out`, too. A report's `base` is the model that its own chain began with.
     """
     if read.out.exists() and not read.out.is_dir():
         raise OutputError(401, f"{read.out}: is a file", mend="choose another --set out=FOLDER")
@@ -69,14 +69,14 @@ def _linked(
     kind, where = STEPS[name], f"{path}: steps[{i}].{name}"
     settings = {"model": current, **(values or {})}
     given = {"model": settings.pop("model"), **overrides_of(name, values, overrides)}
-    for key in _TAKEN:
+    for key in TAKEN:
         for table in (settings, given):
             if isinstance(table.get(key), str):
                 table[key] = _made(table[key], before)
     origin = next((link.origin for link in before if str(link.out) == given["model"]), given["model"])
     if "data" in kind.model_fields and read.data is not None:
         settings.setdefault("data", read.data)
-    if kind is ReportStep:
+    if kind is ReportStep and not _is_one_of_several(origin, {**settings, **given}, before):
         settings.setdefault("base", origin)
     if kind is RecoverStep and not {"include", "exclude"} & {*settings, *given}:
         settings |= _patterns(given["model"], before)
@@ -89,6 +89,13 @@ def _linked(
         mend = "leave it out; `lpsparse recipe check` looks without writing"
         raise UsageError(282, f"{where}: dry_run leaves nothing for the steps after it", mend=mend)
     return Link(i, name, step.as_finetune() if isinstance(step, RecoverStep) else step, origin, called)
+
+
+def _is_one_of_several(origin: str, values: Mapping[str, Any], before: Sequence[Link]) -> bool:
+    """Whether a step says by `weights` which checkpoint in `origin` it means: a report's `base` cannot."""
+    of_ours = values["model"] == origin and values.get("weights") is not None
+    named = (link for link in before if link.model == origin)
+    return of_ours or any(getattr(link.step, "weights", None) is not None for link in named)
 
 
 def _made(text: str, before: Sequence[Link]) -> str:

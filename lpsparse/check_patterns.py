@@ -3,11 +3,14 @@
 from fnmatch import fnmatchcase
 
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.errors import UsageError
+from lpsparse.limits import BUDGETS, limit_of
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import choose, no_match
 from lpsparse.recipe import FinetuneStep, PruneStep, ReportStep, Step, pair
 
 _HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
+_NOT_YET = "matches no tensor yet; the new head may give it one"
 
 
 def check_patterns(step: Step, source: Checkpoint, *, renamed: bool) -> tuple[int | None, list[str], bool]:
@@ -23,12 +26,12 @@ def check_patterns(step: Step, source: Checkpoint, *, renamed: bool) -> tuple[in
     if isinstance(step, FinetuneStep) and step.task in _HEADED and step.model_fn is None:
         plain = choose(named, (), (), needed=False)
         renamed = renamed or not any(reason == "output head" for _, reason in plain.values())
-    notes: list[str] = []
+    notes = _check_budgets(step, names, renamed=renamed) if isinstance(step, ReportStep) else []
     freeze = step.freeze if isinstance(step, FinetuneStep) else ()
     if renamed:
         given = (*step.include, *step.exclude, *freeze)
         unknown = [each for each in given if not any(fnmatchcase(name, each) for name in names)]
-        notes = [f"{each}: matches no tensor yet; the new head may give it one" for each in unknown]
+        notes += [f"{each}: {_NOT_YET}" for each in unknown]
         known = {
             key: tuple(each for each in getattr(step, key) if each not in unknown)
             for key in ("include", "exclude")
@@ -48,3 +51,18 @@ def check_patterns(step: Step, source: Checkpoint, *, renamed: bool) -> tuple[in
         chosen = choose(named, step.include, step.exclude, needed=isinstance(step, FinetuneStep))
     cut = sum(tensor.size for tensor in source.tensors if chosen[tensor.name][0])
     return cut, notes, renamed
+
+
+def _check_budgets(step: ReportStep, names: list[str], *, renamed: bool) -> list[str]:
+    """Budgets of tensors that are not there yet; those of tensors that cannot be there raise UsageError."""
+    notes: list[str] = []
+    for name in BUDGETS:
+        for text in getattr(step, name.replace("-", "_")):
+            pattern = limit_of(name, text).pattern
+            if pattern is None or any(fnmatchcase(each, pattern) for each in names):
+                continue
+            if not renamed:
+                what = f"budget --{name} {text}: the pattern matches no tensor"
+                raise UsageError(290, what, mend="`lpsparse inspect MODEL` lists the names")
+            notes.append(f"{pattern}: {_NOT_YET}")
+    return notes

@@ -18,13 +18,14 @@ from lpsparse.checkpoint.output import has_states, left_bytes, partial_of
 from lpsparse.checkpoint.preflight import check_place
 from lpsparse.checkpoint.remote import read_remote
 from lpsparse.checkpoint.rescue import LAYOUTS
-from lpsparse.checkpoint.writer import MANIFEST
+from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.errors import InputError, LpsparseError, OutputError
-from lpsparse.pipeline import is_finished
+from lpsparse.pipeline import is_finished, report_file
 from lpsparse.pruning.quantised import refuse_quantised
-from lpsparse.recipe import EvalStep, FinetuneStep, PruneStep, Step, VerifyStep
+from lpsparse.recipe import EvalStep, FinetuneStep, PruneStep, ReportStep, Step, VerifyStep
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.estimate import estimate
+from lpsparse.reporting.reread import read_report
 from lpsparse.training import memory
 
 _SPARE = 1.05  # as preflight asks for
@@ -48,6 +49,7 @@ class _Look:
     made: dict[str, _Held] = field(default_factory=dict[str, _Held])  # by folder: what the steps so far make
     opened: dict[tuple[str, str | None], _Held] = field(default_factory=dict[tuple[str, str | None], _Held])
     fresh: set[str] = field(default_factory=set[str])  # folders that are not finished
+    reports: set[Path] = field(default_factory=set[Path])  # that the report steps so far keep
     used: int = 0  # bytes of disk of the steps so far
 
 
@@ -70,6 +72,8 @@ def check_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None)
     for link in links:
         with _naming(link):
             steps.append(_step(link, look, place, free))
+            if isinstance(link.step, ReportStep):
+                look.reports.add(report_file(link, links, read.out))
     return {
         "recipe": str(path), "out": str(read.out), "steps": steps, "disk_bytes": look.used,
         "free_bytes": free, "memory_bytes": max(step["memory_bytes"] for step in steps),
@@ -95,6 +99,8 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
     for name in (getattr(step, "base", None), getattr(step, "source", None)):
         if name is not None:
             _take(name, None, look)
+    if isinstance(step, ReportStep) and step.baseline is not None:
+        _check_baseline(step.baseline, look)
     if isinstance(step, (FinetuneStep, PruneStep)) or held.checkpoint.layout in LAYOUTS:
         refuse_quantised(held.checkpoint)
     notes = check_data(step, held.checkpoint) if isinstance(step, (FinetuneStep, EvalStep)) else []
@@ -114,6 +120,13 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         "state": state, "prunable_weights": prunable, "disk_bytes": disk, "memory_bytes": memory_bytes,
         "notes": [*notes, *more],
     }  # fmt: skip
+
+
+def _check_baseline(baseline: Path, look: _Look) -> None:
+    """Raises InputError where it is no report, and no step before makes it one."""
+    folder = baseline.parent if baseline.name == REPORT else baseline
+    if str(folder) not in look.made and baseline not in look.reports:
+        read_report(baseline)
 
 
 def _take(model: str, weights: str | None, look: _Look) -> _Held:

@@ -12,7 +12,7 @@ from lpsparse.chain import WRITES, Link, planned, trained_from
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.writer import MANIFEST
+from lpsparse.checkpoint.writer import MANIFEST, REPORT, as_json, write_beside
 from lpsparse.errors import InputError, OutputError
 from lpsparse.recipe import (
     POSITIONAL,
@@ -70,9 +70,19 @@ def run_each(
     links = planned(read, overrides or {}, path)
     locate(read.model)  # a model that cannot be had fails before anything is made
     with folder_for(read.out):
-        yield from run_links(links, say, on_step)
+        for link, done in zip(links, run_links(links, say, on_step), strict=True):
+            if isinstance(done.result, Report) and isinstance(link.step, ReportStep) and is_first():
+                write_beside(report_file(link, links, read.out), as_json(done.result.model_dump(mode="json")))
+            yield done
         if is_first():
             write_resolved(read, links)
+
+
+def report_file(link: Link, links: Sequence[Link], out: Path) -> Path:
+    """Where the report of a report step is kept: the last one in OUT/report.json, those before it in
+    OUT/report-N.json, N the step's number from 1."""
+    last = max(each.index for each in links if isinstance(each.step, ReportStep))
+    return out / (REPORT if link.index == last else f"report-{link.index + 1}.json")
 
 
 @contextmanager

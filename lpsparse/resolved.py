@@ -1,5 +1,6 @@
 """What a recipe came to: the recipe again, with every setting that decides the result written out."""
 
+import os
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 from lpsparse import __version__
 from lpsparse.chain import Link
+from lpsparse.checkpoint.hub import is_hub_id
+from lpsparse.checkpoint.manifest import read_manifest
 from lpsparse.checkpoint.writer import write_beside
 from lpsparse.recipe import Step
 from lpsparse.recipe_file import Recipe
@@ -30,7 +33,9 @@ def resolved(read: Recipe, links: Sequence[Link]) -> str:
     import yaml
 
     names = {str(link.out): link.called for link in links if link.out is not None}
-    table: dict[str, Any] = {"version": read.version, "model": _path(read.model)}
+    model = _pinned(read.model, links)
+    names[read.model] = model
+    table: dict[str, Any] = {"version": read.version, "model": model}
     if read.data is not None:
         table["data"] = _path(read.data)
     table["out"] = _path(str(read.out))
@@ -46,7 +51,22 @@ def resolved(read: Recipe, links: Sequence[Link]) -> str:
         table["steps"].append({link.name: values})
     head = f"# What lpsparse {__version__} ran: every default and override is filled in. Paths are from the\n"
     head += "# folder in which it ran; `lpsparse run` of this file there makes the same bytes.\n"
+    if _is_unpinned(model):
+        head += "# Of the model no revision is named or known: the hub may give another one then.\n"
     return head + yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _pinned(model: str, links: Sequence[Link]) -> str:
+    """The recipe's model; a hub id with the revision that the first step of it read."""
+    made = [link.out for link in links if link.out is not None and link.model == model]
+    if not _is_unpinned(model) or not made:
+        return _path(model)
+    revision = read_manifest(made[0]).source.revision
+    return model if revision is None else f"{model}@{revision}"
+
+
+def _is_unpinned(model: str) -> bool:
+    return is_hub_id(model) and "@" not in model and not os.path.lexists(model)
 
 
 def _values(step: Step, names: dict[str, str]) -> dict[str, Any]:

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse import pipeline, verbs
-from lpsparse.chain import Link, planned
+from lpsparse.chain import TAKEN, Link, planned
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.writer import as_json, write_beside
 from lpsparse.errors import UsageError
 from lpsparse.pipeline import Done
-from lpsparse.recipe import FinetuneStep, PruneStep, ReportStep
+from lpsparse.recipe import EvalStep, FinetuneStep, PackStep, PruneStep, ReportStep, UnpackStep
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.curve import draw
-from lpsparse.reporting.measure import Report
+from lpsparse.reporting.records import Budget, Report
 from lpsparse.settings import is_first
 
-_TAKEN = ("model", "base", "source", "baseline")
 _COLUMNS = (
     "sparsity", "zeros", "weights", "file_bytes", "bitmask_bytes", "metric", "before", "after", "passed",
     "folder",
@@ -65,7 +64,7 @@ def sweep(
             say(f"sparsity {value}:")
             with pipeline.folder_for(folder / f"s{_short(value)}"):
                 done = list(pipeline.run_links(at.own, say, on_step, at.all))
-            rows.append(_row(value, at.own, done, folder))
+            rows.append(_row(value, at.own, common, done, folder))
         found = _result(path, rows, _dense(first.own[0].model, common, rows))
         if is_first():
             _write(folder, found)
@@ -101,7 +100,7 @@ def _varied(path: Path, links: Sequence[Link]) -> set[int]:
         cuts = isinstance(step, PruneStep) or (
             isinstance(step, FinetuneStep) and step.target_sparsity is not None
         )
-        if cuts or any(getattr(step, key, None) in made for key in _TAKEN):
+        if cuts or any(str(getattr(step, key, None)) in made for key in TAKEN):
             varied.add(link.index)
             made |= {str(link.out)} if link.out is not None else set()
     if not made:
@@ -115,9 +114,10 @@ def _place(links: Sequence[Link], varied: set[int], value: Decimal, was: Path, f
     moved: dict[str, str] = {}
     found: list[Link] = []
     for link in links:
-        changes: dict[str, Any] = {
-            key: moved[getattr(link.step, key)] for key in _TAKEN if getattr(link.step, key, None) in moved
-        }
+        named = {key: str(getattr(link.step, key, None)) for key in TAKEN}
+        changes: dict[str, Any] = {key: moved[at] for key, at in named.items() if at in moved}
+        if "baseline" in changes:
+            changes["baseline"] = Path(changes["baseline"])
         if link.out is not None:
             part = f"s{_short(value)}" if link.index in varied else "shared"
             changes["out"] = folder / part / link.called
@@ -134,34 +134,69 @@ def _short(value: Decimal) -> str:
     return f"{value:.2f}" if value == value.quantize(Decimal("0.01")) else str(value.normalize())
 
 
-def _row(value: Decimal, links: Sequence[Link], done: Sequence[Done], folder: Path) -> dict[str, Any]:
-    out = next(link.out for link in reversed(links) if link.out is not None)
-    last = [each.result for each in done if isinstance(each.step, ReportStep)]
-    report = last[-1] if last else verbs.report(out)
+def _row(
+    value: Decimal, links: Sequence[Link], common: Sequence[Done], own: Sequence[Done], folder: Path
+) -> dict[str, Any]:
+    """The model at one sparsity. The figures are of the folder that the row names; the budgets are those of
+    every report, of this folder's first."""
+    out = _named(links, own)
+    mine = [each.result for each in own if isinstance(each.step, ReportStep) and each.step.model == str(out)]
+    report = mine[-1] if mine else verbs.report(out)
     assert isinstance(report, Report)
-    metric, before, after, higher = _quality(report, done)
+    budgets = [budget for each in (*reversed(own), *common) for budget in _budgets(each)]
+    budgets.sort(key=lambda budget: budget not in report.budgets)
+    metric, before, after, higher = _quality(report, own, _alike(str(out), own))
     return {
         "sparsity": float(value), "folder": out.relative_to(folder).as_posix(), "layout": report.layout,
         "zeros": report.prunable.zeros, "weights": report.prunable.weights,
         "file_bytes": report.bytes.file_bytes, "bitmask_bytes": report.bytes.bitmask_bytes,
         "metric": metric, "before": before, "after": after, "higher_is_better": higher,
-        "budgets": [budget.model_dump(mode="json") for budget in report.budgets],
-        "passed": pipeline.passed(list(done)),
+        "budgets": [budget.model_dump(mode="json") for budget in budgets],
+        "passed": pipeline.passed([*common, *own]),
     }  # fmt: skip
 
 
-def _quality(report: Report, done: Sequence[Done]) -> tuple[str | None, float | None, float | None, bool]:
+def _named(links: Sequence[Link], own: Sequence[Done]) -> Path:
+    """The folder that stands for a sparsity: what the last report with budgets looked at, else what the last
+    step that writes has made."""
+    outs = {str(link.out): link.out for link in links if link.out is not None}
+    judged = [str(each.step.model) for each in own if isinstance(each.step, ReportStep) and _budgets(each)]
+    return outs[next((model for model in reversed(judged) if model in outs), list(outs)[-1])]
+
+
+def _budgets(done: Done) -> tuple[Budget, ...]:
+    return done.result.budgets if isinstance(done.result, Report) else ()
+
+
+def _alike(model: str, done: Sequence[Done]) -> set[str]:
+    """The folders that hold the weights of `model`, in whatever layout."""
+    found = {model}
+    stored = [each.step for each in done if isinstance(each.step, (PackStep, UnpackStep))]
+    for step in reversed(stored):
+        found |= {step.model} if str(step.out) in found else set()
+    for step in stored:
+        found |= {str(step.out)} if step.model in found else set()
+    return found
+
+
+def _quality(
+    report: Report, done: Sequence[Done], alike: set[str]
+) -> tuple[str | None, float | None, float | None, bool]:
     """Metric, before and after: what was recorded of these weights, else what an `eval` step measured."""
     if report.quality:
         quality = report.quality[0]
         return quality.metric, quality.before, quality.after, quality.higher_is_better
-    metric, value = _measured(done)
+    metric, value = _measured(done, alike)
     return metric, None, value, metric == "accuracy"
 
 
-def _measured(done: Sequence[Done]) -> tuple[str | None, float | None]:
-    """What the last `eval` step measured."""
-    found = [each.result for each in done if isinstance(each.result, dict) and "loss" in each.result]
+def _measured(done: Sequence[Done], alike: set[str]) -> tuple[str | None, float | None]:
+    """What the last `eval` step of one of these models measured."""
+    found = [
+        each.result
+        for each in done
+        if isinstance(each.step, EvalStep) and each.step.model in alike and isinstance(each.result, dict)
+    ]
     if not found:
         return None, None
     metric = "accuracy" if "accuracy" in found[-1] else "loss"
@@ -171,7 +206,7 @@ def _measured(done: Sequence[Done]) -> tuple[str | None, float | None]:
 def _dense(model: str, common: Sequence[Done], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The model that all the runs begin with."""
     report = verbs.report(model)
-    metric, value = _measured(common)
+    metric, value = _measured(common, _alike(model, common))
     recorded = [row["before"] for row in rows if row["before"] is not None]
     return {
         "zeros": report.prunable.zeros, "weights": report.prunable.weights,

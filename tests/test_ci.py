@@ -16,10 +16,12 @@ import pytest
 import yaml
 from conftest import ROOT, Given, Ran, cli_environment, f32, write_safetensors
 from junitparser import JUnitXml
+from markdown_it import MarkdownIt
 
 from lpsparse import prune, report
 from lpsparse.cli import github
 from lpsparse.reporting.records import Budget
+from lpsparse.reporting.reread import read_report
 
 Cli = Callable[..., Ran]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
@@ -151,11 +153,56 @@ def test_no_name_is_a_command_to_the_runner(name: str, tmp_path: Path, runner: P
 
 def test_an_error_is_one_annotation_of_both_lines(tmp_path: Path, runner: Path, cli: Cli) -> None:
     ran = cli("report", tmp_path / "gone")
-    assert ran.rc == 3 and not runner.exists()
+    assert ran.rc == 3
     ((kind, title, text),) = commands(ran.stderr)
     assert (kind, title) == ("error", "lpsparse: LPS327")
     assert text.endswith("no such file or folder\nmend: check the path (`run`: --set model=PATH)")
     assert cli("report", "--min-sparsity", "x", tmp_path).rc == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("prune", "gone", "out", "--sparsity", "0.5"), "LPS327"), (("run", "gone.yaml"), "LPS"),
+        (("report", "--nonsense"), "LPS200"), (("sweep", "gone.yaml", "--sparsity", "2"), "LPS284"),
+    ],
+)  # fmt: skip
+def test_an_error_of_any_command_is_two_lines_in_the_summary(
+    words: tuple[str, ...], code: str, runner: Path, cli: Cli
+) -> None:
+    runner.write_text("before\n")
+    ran = cli(*words)
+    said = re.search(r"error\[(\w+)\]: (.*)\n  mend: (.*)\n", ran.stderr)
+    assert said is not None and said[1].startswith(code)
+    *before, heading, line = runner.read_text().splitlines()
+    assert before == ["before", ""] and heading == f"## lpsparse: {said[1]}"
+    shown = MarkdownIt().parse(line)[1].children or []
+    assert [each.content.strip() for each in shown] == [said[2], "mend:", said[3]]
+
+
+@pytest.mark.parametrize("name", ["a`b", "``", "<script>x</script>", "![x](http://x)", "x\n# head", "|a|"])
+def test_an_error_in_the_summary_stays_code(name: str, runner: Path) -> None:
+    assert github.summarise_error("LPS327", name, "mend it") is None
+    shown = MarkdownIt().parse(runner.read_text())[-2].children or []
+    assert [each.type for each in shown] == ["code_inline", "text", "code_inline"]
+    assert shown[0].content.strip() == re.sub(r"[^\x20-\x7e]", "?", name)
+
+
+def test_run_tells_the_runner_of_its_reports_and_keeps_them(
+    sparse: Path, runner: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sparse.parent)
+    large, full = "{report: {max_bytes: 1}}", "{report: {min_sparsity: 0.5}}"
+    steps = f"[{large}, {{prune: {{sparsity: 0.5}}}}, {large}, {full}]"
+    Path("r.yaml").write_text(f"{{model: dense, out: made, steps: {steps}}}")
+    ran = cli("run", "r.yaml")
+    assert ran.rc == 1 and runner.read_text().count("## lpsparse: FAILED") == 2
+    assert runner.read_text().count("## lpsparse: passed") == 1
+    assert [title for _, title, _ in commands(ran.stderr)] == ["lpsparse: max-bytes failed"] * 2
+    kept = [Path("made") / name for name in ("report-1.json", "report-3.json", "report.json")]
+    assert sorted(Path("made").glob("*.json")) == kept
+    assert [[each.name for each in read_report(path).budgets] for path in kept] == [
+        ["max-bytes"], ["max-bytes"], ["min-sparsity"]]  # fmt: skip
 
 
 # The examples

@@ -13,6 +13,7 @@ from conftest import BUNDLED, PRUNABLE_WEIGHTS, Ran, tree_hash
 from test_cli import failed
 
 from lpsparse import check_recipe, pipeline
+from lpsparse.reporting.records import Report
 
 Cli = Callable[..., Ran]
 TUNE = {"task": "causal-lm", "steps": 2, "max_length": 16}
@@ -61,6 +62,11 @@ WRONG: dict[str, tuple[tuple[dict[str, Any], ...], int, list[str]]] = {
     "kind": (({"finetune": {**TUNE, "task": "image-classification"}},), 3, ["text.txt", "not data of"]),
     "model": (({"pack": {"model": "gone"}},), 3, ["gone"]),
     "base": (({"pack": {}}, {"report": {"base": "gone"}}), 3, ["steps[1].report", "gone"]),
+    "budget": (({"report": {"min_sparsity": "*mpl*=0.5"}},), 2, ["LPS290", "*mpl*=0.5", "steps[0].report"]),
+    "budget of n_m": (({"report": {"min_nm": ["none*=2:4=1"]}},), 2, ["LPS290", "none*=2:4=1"]),
+    "baseline": (({"report": {"baseline": "gone.json"}},), 3, ["gone.json", "no such report"]),
+    "no report": (({"report": {"baseline": "text.txt"}},), 3, ["text.txt", "not valid JSON"]),
+    "baseline made later": (({"report": {"baseline": "2-pack"}}, {"pack": {}}), 3, ["no such report"]),
     "source": (({"pack": {}}, {"verify": {"source": "gone"}}), 3, ["gone"]),
     "verify": (({"verify": None},), 3, ["lpsparse did not write it"]),
     "inside": (({"pack": {"out": "../tiny/x"}},), 4, ["lies inside the input"]),
@@ -75,6 +81,24 @@ def test_what_a_run_would_refuse_is_refused_with_its_step(
 ) -> None:
     said = failed(cli("recipe", "check", write(here, *steps)), rc)
     assert [word for word in words if word not in said] == []
+
+
+@pytest.mark.parametrize("baseline", ["cut", "made/cut", "made/cut/report.json", "made/report-2.json"])
+def test_a_baseline_that_an_earlier_step_makes_is_there_in_a_run(baseline: str, here: Path) -> None:
+    steps = ({"prune": {"sparsity": 0.5, "out": "cut"}}, {"report": {}}, {"report": {"baseline": baseline}})
+    write(here, *steps)
+    assert len(check_recipe("r.yaml")["steps"]) == 3
+    assert pipeline.passed(pipeline.run("r.yaml"))
+
+
+def test_a_report_is_not_compared_with_a_folder_of_several_checkpoints(here: Path) -> None:
+    shutil.copy(here / "tiny" / "model.safetensors", here / "tiny" / "other.safetensors")
+    (here / "tiny" / "model.safetensors").rename(here / "tiny" / "one.safetensors")
+    prune = {"prune": {"sparsity": 0.5, "weights": "one.safetensors"}}
+    write(here, prune, {"report": {"min_sparsity": 0.5}}, {"report": {"base": "tiny/one.safetensors"}})
+    assert len(check_recipe("r.yaml")["steps"]) == 3
+    found = [each.result for each in pipeline.run("r.yaml")][1:]
+    assert [isinstance(each, Report) and each.base is not None for each in found] == [False, True]
 
 
 def test_a_folder_in_the_way_is_refused_and_one_that_is_finished_is_not(here: Path, cli: Cli) -> None:

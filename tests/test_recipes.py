@@ -19,7 +19,7 @@ import lpsparse
 from lpsparse import LpsparseError, pipeline
 from lpsparse.chain import Link, planned, trained_from
 from lpsparse.recipe_file import read_recipe
-from lpsparse.resolved import RESOLVED
+from lpsparse.resolved import RESOLVED, resolved
 
 Cli = Callable[..., Ran]
 RECOVER = {**SMALL, "threads": 1}
@@ -166,6 +166,22 @@ def test_a_run_of_the_resolved_recipe_in_its_place_finds_everything_finished(her
     text = (here / "made" / RESOLVED).read_text()
     assert [each.skipped for each in pipeline.run(here / "made" / RESOLVED)] == [True, True, False]
     assert (here / "made" / RESOLVED).read_text() == text
+
+
+@pytest.mark.parametrize(("revision", "model"), [("a" * 40, f"org/name@{'a' * 40}"), (None, "org/name")])
+def test_the_resolved_recipe_names_the_revision_of_a_hub_id(
+    revision: str | None, model: str, here: Path
+) -> None:
+    write(here / "r.yaml", {"prune": {"sparsity": 0.5}}, {"report": {}})
+    pipeline.run("r.yaml")
+    manifest = json.loads((here / "made/1-prune/lpsparse.json").read_text())
+    manifest["source"]["revision"] = revision
+    (here / "made/1-prune/lpsparse.json").write_text(json.dumps(manifest))
+    read = read_recipe(here / "r.yaml", {"model": "org/name"})
+    text = resolved(read, planned(read, {}, here / "r.yaml"))
+    table = yaml.safe_load(text)
+    assert (table["model"], table["steps"][1]["report"]["base"]) == (model, model)
+    assert ("no revision is named" in text) == (revision is None)
 
 
 def test_a_recipe_that_fails_leaves_no_resolved_recipe(here: Path, cli: Cli) -> None:

@@ -93,6 +93,53 @@ def test_a_sweep_of_training_draws_the_dense_model_beside_the_others(tmp_path: P
     assert all(f">{word}</text>" in figure for word in ("dense", "30 %", "60 %", "max-quality-drop 5"))
 
 
+PRUNE: dict[str, Any] = {"prune": {"sparsity": 0.1, "out": "cut"}}
+PACK = {"pack": {"out": "packed"}}
+NAMED: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "the one that the budgets are of": ([PRUNE, {"report": {"max_bytes": "9MB"}}, PACK], "cut"),
+    "the last written": ([PRUNE, {"report": {}}, PACK], "packed"),
+    "budgets before a report without any": (
+        [PRUNE, {"report": {"min_sparsity": 0.1}}, PACK, {"report": {}}], "cut"),
+    "beside a budget of another model": (
+        [PRUNE, PACK, {"report": {"model": "tiny", "max_bytes": 1}}], "packed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "named"), NAMED.values(), ids=NAMED.keys())
+def test_the_figures_of_a_row_are_those_of_its_folder(steps: Any, named: str, here: Path) -> None:
+    write(here, steps)
+    (found,) = lpsparse.sweep("r.yaml", [0.75])["rows"]
+    measured = lpsparse.report(here / "made-sweep" / found["folder"])
+    assert found["folder"] == f"s0.75/{named}"
+    assert (found["file_bytes"], found["layout"]) == (measured.bytes.file_bytes, measured.layout)
+    assert (found["zeros"], found["weights"]) == (measured.prunable.zeros, measured.prunable.weights)
+
+
+def test_a_baseline_may_be_what_an_earlier_step_makes(here: Path) -> None:
+    write(here, [PRUNE, PACK, {"report": {"baseline": "cut", "max_regression": 1}}])
+    found = lpsparse.sweep("r.yaml", [0.5, 0.75])
+    assert found["smallest"] == "s0.75/packed"
+    assert [len(row["budgets"]) for row in found["rows"]] == [2, 2]
+
+
+def test_a_budget_that_a_shared_model_fails_fails_the_sweep(here: Path, cli: Cli) -> None:
+    write(here, [{"report": {"min_sparsity": 0.5}}, PRUNE])
+    ran = cli("sweep", "r.yaml", "--sparsity", "0.75", "--json", "--quiet")
+    (found,) = json.loads(ran.stdout)["rows"]
+    assert ran.rc == 1 and not found["passed"] and found["zeros"] == PRUNABLE_WEIGHTS * 3 // 4
+    assert [budget["name"] for budget in found["budgets"]] == ["min-sparsity"]
+
+
+EVAL = {"eval": {key: SMALL[key] for key in ("task", "data", "max_length")}}
+
+
+@pytest.mark.parametrize(("steps", "measured"), [([PRUNE, EVAL, PACK], True), ([EVAL, PRUNE, PACK], False)])
+def test_quality_is_that_of_the_folders_own_weights(steps: Any, measured: bool, tmp_path: Path) -> None:
+    write(tmp_path, steps, model="bundled:stories260k", out=str(tmp_path / "made"))
+    (found,) = lpsparse.sweep(tmp_path / "r.yaml", [0.3])["rows"]
+    assert (found["after"] is not None) == measured
+
+
 def row(sparsity: float, quality: float | None, *, passed: bool = True, **more: Any) -> dict[str, Any]:
     limits = {"min-sparsity": 0.4, "max-quality-drop": 0.2, "max-bytes": 700}
     budgets = [{"name": name, "limit": limit, "value": 0, "passed": passed} for name, limit in limits.items()]
@@ -119,6 +166,23 @@ def test_the_figure_has_a_title_units_limits_and_a_mark_for_each_verdict() -> No
     kinds = [each.get("class") for each in root.iter(f"{space}circle")]
     assert (kinds.count("good"), kinds.count("bad"), kinds.count("best")) == (2, 2, 2)
     assert "prefers-color-scheme: dark" in figure and "<script" not in figure
+
+
+@pytest.mark.parametrize(("higher", "relative", "limit"), [
+    (False, False, 2.2), (True, False, 1.8), (False, True, 2.4), (True, True, 1.6),
+])  # fmt: skip
+def test_a_limit_in_percent_is_drawn_at_its_share_of_the_dense_quality(
+    higher: bool, relative: bool, limit: float
+) -> None:
+    def figure(**change: Any) -> str:
+        budgets = [{"name": "max-quality-drop", "limit": 0.2, "passed": True, **change}]
+        return draw(found_of(row(0.5, 2.1, budgets=budgets, higher_is_better=higher)))
+
+    plain, asked = figure(limit=abs(limit - 2)), figure(relative=relative)
+    assert ("max-quality-drop 20 %" in asked) == relative
+    assert [line for line in plain.splitlines() if 'class="limit"' in line] == [
+        line for line in asked.splitlines() if 'class="limit"' in line
+    ]
 
 
 def test_the_same_table_gives_the_same_figure() -> None:

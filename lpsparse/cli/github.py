@@ -5,6 +5,7 @@ annotations stand on stderr, so that stdout stays data."""
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,29 @@ def is_runner() -> bool:
 
 def summarise(report: "Report") -> str | None:
     """Append Markdown to the step's summary, where there is one. What went wrong, if anything did."""
+
+    def text(room: int) -> str:
+        from lpsparse.reporting.markdown import SUMMARY_BYTES, render
+
+        return render(report, min(SUMMARY_BYTES, room))
+
+    return _append(text)
+
+
+def summarise_error(code: str, what: str, mend: str) -> str | None:
+    """Likewise of what ended a command: a heading, and what it said as code."""
+
+    def text(_: int) -> str:
+        return f"## lpsparse: {code}\n{_code(what)} mend: {_code(mend)}\n"
+
+    return _append(text)
+
+
+def _append(text: Callable[[int], str]) -> str | None:
+    """Add `text`, given the bytes that there is room for, to the step's summary, where there is one."""
     name = os.environ.get("GITHUB_STEP_SUMMARY")
     if not name:
         return None
-    from lpsparse.reporting.markdown import SUMMARY_BYTES, render
-
     path = Path(name)
     try:
         if path.exists() and not path.is_file():
@@ -36,9 +55,9 @@ def summarise(report: "Report") -> str | None:
         before = path.stat().st_size if path.exists() else 0
         if _STEP_BYTES - before < _LEAST_BYTES:
             return f"GITHUB_STEP_SUMMARY: {name}: {before:,} bytes are there, no summary was added"
-        text = render(report, min(SUMMARY_BYTES, _STEP_BYTES - before))
+        added = text(_STEP_BYTES - before)
         with path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(f"\n{text}" if before else text)
+            file.write(f"\n{added}" if before else added)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         why = getattr(error, "strerror", None) or error
         return f"GITHUB_STEP_SUMMARY: {name}: {why}; no summary was written"
@@ -81,6 +100,13 @@ def command(kind: str, title: str, *lines: str) -> str:
 
 def _escaped(text: str) -> str:
     return clean(shorten(text, 1000)).replace("%", "%25")  # CR and LF are cleaned away
+
+
+def _code(text: str) -> str:
+    """One line as code, between more back-ticks than it has in a row."""
+    text = clean(shorten(text, 1000))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
 
 
 def harmless(text: str) -> str:

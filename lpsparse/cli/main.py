@@ -16,7 +16,7 @@ import typer
 
 from lpsparse import __version__
 from lpsparse.cli import interrupts
-from lpsparse.cli.output import annotate_error, silence, tell
+from lpsparse.cli.output import silence, tell, tell_runner_error
 from lpsparse.cli.panels import Command, Group
 from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
 from lpsparse.settings import check_environment, is_first, is_one_of_several, name_as_launched, switched_on
@@ -135,7 +135,7 @@ def _say_error(code: str, what: str, mend: str) -> None:
         Path(note).write_text(json.dumps({"message": text, "code": code, "timestamp": int(time.time())}))
     if is_first():
         tell(text)
-        annotate_error(f"lpsparse: {code}", what, f"mend: {mend}")
+        tell_runner_error(code, what, mend)
 
 
 def _leave(text: str, code: ExitCode) -> NoReturn:

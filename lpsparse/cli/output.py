@@ -64,10 +64,13 @@ def tell_runner(report: "Report") -> None:
             _write(sys.stderr, line)
 
 
-def annotate_error(title: str, *lines: str) -> None:
-    """On GitHub Actions: an error, where a person looks first."""
+def tell_runner_error(code: str, what: str, mend: str) -> None:
+    """On GitHub Actions: what ended the command, in the summary and as an error, where a person looks."""
+    wrong = github.summarise_error(code, what, mend)
+    if wrong is not None:
+        tell(f"warning: {clean(wrong)}")
     if github.is_runner():
-        _write(sys.stderr, github.command("error", title, *lines))
+        _write(sys.stderr, github.command("error", f"lpsparse: {code}", what, f"mend: {mend}"))
 
 
 def _write(stream: TextIO | None, text: str) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
+from lpsparse.cli.output import TrainingBar, print_json, print_result, tell_runner, teller, width
 from lpsparse.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ def run(
     from lpsparse import pipeline
 
     with TrainingBar(quiet) as bar:
-        done = pipeline.run(recipe, overrides(set_ or []), teller(quiet), bar.update)
+        done: list[pipeline.Done] = []
+        for each in pipeline.run_each(recipe, overrides(set_ or []), teller(quiet), bar.update):
+            done.append(each)
+            if each.name == "report" and not isinstance(each.result, dict):
+                tell_runner(each.result)
     if as_json:
         print_json({"steps": [{"step": each.name, "result": as_data(each.result)} for each in done]})
     else:

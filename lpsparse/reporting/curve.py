@@ -111,9 +111,13 @@ def _point(row: dict[str, Any], key: str, smallest: str | None) -> _Point:
 
 def _limit(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[float, str]]:
     """A budget's limit and its words; none where no report has it."""
-    found = [each["limit"] for each in rows[0]["budgets"] if each["name"] == name]
     words = size if name == "max-bytes" else "{:g}".format
-    return [(limit, f"{name} {words(limit)}") for limit in found[:1]]
+    return [(each["limit"], f"{name} {words(each['limit'])}") for each in _budgets(rows, name)]
+
+
+def _budgets(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The first budget of that name, of the whole model."""
+    return [each for each in rows[0]["budgets"] if each["name"] == name][:1]
 
 
 def _floor(rows: Sequence[dict[str, Any]], dense: float | None) -> list[tuple[float, str]]:
@@ -121,7 +125,13 @@ def _floor(rows: Sequence[dict[str, Any]], dense: float | None) -> list[tuple[fl
     if dense is None:
         return []
     sign = -1 if rows[0]["higher_is_better"] else 1
-    return [(dense + sign * drop, words) for drop, words in _limit(rows, "max-quality-drop")]
+    name = "max-quality-drop"
+    return [
+        (dense + sign * each["limit"] * abs(dense), f"{name} {100 * each['limit']:g} %")
+        if each.get("relative")
+        else (dense + sign * each["limit"], f"{name} {each['limit']:g}")
+        for each in _budgets(rows, name)
+    ]
 
 
 def _spread(values: Sequence[float]) -> _Axis:
