@@ -74,7 +74,8 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     distributed.end_with_launcher()
     start(step)
     task = prepare(step, source, spread=False)
-    for note in task.loaded.notes:
+    notes = (*task.loaded.notes, *_copied(step))
+    for note in notes:
         say(note)
     recipe = recorded(step)
     of_run = job.made_by(step, source, recipe)
@@ -100,12 +101,21 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         chosen = {
             t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors
         }
-        notes = (*task.loaded.notes, trained.facts)
+        notes = (*notes, trained.facts)
         record = source_of(source)
         check_same(record, of_run["model"])
         found = complete(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
     distributed.wait()
     return found
+
+
+def _copied(step: FinetuneStep) -> list[str]:
+    from lpsparse.training.data import copies
+
+    if not (step.eval_data or step.eval_split):
+        return []
+    names = copies(step.data, step.split, step.eval_data or step.data, step.eval_split or "validation")
+    return [f"held-out {name} has the bytes of a training file: quality is of what trains" for name in names]
 
 
 def _launch(step: FinetuneStep, *, quiet: bool) -> Report:

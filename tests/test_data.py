@@ -12,7 +12,7 @@ import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.settings import resolve
-from lpsparse.training.data import Row, check_apart, find, read_rows
+from lpsparse.training.data import Row, check_apart, copies, find, read_rows
 from lpsparse.training.images import read_images
 from lpsparse.training.tasks.text_classification import prepare
 
@@ -241,6 +241,18 @@ def test_overwrite_does_not_delete_the_data_it_reads(classifier: Path, table: Pa
             "bundled:stories260k", classifier, data=str(inside), task="causal-lm", steps=1, overwrite=True
         )
     assert inside.exists()
+
+
+def test_a_copy_of_the_training_file_as_held_out_data_is_said_and_recorded(
+    tiny_bert: Path, table: Path, tmp_path: Path, cli: Any
+) -> None:
+    (tmp_path / "dev.jsonl").write_bytes(table.read_bytes())
+    words = ["--data", table, "--eval-data", tmp_path / "dev.jsonl", "--task", "text-classification"]
+    ran = cli("finetune", tiny_bert, tmp_path / "out", *words, "--steps", "1", "--method", "dense")
+    assert ran.rc == 0 and "dev.jsonl has the bytes of a training file" in ran.stderr
+    notes = json.loads(cli("report", tmp_path / "out", "--json", "-").stdout)["made"]["notes"]
+    assert any("dev.jsonl has the bytes" in note for note in notes)
+    assert copies(str(table), "rows", str(table), "rows[5:]") == []
 
 
 def test_mean_and_std_are_checked_by_eval_too() -> None:

@@ -64,6 +64,15 @@ def check_apart(data: str, split: str, held_data: str, held_split: str) -> None:
         raise UsageError(231, what, mend="give another --eval-split or --eval-data, or neither")
 
 
+def copies(data: str, split: str, held_data: str, held_split: str) -> list[str]:
+    """Names of held-out files that are other files than those that train, and hold the same bytes."""
+    files, held = find(data, split)[0], find(held_data, held_split)[0]
+    if [path.resolve() for path in files] == [path.resolve() for path in held]:  # whose ranges are apart
+        return []
+    known = set(digests(data, split).values())
+    return [name for name, sha256 in digests(held_data, held_split).items() if sha256 in known]
+
+
 def digests(data: str, split: str) -> dict[str, str]:
     """File name -> sha256 of what a split reads, so that a result says which data made it."""
     found: dict[str, str] = {}
