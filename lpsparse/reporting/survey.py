@@ -23,6 +23,7 @@ N_M = {"1:4": 1, "2:4": 2, "4:8": 4}  # how many non-zeros a group may have
 _GROUPS = {name: int(name.partition(":")[2]) for name in N_M}  # how large one is
 _SIDES = (4, 16)  # of blocks
 _TASK_BYTES = 32 << 20  # what a thread looks at at a time
+_SMALL_BYTES = 64 << 10
 _MANY = 1 << 16  # exponents, from which on two at a time are faster
 _NEAR = 10  # powers of two under the largest magnitude: near zero
 _FIELDS = {  # bits of exponent and mantissa
@@ -69,10 +70,14 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Count], dict[str, Detail]]
     """What `count_all` counts (but its sums), and more of the tensors of floats: each value is read once."""
     tasks = [(tensor, *lines) for tensor in checkpoint.tensors for lines in _tasks(tensor)]
     found = {tensor.name: Found() for tensor in checkpoint.tensors}
+    # Of small tensors Python's own work is the most, at which two threads only hinder each other.
+    small = [task for task in tasks if task[0].nbytes < _SMALL_BYTES]
+    groups = [small, *([task] for task in tasks if task[0].nbytes >= _SMALL_BYTES)]
     with phase("reading", checkpoint.dense_bytes):
-        parts = parallel(_look, tasks)
-    for (tensor, *_), part in zip(tasks, parts, strict=True):
-        found[tensor.name].add(part)
+        parts = parallel(lambda group: [_look(task) for task in group], groups)
+    for group, each in zip(groups, parts, strict=True):
+        for (tensor, *_), part in zip(group, each, strict=True):
+            found[tensor.name].add(part)
     heads = _head_size(checkpoint)
     counts: dict[str, Count] = {}
     details: dict[str, Detail] = {}
