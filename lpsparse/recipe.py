@@ -143,7 +143,10 @@ def flag(field: str) -> str:
 class Step(BaseModel):
     """One command's settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    # Validators are built when they are first needed, which --help does not.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
     decides: ClassVar[frozenset[str]] = frozenset()  # what is recorded here, other than elsewhere
 
     def recorded(self) -> dict[str, Any]:
