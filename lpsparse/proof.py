@@ -1,10 +1,9 @@
 """report, verify and inspect: what is there, by the files alone."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lpsparse.artefact import Chosen, Say
+from lpsparse.artefact import Say
 from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.errors import InputError, UsageError
@@ -67,17 +66,14 @@ def _compared(model: str, checkpoint: Checkpoint, found: Report, step: ReportSte
     if not any(shapes.get(tensor.name) == tensor.shape for tensor in checkpoint.tensors):
         what = f"{base.name}: has no tensor of the names and shapes of {checkpoint.name}: not comparable"
         raise InputError(353, what, mend="give the checkpoint that MODEL was made from as BASE")
-    counted = {row.name: (row.prunable, row.reason) for row in found.tensors}  # the same weights of both
-    beside = measure(base, prunable_of(base, step.include, step.exclude) | _shared(counted, shapes))
+    # The same weights are counted of both.
+    counted = {row.name: (row.prunable, row.reason) for row in found.tensors if row.name in shapes}
+    beside = measure(base, prunable_of(base, step.include, step.exclude) | counted)
     check_weights(base, beside)
     manifest = own_manifest(checkpoint)
     made_of = manifest and (hash_of(manifest.source.files), manifest.source.base_sha256)
     is_source = made_of is not None and hash_of(source_of(base).files) in made_of
     return compare(found, beside, changes(checkpoint, base), is_source=is_source)
-
-
-def _shared(counted: Chosen, names: Collection[str]) -> Chosen:
-    return {name: chosen for name, chosen in counted.items() if name in names}
 
 
 @on_threads

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, magnitudes, ordered
+from lpsparse.checkpoint.layouts.exponents import counts_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.tensors import Blocks, Tensor
@@ -24,7 +25,6 @@ _GROUPS = {name: int(name.partition(":")[2]) for name in N_M}  # how large one i
 _SIDES = (4, 16)  # of blocks
 _TASK_BYTES = 32 << 20  # what a thread looks at at a time
 _SMALL_BYTES = 64 << 10
-_MANY = 1 << 16  # exponents, from which on two at a time are faster
 _NEAR = 10  # powers of two under the largest magnitude: near zero
 _FIELDS = {  # bits of exponent and mantissa
     "F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7), "F8_E4M3": (4, 3), "F8_E5M2": (5, 2),
@@ -170,16 +170,9 @@ def _special(found: Found, codes: Bits, limit: int, dtype: str) -> None:
 
 
 def _binades(exponents: Bits, count: int) -> Counts:
-    """How many there are of each; of bytes two at a time, which is half the work."""
-    flat = exponents.reshape(-1)
-    if count > 256 or flat.size < _MANY:
-        return np.bincount(flat.astype(np.int64), minlength=count)
-    octets = flat.astype(np.uint8)
-    pairs = np.bincount(octets[: octets.size // 2 * 2].view("<u2"), minlength=1 << 16).reshape(256, 256)
-    counts = pairs.sum(axis=0) + pairs.sum(axis=1)
-    if octets.size % 2:
-        counts[octets[-1]] += 1
-    return counts[:count]
+    """How many there are of each."""
+    found = counts_of(exponents.reshape(-1).astype(np.uint8 if count <= 256 else np.uint16))
+    return np.pad(found, (0, count - found.size))
 
 
 def _patterns(found: Found, kept: Flags, whole: bool) -> None:

@@ -19,7 +19,7 @@ _ESCAPE, _BYTE = 0.2, 0.08  # bits that the time of an escape (4 ns) and of a by
 
 def encode_exponents(exponents: Bits, *, any_saving: bool = False) -> bytes:
     """`exponents` are uint8, or uint16 where they have more than 8 bits."""
-    counts = _counts(exponents)
+    counts = counts_of(exponents)
     by_rank = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     if by_rank.size <= 1:
         return bytes([0]) + by_rank.astype("<u2").tobytes()
@@ -38,7 +38,7 @@ def encode_exponents(exponents: Bits, *, any_saving: bool = False) -> bytes:
     return bytes([bits]) + join([table, *boxes])
 
 
-def _counts(exponents: Bits) -> NDArray[np.int64]:
+def counts_of(exponents: Bits) -> NDArray[np.int64]:
     """Of each exponent up to the largest; of bytes two at a time, which is half the work."""
     if exponents.itemsize > 1 or exponents.size < 1 << 17:
         return np.bincount(exponents)
