@@ -14,6 +14,7 @@ from lpsparse.checkpoint.dtypes import Bits
 from lpsparse.checkpoint.layouts.frames import BrokenError, Bytes, box, join, split, unbox
 
 _LOSS = 0.03  # bits that Huffman loses on most bytes
+_NO_EXPONENT = 1  # a bit of the mantissa, where a symbol stands for nothing in the table
 _ESCAPE, _BYTE = 0.2, 0.08  # bits that the time of an escape (4 ns) and of a byte (1.5 ns) are worth
 
 
@@ -87,37 +88,22 @@ def decode_exponents(
         raise BrokenError("the table of exponents is empty, or holds what is none")
     if not bits:
         return table.astype(kind) << shift
-    packed = unbox(parts[1], -(-count * bits // 8))
-    escape = (1 << bits) - 1
-    known = (_symbols(bits) < table.size) | ((_symbols(bits) == escape) & bool(len(parts[2])))
-    if not known.all() and not known.all(axis=1).take(packed).all():
-        raise BrokenError("a symbol stands for no exponent")
-    values = np.zeros(1 << bits, kind)
+    packed, escape, each = unbox(parts[1], -(-count * bits // 8)), (1 << bits) - 1, 8 // bits
+    values = np.full(1 << bits, _NO_EXPONENT, kind)
     values[: table.size] = table.astype(kind) << shift
-    found = values[_symbols(bits)].take(packed, axis=0).reshape(-1)[:count]  # 8 / bits values of each byte
-    if len(parts[2]):
-        places = _escapes(packed, bits)
-        wide = np.dtype("<u2" if exponent_bits > 8 else "u1")
-        rest = unbox(parts[2], places.size * wide.itemsize).view(wide)
-        if (rest >> exponent_bits).any() or (places >= count).any():
-            raise BrokenError("an exponent is none, or no value's")
-        found[places] = rest.astype(kind) << shift
-    return found
+    found = values[_symbols(bits)].take(packed, axis=0).reshape(-1)  # 8 / bits values of each byte
+    places = np.flatnonzero(found == _NO_EXPONENT)
+    if (_symbols(bits)[packed[places // each], places % each] != escape).any():
+        raise BrokenError("a symbol stands for no exponent")
+    wide = np.dtype("<u2" if exponent_bits > 8 else "u1")
+    rest = unbox(parts[2], places.size * wide.itemsize).view(wide)
+    if (rest >> exponent_bits).any() or (places >= count).any():
+        raise BrokenError("an exponent is none, or no value's")
+    found[places] = rest.astype(kind) << shift
+    return found[:count]
 
 
 @cache
 def _symbols(bits: int) -> Bytes:
     """(256, 8 / bits): the symbols in each byte, lowest first."""
     return (np.arange(256)[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1).astype(np.uint8)
-
-
-def _escapes(packed: Bytes, bits: int) -> NDArray[np.int64]:
-    """Places of the symbols that are all ones, looked for in the few bytes that have one."""
-    ones = packed.copy()
-    for i in range(1, bits):
-        ones &= packed >> np.uint8(i)
-    ones &= np.uint8(255 // ((1 << bits) - 1))  # the lowest bit of each symbol
-    octets = np.flatnonzero(ones != 0)
-    found = np.flatnonzero(_symbols(bits).take(packed[octets], axis=0) == (1 << bits) - 1)
-    each = 8 // bits
-    return octets[found // each] * each + found % each
