@@ -14,6 +14,7 @@ from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_mani
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, REPORT, as_json, write_beside
 from lpsparse.errors import InputError, OutputError
+from lpsparse.launch import is_first
 from lpsparse.recipe import (
     POSITIONAL,
     EvalStep,
@@ -28,7 +29,6 @@ from lpsparse.recipe import (
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.records import Report
 from lpsparse.resolved import write_resolved
-from lpsparse.settings import is_first
 
 Say = Callable[[str], None]
 

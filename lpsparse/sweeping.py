@@ -14,12 +14,12 @@ from lpsparse.chain import TAKEN, Link, planned
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.writer import as_json, write_beside
 from lpsparse.errors import UsageError
+from lpsparse.launch import is_first
 from lpsparse.pipeline import Done
 from lpsparse.recipe import EvalStep, FinetuneStep, PackStep, PruneStep, ReportStep, UnpackStep
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.curve import draw
 from lpsparse.reporting.records import Budget, Report
-from lpsparse.settings import is_first
 
 _COLUMNS = (
     "sparsity", "zeros", "weights", "file_bytes", "bitmask_bytes", "metric", "before", "after", "passed",

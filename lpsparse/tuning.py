@@ -13,12 +13,13 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.checkpoint.threads import using
+from lpsparse.launch import is_first, is_launched
 from lpsparse.opened import opened, silent
 from lpsparse.proof import report_step
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
 from lpsparse.reporting.records import Report
-from lpsparse.settings import as_launched, is_first, is_launched, resolve
+from lpsparse.settings import as_launched, resolve
 
 
 def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:

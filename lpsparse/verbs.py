@@ -22,6 +22,7 @@ from lpsparse.checkpoint.threads import of_each, of_one
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.dry_run import foretell, foretell_unread
 from lpsparse.errors import VerdictError
+from lpsparse.launch import is_one_of_several, name_as_launched
 from lpsparse.opened import on_threads, opened, silent
 from lpsparse.proof import inspect_step, report_step, verify_step
 from lpsparse.pruning.plan import plan_prune
@@ -43,7 +44,7 @@ from lpsparse.reporting import text
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.measure import own_quality, prunable_of
 from lpsparse.reporting.records import Report
-from lpsparse.settings import is_one_of_several, name_as_launched, resolve
+from lpsparse.settings import resolve
 from lpsparse.tuning import evaluate_step, finetune_step
 
 

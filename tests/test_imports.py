@@ -2,6 +2,7 @@
 heavy packages keep to their rooms, only cli speaks."""
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -10,21 +11,26 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, cli_environment
 
+from lpsparse.cli.main import _app
+
 PACKAGE = ROOT / "lpsparse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "accelerate"}
 # Room -> the rooms it may import from; its own is understood, and the root's version number is everyone's.
-VERBS_MAY = {"training", "pruning", "reporting", "checkpoint", "settings", "recipe", "distributed", "errors"}
+VERBS_MAY = {
+    "training", "pruning", "reporting", "checkpoint", "settings", "launch", "recipe", "distributed", "errors"
+}  # fmt: skip
 MAY_IMPORT = {
     "errors": set[str](),
     "limits": set[str](),
     "recipe": {"limits", "errors"},
-    "settings": {"recipe", "errors"},
+    "launch": {"errors"},
+    "settings": {"recipe", "launch", "errors"},
     "plain_yaml": {"errors"},
     "recipe_file": {"settings", "recipe", "plain_yaml", "errors"},
     "checkpoint": {"errors"},
     "pruning": {"checkpoint", "errors"},
-    "training": {"pruning", "checkpoint", "recipe", "settings", "distributed", "errors"},
+    "training": {"pruning", "checkpoint", "recipe", "settings", "launch", "distributed", "errors"},
     # What counts is decided by one rule.
     "reporting": {"checkpoint", "recipe", "limits", "plain_yaml", "errors", "pruning.prunable"},
     "integrations": {"training", "checkpoint", "recipe", "errors"},
@@ -136,7 +142,19 @@ def test_import_lpsparse_loads_the_standard_library_only() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    assert not modules_after(RUN, "--help") & {*HEAVY, "huggingface_hub", "jinja2", "yaml"}
+    assert not modules_after(RUN, "--help") & {*HEAVY, "huggingface_hub", "jinja2", "yaml", "pydantic"}
+
+
+def test_the_list_of_commands_says_what_their_own_help_does() -> None:
+    whole, listed = (
+        {
+            each.name: inspect.cleandoc(each.help or each.callback.__doc__).partition("\n\n")[0]
+            for each in commands
+        }
+        for commands in (_app(whole=which).registered_commands for which in (True, False))
+    )
+    assert whole == listed
+    assert len(listed) > 12
 
 
 def test_every_command_on_safetensors_runs_without_torch(tiny: Path, tmp_path: Path) -> None:

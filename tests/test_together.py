@@ -13,7 +13,7 @@ from test_restart import SHARDS, again
 
 import lpsparse
 from lpsparse.errors import ExitCode
-from lpsparse.settings import name_as_launched
+from lpsparse.launch import name_as_launched
 
 # Every command on four processes, as a program of theirs; each says what it read to select, and what it got.
 PROGRAM = """

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lpsparse.chain import planned
 from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
 from lpsparse.errors import ExitCode, OutputError
-from lpsparse.recipe import FinetuneStep, Step
-from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.text import columns, percent, size
 
 if TYPE_CHECKING:
+    from lpsparse.recipe import FinetuneStep, Step
     from lpsparse.reporting.records import Report
 
 RECIPE = Path(__file__).parents[1] / "bundled" / "demo.yaml"
@@ -40,6 +38,8 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages and no progress.")] = False,
 ) -> None:
     from lpsparse import pipeline, verbs
+    from lpsparse.chain import planned
+    from lpsparse.recipe_file import read_recipe
 
     if folder.exists() and not any(folder.glob("*.partial")):  # of one that was interrupted
         raise OutputError(401, f"{folder}: exists already", mend="remove it, or give another DIR")
@@ -78,9 +78,11 @@ def demo(
         raise typer.Exit(ExitCode.VERDICT)
 
 
-def _rival(steps: list[Step]) -> FinetuneStep:
+def _rival(steps: "list[Step]") -> "FinetuneStep":
     """Gradual magnitude pruning with everything else as in the recipe's sparse fine-tune, but for LAMP
     allocation, with which magnitudes do better on this model."""
+    from lpsparse.recipe import FinetuneStep
+
     trained = (step for step in steps if isinstance(step, FinetuneStep))
     sparse = next(step for step in trained if step.target_sparsity is not None)
     changes = {"method": "gradual", "allocation": "lamp", "out": sparse.out.parent / "magnitude"}

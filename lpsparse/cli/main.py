@@ -19,7 +19,7 @@ from lpsparse.cli import interrupts
 from lpsparse.cli.output import silence, tell, tell_runner_error
 from lpsparse.cli.panels import Command, Group
 from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
-from lpsparse.settings import check_environment, is_first, is_one_of_several, name_as_launched, switched_on
+from lpsparse.launch import is_first, is_one_of_several, name_as_launched, switched_on
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 
@@ -54,8 +54,12 @@ def _run(words: list[str]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII still shows every name
     try:
         name_as_launched()
-        check_environment()
-        code = _app()(args=words, prog_name="lpsparse", standalone_mode=False)
+        if any(key.startswith("LPSPARSE_") for key in os.environ):
+            from lpsparse.settings import check_environment
+
+            check_environment()
+        named = any(not word.startswith("-") for word in words) or "_LPSPARSE_COMPLETE" in os.environ
+        code = _app(whole=named)(args=words, prog_name="lpsparse", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -155,9 +159,19 @@ def _end(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _app() -> typer.Typer:
-    from lpsparse.cli import commands, demo, doctor, explain, recipe, report, run, sweep, topics
+def _app(*, whole: bool = True) -> typer.Typer:
+    """All commands. Where none was named, only the list of them can be asked for: so not `whole`."""
+    from lpsparse.cli import demo, doctor, explain, recipe, run, sweep, topics
 
+    modules: list[Any] = [demo, doctor, explain, recipe, run, sweep, topics]
+    if whole:
+        from lpsparse.cli import commands, report
+
+        modules += [commands, report]
+    else:
+        from lpsparse.cli import first_lines
+
+        modules += [first_lines]
     # Rich's boxes and its traceback are switched off: they wreck grep, and ours are two lines.
     app = typer.Typer(
         name="lpsparse", cls=Group, help=_HELP, epilog=_EXITS, no_args_is_help=True, add_completion=True,
@@ -165,7 +179,7 @@ def _app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )  # fmt: skip
     app.callback()(_root)
-    for module in (commands, report, run, sweep, recipe, demo, doctor, explain, topics):
+    for module in modules:
         module.register(app)
     defaults: dict[str, Any] = {"quiet": True} if switched_on("LPSPARSE_QUIET") else {}
     if switched_on("LPSPARSE_JSON"):

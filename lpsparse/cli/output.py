@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from lpsparse.cli import github
 from lpsparse.errors import OutputError
+from lpsparse.launch import is_first
 from lpsparse.reporting.text import clean, fitted, size
-from lpsparse.settings import is_first
 
 if TYPE_CHECKING:
     from lpsparse.reporting.records import Report

@@ -10,8 +10,8 @@ from lpsparse.cli.commands import show_report
 from lpsparse.cli.options import add_command
 from lpsparse.cli.output import as_data, print_file, tell_runner, teller, working
 from lpsparse.errors import ExitCode, UsageError
+from lpsparse.launch import is_first
 from lpsparse.recipe import ReportStep
-from lpsparse.settings import is_first
 
 if TYPE_CHECKING:
     from lpsparse.reporting.records import Report

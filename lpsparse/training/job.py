@@ -17,8 +17,8 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.output import output_folder, partial_of
 from lpsparse.checkpoint.writer import METRICS, write_text
 from lpsparse.errors import StateError
+from lpsparse.launch import local_rank
 from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import local_rank
 from lpsparse.training.resume import States
 from lpsparse.training.run import Progress
 from lpsparse.training.tracking import Tracker

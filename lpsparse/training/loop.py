@@ -13,9 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
+from lpsparse.launch import is_one_of_several
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.settings import is_one_of_several
 from lpsparse.training.data import check_apart
 from lpsparse.training.distill import blocks, make_teacher
 from lpsparse.training.loss import check_dropout

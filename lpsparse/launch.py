@@ -1,0 +1,69 @@
+"""What the environment says of this process: its place among others, by whichever launcher, and switches.
+
+Apart from `settings`, since `--help` needs these and no steps.
+"""
+
+import os
+import re
+
+from lpsparse.errors import UsageError
+
+WORDS = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("", "0", "false", "no", "off"), False)
+}  # fmt: skip
+
+# Rank, number of processes and rank on this machine, as MPICH's and Intel's, and Open MPI's mpirun tell.
+_MPI = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+def name_as_launched() -> None:
+    """Give a process of an srun step, or of mpirun (which `accelerate launch --cpu` calls), the names that
+    torch's own launchers give. A batch script, where SLURM tells of tasks too, is no step of several."""
+    given = os.environ.get
+    if "RANK" in os.environ:
+        return
+    for rank, count, local in _MPI:
+        if rank in os.environ and int(given(count, 1)) > 1:
+            os.environ |= {"RANK": given(rank, ""), "WORLD_SIZE": given(count, "")}
+            os.environ["LOCAL_RANK"] = given(local, "0")
+            os.environ.setdefault("MASTER_ADDR", "localhost")
+            os.environ.setdefault("MASTER_PORT", "29500")
+            return
+    if "SLURM_PROCID" not in os.environ or int(given("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return
+    first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", given("SLURM_STEP_NODELIST", "localhost")).partition(",")[0]
+    port = 15000 + int(given("SLURM_JOB_ID", 0)) % 10000 + int(given("SLURM_STEP_ID", 0)) % 1000
+    os.environ |= {"RANK": given("SLURM_PROCID", ""), "WORLD_SIZE": given("SLURM_STEP_NUM_TASKS", "")}
+    os.environ["LOCAL_RANK"] = given("SLURM_LOCALID", "0")
+    os.environ.setdefault("MASTER_ADDR", first)
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, accelerate, our own) started this process, be it alone."""
+    return "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this is process 0 of a job, or alone: the others are silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def switched_on(name: str) -> bool:
+    """Whether a variable of yes or no says yes. Raises UsageError for another word."""
+    value = os.environ.get(name, "")
+    if value.lower() not in WORDS:
+        raise UsageError(201, f"{name} {value!r}: must be 1 or 0", mend=f"{name}=1, or unset it")
+    return WORDS[value.lower()]
