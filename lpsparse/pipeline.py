@@ -111,7 +111,11 @@ def run_links(
         say(f"[{link.index + 1}/{len(among)}] {command_line(link.name, step)}")
         if isinstance(step, ReportStep) and step.base is not None:
             beside = trained_from(link, among)
-            say(f"  bytes are compared with {step.base}" + (f", quality with {beside}" if beside else ""))
+            quality = f", quality too if it was measured on the same data, else with {beside}"
+            say(
+                f"  bytes are compared with {step.base}"
+                + (quality if beside not in (None, step.base) else "")
+            )
         if isinstance(step, WRITES) and is_finished(step):
             say(f"  finished already: {step.out}")
             named = read_manifest(step.out).source.name

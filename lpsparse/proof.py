@@ -13,7 +13,15 @@ from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
 from lpsparse.reporting.check import check_against, check_folder, check_weights
 from lpsparse.reporting.history import read_history
-from lpsparse.reporting.measure import compare, identity_of, made_by, measure, not_measured, prunable_of
+from lpsparse.reporting.measure import (
+    beside_base,
+    compare,
+    identity_of,
+    made_by,
+    measure,
+    not_measured,
+    prunable_of,
+)
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.reread import is_report, read_report
 from lpsparse.reporting.spectra import spectra
@@ -73,6 +81,9 @@ def _compared(model: str, checkpoint: Checkpoint, found: Report, step: ReportSte
     manifest = own_manifest(checkpoint)
     made_of = manifest and (hash_of(manifest.source.files), manifest.source.base_sha256)
     is_source = made_of is not None and hash_of(source_of(base).files) in made_of
+    known = own_manifest(base)
+    quality = beside_base(found.quality, known.quality if known else (), base.name)
+    found = found.model_copy(update={"quality": quality})
     return compare(found, beside, changes(checkpoint, base), is_source=is_source)
 
 

@@ -97,7 +97,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             rows=trained.after.count, split=f"{step.eval_split or 'held-out'} {task.unit}",
             before_error=trained.before.error_of(task.metric) if trained.before else None,
             after_error=trained.after.error_of(task.metric),
-            data_sha256=job.held_out_hash(step, recipe["finetune"]),
+            data_sha256=job.held_out_hash(step, recipe["finetune"]), of_cut=step.keep_zeros,
         )  # fmt: skip
         chosen = {
             t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors

@@ -19,6 +19,7 @@ import lpsparse
 from lpsparse import LpsparseError, pipeline
 from lpsparse.chain import Link, planned, trained_from
 from lpsparse.recipe_file import read_recipe
+from lpsparse.reporting.records import Report
 from lpsparse.resolved import RESOLVED, resolved
 
 Cli = Callable[..., Ran]
@@ -110,6 +111,24 @@ def test_recover_trains_and_holds_every_zero_of_the_cut_model(tmp_path: Path) ->
     assert all(bool(((before[name] == 0) == (after[name] == 0)).all()) for name in before)
     assert any(bool((before[name] != after[name]).any()) for name in before)
     assert lpsparse.run(path)[1].skipped
+
+
+def test_what_a_recovery_won_back_is_no_measure_of_what_the_cut_cost(tmp_path: Path, cli: Cli) -> None:
+    steps = (
+        {"finetune": {**RECOVER, "method": "dense", "out": "dense"}},
+        {"prune": {"sparsity": 0.9, "out": "cut"}},
+    )
+    again = ({"recover": {**RECOVER, "out": "back"}}, {"report": {"base": "dense", "max-quality-drop": 0.1}})
+    write(tmp_path / "r.yaml", *steps, *again, model="bundled:stories260k", out=str(tmp_path / "made"))
+    done = lpsparse.run(tmp_path / "r.yaml")
+    dense, recovered, report = (done[i].result for i in (0, 2, 3))
+    assert isinstance(dense, Report) and isinstance(recovered, Report) and isinstance(report, Report)
+    assert recovered.quality[0].of_cut
+    assert report.quality[0].before == dense.quality[0].after != recovered.quality[0].before
+    assert not report.budgets[0].passed and report.budgets[0].margin is not None
+    alone = cli("report", tmp_path / "made" / "back", "--max-quality-drop", "5")
+    assert alone.rc == 1
+    assert "not recorded" in alone.stdout and "since it was cut" in alone.stdout
 
 
 def test_recover_is_a_finetune_that_a_person_can_type(here: Path) -> None:

@@ -49,6 +49,8 @@ class Quality(_Record):
     before_error: float | None = None  # standard error of the mean; examples (tokens) taken as independent
     after_error: float | None = None
     data_sha256: str | None = None  # of the held-out data, and of the settings that decide what is measured
+    of_cut: bool = False  # before is of a model that was cut already, and tells nothing of what that cost
+    of_base: str | None = None  # BASE of a report, where before is what was recorded of it, on the same data
 
 
 class Source(_Record):

@@ -70,7 +70,8 @@ def _max_bytes(report: Report, limit: Limit) -> Budget:
 
 
 def _max_quality_drop(report: Report, limit: Limit) -> Budget:
-    drops = [drop for each in report.quality if (drop := _drop(each, limit.relative)) is not None]
+    known = [each for each in report.quality if not each.of_cut]
+    drops = [drop for each in known if (drop := _drop(each, limit.relative)) is not None]
     found = _at_most("max-quality-drop", limit, max(drops, default=None))
     return found.model_copy(update={"relative": limit.relative})
 

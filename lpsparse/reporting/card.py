@@ -87,7 +87,8 @@ def _results(
             "dataset_split": shorten(clean(each.split), 100), "metric_type": shorten(clean(each.metric), 60),
         }  # fmt: skip
         if each.before is not None:
-            found.append({**of, "metric_value": each.before, "metric_name": f"{of['metric_type']}, dense"})
+            before = f"{of['metric_type']}, {'cut, before recovery' if each.of_cut else 'dense'}"
+            found.append({**of, "metric_value": each.before, "metric_name": before})
         found.append({**of, "metric_value": each.after, "metric_name": f"{of['metric_type']}, {zeros}"})
     return found
 

@@ -189,6 +189,20 @@ def compare(report: Report, base: Report, changed: dict[str, Change], *, is_sour
     return report.model_copy(update={"base": beside, "tensors": rows})
 
 
+def beside_base(quality: tuple[Quality, ...], of_base: tuple[Quality, ...], name: str) -> tuple[Quality, ...]:
+    """`quality` with what was recorded of BASE as before, where it is of the same data: what training began
+    with may be another model, such as one that was cut already."""
+    known = {(each.metric, each.data_sha256): each for each in of_base}
+    found: list[Quality] = []
+    for each in quality:
+        base = known.get((each.metric, each.data_sha256))
+        if base is not None and base.data_sha256 is not None:
+            before = {"before": base.after, "before_error": base.after_error, "of_base": name}
+            each = each.model_copy(update={**before, "of_cut": False})
+        found.append(each)
+    return tuple(found)
+
+
 def identity_of(report: Report, base_sha256: str | None) -> Identity:
     """What another report must share to be compared with this one; `base_sha256` is its source's."""
     counted = sorted((row.name, row.weights) for row in report.tensors if row.prunable)
@@ -203,6 +217,10 @@ def not_measured(report: Report) -> tuple[str, ...]:
     said = ["speed: zeros are faster only in a runtime that knows them, and none was timed"]
     if not report.quality:
         said.append("quality: none is recorded of these weights (`finetune` records it, `eval` measures it)")
+    elif any(each.of_cut for each in report.quality):
+        said.append(
+            "what the cut cost in quality: BASE has no record of the same data, before is the cut model's"
+        )
     if report.base is None:
         said.append("changes: no BASE was given")
     if not any(row.spectrum for row in report.tensors):

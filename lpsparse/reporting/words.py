@@ -95,7 +95,8 @@ def change_of(quality: Quality) -> str:
     drop = quality_drop(quality)
     if drop is None:
         return ""
-    return f"{'worse' if drop > 0 else 'better'} by {abs(drop):.4f}" if drop else "unchanged"
+    found = f"{'worse' if drop > 0 else 'better'} by {abs(drop):.4f}" if drop else "unchanged"
+    return f"{found} since it was cut, which may have cost more" if quality.of_cut else found
 
 
 @dataclass(frozen=True, slots=True)

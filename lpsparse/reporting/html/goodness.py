@@ -32,7 +32,8 @@ def _points(report: Report, each: Quality) -> list[_Point]:
     base = report.base
     found: list[_Point] = []
     if each.before is not None:
-        known = base.prunable.sparsity if base is not None and base.is_source else None
+        is_base = base is not None and (base.is_source or each.of_base is not None)
+        known = base.prunable.sparsity if base is not None and is_base else None
         found.append(("before", known, each.before, each.before_error))
     found.append(("after", report.prunable.sparsity, each.after, each.after_error))
     limits = {budget.name: budget.limit for budget in report.budgets}
