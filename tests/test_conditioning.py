@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from conftest import on_two_ranks
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -313,10 +313,9 @@ def test_evaluation_between_the_passes_of_a_step_sees_v_and_the_gradient_is_stil
     torch.testing.assert_close(model[0].weight.grad, leaf.grad)
 
 
-def _rank(rank: int, store: str, out: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+def _rank(rank: int, out: str) -> None:
+    torch.distributed.init_process_group("gloo")
     torch.save(_gains(rank, 2), f"{out}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def _gains(rank: int, ranks: int) -> dict[str, Tensor]:
@@ -339,7 +338,7 @@ def _gains(rank: int, ranks: int) -> dict[str, Tensor]:
 
 
 def test_weight_norm_on_two_ranks_is_weight_norm_on_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    on_two_ranks(_rank, str(tmp_path))
     alone = _gains(0, 1)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

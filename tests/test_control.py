@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
+from conftest import on_two_ranks
 from torch import Tensor, nn
 
 from lpsparse import distributed
@@ -543,10 +543,9 @@ def test_a_run_that_is_taken_up_again_ends_in_the_same_bits(method: str, score: 
     assert all(torch.equal(whole[name], fresh[name]) for name in whole)
 
 
-def _rank(rank: int, store: str, out: str, way: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+def _rank(rank: int, out: str, way: str) -> None:
+    torch.distributed.init_process_group("gloo")
     torch.save(_trained(rank, 2, way), f"{out}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def _trained(rank: int, ranks: int, way: str) -> dict[str, Tensor]:
@@ -577,7 +576,7 @@ def _trained(rank: int, ranks: int, way: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])
 def test_two_ranks_agree_with_one_process_and_have_its_zeros(way: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path), way), nprocs=2)
+    on_two_ranks(_rank, str(tmp_path), way)
     alone = _trained(0, 1, way)
     assert sum(int((weight == 0).sum()) for weight in alone.values()) == (7 * 13 + 13 * 5) // 2
     for rank in (0, 1):

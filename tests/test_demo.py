@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Ran
 
 import lpsparse
 
@@ -43,7 +45,7 @@ def test_demo_ends_in_a_table_and_a_report_and_meets_its_bounds(tmp_path: Path) 
     assert again.returncode == 4 and "exists already" in again.stderr
 
 
-def test_a_missed_bound_is_a_verdict_with_exit_1(tmp_path: Path) -> None:
+def test_a_missed_bound_is_a_verdict_with_exit_1(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     recipe = tmp_path / "recipe.yaml"
     settings = "task: causal-lm, split: 'train[:9000]', eval_split: 'validation[:4000]', max_length: 32"
     recipe.write_text(
@@ -52,7 +54,6 @@ def test_a_missed_bound_is_a_verdict_with_exit_1(tmp_path: Path) -> None:
         "  - prune: {sparsity: 0.9}\n"
         "  - report: {min_sparsity: 0.9, max_quality_drop: 0.01}\n"
     )
-    command = [sys.executable, "-m", "lpsparse", "run", str(recipe), "--set", f"out={tmp_path / 'out'}"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 1, ran.stderr
+    ran = cli("run", recipe, "--set", f"out={tmp_path / 'out'}")
+    assert ran.rc == 1, ran.stderr
     assert "1 of 2 budgets failed" in " ".join(ran.stdout.split()) and "max-quality-drop" in ran.stdout

@@ -9,18 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import BUNDLED, Ran, cli_environment, tree_hash
+from conftest import BUNDLED, Ran, cli_environment, on_two_ranks, tree_hash
 from test_tasks import experts, gemma, gpt2, llama
 from transformers import AutoModelForCausalLM
 
 import lpsparse
-from lpsparse import ExitCode, distributed
+from lpsparse import ExitCode, LpsparseError, distributed
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.writer import OWNER, STATE
 from lpsparse.recipe import FinetuneStep
@@ -29,6 +30,7 @@ from lpsparse.training.distill import blocks
 from lpsparse.training.loop import prepare
 from lpsparse.training.model import load_transformer
 from lpsparse.training.quality import evaluate
+from lpsparse.verbs import finetune_step
 
 Options = dict[str, Any]
 
@@ -65,7 +67,7 @@ def plain(faulty: Options) -> Options:
 
 @pytest.mark.parametrize("way", [{}, {"shard": True}, {"accumulate": 2}], ids=["DDP", "FSDP2", "two parts"])
 def test_two_processes_train_as_one_does(way: Options, plain: Options, tmp_path: Path) -> None:
-    assert run(plain, tmp_path / "one").rc == 0
+    lpsparse.finetune(out=tmp_path / "one", **plain)
     ran = run(plain, tmp_path / "two", processes=2, **way)
     assert ran.rc == 0, ran.stderr
     assert ran.stderr.count("wrote") == ran.stdout.count("prunable weights are zero") == 1
@@ -73,6 +75,11 @@ def test_two_processes_train_as_one_does(way: Options, plain: Options, tmp_path:
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
         assert torch.equal(two[name] == 0, weight == 0)
+
+
+def _finetune(rank: int, out: str, given: Options) -> None:
+    lpsparse.finetune(out=out, **given)
+    assert torch.distributed.get_world_size() == 2
 
 
 TEXT = "The quick brown fox jumps over the lazy dog and says that it is a fine day. " * 60
@@ -91,16 +98,15 @@ def test_two_processes_train_a_transformer_as_one_does(
         "distill": 0.5,
     }  # fmt: skip
     alone = lpsparse.finetune(out=tmp_path / "one", **given)
-    ran = end(start([*command(given, tmp_path / "two", processes=2, **way), "--json"]))
-    assert ran.rc == 0, ran.stderr
+    on_two_ranks(_finetune, str(tmp_path / "two"), {**given, **way})
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in one.items():
         # A gradient near zero is noise, which AdamW makes as large as any; gemma is rounded to bfloat16.
         torch.testing.assert_close(two[name], weight, rtol=1e-2, atol=3e-4)
-    found = json.loads(ran.stdout)
-    assert found["prunable"]["zeros"] == alone.prunable.zeros
-    assert found["quality"][0]["before"] == pytest.approx(alone.quality[0].before, abs=1e-5)
-    assert found["quality"][0]["after"] == pytest.approx(alone.quality[0].after, abs=1e-3)
+    found = lpsparse.report(tmp_path / "two")
+    assert found.prunable.zeros == alone.prunable.zeros
+    assert found.quality[0].before == pytest.approx(alone.quality[0].before, abs=1e-5)
+    assert found.quality[0].after == pytest.approx(alone.quality[0].after, abs=1e-3)
 
 
 def _unreadable(*_: Any) -> Any:
@@ -108,7 +114,7 @@ def _unreadable(*_: Any) -> Any:
 
 
 def _load(rank: int, folder: str, shard: bool) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
     checkpoint = open_checkpoint(BUNDLED)
     if rank > 0:
         tensors = tuple(replace(tensor, blocks=_unreadable) for tensor in checkpoint.tensors)
@@ -120,12 +126,11 @@ def _load(rank: int, folder: str, shard: bool) -> None:
     parts = [distributed.local(param).numel() for param in model.parameters()]
     whole = {name: distributed.whole(value) for name, value in model.state_dict().items()}
     torch.save((parts, whole, dict(model.named_buffers())), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_the_weights_are_read_once_and_spread(shard: bool, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_load, (str(tmp_path), shard), nprocs=2)
+    on_two_ranks(_load, str(tmp_path), shard)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED)
     (mine, *first), (theirs, *second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     own = [model.state_dict(), dict(model.named_buffers())]
@@ -148,6 +153,21 @@ def test_what_process_0_finds_in_the_checkpoint_all_are_told(tmp_path: Path) -> 
     assert "Traceback" not in ran.stderr and not list(tmp_path.glob("out*"))
 
 
+def _train(rank: int, given: Options, runs: list[tuple[str, str, Options]], told: str) -> None:
+    """Runs of one job after another, each with its OUT, fault and changes; what process 0 says of each."""
+    found: list[Ran] = []
+    for out, fault, more in runs:
+        os.environ["TEST_FAULT"] = fault
+        said: list[str] = []
+        try:
+            finetune_step(resolve(FinetuneStep, {**given, **more, "out": out}), said.append)
+            found.append(Ran(0, "", "\n".join(said)))
+        except LpsparseError as error:
+            found.append(Ran(int(error.exit_code), "", "\n".join([*said, error.what])))
+    if rank == 0:
+        Path(told).write_text(json.dumps(found))
+
+
 # After the first step, the end of an epoch, between two lines of the metrics, the last one.
 @pytest.mark.parametrize(
     ("way", "stops"), [({}, (1, 4, 2, 8)), ({"shard": True}, (7, 8))], ids=["DDP", "FSDP2"]
@@ -155,19 +175,17 @@ def test_what_process_0_finds_in_the_checkpoint_all_are_told(tmp_path: Path) -> 
 def test_two_processes_that_were_stopped_end_in_the_bits_of_two_that_were_not(
     way: Options, stops: tuple[int, ...], plain: Options, tmp_path: Path
 ) -> None:
-    given = {**plain, **way, "processes": 2}
-    assert run(given, tmp_path / "whole").rc == 0
-    done = 0
-    for steps in stops:
-        done += steps
-        stopped = run(given, tmp_path / "out", f"1:{steps}:SIGTERM")  # one process is asked, and both stop
-        assert stopped.rc == ExitCode.RESUMABLE, stopped.stderr
-        assert f"after step {done} of 15" in stopped.stderr and not (tmp_path / "out").exists()
-    if "shard" not in way:
-        other = run({**given, "shard": True}, tmp_path / "out")
-        assert other.rc == ExitCode.STATE and "shard was False, is True" in other.stderr
+    given, out, told = {**plain, **way, "processes": 2}, str(tmp_path / "out"), tmp_path / "told.json"
+    stopped = run(given, tmp_path / "out", f"1:{stops[0]}:SIGTERM")
+    others = [(out, f"1:{steps}:SIGTERM", way) for steps in stops[1:]]  # one is asked, and both stop
+    runs = [*others, (out, "", {"shard": not way}), (str(tmp_path / "whole"), "", way)]
+    on_two_ranks(_train, plain, runs, str(told))
+    *all_stopped, other, whole = [Ran(*found) for found in json.loads(told.read_text())]
+    for each, done in zip([stopped, *all_stopped], accumulate(stops), strict=True):
+        assert each.rc == ExitCode.RESUMABLE and f"after step {done} of 15" in each.stderr, each.stderr
+    assert other.rc == ExitCode.STATE and f"shard was {bool(way)}, is {not way}" in other.stderr
     resumed = run(given, tmp_path / "out")
-    assert resumed.rc == 0 and "goes on after step 15" in resumed.stderr
+    assert whole.rc == resumed.rc == 0 and "goes on after step 15" in resumed.stderr
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
 
 

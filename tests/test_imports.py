@@ -7,11 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, cli_environment
 
 from lpsparse.cli.main import _app
+from lpsparse.recipe import FinetuneStep
+from lpsparse.settings import resolve
 
 PACKAGE = ROOT / "lpsparse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -178,3 +181,9 @@ def test_prune_of_a_torch_file_loads_torch_and_no_models(tmp_path: Path) -> None
     loaded = modules_after(RUN, "prune", tmp_path / "net.pt", tmp_path / "out", "--sparsity", "0.5")
     assert "torch" in loaded
     assert not loaded & {"transformers", "accelerate"}
+
+
+def test_a_module_of_your_own_is_trained_without_transformers(faulty: dict[str, Any], tmp_path: Path) -> None:
+    words = resolve(FinetuneStep, {**faulty, "out": "o", "dry_run": True}).options()
+    loaded = modules_after(RUN, "finetune", faulty["model"], tmp_path / "out", *words)
+    assert "torch" in loaded and "transformers" not in loaded  # which takes a second to import

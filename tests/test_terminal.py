@@ -328,10 +328,15 @@ def test_a_stream_that_is_closed_is_no_error(command: str, closed: str, tiny: Pa
 
 @pytest.mark.parametrize("width", [1, 20, 40, 80])
 @pytest.mark.parametrize("command", ["inspect", "report", "verify"])
-def test_no_word_is_broken_and_no_line_too_long(command: str, width: int, tiny: Path) -> None:
+def test_no_word_is_broken_and_no_line_too_long(
+    command: str, width: int, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lpsparse.prune(tiny, tiny.parent / "made", sparsity=0.5)
-    wide = run_cli([command, "made"], cwd=tiny.parent, COLUMNS="200").stdout
-    narrow = run_cli([command, "made"], cwd=tiny.parent, COLUMNS=str(width)).stdout
+    monkeypatch.chdir(tiny.parent)
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = cli(command, "made").stdout
+    monkeypatch.setenv("COLUMNS", str(width))
+    narrow = cli(command, "made").stdout
     words = {word for word in narrow.split() if "\u2026" not in word}
     assert words <= set(wide.split())
     longest = max(map(len, words), default=0)

@@ -20,7 +20,6 @@ from lpsparse.training.data import check_apart
 from lpsparse.training.distill import blocks, make_teacher
 from lpsparse.training.loss import check_dropout
 from lpsparse.training.memory import estimate
-from lpsparse.training.model import quiet_transformers
 from lpsparse.training.order import steps_of
 from lpsparse.training.quality import Measured, evaluate
 from lpsparse.training.resume import States
@@ -56,7 +55,6 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint, *, spread: bo
 
     All processes call it. Without `spread` only process 0 has the model's values (`distributed.spread`).
     """
-    quiet_transformers()
     torch.manual_seed(step.seed)
     if isinstance(step, FinetuneStep) and (step.eval_data or step.eval_split):
         check_apart(step.data, step.split, step.eval_data or step.data, step.eval_split or "validation")

@@ -5,7 +5,6 @@ matter.
 """
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -149,6 +148,7 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
     """
     from transformers import AutoConfig
 
+    quiet_transformers()
     read_config(checkpoint)
     assert checkpoint.root is not None  # read_config found its config.json
     try:
@@ -383,4 +383,3 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import write_json
 from lpsparse.errors import InputError
-from lpsparse.training.model import Loaded, first_line
+from lpsparse.training.model import Loaded, first_line, quiet_transformers
 
 Batch = dict[str, Tensor]
 
@@ -59,6 +59,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """The folder's own tokenizer. Raises InputError when there is none."""
     from transformers import AutoTokenizer
 
+    quiet_transformers()
     try:
         return AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers stumble over anything
