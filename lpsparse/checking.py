@@ -20,7 +20,8 @@ from lpsparse.checkpoint.remote import read_remote
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.errors import InputError, LpsparseError, OutputError
-from lpsparse.pipeline import is_finished, report_file
+from lpsparse.kept import check_free, report_file
+from lpsparse.pipeline import is_finished
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, PruneStep, ReportStep, Step, VerifyStep
 from lpsparse.recipe_file import read_recipe
@@ -63,6 +64,7 @@ def check_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None)
     path = Path(recipe)
     read = read_recipe(path, overrides or {})
     links = planned(read, overrides or {}, path)
+    check_free(read.out)
     place = _existing(read.out.absolute())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(404, f"{place}: no permission to write here", mend=_ELSEWHERE)

@@ -62,6 +62,18 @@ def test_a_sweep_again_skips_what_is_finished_and_changes_no_byte(here: Path, cl
     assert cli("sweep", "r.yaml", "--sparsity", "0.5,0.75,0.9").stderr.count("finished already") == 5
 
 
+def test_a_sweep_that_fails_leaves_no_table_that_could_be_its_own(here: Path, cli: Cli) -> None:
+    cli("sweep", "r.yaml", "--sparsity", "0.5")
+    before = Path("made-sweep/sweep.json").read_bytes()
+    failed(cli("sweep", "r.yaml", "--sparsity", "0.75", "--set", "report.base=gone", "--quiet"), 3)
+    assert sorted(path.name for path in Path("made-sweep").glob("sweep*")) == [
+        "sweep.csv.old", "sweep.json.old", "sweep.svg.old"
+    ]  # fmt: skip
+    assert Path("made-sweep/sweep.json.old").read_bytes() == before
+    cli("sweep", "r.yaml", "--sparsity", "0.5")
+    assert len(list(Path("made-sweep").glob("sweep*"))) == 3
+
+
 def test_no_model_within_the_budgets_is_exit_1(here: Path, cli: Cli) -> None:
     ran = cli("sweep", "r.yaml", "--sparsity", "0.25,0.4", "--quiet")
     assert ran.rc == 1 and ran.stdout.splitlines()[-1] == "no model meets the budgets"
