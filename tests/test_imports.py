@@ -36,13 +36,14 @@ MAY_IMPORT = {
     "verbs": VERBS_MAY | {"opened", "artefact", "dry_run", "proof", "tuning"},
     "health": {"checkpoint", "reporting", "errors"},
     "schema": {"recipe_file", "recipe"},
-    "chain": {"recipe_file", "settings", "recipe", "errors"},
+    "chain": {"checkpoint.names", "recipe_file", "settings", "recipe", "errors"},
     "resolved": {"chain", "checkpoint", "recipe_file", "recipe"},
     "kept": {"chain", "checkpoint", "recipe", "settings", "errors"},
     "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file", "chain", "kept", "resolved"},
     "check_data": {"training.data", "checkpoint", "recipe", "errors"},
     "check_patterns": {"pruning", "checkpoint", "recipe", "limits", "errors"},
-    "checking": VERBS_MAY | {"chain", "check_data", "check_patterns", "kept", "pipeline", "recipe_file"},
+    "checking": VERBS_MAY
+    | {"chain", "check_data", "check_patterns", "kept", "pipeline", "proof", "recipe_file"},
     "sweeping": VERBS_MAY | {"chain", "kept", "pipeline", "recipe_file", "verbs"},
     "cli": VERBS_MAY
     | {"verbs", "recipe_file", "pipeline", "chain", "checking", "schema", "sweeping", "health"},
