@@ -54,23 +54,29 @@ def _tell_person(stream: TextIO | None, text: str) -> None:
 
 def tell_runner(report: "Report") -> None:
     """On GitHub Actions: a summary, and an annotation for each budget that failed."""
-    if not is_first():
-        return
-    wrong = github.summarise(report)
-    if wrong is not None:
-        tell(f"warning: {clean(wrong)}")
-    if github.is_runner():
-        for line in github.annotations(report):
-            _write(sys.stderr, line)
+    if is_first():
+        _tell_runner(github.summarise(report), lambda: github.annotations(report))
+
+
+def tell_runner_of_sweep(found: dict[str, Any]) -> None:
+    """Likewise: the table, and an annotation where no model meets the budgets."""
+    if is_first():
+        _tell_runner(github.summarise_sweep(found), lambda: github.sweep_annotations(found))
 
 
 def tell_runner_error(code: str, what: str, mend: str) -> None:
     """On GitHub Actions: what ended the command, in the summary and as an error, where a person looks."""
-    wrong = github.summarise_error(code, what, mend)
+    line = github.command("error", f"lpsparse: {code}", what, f"mend: {mend}")
+    _tell_runner(github.summarise_error(code, what, mend), lambda: [line])
+
+
+def _tell_runner(wrong: str | None, annotations: Callable[[], list[str]]) -> None:
+    """`wrong` is what became of the summary, if anything did."""
     if wrong is not None:
         tell(f"warning: {clean(wrong)}")
     if github.is_runner():
-        _write(sys.stderr, github.command("error", f"lpsparse: {code}", what, f"mend: {mend}"))
+        for line in annotations():
+            _write(sys.stderr, line)
 
 
 def _write(stream: TextIO | None, text: str) -> None:
