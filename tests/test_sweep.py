@@ -197,6 +197,21 @@ def test_a_limit_in_percent_is_drawn_at_its_share_of_the_dense_quality(
     ]
 
 
+def test_no_label_stands_on_another() -> None:
+    points = (row(sparsity, 2.0 + sparsity / 50) for sparsity in (0.3, 0.5, 0.52, 0.54))
+    root = ElementTree.fromstring(draw(found_of(*points)))
+    texts = [each for each in root.iter("{http://www.w3.org/2000/svg}text") if "%" in str(each.text)[-1]]
+    at = [(float(each.get("x", 0)), float(each.get("y", 0))) for each in texts]
+    assert len(at) == 8
+    assert all(abs(a - c) > 22 or abs(b - d) > 9 for i, (a, b) in enumerate(at) for c, d in at[:i])
+
+
+@pytest.mark.parametrize("ground", ["#fff", "#161616"])
+def test_words_have_a_rim_of_the_grounds_colour(ground: str) -> None:
+    style = draw(found_of(row(0.5, 2.1)))
+    assert f"svg {{ background: {ground}" in style and style.count(f"stroke: {ground}") == 1
+
+
 def test_the_same_table_gives_the_same_figure() -> None:
     assert draw(found_of(row(0.5, 2.1))) == draw(found_of(row(0.5, 2.1)))
 

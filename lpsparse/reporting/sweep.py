@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lpsparse.reporting.markdown import code, table
+from lpsparse.reporting.markdown import code, plain, table
 from lpsparse.reporting.text import clean, size
 
 _MOST_ROWS = 100
@@ -53,7 +53,7 @@ def markdown(found: Found) -> str:
         (sparsity, *figures, code(said) if said not in ("", "ok") else said)
         for sparsity, *figures, said in body[:_MOST_ROWS]
     ]
-    lines += table((*head[:4], code(head[4]), *head[5:]), shown)
+    lines += table((*head[:4], plain(head[4]), *head[5:]), shown)
     if len(body) > _MOST_ROWS:
         lines += ["", f"... and {len(body) - _MOST_ROWS:,} more: see sweep.csv."]
     return "\n".join([*lines, ""])
