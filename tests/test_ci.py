@@ -151,6 +151,19 @@ def test_no_name_is_a_command_to_the_runner(name: str, tmp_path: Path, runner: P
             assert name in [row["name"] for row in json.loads(ran.stdout)["tensors"]]
 
 
+@pytest.mark.parametrize("view", ["json", "csv", "junit", "markdown", "comment", "html"])
+def test_no_name_in_a_list_of_tensors_begins_a_command(
+    view: str, tmp_path: Path, runner: Path, cli: Cli
+) -> None:
+    nan: Given = ("F32", [2, 2], b"\0\0\xc0\x7f" * 4)
+    names = ("a.weight", "::stop-commands::x", "  ::error::x", "b ##[error]x")
+    write_safetensors(tmp_path / "m.safetensors", dict.fromkeys(names, nan))
+    ran = cli("report", tmp_path / "m.safetensors", f"--{view}", "-")
+    assert ran.rc == 0 and len(ran.stdout) > 100
+    assert "##[" not in ran.stdout.partition("</style>")[2 if view == "html" else 0]
+    assert not re.search(r"(?m)^\s*::(stop|error)", ran.stdout)
+
+
 def test_an_error_is_one_annotation_of_both_lines(tmp_path: Path, runner: Path, cli: Cli) -> None:
     ran = cli("report", tmp_path / "gone")
     assert ran.rc == 3

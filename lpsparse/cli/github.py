@@ -130,8 +130,3 @@ def _code(text: str) -> str:
     text = clean(shorten(text, 1000))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
-
-
-def harmless(text: str) -> str:
-    """Text of which the runner makes no command, whatever names a checkpoint has."""
-    return re.sub(r"(?m)^(\s*)::", r"\1: :", text).replace("##[", "# #[")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from lpsparse.cli import github
 from lpsparse.errors import OutputError
-from lpsparse.reporting.text import clean, fitted, size
+from lpsparse.reporting.text import IN_JSON, clean, fitted, harmless, size, without_order
 from lpsparse.settings import is_first
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def tell(text: str) -> None:
 
 
 def _tell_person(stream: TextIO | None, text: str) -> None:
-    _write(stream, github.harmless(text) if github.is_runner() else text)
+    _write(stream, harmless(text) if github.is_runner() else text)
 
 
 def tell_runner(report: "Report") -> None:
@@ -106,7 +106,7 @@ def print_json(value: Any) -> None:
 
 def as_data(text: str) -> str:
     """The same JSON, without what GitHub's runner would obey: strings alone can hold it."""
-    return text.replace("##[", "##\\u005b")
+    return without_order(text, IN_JSON)
 
 
 def teller(quiet: bool) -> Callable[[str], None]:

@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from lpsparse.reporting.text import clean, size
+from lpsparse.reporting.ticks import between, step_of
 
 _WIDTH, _HEIGHT, _TOP, _BOTTOM = 760, 380, 76, 320
 _LEFT, _RIGHT = (70, 370), (440, 740)  # from and to, of the two panels
@@ -46,9 +47,7 @@ class _Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        step = _nice((self.high - self.low) / 5)
-        first = math.ceil(self.low / step - 1e-9)
-        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return between(self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +148,8 @@ def _unit(most: float) -> tuple[float, str]:
     return 1000.0**power, ("B", "kB", "MB", "GB", "TB")[power]
 
 
-def _nice(step: float) -> float:
-    scale = 10.0 ** math.floor(math.log10(step))
-    return next(scale * each for each in (1, 2, 5, 10) if scale * each >= step * (1 - 1e-9))
-
-
 def _plain(axis: _Axis) -> Any:
-    decimals = max(0, -math.floor(math.log10(_nice((axis.high - axis.low) / 5)) + 1e-9))
+    decimals = max(0, -math.floor(math.log10(step_of(axis.low, axis.high)) + 1e-9))
     return lambda value: f"{value:.{decimals}f}"
 
 
