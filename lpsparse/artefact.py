@@ -107,6 +107,7 @@ def complete(
     text = card.render(
         found, record, quality, recipe=recipe, trained=recipe.get("finetune") or _trained(source, earlier),
         base_card=folder / BASE_CARD, figure=_draw(folder, found, ours=earlier is not None),
+        lost=earlier is not None and bool(earlier.quality),
     )  # fmt: skip
     write_text(folder / CARD, text)
     write_manifest(folder, record, recipe, tensor_records(found), found.layout, quality, notes, written.files)

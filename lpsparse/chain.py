@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.names import is_report_name
 from lpsparse.errors import OutputError, UsageError
 from lpsparse.recipe import (
     STEPS,
@@ -76,7 +77,7 @@ def _linked(
     origin = next((link.origin for link in before if str(link.out) == given["model"]), given["model"])
     if "data" in kind.model_fields and read.data is not None:
         settings.setdefault("data", read.data)
-    if kind is ReportStep and not _is_one_of_several(origin, {**settings, **given}, before):
+    if kind is ReportStep and _can_be_base(origin, {**settings, **given}, before):
         settings.setdefault("base", origin)
     if kind is RecoverStep and not {"include", "exclude"} & {*settings, *given}:
         settings |= _patterns(given["model"], before)
@@ -91,11 +92,14 @@ def _linked(
     return Link(i, name, step.as_finetune() if isinstance(step, RecoverStep) else step, origin, called)
 
 
-def _is_one_of_several(origin: str, values: Mapping[str, Any], before: Sequence[Link]) -> bool:
-    """Whether a step says by `weights` which checkpoint in `origin` it means: a report's `base` cannot."""
+def _can_be_base(origin: str, values: Mapping[str, Any], before: Sequence[Link]) -> bool:
+    """Whether a report can be compared with `origin`: not where it is a report itself, nor where a step says
+    by `weights` which checkpoint in it is meant, as `base` cannot."""
+    if is_report_name(origin) and not Path(origin).is_dir():
+        return False
     of_ours = values["model"] == origin and values.get("weights") is not None
     named = (link for link in before if link.model == origin)
-    return of_ours or any(getattr(link.step, "weights", None) is not None for link in named)
+    return not of_ours and all(getattr(link.step, "weights", None) is None for link in named)
 
 
 def _made(text: str, before: Sequence[Link]) -> str:

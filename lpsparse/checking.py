@@ -20,12 +20,15 @@ from lpsparse.checkpoint.remote import read_remote
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.errors import InputError, LpsparseError, OutputError
-from lpsparse.pipeline import is_finished, report_file
+from lpsparse.kept import check_free, report_file
+from lpsparse.pipeline import is_finished
+from lpsparse.proof import check_reread
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, PruneStep, ReportStep, Step, VerifyStep
 from lpsparse.recipe_file import read_recipe
-from lpsparse.reporting.estimate import estimate
-from lpsparse.reporting.reread import read_report
+from lpsparse.reporting.budgets import check_budgets
+from lpsparse.reporting.estimate import PROCESS_BYTES, estimate
+from lpsparse.reporting.reread import is_report, read_report
 from lpsparse.training import memory
 
 _SPARE = 1.05  # as preflight asks for
@@ -63,6 +66,7 @@ def check_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None)
     path = Path(recipe)
     read = read_recipe(path, overrides or {})
     links = planned(read, overrides or {}, path)
+    check_free(read.out)
     place = _existing(read.out.absolute())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(404, f"{place}: no permission to write here", mend=_ELSEWHERE)
@@ -93,6 +97,8 @@ def _naming(link: Link) -> Generator[None]:
 
 def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
     step = link.step
+    if isinstance(step, ReportStep) and (Path(step.model) in look.reports or is_report(step.model)):
+        return _reread(step, look)
     if isinstance(step, VerifyStep) and step.model not in look.made:
         read_manifest(Path(step.model))
     held = _take(link.model, getattr(step, "weights", None), look)
@@ -119,6 +125,20 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         "step": link.name, "model": link.model, "out": None if link.out is None else str(link.out),
         "state": state, "prunable_weights": prunable, "disk_bytes": disk, "memory_bytes": memory_bytes,
         "notes": [*notes, *more],
+    }  # fmt: skip
+
+
+def _reread(step: ReportStep, look: _Look) -> dict[str, Any]:
+    """A report step of a report.json, which is read when no step before makes it."""
+    check_reread(step)
+    if step.baseline is not None:
+        _check_baseline(step.baseline, look)
+    prunable = None
+    if Path(step.model) not in look.reports:
+        prunable = check_budgets(read_report(Path(step.model)), step).prunable.weights
+    return {
+        "step": "report", "model": step.model, "out": None, "state": "looks", "prunable_weights": prunable,
+        "disk_bytes": 0, "memory_bytes": PROCESS_BYTES, "notes": [],
     }  # fmt: skip
 
 

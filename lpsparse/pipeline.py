@@ -12,8 +12,9 @@ from lpsparse.chain import WRITES, Link, planned, trained_from
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, REPORT, as_json, write_beside
+from lpsparse.checkpoint.writer import MANIFEST, as_json, write_beside
 from lpsparse.errors import InputError, OutputError
+from lpsparse.kept import check_free, earlier_reports, report_file, set_aside
 from lpsparse.launch import is_first
 from lpsparse.recipe import (
     POSITIONAL,
@@ -68,21 +69,21 @@ def run_each(
     path = Path(recipe)
     read = read_recipe(path, overrides or {})
     links = planned(read, overrides or {}, path)
-    locate(read.model)  # a model that cannot be had fails before anything is made
-    with folder_for(read.out):
-        for link, done in zip(links, run_links(links, say, on_step), strict=True):
-            if isinstance(done.result, Report) and isinstance(link.step, ReportStep) and is_first():
-                write_beside(report_file(link, links, read.out), as_json(done.result.model_dump(mode="json")))
-            yield done
-        if is_first():
-            write_resolved(read, links)
+    check_free(read.out)
+    with set_aside(earlier_reports(links, read.out)):
+        locate(read.model)  # a model that cannot be had fails before anything is made
+        with folder_for(read.out):
+            yield from _kept(links, read.out, say, on_step)
+            if is_first():
+                write_resolved(read, links)
 
 
-def report_file(link: Link, links: Sequence[Link], out: Path) -> Path:
-    """Where the report of a report step is kept: the last one in OUT/report.json, those before it in
-    OUT/report-N.json, N the step's number from 1."""
-    last = max(each.index for each in links if isinstance(each.step, ReportStep))
-    return out / (REPORT if link.index == last else f"report-{link.index + 1}.json")
+def _kept(links: Sequence[Link], out: Path, say: Say, on_step: Callable[[Any], None]) -> Iterator[Done]:
+    """Each step in turn, and the reports of report steps in `out`."""
+    for link, done in zip(links, run_links(links, say, on_step), strict=True):
+        if isinstance(done.result, Report) and isinstance(link.step, ReportStep) and is_first():
+            write_beside(report_file(link, links, out), as_json(done.result.model_dump(mode="json")))
+        yield done
 
 
 @contextmanager

@@ -39,11 +39,16 @@ def report_step(step: ReportStep, say: Say = silent) -> Report:
 
 
 def _reread(step: ReportStep) -> Report:
+    check_reread(step)
+    return read_report(Path(step.model)).model_copy(update={"budgets": (), "baseline": None})
+
+
+def check_reread(step: ReportStep) -> None:
+    """Raises UsageError for what a report that was written cannot tell."""
     given = [flag(name) for name in _OF_FILES if not step.at_default(name)]
     if given:
         what = f"{step.model}: a report, which is not measured again: {', '.join(given)} cannot be had of it"
         raise UsageError(291, what, mend="give the checkpoint itself")
-    return read_report(Path(step.model)).model_copy(update={"budgets": (), "baseline": None})
 
 
 def _measured(step: ReportStep, say: Say) -> Report:

@@ -14,13 +14,15 @@ from lpsparse.chain import TAKEN, Link, planned
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.writer import as_json, write_beside
 from lpsparse.errors import UsageError
+from lpsparse.kept import check_free, set_aside
 from lpsparse.launch import is_first
-from lpsparse.pipeline import Done
+from lpsparse.pipeline import Done, Say
 from lpsparse.recipe import EvalStep, FinetuneStep, PackStep, PruneStep, ReportStep, UnpackStep
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.curve import draw
 from lpsparse.reporting.records import Budget, Report
 
+_FILES = ("sweep.json", "sweep.csv", "sweep.svg")
 _COLUMNS = (
     "sparsity", "zeros", "weights", "file_bytes", "bitmask_bytes", "metric", "before", "after", "passed",
     "folder",
@@ -37,7 +39,7 @@ class _Placed:
 
 def sweep(
     recipe: str | Path, sparsity: Iterable[Any], out: str | Path | None = None,
-    overrides: Mapping[str, str] | None = None, say: Callable[[str], None] = verbs.silent,
+    overrides: Mapping[str, str] | None = None, say: Say = verbs.silent,
     on_step: Callable[[Any], None] = verbs.silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Run a recipe once for each sparsity: {"rows", "dense", "smallest", ...}, which OUT/sweep.json,
@@ -52,9 +54,19 @@ def sweep(
     links = planned(read, overrides or {}, path)
     varied = _varied(path, links)
     folder = read.out.with_name(f"{read.out.name}-sweep") if out is None else Path(out)
-    locate(read.model)
     placed = {value: _place(links, varied, value, read.out, folder) for value in values}
-    first = placed[values[0]]
+    check_free(folder)
+    with set_aside([folder / name for name in _FILES]):
+        locate(read.model)
+        return _swept(path, placed, varied, folder, say, on_step) | {"out": str(folder)}
+
+
+def _swept(
+    path: Path, placed: Mapping[Decimal, _Placed], varied: set[int], folder: Path, say: Say,
+    on_step: Callable[[Any], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The runs at all sparsities, and their table, which is in `folder`, too."""
+    first = next(iter(placed.values()))
     with pipeline.folder_for(folder):
         shared = [link for link in first.all if link.index not in varied]
         with pipeline.folder_for(folder / "shared"):
@@ -68,7 +80,7 @@ def sweep(
         found = _result(path, rows, _dense(first.own[0].model, common, rows))
         if is_first():
             _write(folder, found)
-    return found | {"out": str(folder)}
+    return found
 
 
 def _values(given: Iterable[Any]) -> list[Decimal]:
@@ -227,6 +239,5 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
     writer = csv.DictWriter(table, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(found["rows"])
-    write_beside(folder / "sweep.json", as_json(found))
-    write_beside(folder / "sweep.csv", table.getvalue())
-    write_beside(folder / "sweep.svg", draw(found))
+    for name, text in zip(_FILES, (as_json(found), table.getvalue(), draw(found)), strict=True):
+        write_beside(folder / name, text)

@@ -151,6 +151,19 @@ def test_no_name_is_a_command_to_the_runner(name: str, tmp_path: Path, runner: P
             assert name in [row["name"] for row in json.loads(ran.stdout)["tensors"]]
 
 
+@pytest.mark.parametrize("view", ["json", "csv", "junit", "markdown", "comment", "html"])
+def test_no_name_in_a_list_of_tensors_begins_a_command(
+    view: str, tmp_path: Path, runner: Path, cli: Cli
+) -> None:
+    nan: Given = ("F32", [2, 2], b"\0\0\xc0\x7f" * 4)
+    names = ("a.weight", "::stop-commands::x", "  ::error::x", "b ##[error]x")
+    write_safetensors(tmp_path / "m.safetensors", dict.fromkeys(names, nan))
+    ran = cli("report", tmp_path / "m.safetensors", f"--{view}", "-")
+    assert ran.rc == 0 and len(ran.stdout) > 100
+    assert "##[" not in ran.stdout.partition("</style>")[2 if view == "html" else 0]
+    assert not re.search(r"(?m)^\s*::(stop|error)", ran.stdout)
+
+
 def test_an_error_is_one_annotation_of_both_lines(tmp_path: Path, runner: Path, cli: Cli) -> None:
     ran = cli("report", tmp_path / "gone")
     assert ran.rc == 3
@@ -203,6 +216,45 @@ def test_run_tells_the_runner_of_its_reports_and_keeps_them(
     assert sorted(Path("made").glob("*.json")) == kept
     assert [[each.name for each in read_report(path).budgets] for path in kept] == [
         ["max-bytes"], ["max-bytes"], ["min-sparsity"]]  # fmt: skip
+
+
+SWEEP = """{model: dense, out: made, steps: [{prune: {sparsity: 0.5}}, {report: {min_sparsity: 0.6,
+max_bytes: 1, warn: [max-bytes]}}]}"""
+
+
+@pytest.mark.parametrize(("values", "rc", "word"), [("0.25,0.5", 1, "FAILED"), ("0.5,0.75", 0, "passed")])
+@pytest.mark.parametrize("flags", [(), ("--json", "--quiet")])
+def test_a_sweep_tells_the_runner_its_verdict_and_table(
+    values: str, rc: int, word: str, flags: tuple[str, ...], sparse: Path, runner: Path, cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(sparse.parent)
+    Path("r.yaml").write_text(SWEEP)
+    ran = cli("sweep", "r.yaml", "--sparsity", values, *flags)
+    lines = runner.read_text().splitlines()
+    assert ran.rc == rc and lines[0] == f"## lpsparse sweep: {word}"
+    assert lines[2].endswith("**no model meets the budgets**" if rc else "budgets**: `s0.75/1-prune`")
+    verdicts = [line.split("|")[-2].strip() for line in lines[6:]]
+    assert verdicts == ["", "`min-sparsity`", "`min-sparsity`" if rc else "ok"]
+    text = "r.yaml: no model meets the budgets\nsparsity 0.25: min-sparsity\nsparsity 0.5: min-sparsity"
+    assert commands(ran.stderr) == ([("error", "lpsparse: sweep", text)] if rc else [])
+
+
+def test_no_word_of_a_sweep_is_a_command_or_a_column(runner: Path) -> None:
+    budget = {"name": "::error::x|y", "passed": False, "level": "error"}
+    row = {
+        "sparsity": 0.5, "zeros": 1, "file_bytes": 1, "bitmask_bytes": 1, "metric": "##[x]|<b>",
+        "before": None, "after": None, "budgets": [budget], "passed": False,
+    }  # fmt: skip
+    dense = {"zeros": 0, "file_bytes": 1, "quality": None}
+    found = {"recipe": "::r`.yaml", "rows": [row] * 200, "dense": dense, "smallest": None}
+    assert github.summarise_sweep(found) is None
+    text = runner.read_text()
+    assert "##[" not in text and "::error" not in text and "<b>" not in text and "101 more" in text
+    assert {line.count(" | ") for line in text.splitlines() if line.startswith("| 0.5")} == {6}
+    (line,) = github.sweep_annotations(found)
+    told = commands(line)[0][2].splitlines()
+    assert told[0] == "::r`.yaml: no model meets the budgets" and told[-1] == "191 more are in the table"
 
 
 # The examples

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +44,33 @@ def test_demo_ends_in_a_table_and_a_report_and_meets_its_bounds(tmp_path: Path) 
     assert (tmp_path / found["report"]).is_file() and lpsparse.verify(tmp_path / "lpsparse-demo/sparse")["ok"]
     again = demo(tmp_path)
     assert again.returncode == 4 and "exists already" in again.stderr
+
+
+LEAVING = """
+import signal, subprocess, sys, time
+from lpsparse.cli import interrupts
+from lpsparse.cli.demo import _children
+signal.signal(signal.SIGINT, signal.default_int_handler)
+interrupts.listen()
+with _children() as children:
+    rival = "import time; print('here', flush=True); time.sleep(60)"
+    children.append(subprocess.Popen([sys.executable, "-c", rival], stderr=subprocess.DEVNULL))
+    try:
+        time.sleep(60)
+    finally:  # as the end of a training that was interrupted
+        print("ends", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_interrupt_of_the_demo_alone_ends_the_rival_too() -> None:
+    ran = subprocess.Popen([sys.executable, "-c", LEAVING], stdout=subprocess.PIPE, text=True)
+    assert ran.stdout is not None
+    for word in ("here", "ends"):
+        assert ran.stdout.readline().strip() == word
+        ran.send_signal(signal.SIGINT)
+    assert ran.wait(20) == 130
+    assert ran.communicate(timeout=20)[0] == ""  # the rival holds the pipe for as long as it lives
 
 
 def test_a_missed_bound_is_a_verdict_with_exit_1(tmp_path: Path, cli: Callable[..., Ran]) -> None:

@@ -336,6 +336,33 @@ def test_intervals_are_at_95_percent() -> None:
     assert "the intervals are apart" in apart
 
 
+def compared(**changes: float | None) -> list[str]:
+    """The points of the view of quality, as its table names them."""
+    of = [
+        Budget(name=f"{name} of baseline", limit=0.88, value=0.9, passed=True, **{"baseline": 0.9} | changes)
+        for name in ("accuracy", "sparsity")
+    ]
+    page = render(full(tensors(7), budgets=tuple(of)))
+    view = page[page.index('id="quality"') : page.index('id="magnitudes"')]
+    drawn = re.findall(r">(before|after|baseline|allowed) 0[.\d]+</text>", view)
+    assert len(drawn) == len(re.findall(r"<circle", view)) == view.count("<tr>") - 1
+    return drawn
+
+
+def test_a_baseline_is_drawn_where_it_is_and_where_it_allows_to_be() -> None:
+    assert compared() == ["before", "after", "baseline", "allowed"]
+    assert compared(baseline=0.88) == ["before", "after", "baseline"]
+    assert compared(baseline=None) == ["before", "after", "allowed"]
+
+
+@pytest.mark.parametrize("after", [0.5, 0.9, 0.905, 0.91, 1.3])
+def test_no_words_of_a_point_stand_beside_those_of_another(after: float) -> None:
+    page = render(full(tensors(7), quality=(quality(after=after),)))
+    heights = re.findall(r'y="([\d.]+)"[^>]*>(?:before|after|baseline|allowed) 0?[.\d]+</text>', page)
+    at = sorted(map(float, heights))
+    assert len(at) == 4 and all(b - a >= 16 for a, b in pairwise(at)) and at[-1] <= 214
+
+
 def test_layers_are_in_the_order_of_the_model_and_not_of_the_alphabet() -> None:
     names = [
         "lm_head.weight",

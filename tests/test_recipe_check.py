@@ -91,6 +91,38 @@ def test_a_baseline_that_an_earlier_step_makes_is_there_in_a_run(baseline: str, 
     assert pipeline.passed(pipeline.run("r.yaml"))
 
 
+@pytest.mark.parametrize("model", ["made/report-2.json", "old.json"])
+def test_a_report_step_may_be_of_a_report_that_is_there_or_made(model: str, here: Path, cli: Cli) -> None:
+    assert cli("report", "tiny", "--json", "old.json").rc == 0
+    write(
+        here, {"prune": {"sparsity": 0.5}}, {"report": {}}, {"report": {"model": model, "max_bytes": "1MB"}}
+    )
+    found = check_recipe("r.yaml")["steps"][2]
+    assert (found["model"], found["state"], found["disk_bytes"]) == (model, "looks", 0)
+    assert found["prunable_weights"] == (PRUNABLE_WEIGHTS if model == "old.json" else None)
+    assert pipeline.passed(pipeline.run("r.yaml"))
+
+
+REPORTS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "measured": ({"spectra": True}, 2, "LPS291"), "base": ({"base": "tiny"}, 2, "LPS291"),
+    "pattern": ({"min_sparsity": "none*=0.1"}, 2, "LPS290"), "baseline": ({"baseline": "gone"}, 3, "LPS356"),
+    "broken": ({"model": "broken.json"}, 3, "LPS356"), "other": ({"model": "other.json"}, 3, "LPS357"),
+    "gone": ({"model": "gone.json"}, 3, "gone.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "rc", "word"), REPORTS.values(), ids=REPORTS.keys())
+def test_what_a_report_of_a_report_would_refuse_is_refused(
+    more: dict[str, Any], rc: int, word: str, here: Path, cli: Cli
+) -> None:
+    assert cli("report", "tiny", "--json", "old.json").rc == 0
+    (here / "broken.json").write_text("{")
+    (here / "other.json").write_text('{"schema_version": 2}')
+    write(here, {"report": {"model": "old.json", **more}})
+    assert word in failed(cli("recipe", "check", "r.yaml"), rc)
+    assert word in failed(cli("run", "r.yaml", "--quiet"), rc)
+
+
 def test_a_report_is_not_compared_with_a_folder_of_several_checkpoints(here: Path) -> None:
     shutil.copy(here / "tiny" / "model.safetensors", here / "tiny" / "other.safetensors")
     (here / "tiny" / "model.safetensors").rename(here / "tiny" / "one.safetensors")

@@ -230,6 +230,45 @@ def test_a_run_that_was_killed_in_its_second_step_goes_on_there(tmp_path: Path) 
     assert tree_hash(tmp_path / "made" / "cut") == first
 
 
+# The reports that a run keeps
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("report*"))
+
+
+@pytest.mark.parametrize("change", [{"report.base": "gone"}, {"model": "gone"}, {"prune.overwrite": "false"}])
+def test_a_run_that_fails_leaves_no_report_that_could_be_its_own(change: dict[str, str], here: Path) -> None:
+    write(here / "r.yaml", {"report": {}}, {"prune": {"sparsity": 0.5}}, {"report": {}})
+    pipeline.run("r.yaml")
+    before = (here / "made/report.json").read_bytes()
+    for _ in range(2):
+        with pytest.raises(LpsparseError):
+            pipeline.run("r.yaml", {"prune.sparsity": "0.3", "prune.overwrite": "true", **change})
+        assert "report.json" not in kept(here / "made")
+        assert (here / "made/report.json.old").read_bytes() == before
+    pipeline.run("r.yaml", {"prune.overwrite": "true"})
+    assert kept(here / "made") == ["report-1.json", "report.json"]
+
+
+def test_an_earlier_report_may_be_the_baseline_and_files_of_others_stay(here: Path, cli: Cli) -> None:
+    steps = ({"prune": {"sparsity": 0.5}}, {"report": {}}, {"report": {}})
+    pipeline.run(write(here / "r.yaml", *steps))
+    (here / "made/report-mine.json").write_text("mine")
+    write(here / "r.yaml", *steps[:2], {"report": {"baseline": "made/report.json"}})
+    assert cli("run", "r.yaml").rc == 0
+    assert kept(here / "made") == ["report-2.json", "report-mine.json", "report.json"]
+
+
+@pytest.mark.parametrize("words", [["run"], ["recipe", "check"]])
+def test_a_checkpoint_keeps_its_own_report(words: list[str], here: Path, cli: Cli) -> None:
+    lpsparse.prune("tiny", "cut", sparsity=0.5)
+    before = tree_hash(here / "cut")
+    write(here / "r.yaml", {"report": {"model": "cut"}}, out="cut")
+    assert "LPS405" in failed(cli(*words, "r.yaml"), 4)
+    assert tree_hash(here / "cut") == before
+
+
 # The schema
 
 

@@ -407,6 +407,15 @@ def test_a_quality_that_only_the_baseline_has_fails(tmp_path: Path) -> None:
     assert [each.name for each in found.budgets if not each.passed] == ["accuracy of baseline"]
 
 
+def test_budgets_of_a_baseline_have_its_own_figures() -> None:
+    theirs = with_quality(0.9, 0.8)
+    found = check_baseline(with_quality(0.9, 0.9), theirs, asked(baseline="b.json", max_regression="0.5"))
+    own = {each.name: (each.baseline, each.limit) for each in found.budgets}
+    assert own["accuracy of baseline"] == (0.8, 0.4)
+    sizes = theirs.bytes.file_bytes, theirs.prunable.sparsity
+    assert (own["bytes of baseline"][0], own["sparsity of baseline"][0]) == sizes
+
+
 def test_weights_that_are_not_finite_fail_where_there_is_a_budget(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "m.safetensors", {"a.weight": ("F32", [2, 2], b"\0\0\xc0\x7f" * 4)})
     assert report(tmp_path / "m.safetensors").passed

@@ -62,6 +62,18 @@ def test_a_sweep_again_skips_what_is_finished_and_changes_no_byte(here: Path, cl
     assert cli("sweep", "r.yaml", "--sparsity", "0.5,0.75,0.9").stderr.count("finished already") == 5
 
 
+def test_a_sweep_that_fails_leaves_no_table_that_could_be_its_own(here: Path, cli: Cli) -> None:
+    cli("sweep", "r.yaml", "--sparsity", "0.5")
+    before = Path("made-sweep/sweep.json").read_bytes()
+    failed(cli("sweep", "r.yaml", "--sparsity", "0.75", "--set", "report.base=gone", "--quiet"), 3)
+    assert sorted(path.name for path in Path("made-sweep").glob("sweep*")) == [
+        "sweep.csv.old", "sweep.json.old", "sweep.svg.old"
+    ]  # fmt: skip
+    assert Path("made-sweep/sweep.json.old").read_bytes() == before
+    cli("sweep", "r.yaml", "--sparsity", "0.5")
+    assert len(list(Path("made-sweep").glob("sweep*"))) == 3
+
+
 def test_no_model_within_the_budgets_is_exit_1(here: Path, cli: Cli) -> None:
     ran = cli("sweep", "r.yaml", "--sparsity", "0.25,0.4", "--quiet")
     assert ran.rc == 1 and ran.stdout.splitlines()[-1] == "no model meets the budgets"
@@ -183,6 +195,21 @@ def test_a_limit_in_percent_is_drawn_at_its_share_of_the_dense_quality(
     assert [line for line in plain.splitlines() if 'class="limit"' in line] == [
         line for line in asked.splitlines() if 'class="limit"' in line
     ]
+
+
+def test_no_label_stands_on_another() -> None:
+    points = (row(sparsity, 2.0 + sparsity / 50) for sparsity in (0.3, 0.5, 0.52, 0.54))
+    root = ElementTree.fromstring(draw(found_of(*points)))
+    texts = [each for each in root.iter("{http://www.w3.org/2000/svg}text") if "%" in str(each.text)[-1]]
+    at = [(float(each.get("x", 0)), float(each.get("y", 0))) for each in texts]
+    assert len(at) == 8
+    assert all(abs(a - c) > 22 or abs(b - d) > 9 for i, (a, b) in enumerate(at) for c, d in at[:i])
+
+
+@pytest.mark.parametrize("ground", ["#fff", "#161616"])
+def test_words_have_a_rim_of_the_grounds_colour(ground: str) -> None:
+    style = draw(found_of(row(0.5, 2.1)))
+    assert f"svg {{ background: {ground}" in style and style.count(f"stroke: {ground}") == 1
 
 
 def test_the_same_table_gives_the_same_figure() -> None:

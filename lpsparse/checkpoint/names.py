@@ -18,6 +18,11 @@ def is_hidden(name: str) -> bool:
     )
 
 
+def is_report_name(model: str) -> bool:
+    """Whether MODEL, if it is a file, is a report.json and no checkpoint."""
+    return model.endswith(".json") and not model.endswith(".index.json")
+
+
 def find_weight_names(names: Collection[str]) -> list[str]:
     """The one index or weight file that is meant; more where the names leave that open."""
     present = [name for name in FOLDER_ORDER if name in names]

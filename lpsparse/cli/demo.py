@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lpsparse.cli import interrupts
 from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
 from lpsparse.errors import ExitCode, OutputError
 from lpsparse.reporting.text import columns, percent, size
@@ -92,7 +93,7 @@ def _rival(steps: "list[Step]") -> "FinetuneStep":
 @contextmanager
 def _children() -> Generator[list[subprocess.Popen[bytes]]]:
     """Processes that do not outlive us: an interrupt is passed on, so that they clean up too."""
-    children: list[subprocess.Popen[bytes]] = []
+    children = interrupts.started
     try:
         yield children
     finally:
@@ -100,6 +101,7 @@ def _children() -> Generator[list[subprocess.Popen[bytes]]]:
             if child.poll() is None:
                 child.send_signal(signal.SIGINT)
             child.wait()
+        children.clear()
 
 
 def _row(name: str, report: "Report") -> dict[str, Any]:

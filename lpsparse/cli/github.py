@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lpsparse.reporting.text import clean, shorten
 
@@ -30,6 +30,17 @@ def summarise(report: "Report") -> str | None:
         from lpsparse.reporting.markdown import SUMMARY_BYTES, render
 
         return render(report, min(SUMMARY_BYTES, room))
+
+    return _append(text)
+
+
+def summarise_sweep(found: dict[str, Any]) -> str | None:
+    """Likewise of a sweep: its verdict and its table."""
+
+    def text(_: int) -> str:
+        from lpsparse.reporting.sweep import markdown
+
+        return markdown(found)
 
     return _append(text)
 
@@ -82,6 +93,18 @@ def annotations(report: "Report") -> list[str]:
     return [line for kind, notes in found.items() for line in _lines(kind, notes)]
 
 
+def sweep_annotations(found: dict[str, Any]) -> list[str]:
+    """One error where no model meets the budgets, with what each of them fails."""
+    from lpsparse.reporting.sweep import failure, verdict
+
+    if found["smallest"] is not None:
+        return []
+    why = [f"sparsity {row['sparsity']:g}: {failure(row)}" for row in found["rows"]]
+    if len(why) > _MOST:
+        why = [*why[: _MOST - 1], f"{len(why) - _MOST + 1} more are in the table"]
+    return [command("error", "lpsparse: sweep", f"{found['recipe']}: {verdict(found)}", *why)]
+
+
 def _lines(kind: str, notes: list[tuple[str, str]]) -> list[str]:
     if len(notes) > _MOST:
         left = len(notes) - _MOST + 1
@@ -107,8 +130,3 @@ def _code(text: str) -> str:
     text = clean(shorten(text, 1000))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
-
-
-def harmless(text: str) -> str:
-    """Text of which the runner makes no command, whatever names a checkpoint has."""
-    return re.sub(r"(?m)^(\s*)::", r"\1: :", text).replace("##[", "# #[")

@@ -6,13 +6,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpsparse.errors import ExitCode, TerminatedError
 
+if TYPE_CHECKING:
+    from subprocess import Popen
+
 asked: list[int] = []  # signals that have asked this process to end
+started: "list[Popen[bytes]]" = []  # processes that are not to outlive this one
 _LEFT = (
     b"\ninterrupted twice: left at once; the input is untouched, OUT is as it was or whole; OUT.partial may "
     b"be left, which the same command takes up\n"
@@ -58,6 +63,9 @@ def _again(before: Callable[[Any], object], lost: Any) -> None:
 
 
 def _leave(text: bytes) -> None:
+    for child in started:  # nothing that stands in a `finally` is done any more
+        with suppress(OSError):
+            child.send_signal(signal.SIGINT)
     if os.environ.get("RANK", "0") == "0":
         os.write(2, text)
     os._exit(ExitCode.INTERRUPT)

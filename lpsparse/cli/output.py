@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from lpsparse.cli import github
 from lpsparse.errors import OutputError
 from lpsparse.launch import is_first
-from lpsparse.reporting.text import clean, fitted, size
+from lpsparse.reporting.text import IN_JSON, clean, fitted, harmless, size, without_order
 
 if TYPE_CHECKING:
     from lpsparse.reporting.records import Report
@@ -49,28 +49,34 @@ def tell(text: str) -> None:
 
 
 def _tell_person(stream: TextIO | None, text: str) -> None:
-    _write(stream, github.harmless(text) if github.is_runner() else text)
+    _write(stream, harmless(text) if github.is_runner() else text)
 
 
 def tell_runner(report: "Report") -> None:
     """On GitHub Actions: a summary, and an annotation for each budget that failed."""
-    if not is_first():
-        return
-    wrong = github.summarise(report)
-    if wrong is not None:
-        tell(f"warning: {clean(wrong)}")
-    if github.is_runner():
-        for line in github.annotations(report):
-            _write(sys.stderr, line)
+    if is_first():
+        _tell_runner(github.summarise(report), lambda: github.annotations(report))
+
+
+def tell_runner_of_sweep(found: dict[str, Any]) -> None:
+    """Likewise: the table, and an annotation where no model meets the budgets."""
+    if is_first():
+        _tell_runner(github.summarise_sweep(found), lambda: github.sweep_annotations(found))
 
 
 def tell_runner_error(code: str, what: str, mend: str) -> None:
     """On GitHub Actions: what ended the command, in the summary and as an error, where a person looks."""
-    wrong = github.summarise_error(code, what, mend)
+    line = github.command("error", f"lpsparse: {code}", what, f"mend: {mend}")
+    _tell_runner(github.summarise_error(code, what, mend), lambda: [line])
+
+
+def _tell_runner(wrong: str | None, annotations: Callable[[], list[str]]) -> None:
+    """`wrong` is what became of the summary, if anything did."""
     if wrong is not None:
         tell(f"warning: {clean(wrong)}")
     if github.is_runner():
-        _write(sys.stderr, github.command("error", f"lpsparse: {code}", what, f"mend: {mend}"))
+        for line in annotations():
+            _write(sys.stderr, line)
 
 
 def _write(stream: TextIO | None, text: str) -> None:
@@ -100,7 +106,7 @@ def print_json(value: Any) -> None:
 
 def as_data(text: str) -> str:
     """The same JSON, without what GitHub's runner would obey: strings alone can hold it."""
-    return text.replace("##[", "##\\u005b")
+    return without_order(text, IN_JSON)
 
 
 def teller(quiet: bool) -> Callable[[str], None]:

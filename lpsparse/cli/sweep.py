@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
+from lpsparse.cli.output import TrainingBar, print_json, print_result, tell_runner_of_sweep, teller, width
 from lpsparse.cli.run import overrides
 from lpsparse.errors import ExitCode
 
@@ -50,36 +50,16 @@ def sweep(
         print_json(found)
     else:
         _print(found, teller(quiet))
+    tell_runner_of_sweep(found)
     if found["smallest"] is None:
         raise typer.Exit(ExitCode.VERDICT)
 
 
 def _print(found: dict[str, Any], say: Any) -> None:
-    from lpsparse.reporting.text import columns, size
+    from lpsparse.reporting.sweep import rows, verdict
+    from lpsparse.reporting.text import columns
 
-    dense = found["dense"]
-    body = [
-        ("dense", f"{dense['zeros']:,}", size(dense["file_bytes"]), "", "", _figure(dense["quality"]), "")
-    ]
-    for row in found["rows"]:
-        failed = [budget["name"] for budget in row["budgets"] if not budget["passed"]]
-        verdict = "ok" if row["passed"] else ", ".join(failed) or "verify failed"
-        body.append(
-            (
-                f"{row['sparsity']:g}", f"{row['zeros']:,}", size(row["file_bytes"]),
-                size(row["bitmask_bytes"]), _figure(row["before"]), _figure(row["after"]), verdict,
-            )
-        )  # fmt: skip
-    metric = next((row["metric"] for row in found["rows"] if row["metric"]), "quality")
-    head = ("sparsity", "zeros", "files", "bitmask", f"{metric} before", "after", "budgets")
-    print_result("\n".join(columns(head, body, width())))
+    print_result("\n".join(columns(*rows(found), width())))
     out = Path(found["out"])
     say(f"wrote {out / 'sweep.svg'}, sweep.csv and sweep.json")
-    if found["smallest"] is None:
-        print_result("no model meets the budgets")
-    else:
-        print_result(f"the smallest that meets the budgets:\n{out / found['smallest']}")
-
-
-def _figure(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
+    print_result(verdict(found) + ("" if found["smallest"] is None else f":\n{out / found['smallest']}"))

@@ -153,12 +153,15 @@ def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report
     level: Level = "warn" if "baseline" in step.warn else "error"
     zeros = Limit(Decimal(repr(baseline.prunable.sparsity)) * share)
     passed = report.prunable.zeros >= baseline.prunable.zeros * share  # of the same weights
-    found = [_at_least("sparsity of baseline", zeros, report.prunable.sparsity, passed=passed)]
     size = Limit(baseline.bytes.file_bytes * (1 + regression))
-    found.append(_at_most("bytes of baseline", size, report.bytes.file_bytes))
     measured = {each.metric: each for each in report.quality}
-    found += [_no_worse(measured.get(each.metric), each, regression) for each in baseline.quality]
-    found = [each.model_copy(update={"level": level}) for each in found]
+    limits = [
+        (_at_least("sparsity of baseline", zeros, report.prunable.sparsity, passed=passed),
+         baseline.prunable.sparsity),
+        (_at_most("bytes of baseline", size, report.bytes.file_bytes), baseline.bytes.file_bytes),
+        *((_no_worse(measured.get(each.metric), each, regression), each.after) for each in baseline.quality),
+    ]  # fmt: skip
+    found = [each.model_copy(update={"level": level, "baseline": theirs}) for each, theirs in limits]
     return _with(report.model_copy(update={"baseline": name}), found)
 
 

@@ -25,11 +25,11 @@ _HUB_TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}
 
 def render(
     report: Report, source: Source, quality: tuple[Quality, ...], *, recipe: Settings,
-    trained: Settings | None = None, base_card: Path, figure: bool = False,
+    trained: Settings | None = None, base_card: Path, figure: bool = False, lost: bool = False,
 ) -> str:  # fmt: skip
     """Markdown with metadata. Names from a checkpoint are escaped; the licence, and what else is still true,
     is copied from `base_card` if it is there. `trained` are the settings of the finetune step that measured
-    `quality`, where they are known."""
+    `quality`, where they are known; with `lost` there was one of the source."""
     # Markdown, not HTML: escaping is done by the md filter where text comes from outside.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"md": escape, "percent": percent}
@@ -41,7 +41,7 @@ def render(
         quality=[(each, interval(each.before, each.before_error), interval(each.after, each.after_error),
                   change_of(each)) for each in quality],
         version=__version__, figure=FIGURE if figure else "", recipe=_fenced(recipe),
-        licensed="license" in copied,
+        licensed="license" in copied, lost=lost,
     )  # fmt: skip
 
 

@@ -11,20 +11,25 @@ from html import escape
 from typing import Any
 
 from lpsparse.reporting.text import clean, size
+from lpsparse.reporting.ticks import between, step_of
 
 _WIDTH, _HEIGHT, _TOP, _BOTTOM = 760, 380, 76, 320
 _LEFT, _RIGHT = (70, 370), (440, 740)  # from and to, of the two panels
+_LETTER, _LINE = 6.5, 12  # about what a letter of 11 px and a line of them take
 _UNITS = {"loss": "nats", "accuracy": "fraction"}
 # Okabe and Ito's blue and vermilion, which colour-blind readers tell apart; failed points are hollow, too.
+# Words have a rim of the ground's colour, so that no line strikes through them.
 _STYLE = """
   svg { background: #fff; color: #222; font: 12px sans-serif }
-  text { fill: currentColor } .axis { stroke: #888; fill: none } .grid { stroke: #e4e4e4 }
+  text { fill: currentColor; stroke: #fff; stroke-width: 3px; paint-order: stroke }
+  .axis { stroke: #888; fill: none } .grid { stroke: #e4e4e4 }
   .line { stroke: #0072b2; fill: none; stroke-width: 1.5 } .good { fill: #0072b2; stroke: #0072b2 }
   .bad { fill: #fff; stroke: #d55e00; stroke-width: 2 } .dense { fill: currentColor }
   .best { fill: none; stroke: #0072b2; stroke-width: 2 } .limit { stroke: #d55e00; stroke-dasharray: 5 4 }
   .small { font-size: 11px } .head { font-size: 14px; font-weight: bold }
   @media (prefers-color-scheme: dark) {
-    svg { background: #161616; color: #e8e8e8 } .grid { stroke: #333 } .line { stroke: #56b4e9 }
+    svg { background: #161616; color: #e8e8e8 } text { stroke: #161616 }
+    .grid { stroke: #333 } .line { stroke: #56b4e9 }
     .good { fill: #56b4e9; stroke: #56b4e9 } .best { stroke: #56b4e9 } .bad { fill: #161616; stroke: #e69f00 }
     .limit { stroke: #e69f00 }
   }
@@ -42,9 +47,7 @@ class _Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        step = _nice((self.high - self.low) / 5)
-        first = math.ceil(self.low / step - 1e-9)
-        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return between(self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +148,8 @@ def _unit(most: float) -> tuple[float, str]:
     return 1000.0**power, ("B", "kB", "MB", "GB", "TB")[power]
 
 
-def _nice(step: float) -> float:
-    scale = 10.0 ** math.floor(math.log10(step))
-    return next(scale * each for each in (1, 2, 5, 10) if scale * each >= step * (1 - 1e-9))
-
-
 def _plain(axis: _Axis) -> Any:
-    decimals = max(0, -math.floor(math.log10(_nice((axis.high - axis.low) / 5)) + 1e-9))
+    decimals = max(0, -math.floor(math.log10(step_of(axis.low, axis.high)) + 1e-9))
     return lambda value: f"{value:.{decimals}f}"
 
 
@@ -186,14 +184,33 @@ def _curve(x: _Axis, y: _Axis, points: Sequence[tuple[float, _Point]]) -> list[s
     places = [(x.at(value), y.at(point.quality), point) for value, point in points]
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in places)
     marks = [f'<polyline class="line" points="{path}"/>']
-    for i, (a, b, point) in enumerate(places):
+    for a, b, point in places:
         if point.kind == "dense":
             marks.append(f'<rect class="dense" x="{a - 4:.1f}" y="{b - 4:.1f}" width="8" height="8"/>')
         else:
             marks.append(f'<circle class="{point.kind}" cx="{a:.1f}" cy="{b:.1f}" r="4"/>')
         if point.best:
             marks.append(f'<circle class="best" cx="{a:.1f}" cy="{b:.1f}" r="8"/>')
-        marks.append(_text(a, b + (-12 if i % 2 == 0 else 21), point.label, "small", "middle"))
+    return marks + _labels([(a, b, point.label) for a, b, point in places])
+
+
+def _labels(places: Sequence[tuple[float, float, str]]) -> list[str]:
+    """Words by turns above and below their points, further away where others stand there already, and left
+    out where there is no room at all."""
+    marks: list[str] = []
+    taken: list[tuple[float, float, float]] = []  # middle, foot and half of the width
+    for i, (x, y, words) in enumerate(places):
+        half = _LETTER * len(words) / 2
+        order = (-12, 21, -25, 34, -38, -51) if i % 2 == 0 else (21, -12, 34, -25, -38, -51)
+        free = (
+            y + shift
+            for shift in order
+            if all(abs(x - a) > half + wide or abs(y + shift - b) > _LINE for a, b, wide in taken)
+        )
+        foot = next(free, None)
+        if foot is not None:
+            taken.append((x, foot, half))
+            marks.append(_text(x, foot, words, "small", "middle"))
     return marks
 
 

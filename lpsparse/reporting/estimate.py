@@ -22,7 +22,7 @@ from lpsparse.reporting.measure import measure
 from lpsparse.reporting.records import Estimate, Report
 
 # Peaks of anonymous memory, measured on 2 cores: 1 and 4 files of BF16, F32 and F64, each rule of `prune`.
-_PROCESS_BYTES = 32 << 20  # Python and numpy
+PROCESS_BYTES = 32 << 20  # Python and numpy
 _BLOCKS = 10  # what a thread holds at a time: bits, their order, masks and ranks, what it counts and writes
 _TORCH_BYTES = 256 << 20
 _KEPT_BYTES = 4096  # of a tensor, in memory: its name, shape, counts, and the report's line
@@ -72,7 +72,7 @@ def estimate(
     block = max(BLOCK_BYTES, *(tensor.nbytes // max(tensor.grid[0], 1) for tensor in source.tensors))
     working = count if count == 1 else max(count, min(files, count + WAITING))
     held = min(working * block, source.dense_bytes)
-    memory = _PROCESS_BYTES + _BLOCKS * held + _KEPT_BYTES * len(source.tensors)
+    memory = PROCESS_BYTES + _BLOCKS * held + _KEPT_BYTES * len(source.tensors)
     if any(path.suffix in TORCH_SUFFIXES for path in source.files):
         memory += _TORCH_BYTES
     seconds, rule = None, "not timed: nothing was read"

@@ -3,7 +3,7 @@
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lpsparse.reporting.records import Report
-from lpsparse.reporting.text import clean, shorten
+from lpsparse.reporting.text import clean, harmless, shorten
 from lpsparse.reporting.words import budget_name, budget_row, nonfinite, state, verdict
 
 _NAME = 200
@@ -59,5 +59,5 @@ def _manifest(report: Report, suite: Element) -> None:
 
 
 def _text(text: str) -> str:
-    """XML allows no control characters, however they are escaped."""
-    return shorten(clean(text), _NAME).replace("##[", "# #[")  # an order to GitHub's runner
+    """XML allows no control characters, however they are escaped. A line may begin with it."""
+    return harmless(shorten(clean(text), _NAME))

@@ -46,7 +46,7 @@ def render(report: Report, most_bytes: int = SUMMARY_BYTES) -> str:
     sections = {
         "Budgets": _budgets(report), "Before and after": _quality(report), "Totals": _totals(report),
         "Layer types": _kinds(report), "Not measured": _missing(report),
-        f"Largest {len(shown)} of {len(report.tensors):,} tensors": _table(_TENSORS, map(_tensor, shown)),
+        f"Largest {len(shown)} of {len(report.tensors):,} tensors": table(_TENSORS, map(_tensor, shown)),
     }  # fmt: skip
     text = "\n".join(_head(report)) + "\n"
     for title, section in sections.items():
@@ -103,7 +103,7 @@ def _budgets(report: Report) -> Iterator[str]:
         worst = f" (worst: {code(budget.worst)})" if budget.worst and not budget.passed else ""
         said = {"FAILED": "**FAILED**"}.get(state(budget), state(budget))
         body.append((code(name), limit, value, margin, said + worst))
-    yield from _table(("budget", "limit", "value", "margin", "verdict"), body)
+    yield from table(("budget", "limit", "value", "margin", "verdict"), body)
     if len(report.budgets) > _MOST_LINES:
         yield from ("", f"... and {len(report.budgets) - _MOST_LINES:,} more (failed ones come first).")
     if report.baseline is not None:
@@ -123,7 +123,7 @@ def _totals(report: Report) -> Iterator[str]:
         rows += [("changes", in_figures(sums)), *([("cut", at)] if at else [])]
         if sums.moved is not None:
             rows.append(("largest change", f"{largest_change(sums.moved)} of {code(sums.moved.name)}"))
-    yield from _table(("", ""), rows)
+    yield from table(("", ""), rows)
     yield from ("", f"Counted: {plain(report.rule)}.")
 
 
@@ -150,7 +150,7 @@ def _quality(report: Report) -> Iterator[str]:
         body.append(("weight files", *held, f"{base.bytes_ratio:.3f} of it", of))
     if not body:
         return
-    yield from _table(("", "before", "after", "", "of"), body)
+    yield from table(("", "before", "after", "", "of"), body)
     if any(each.after_error is not None for each in report.quality):
         yield from ("", "± is half of a 95 % interval: 1.96 standard errors, examples taken as independent.")
 
@@ -164,7 +164,7 @@ def _kinds(report: Report) -> Iterator[str]:
         for row in report.kinds[:_MOST_LINES]
     ]  # fmt: skip
     if body:
-        yield from _table(("type", "tensors", "weights", "of all", "zero", "bytes"), body)
+        yield from table(("type", "tensors", "weights", "of all", "zero", "bytes"), body)
 
 
 def _missing(report: Report) -> Iterator[str]:
@@ -176,7 +176,7 @@ def _fold(rows: list[TensorRow], most_bytes: int) -> str:
     """The other tensors, folded away: as many as fit."""
     if not rows:
         return ""
-    lines = ["", f"<details><summary>The other {len(rows):,} tensors</summary>", "", *_table(_TENSORS, ())]
+    lines = ["", f"<details><summary>The other {len(rows):,} tensors</summary>", "", *table(_TENSORS, ())]
     end = ["", "</details>", ""]
     left = most_bytes - sum(len(line.encode()) + 1 for line in (*lines, *end)) - 100
     for i, row in enumerate(rows):
@@ -196,7 +196,7 @@ def _tensor(row: TensorRow) -> Sequence[str]:
     )  # fmt: skip
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """The first column to the left, the others to the right."""
     rule = [":--", *["--:"] * (len(head) - 1)]
     return [_row(head), _row(rule), *(_row(row) for row in body)]

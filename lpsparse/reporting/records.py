@@ -143,6 +143,7 @@ class Budget(Record):
     limit: float
     relative: bool = False  # limit, value and margin are shares of the quality before
     value: float | None  # None: it was not measured
+    baseline: float | None = None  # what the report has whose regression the limit bounds
     margin: float | None = None  # how much better than the limit, in its unit; negative when it fails
     level: Literal["error", "warn"] = "error"
     passed: bool

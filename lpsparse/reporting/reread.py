@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lpsparse.checkpoint.header import unique_json
+from lpsparse.checkpoint.names import is_report_name
 from lpsparse.checkpoint.writer import REPORT
 from lpsparse.errors import InputError
 from lpsparse.reporting.records import Report
@@ -15,7 +16,7 @@ _VERSION = 1
 
 def is_report(model: str) -> bool:
     """Whether MODEL is a report and no checkpoint."""
-    return model.endswith(".json") and not model.endswith(".index.json") and Path(model).is_file()
+    return is_report_name(model) and Path(model).is_file()
 
 
 def read_report(path: Path) -> Report:

@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from lpsparse.reporting.records import Change, Detail, Report, Spectrum, TensorRow
+from lpsparse.reporting.text import IN_JSON, without_order
 
 _PARTS = ("detail", "spectrum", "change")
 _PAIRS = ("n_m", "empty")
@@ -64,7 +65,7 @@ def _cell(value: Any) -> str:
         return " ".join(map(str, value))  # pyright: ignore[reportUnknownArgumentType]
     if not isinstance(value, str):
         return json.dumps(value)
-    text = "".join(_shown(char) for char in value).replace("##[", "##\\u005b")  # an order to GitHub's runner
+    text = without_order("".join(_shown(char) for char in value), IN_JSON)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", ":", "'", " ") and text else text
 
 

@@ -1,10 +1,25 @@
 """Text for people: cleaned, sized and shortened.
 Standard library only, so that an error message costs nothing."""
 
+import re
+
+IN_JSON = "##\\u005b"  # for `##[`: the same string
+
 
 def clean(text: str) -> str:
     """Text from outside without what a terminal would obey: control and format characters become '?'."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def harmless(text: str, order: str = "# #[", command: str = ": :") -> str:
+    """Text of which GitHub's runner makes no command, whatever names a checkpoint has: `order` stands for
+    `##[`, which it obeys anywhere, and `command` for `::` at the beginning of a line."""
+    return without_order(re.sub(r"(?m)^(\s*)::", rf"\1{command}", text), order)
+
+
+def without_order(text: str, order: str) -> str:
+    """Likewise where `::` can begin no line, or does nothing but good."""
+    return text.replace("##[", order)
 
 
 def size(count: float) -> str:

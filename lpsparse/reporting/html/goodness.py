@@ -9,9 +9,11 @@ from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import CONFIDENCE, spread
 
 _HEIGHT = 200
+_LINE = 16  # pixels that a line of words takes
+_UNDER = ("after", "allowed")  # points with their words under them
 _Point = tuple[str, float | None, float, float | None]  # words, sparsity, value, standard error
-_CSS = {"before": "dense", "after": "total", "baseline": "limit"}
-_KEY = _CSS | {"baseline": "ring"}
+_CSS = {"before": "dense", "after": "total", "baseline": "theirs", "allowed": "limit"}
+_KEY = _CSS | {"allowed": "ring"}
 
 
 def view(report: Report) -> View:
@@ -36,11 +38,15 @@ def _points(report: Report, each: Quality) -> list[_Point]:
         known = base.prunable.sparsity if base is not None and is_base else None
         found.append(("before", known, each.before, each.before_error))
     found.append(("after", report.prunable.sparsity, each.after, each.after_error))
-    limits = {budget.name: budget.limit for budget in report.budgets}
-    allowed = limits.get(f"{each.metric} of baseline")
-    if allowed is not None:
-        found.append(("baseline", limits.get("sparsity of baseline"), allowed, None))
-    return found
+    budgets = {budget.name: budget for budget in report.budgets}
+    good, sparse = budgets.get(f"{each.metric} of baseline"), budgets.get("sparsity of baseline")
+    if good is None:
+        return found
+    own = None if sparse is None else sparse.baseline, good.baseline
+    allowed = None if sparse is None else sparse.limit, good.limit
+    if own[1] is not None:  # a report.json may be older than this figure
+        found.append(("baseline", own[0], own[1], None))
+    return found if own == allowed else [*found, ("allowed", *allowed, None)]
 
 
 def _figure(report: Report, i: int) -> Figure:
@@ -49,8 +55,8 @@ def _figure(report: Report, i: int) -> Figure:
     ends = [value + side * CONFIDENCE * (error or 0) for _, _, value, error in points for side in (-1, 0, 1)]
     axis = svg.around(ends)
     parts = svg.grid(axis, _HEIGHT, svg.marked(axis, 6))
-    for point in points:
-        parts += _drawn(point, axis)
+    for point, foot in zip(points, _feet(points, axis), strict=True):
+        parts += _drawn(point, axis, foot)
     parts += svg.feet([(share / 4, percent(share / 4, 0)) for share in range(5)], _HEIGHT)
     better = "higher is better" if each.higher_is_better else "lower is better"
     told = "; ".join(f"{words} {number(value)} at {_at(sparsity)}" for words, sparsity, value, _ in points)
@@ -69,19 +75,37 @@ def _figure(report: Report, i: int) -> Figure:
 
 
 def _words(words: str) -> str:
-    return "baseline, less what it allows" if words == "baseline" else words
+    return "baseline, less what it allows" if words == "allowed" else words
 
 
 def _at(sparsity: float | None) -> str:
     return "not known" if sparsity is None else percent(sparsity)
 
 
-def _drawn(point: _Point, axis: svg.Axis) -> list[Markup]:
+def _feet(points: list[_Point], axis: svg.Axis) -> list[float]:
+    """Where the words of each point stand: over or under it, and none beside those of another, since on a
+    narrow screen all points are near."""
+    found = [
+        svg.up(axis, value, _HEIGHT) + (-6 if sparsity is None else 18 if words in _UNDER else -9)
+        for words, sparsity, value, _ in points
+    ]
+    order = sorted(range(len(points)), key=found.__getitem__)
+    least, most = 0.0, svg.TOP + _HEIGHT + 0.0
+    for i in order:
+        found[i] = max(found[i], least)
+        least = found[i] + _LINE
+    for i in reversed(order):
+        found[i] = min(found[i], most)
+        most = found[i] - _LINE
+    return found
+
+
+def _drawn(point: _Point, axis: svg.Axis, foot: float) -> list[Markup]:
     """A dot with its interval and value, or a line across where the sparsity is not known."""
     words, sparsity, value, error = point
     y, css = svg.up(axis, value, _HEIGHT), _CSS[words]
     if sparsity is None:
-        label = svg.tag("text", f"{words} {number(value)}, sparsity not known", x=4, y=y - 6)
+        label = svg.tag("text", f"{words} {number(value)}, sparsity not known", x=4, y=foot)
         return [svg.tag("line", x1=0, x2="100%", y1=y, y2=y, class_=css), label]
     x = svg.across(sparsity)
     parts: list[Markup] = []
@@ -89,9 +113,8 @@ def _drawn(point: _Point, axis: svg.Axis) -> list[Markup]:
         low, high = (svg.up(axis, value + side * CONFIDENCE * error, _HEIGHT) for side in (-1, 1))
         parts.append(svg.tag("line", x1=x, x2=x, y1=low, y2=high, class_=f"bar {css}"))
     parts.append(svg.tag("circle", cx=x, cy=y, r=5.5, class_=css))
-    end = sparsity > 0.5 or words == "baseline"  # which may lie near after
-    lower = words != "before"
-    place = {"x": x, "y": y + (18 if lower else -9), "dx": -10 if end else 10}
+    end = sparsity > 0.5 or words in ("baseline", "allowed")  # which may lie near after
+    place = {"x": x, "y": foot, "dx": -10 if end else 10}
     css = "end strong" if end else "strong"
     parts.append(svg.tag("text", f"{words} {number(value)}", class_=css, **place))
     return parts

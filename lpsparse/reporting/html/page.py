@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -22,7 +21,9 @@ from lpsparse.reporting.html import (
     verdict,
 )
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.text import harmless, without_order
 
+_ORDER = "#&#35;["  # for `##[`: the same letters
 _HERE = Path(__file__).parent
 _VIEWS = (
     storage.view, layers.view, layers.kinds_view, goodness.view, magnitudes.view, patterns.view, curves.view,
@@ -52,8 +53,7 @@ def render(report: Report) -> str:
 def _harmless(page: str) -> str:
     """The same page, of which GitHub's runner makes no command when it goes to stdout."""
     head, end, body = page.partition("</style>")
-    body = re.sub(r"(?m)^(\s*)::", r"\1&#58;:", body).replace("##[", "#&#35;[")
-    return head.replace("##[", "#&#35;[") + end + body
+    return without_order(head, _ORDER) + end + harmless(body, _ORDER, "&#58;:")
 
 
 def _hash(style: str) -> Markup:

@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 from lpsparse.reporting.html.parts import number, shown
 from lpsparse.reporting.text import shorten
+from lpsparse.reporting.ticks import between
 
 TOP = 14  # room for the letters of the highest tick
 WIDE = 1000  # units across of lines and outlines, which know no percent
@@ -148,11 +149,7 @@ def ticks(axis: Axis, most: int = 5) -> list[float]:
             return [value for value in fine if axis.low <= value <= axis.high]
         step = max(1, -(-(last - first + 1) // most))
         return [10.0**power for power in range(first, last + 1, step)]
-    rough = (axis.high - axis.low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(each for each in (1, 2, 5, 10) if each * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(axis.low / step - 1e-9), math.floor(axis.high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return between(axis.low, axis.high, most)
 
 
 def marked(axis: Axis, most: int = 5) -> list[tuple[float, str]]:

@@ -1,0 +1,63 @@
+"""What a sweep found, in words: the table of the terminal, and Markdown for the summary of a CI step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lpsparse.reporting.markdown import code, plain, table
+from lpsparse.reporting.text import clean, size
+
+_MOST_ROWS = 100
+Found = Mapping[str, Any]  # as `lpsparse.sweep` gives it
+
+
+def verdict(found: Found) -> str:
+    """What is behind it is the folder of that model, where there is one."""
+    if found["smallest"] is None:
+        return "no model meets the budgets"
+    return "the smallest that meets the budgets"
+
+
+def rows(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings, and a line for the dense model and for each sparsity."""
+    metric = next((clean(row["metric"]) for row in found["rows"] if row["metric"]), "quality")
+    head = ("sparsity", "zeros", "files", "bitmask", f"{metric} before", "after", "budgets")
+    dense = found["dense"]
+    body = [
+        ("dense", f"{dense['zeros']:,}", size(dense["file_bytes"]), "", "", _figure(dense["quality"]), "")
+    ]
+    for row in found["rows"]:
+        body.append(
+            (
+                f"{row['sparsity']:g}", f"{row['zeros']:,}", size(row["file_bytes"]),
+                size(row["bitmask_bytes"]), _figure(row["before"]), _figure(row["after"]),
+                failure(row) or "ok",
+            )
+        )  # fmt: skip
+    return head, body
+
+
+def failure(row: Found) -> str:
+    """What fails of the model at one sparsity; empty where nothing does."""
+    failed = [each["name"] for each in row["budgets"] if not each["passed"] and each["level"] != "warn"]
+    return "" if row["passed"] else ", ".join(map(clean, failed)) or "verify"
+
+
+def markdown(found: Found) -> str:
+    """Verdict first, then the table."""
+    head, body = rows(found)
+    judged = any(row["budgets"] for row in found["rows"])
+    word = ": FAILED" if found["smallest"] is None else ": passed" if judged else ""
+    which = "" if found["smallest"] is None else f": {code(found['smallest'])}"
+    lines = [f"## lpsparse sweep{word}", "", f"{code(found['recipe'])}: **{verdict(found)}**{which}", ""]
+    shown = [
+        (sparsity, *figures, code(said) if said not in ("", "ok") else said)
+        for sparsity, *figures, said in body[:_MOST_ROWS]
+    ]
+    lines += table((*head[:4], plain(head[4]), *head[5:]), shown)
+    if len(body) > _MOST_ROWS:
+        lines += ["", f"... and {len(body) - _MOST_ROWS:,} more: see sweep.csv."]
+    return "\n".join([*lines, ""])
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
