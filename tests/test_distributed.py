@@ -164,6 +164,7 @@ def _train(rank: int, given: Options, runs: list[tuple[str, str, Options]], told
             found.append(Ran(0, "", "\n".join(said)))
         except LpsparseError as error:
             found.append(Ran(int(error.exit_code), "", "\n".join([*said, error.what])))
+            assert not Path(out).exists()
     if rank == 0:
         Path(told).write_text(json.dumps(found))
 
@@ -177,6 +178,7 @@ def test_two_processes_that_were_stopped_end_in_the_bits_of_two_that_were_not(
 ) -> None:
     given, out, told = {**plain, **way, "processes": 2}, str(tmp_path / "out"), tmp_path / "told.json"
     stopped = run(given, tmp_path / "out", f"1:{stops[0]}:SIGTERM")
+    assert not (tmp_path / "out").exists()
     others = [(out, f"1:{steps}:SIGTERM", way) for steps in stops[1:]]  # one is asked, and both stop
     runs = [*others, (out, "", {"shard": not way}), (str(tmp_path / "whole"), "", way)]
     on_two_ranks(_train, plain, runs, str(told))
