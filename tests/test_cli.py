@@ -86,17 +86,6 @@ def test_version_is_the_packages_own(cli: Cli) -> None:
     assert cli("--version") == (0, f"lpsparse {lpsparse.__version__}\n", "")
 
 
-@pytest.mark.slow
-def test_help_answers_quickly() -> None:
-    def seconds(*words: str) -> float:
-        started = time.perf_counter()
-        subprocess.run([sys.executable, *words], env=cli_environment(), capture_output=True, check=True)
-        return time.perf_counter() - started
-
-    bare = min(seconds("-c", "") for _ in range(3))
-    assert min(seconds("-m", "lpsparse", "--help") for _ in range(3)) < max(0.5, 20 * bare)
-
-
 # What a person types wrong
 
 
