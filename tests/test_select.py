@@ -185,7 +185,9 @@ def test_a_selection_among_many_needs_few_passes_and_is_exact(dtype: str, kind: 
         check_selection([scored("a", dtype, codes, 100)], Decimal(sparsity), dtype == "F64")
         passes.clear()
         select([counted], Decimal(sparsity), wide=dtype == "F64")
-        assert sum(size == 1009 for size in passes) <= 8
+        # Of few bits, a bin has one score, and is not looked into.
+        few = kind == "normal" and DTYPES[dtype].bits <= 16 and sparsity != "0.999"
+        assert sum(size == 1009 for size in passes) <= (1 if few else 8)
 
 
 def test_a_selection_among_many_tensors_takes_fewer_bins_and_is_exact(

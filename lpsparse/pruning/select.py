@@ -97,10 +97,24 @@ def select(group: list[Scored], sparsity: Decimal, *, wide: bool) -> Selected:
             low, high = high, max(high + 1, _bracket(sample, rank, spread, wide)[1])
         else:
             place = int(np.searchsorted(np.cumsum(bins), wanted - below))
-            if shift == 0:
-                left = wanted - below - int(bins[:place].sum())
-                return Selected(low + place, _shares(tallies, place, left))
+            left = wanted - below - int(bins[:place].sum())
             low, high = low + (place << shift), min(high, low + ((place + 1) << shift))
+            score = _only_score(group, low, high, wide)
+            if score is not None:
+                return Selected(score, _shares(tallies, place, left))
+
+
+def _only_score(group: list[Scored], low: int, high: int, wide: bool) -> int | None:
+    """The one score that is possible from `low` to below `high`; None where there are others. Dtypes of few
+    bits have scores that lie far apart: another pass would tell nothing new."""
+    found: set[int] = {low} if high - low == 1 else set()
+    for dtype in {scored.dtype for scored in group} if not found else ():
+        first, end = (code_of(key, dtype, wide=wide) for key in (low, high))
+        if end - first > 1:
+            return None
+        codes = np.arange(first, end).astype(DTYPES[dtype].storage)
+        found |= {int(key) for key in magnitudes(codes, dtype, wide=wide)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _top(wide: bool) -> int:
