@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from lpsparse.artefact import Say
+from lpsparse.artefact import Say, called_after
 from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.errors import InputError, UsageError
 from lpsparse.opened import on_threads, opened, silent
 from lpsparse.recipe import InspectStep, ReportStep, VerifyStep, flag
@@ -35,7 +36,10 @@ def _reread(step: ReportStep) -> Report:
     if given:
         what = f"{step.model}: a report, which is not measured again: {', '.join(given)} cannot be had of it"
         raise UsageError(291, what, mend="give the checkpoint itself")
-    return read_report(Path(step.model)).model_copy(update={"budgets": (), "baseline": None})
+    path, found = Path(step.model), read_report(Path(step.model))
+    found = found.model_copy(update={"budgets": (), "baseline": None})
+    is_of_out = path.name == REPORT and path.with_name(MANIFEST).is_file()
+    return called_after(found, path.parent) if is_of_out else found
 
 
 def _measured(step: ReportStep, say: Say) -> Report:

@@ -192,7 +192,7 @@ class Report(Record):
     """What `lpsparse report` found. `schema_version` changes when a field changes its meaning."""
 
     schema_version: Literal[1] = 1
-    model: str
+    model: str  # its name; in OUT's own report.json that of what OUT was made from
     layout: str
     opens_with: str
     rule: str  # how weights were counted, in words
