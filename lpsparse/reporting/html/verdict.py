@@ -108,7 +108,7 @@ def budgets(report: Report) -> Table:
     """Failed first, as the report has them."""
     body = [_row(each) for each in report.budgets]
     head = ("verdict", "budget", "value", "limit", "margin", "level", "remark")
-    return Table("Budgets, failed first", head, body, words=(0, 1, 5, 6))
+    return Table("Budgets, failed first", head, body, words=(0, 1, 5, 6), stacks=True)
 
 
 def _row(budget: Budget) -> tuple[Cell, ...]:
