@@ -338,6 +338,29 @@ def test_no_word_is_broken_and_no_line_too_long(command: str, width: int, tiny: 
     assert all(len(line) <= max(width, longest + 4) for line in narrow.splitlines())
 
 
+@pytest.mark.parametrize("width", [20, 40, 60])
+@pytest.mark.parametrize(
+    "command", ["", "finetune", "prune", "pack", "report", "push", "run", "sweep", "recipe check"]
+)
+def test_help_fits_the_terminal(command: str, width: int, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = cli(*command.split(), "--help").stdout.splitlines()
+    long = [line for line in lines if len(line) > width and " " in line.strip().removesuffix(" \\")]
+    assert len(lines) > 10 and not long  # a word that is longer than the line stays whole
+
+
+def test_an_example_in_a_narrow_terminal_is_what_a_shell_makes_one_command_of(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = cli("push", "--help").stdout
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = cli("push", "--help").stdout
+    assert "\\\n" in narrow and max(map(len, narrow.splitlines())) <= 40
+    joined = re.sub(r" \\\n +", " ", narrow)
+    commands = re.findall("^    lpsparse .*$", wide, re.M)
+    assert len(commands) == 4 and all(f"\n{command}\n" in joined for command in commands)
+
+
 def test_columns_are_left_out_before_names_are_cut_beyond_telling() -> None:
     name = "encoder.layer.11.attention.output.dense.weight"
     head, body = ("tensor", "dtype", "weights", "zero", ""), [(name, "F32", "1,000", "50.0 %", "prunable")]
