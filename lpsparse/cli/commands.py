@@ -76,8 +76,7 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
         return
     from lpsparse.reporting import table
 
-    shown = table.render(report, width())
-    print_result(shown if step.dry_run else shown.partition("\n\ntensor")[0])
+    print_result((table.render if step.dry_run else table.summary)(report, width()))
     if not step.dry_run:
         base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
         following = shlex.join(["lpsparse", "report", str(step.out), *base])

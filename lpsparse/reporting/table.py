@@ -27,12 +27,16 @@ Line = tuple[str, str]
 
 def render(report: Report, width: int = 80, *, color: bool = False) -> str:
     """Verdict first, then totals, budgets, layer types, then the tensors with the most weights."""
+    return f"{summary(report, width, color=color)}\n\n" + "\n".join(_tensors(report, width))
+
+
+def summary(report: Report, width: int = 80, *, color: bool = False) -> str:
+    """The same without the tensors."""
     parts = [_head(report, width, color), _totals(report, width)]
     if report.budgets:
         parts.append(_budgets(report, width))
     if len(report.kinds) > 1:
         parts.append(_kinds(report, width))
-    parts.append(_tensors(report, width))
     return "\n\n".join("\n".join(part) for part in parts)
 
 
