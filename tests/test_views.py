@@ -340,7 +340,11 @@ def test_oddities_are_told_where_they_are_and_nowhere_else(tmp_path: Path, spars
     array[0], array[1, 0], array[1, 1] = -0.0, 1e-40, 1e-4
     save_file({"a.weight": array}, tmp_path / "m.safetensors")
     ran = cli("report", tmp_path / "m.safetensors")
-    for line in ("-0.0           8 zeros", "subnormal      1 weights", "nearly zero    2 and under 1/1000"):
+    for line in (
+        "-0.0           8 zeros",
+        "subnormal      1 values under",
+        "nearly zero    2 values that are not zero,",
+    ):
         assert f"  {line}" in ran.stdout
     assert "  empty rows     1 of 8 (12.50 %)\n" in ran.stdout
     assert not re.search("-0.0 |subnormal|nearly|heads|largest change", cli("report", sparse).stdout)

@@ -175,12 +175,15 @@ def neighbours(report: Report) -> list[tuple[str, str]]:
 
 
 def oddities(report: Report) -> list[tuple[str, str]]:
-    """Zeros with a sign, subnormal and nearly zero weights, of all tensors: those that are there."""
+    """Zeros with a sign, subnormal and nearly zero values, of all tensors: those that are there."""
     details = [row.detail for row in report.tensors if row.detail is not None]
     counts = {
         "-0.0": (sum(each.negative_zeros for each in details), "zeros with a sign, counted as zeros"),
-        "subnormal": (sum(each.subnormal for each in details), "weights under the dtype's normal ones"),
-        "nearly zero": (sum(each.near_zero for each in details), "and under 1/1000 of the tensor's largest"),
+        "subnormal": (sum(each.subnormal for each in details), "values under the normal ones of their dtype"),
+        "nearly zero": (
+            sum(each.near_zero for each in details),
+            "values that are not zero, but under about 1/1000 of the largest in their tensor",
+        ),
     }  # fmt: skip
     return [(name, f"{count:,} {text}") for name, (count, text) in counts.items() if count]
 
