@@ -191,7 +191,7 @@ def _fold(rows: list[TensorRow], most_bytes: int) -> str:
 
 def _tensor(row: TensorRow) -> Sequence[str]:
     return (
-        code(row.name), code(row.dtype), f"{row.weights:,}", percent(row.sparsity, 1),
+        code(row.name), code(row.dtype), f"{row.weights:,}", percent(row.sparsity),
         size(row.stored_bytes), "prunable" if row.prunable else "kept",
     )  # fmt: skip
 

@@ -138,7 +138,7 @@ def _tensors(report: Report, width: int) -> list[str]:
     largest = sorted(range(len(report.tensors)), key=lambda i: -report.tensors[i].weights)[:MOST_ROWS]
     body = [
         (
-            clean(row.name), row.dtype, f"{row.weights:,}", percent(row.sparsity, 1),
+            clean(row.name), row.dtype, f"{row.weights:,}", percent(row.sparsity),
             size(row.stored_bytes),
             "prunable" if row.prunable else "kept",
         )
