@@ -196,8 +196,8 @@ class Report(Record):
     layout: str
     opens_with: str
     rule: str  # how weights were counted, in words
-    prunable: Share
-    all: Share
+    prunable: Share  # of the weights that may be cut
+    all: Share  # of the values of all tensors: embeddings, norms, biases, integer buffers and statistics too
     bytes: Bytes
     tensors: tuple[TensorRow, ...]
     kinds: tuple[KindRow, ...] = ()
