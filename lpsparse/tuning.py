@@ -19,6 +19,7 @@ from lpsparse.proof import report_step
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.words import drained_of
 from lpsparse.settings import as_launched, resolve
 
 
@@ -106,6 +107,9 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         record = source_of(source)
         check_same(record, of_run["model"])
         found = complete(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
+        alert = drained_of(found)
+        if alert is not None:
+            say(str(alert))
     distributed.wait()
     return called_after(found, step.out)
 

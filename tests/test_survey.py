@@ -175,11 +175,14 @@ def test_layer_types_follow_from_usual_names(name: str, kind: str) -> None:
     assert kind_of(name, (7, 13)) == kind and kind in KINDS
 
 
-@pytest.mark.parametrize("name", [
-    "lm_head.weight", "module.model.lm_head.weight", "classifier.fc1.weight", "cls.predictions.decoder.weight",
-    "score.weight", "linear.weight", "vocab_projector.weight", "pooler.dense.weight", "model.head.weight",
-    "layers.3.fc.weight", "bert.pooler.dense.weight", "model.scorer.weight",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight", "module.model.lm_head.weight", "classifier.fc1.weight", "score.weight",
+        "cls.predictions.decoder.weight", "linear.weight", "vocab_projector.weight", "layers.3.fc.weight",
+        "pooler.dense.weight", "bert.pooler.dense.weight", "model.head.weight", "model.scorer.weight",
+    ],
+)  # fmt: skip
 def test_a_head_is_what_pruning_keeps_as_one(name: str) -> None:
     assert (kind_of(name, (7, 13)) == "head") == (prunable(name, "F32", (7, 13)) == (False, "output head"))
 

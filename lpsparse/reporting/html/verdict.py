@@ -19,7 +19,7 @@ from lpsparse.reporting.html.parts import (
     typeset,
 )
 from lpsparse.reporting.records import Budget, Report
-from lpsparse.reporting.words import apart, budget_row, change_of, hint, nonfinite, spread, state
+from lpsparse.reporting.words import apart, budget_row, change_of, drained_of, hint, nonfinite, spread, state
 
 _LEVELS = {"ok": "passed", "FAILED": "failed", "warn": "warning"}
 _SIGNS = {"passed": "✓", "failed": "✕", "warning": "!", "none": "–"}
@@ -57,10 +57,15 @@ def sentence(report: Report) -> str:
 
 
 def alerts(report: Report) -> tuple[Cell, ...]:
-    if not report.nonfinite_tensors:
-        return ()
-    many = plural(len(report.nonfinite_tensors), "tensor")
-    return (filled("NaN or Inf in {}: {}.", many, listed(report.nonfinite_tensors)),)
+    found: list[Cell] = []
+    if report.nonfinite_tensors:
+        many = plural(len(report.nonfinite_tensors), "tensor")
+        found.append(filled("NaN or Inf in {}: {}.", many, listed(report.nonfinite_tensors)))
+    alert = drained_of(report)
+    if alert is not None:
+        names = (filled("{}{}", named(name), typeset(left)) for name, left in alert.tensors)
+        found.append(filled("{} {}{}.", alert.what.capitalize(), Markup(", ").join(names), alert.mend))
+    return tuple(found)
 
 
 def cards(report: Report) -> tuple[Card, ...]:
