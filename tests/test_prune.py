@@ -517,7 +517,7 @@ def test_a_tensor_of_which_nothing_is_left_is_named(tiny: Path, tmp_path: Path, 
     arrays = tiny_arrays() | {PRUNABLE[1]: tiny_arrays()[PRUNABLE[1]] * 1e-6}
     save_torch({name: torch.from_numpy(array) for name, array in arrays.items()}, tiny / "model.safetensors")
     said = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5").stderr
-    assert f"nothing is left of {PRUNABLE[1]}; --exclude" in said and PRUNABLE[0] not in said
+    assert f"nothing is left of {PRUNABLE[1]}; `--exclude`" in said and PRUNABLE[0] not in said
 
 
 def test_a_tensor_of_which_next_to_nothing_is_left_is_named_in_every_view(tmp_path: Path, cli: Cli) -> None:
@@ -525,9 +525,9 @@ def test_a_tensor_of_which_next_to_nothing_is_left_is_named_in_every_view(tmp_pa
     small, large = (draw.standard_normal((53, 48)).astype("f4") * scale for scale in (1e-3, 1))
     small[3, 5] = 9
     save_file({"pooler.dense.weight": small, "a.weight": large}, tmp_path / "m.safetensors")
-    told = "next to nothing is left of pooler.dense.weight (1 of 2,544 weights); --exclude would keep it, and"
+    told = "next to nothing is left of pooler.dense.weight (1 of 2,544 weights); `--exclude` keeps it,"
     ran = cli("prune", tmp_path / "m.safetensors", tmp_path / "out", "--sparsity", "0.6")
-    assert f"\n{told} prune --scope tensor" in ran.stderr and "nothing" not in ran.stdout
+    assert f"\n{told} `prune --scope tensor`" in ran.stderr and "nothing" not in ran.stdout
     shown = cli("report", tmp_path / "out", "--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     assert f"\nwarning: {told}" in shown.stdout
     assert "Warning: next to nothing is left of `pooler.dense.weight`" in (tmp_path / "r.md").read_text()

@@ -63,7 +63,7 @@ def drained(tensors: Iterable[tuple[str, int, int]]) -> Drained | None:
         for name, zeros, weights in found[:_MOST_DRAINED]
     )
     many = f" ({len(found):,} tensors)" if len(found) > 1 else ""
-    mend = "--exclude would keep it, and prune --scope tensor or finetune --allocation lamp spread the cut"
+    mend = "`--exclude` keeps it, `prune --scope tensor` or `finetune --allocation lamp` spreads the cut"
     return Drained(f"{'' if whole else 'next to '}nothing is left of", named, f"{many}; {mend}")
 
 

@@ -8,6 +8,7 @@ from lpsparse.checkpoint.manifest import Quality
 from lpsparse.reporting.html.parts import (
     Cell,
     Table,
+    coded,
     count,
     filled,
     listed,
@@ -64,7 +65,7 @@ def alerts(report: Report) -> tuple[Cell, ...]:
     alert = drained_of(report)
     if alert is not None:
         names = (filled("{}{}", named(name), typeset(left)) for name, left in alert.tensors)
-        found.append(filled("{} {}{}.", alert.what.capitalize(), Markup(", ").join(names), alert.mend))
+        found.append(filled("{} {}{}.", alert.what.capitalize(), Markup(", ").join(names), coded(alert.mend)))
     return tuple(found)
 
 
