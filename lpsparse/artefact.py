@@ -45,7 +45,7 @@ def writing(
             made_of = record()
             found = of_one(lambda: complete(step, source, made_of, folder, chosen, say, written, quality))
             of_one(lambda: _check_unchanged(stamps))
-            return found
+            return called_after(found, step.out)
 
         try:
             yield folder, finish
@@ -53,6 +53,12 @@ def writing(
             if not isinstance(error, LpsparseError):
                 _check_unchanged(stamps)  # whatever it led to, that is what to tell
             raise
+
+
+def called_after(report: Report, out: Path) -> Report:
+    """`report` under OUT's name, as it is shown. The one in OUT has the source's, so that its bytes do not
+    depend on what OUT is called."""
+    return report.model_copy(update={"model": out.resolve().name})
 
 
 def stamps_of(source: Checkpoint) -> Stamps:

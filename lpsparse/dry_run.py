@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lpsparse.artefact import Chosen, Say
+from lpsparse.artefact import Chosen, Say, called_after
 from lpsparse.checkpoint.counting import Count, Cuts
 from lpsparse.checkpoint.files import packed_sizes
 from lpsparse.checkpoint.opening import Checkpoint
@@ -29,7 +29,7 @@ def foretell(
     # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
     took = took[0], took[1] * (2 if found.layout == "dense" else 10)
     needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
-    return found.model_copy(update={"estimate": needs})
+    return called_after(found.model_copy(update={"estimate": needs}), step.out)
 
 
 def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:

@@ -119,9 +119,7 @@ def run_links(
             )
         if isinstance(step, WRITES) and is_finished(step):
             say(f"  finished already: {step.out}")
-            named = read_manifest(step.out).source.name
-            result = verbs.report(step.out).model_copy(update={"model": named})
-            yield Done(link.name, step, result, skipped=True)
+            yield Done(link.name, step, verbs.report(step.out), skipped=True)
         elif isinstance(step, WRITES) and (step.out / MANIFEST).is_file() and not step.overwrite:
             what = f"{step.out}: holds what other settings, data or another input made"
             mend = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from lpsparse.artefact import Say
+from lpsparse.artefact import Say, called_after
 from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.errors import InputError, UsageError
 from lpsparse.opened import on_threads, opened, silent
 from lpsparse.recipe import InspectStep, ReportStep, VerifyStep, flag
@@ -40,7 +41,10 @@ def report_step(step: ReportStep, say: Say = silent) -> Report:
 
 def _reread(step: ReportStep) -> Report:
     check_reread(step)
-    return read_report(Path(step.model)).model_copy(update={"budgets": (), "baseline": None})
+    path, found = Path(step.model), read_report(Path(step.model))
+    found = found.model_copy(update={"budgets": (), "baseline": None})
+    is_of_out = path.name == REPORT and path.with_name(MANIFEST).is_file()
+    return called_after(found, path.parent) if is_of_out else found
 
 
 def check_reread(step: ReportStep) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lpsparse.artefact import Say, check_same, complete, recorded
-from lpsparse.checkpoint.manifest import Quality, read_manifest, source_of
+from lpsparse.artefact import Say, called_after, check_same, complete, recorded
+from lpsparse.checkpoint.manifest import Quality, source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
@@ -19,6 +19,7 @@ from lpsparse.proof import report_step
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.words import drained_of
 from lpsparse.settings import as_launched, resolve
 
 
@@ -106,8 +107,11 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         record = source_of(source)
         check_same(record, of_run["model"])
         found = complete(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
+        alert = drained_of(found)
+        if alert is not None:
+            say(str(alert))
     distributed.wait()
-    return found
+    return called_after(found, step.out)
 
 
 def _copied(step: FinetuneStep) -> list[str]:
@@ -126,8 +130,7 @@ def _launch(step: FinetuneStep, *, quiet: bool) -> Report:
     words = ["finetune", step.model, str(step.out), *step.options(), "--json"]
     words += ["--quiet"] if quiet else []
     distributed.launch(step.processes or 1, words)
-    found = report_step(resolve(ReportStep, {"model": str(step.out)}))
-    return found.model_copy(update={"model": read_manifest(step.out).source.name})
+    return report_step(resolve(ReportStep, {"model": str(step.out)}))
 
 
 def _data_files(step: FinetuneStep) -> list[Path]:

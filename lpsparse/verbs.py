@@ -44,6 +44,7 @@ from lpsparse.reporting import text
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.measure import own_quality, prunable_of
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.words import drained
 from lpsparse.settings import resolve
 from lpsparse.tuning import evaluate_step, finetune_step
 
@@ -170,9 +171,10 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         written = rewrite(source, folder, plan.cut, step.layout)
         counts = written.counts
-        whole = [t.name for t in source.tensors if chosen[t.name][0] and counts[t.name].zeros == t.size]
-        if whole:
-            say(f"nothing is left of {', '.join(whole[:4])} ({len(whole)} tensors); --exclude would keep it")
+        cut = (tensor for tensor in source.tensors if chosen[tensor.name][0])
+        alert = drained((tensor.name, counts[tensor.name].zeros, tensor.size) for tensor in cut)
+        if alert is not None:
+            say(str(alert))
         quality = own_quality(source)
         same = bool(quality) and counts == count_all(source)
         if quality and not same:

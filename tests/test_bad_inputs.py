@@ -240,7 +240,7 @@ def test_what_is_odd_but_right_is_carried_untouched(
 
 def test_49_a_tensor_that_is_cut_to_nothing_is_told(tiny: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "1")
-    assert ran.rc == 0 and "nothing is left of" in ran.stderr and "(4 tensors); --exclude" in ran.stderr
+    assert ran.rc == 0 and "nothing is left of" in ran.stderr and "(4 tensors); `--exclude`" in ran.stderr
 
 
 def test_50_an_honest_torch_file_is_read_by_the_restricted_loader(tmp_path: Path, cli: Cli) -> None:

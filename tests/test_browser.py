@@ -77,6 +77,22 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits(
     assert (tmp_path / f"{mode}.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("width", [320, 360, 390, 600])
+def test_on_a_narrow_screen_every_cell_of_a_budget_is_in_sight_with_its_word(
+    chromium: Any, file: Path, width: int
+) -> None:
+    page = Visit(chromium, file, viewport={"width": width, "height": 740}).page
+    cells: list[Any] = page.evaluate(
+        "[...document.querySelectorAll('header tbody :is(th, td)')].filter(each => each.innerText).map("
+        "each => [each.getBoundingClientRect().right, each.closest('.scroll').scrollWidth,"
+        " getComputedStyle(each, '::before').content])"
+    )
+    assert bool(cells) == ("Budgets, failed first" in page.content())
+    assert all(right <= width and inside <= width for right, inside, _ in cells)
+    heads = ("budget", "value", "limit", "margin", "level", "remark")
+    assert not cells or {word for _, _, word in cells} == {"none", *(f'"{word}"' for word in heads)}
+
+
 @pytest.mark.parametrize("mode", ["light", "dark", "narrow"])
 def test_axe_finds_nothing_serious(chromium: Any, file: Path, mode: str) -> None:
     visit = Visit(chromium, file, **MODES[mode], bypass_csp=True)  # axe is a script, which the page forbids

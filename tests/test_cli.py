@@ -225,7 +225,20 @@ def test_json_is_one_object_alone_on_stdout(
 def test_quiet_says_nothing_but_the_result(tiny: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5", "--quiet")
     assert (ran.rc, ran.stderr) == (0, "")
-    assert ran.stdout.startswith("tiny: 182 of 364")
+    assert ran.stdout.startswith("out: 182 of 364")
+
+
+def test_every_summary_is_headed_with_the_name_of_out(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    made = (("prune", "tiny", "a", "--sparsity", "0.5"), ("pack", "a", "b"), ("unpack", "b", "tiny/../c"))
+    for command, model, out, *flags in made:
+        assert cli(command, model, out, "--dry-run", *flags).stdout.startswith(f"{Path(out).name}: ")
+        assert cli(command, model, out, *flags).stdout.startswith(f"{Path(out).name}: 182 of 364")
+    assert cli("report", "b/report.json").stdout.startswith("b: 182 of 364")
+    monkeypatch.chdir(tiny.parent / "b")
+    assert cli("report", "report.json").stdout.startswith("b: 182 of 364")
 
 
 @pytest.mark.parametrize(
@@ -319,6 +332,12 @@ def recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tiny.parent)
     (tiny.parent / "r.yaml").write_text(RECIPE)
     return tiny.parent / "r.yaml"
+
+
+@pytest.mark.parametrize("time", ["first", "again"])
+def test_run_names_each_step_with_what_it_made(time: str, recipe: Path, cli: Cli) -> None:
+    said = [cli("run", recipe).stdout for _ in ("first", "again")][time == "again"]
+    assert "prune: sparse: 291 of 364" in said and "pack: packed: 291 of 364" in said
 
 
 BROKEN: dict[str, tuple[str | bytes, list[str]]] = {

@@ -20,6 +20,7 @@ from lpsparse import prune
 from lpsparse.reporting.html.layers import in_order
 from lpsparse.reporting.html.page import render
 from lpsparse.reporting.html.parts import named, number, percent
+from lpsparse.reporting.kinds import KINDS
 from lpsparse.reporting.records import Budget, Estimate, Histogram, Report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -394,3 +395,12 @@ def test_the_page_goes_to_stdout_alone_and_the_exit_code_stays(tiny: Path, cli: 
     ran: Ran = cli("report", tiny, "--html", "-", "--min-sparsity", "0.9")
     assert ran.rc == 1
     assert ran.stdout.startswith("<!DOCTYPE html>") and ran.stdout.endswith("</html>\n")
+
+
+def test_every_layer_type_has_a_colour() -> None:
+    style = page_of("everything")
+    last = len(KINDS) - 1
+    assert all(
+        f".k{i} {{ fill: var(--k{i}); }}" in style and f".key.k{i} " in style for i in range(1, last + 1)
+    )
+    assert style.count(f"--k{last}: #") == 2 and f"--k{last + 1}" not in style

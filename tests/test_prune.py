@@ -41,6 +41,7 @@ from lpsparse.checkpoint.output import remove_ours
 from lpsparse.checkpoint.writer import OWNER, REPLACED
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
 from lpsparse.recipe import PruneStep
+from lpsparse.reporting.words import drained
 from lpsparse.settings import resolve
 from lpsparse.verbs import prune_step
 
@@ -127,7 +128,7 @@ def test_the_command_line_says_what_it_keeps_and_what_comes_next(
 ) -> None:
     ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5")
     assert ran.rc == 0
-    assert ran.stdout.startswith("tiny: 182 of 364 prunable weights are zero (50.00 %)")
+    assert ran.stdout.startswith("out: 182 of 364 prunable weights are zero (50.00 %)")
     assert "4 tensors prunable; kept: " in ran.stderr and "1 embedding" in ran.stderr
     assert f"next: lpsparse report {tmp_path / 'out'} {tiny}" in ran.stderr
 
@@ -516,7 +517,35 @@ def test_a_tensor_of_which_nothing_is_left_is_named(tiny: Path, tmp_path: Path, 
     arrays = tiny_arrays() | {PRUNABLE[1]: tiny_arrays()[PRUNABLE[1]] * 1e-6}
     save_torch({name: torch.from_numpy(array) for name, array in arrays.items()}, tiny / "model.safetensors")
     said = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5").stderr
-    assert f"nothing is left of {PRUNABLE[1]}" in said and PRUNABLE[0] not in said
+    assert f"nothing is left of {PRUNABLE[1]}; `--exclude`" in said and PRUNABLE[0] not in said
+
+
+def test_a_tensor_of_which_next_to_nothing_is_left_is_named_in_every_view(tmp_path: Path, cli: Cli) -> None:
+    draw = np.random.default_rng(0)
+    small, large = (draw.standard_normal((53, 48)).astype("f4") * scale for scale in (1e-3, 1))
+    small[3, 5] = 9
+    save_file({"pooler.dense.weight": small, "a.weight": large}, tmp_path / "m.safetensors")
+    told = "next to nothing is left of pooler.dense.weight (1 of 2,544 weights); `--exclude` keeps it,"
+    ran = cli("prune", tmp_path / "m.safetensors", tmp_path / "out", "--sparsity", "0.6")
+    assert f"\n{told} `prune --scope tensor`" in ran.stderr and "nothing" not in ran.stdout
+    shown = cli("report", tmp_path / "out", "--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
+    assert f"\nwarning: {told}" in shown.stdout
+    assert "Warning: next to nothing is left of `pooler.dense.weight`" in (tmp_path / "r.md").read_text()
+    assert "Next to nothing is left of <bdi>pooler.dense.weight</bdi>" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("zeros", "told"),
+    [
+        ((998, 0), None), ((999, 0), "next to nothing is left of a (1 of 1,000 weights); "),
+        ((1000, 0), "nothing is left of a; "), ((999, 999), None), ((999, 901), None),
+        ((1000, 1000), "nothing is left of a, b (2 tensors); "), ((1000, 901), "nothing is left of a; "),
+        ((1000, 999), "nothing is left of a; "),
+    ],
+)  # fmt: skip
+def test_next_to_nothing_is_told_where_less_is_cut(zeros: tuple[int, int], told: str | None) -> None:
+    found = drained([("a", zeros[0], 1000), ("b", zeros[1], 1000), ("empty", 0, 0)])
+    assert found is None if told is None else str(found).startswith(told)
 
 
 @pytest.mark.parametrize("mark", [OWNER, REPLACED])

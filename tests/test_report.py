@@ -44,7 +44,7 @@ def test_every_count_equals_numpys(sparse: Path) -> None:
     assert [row.name for row in found.tensors if row.prunable] == sorted(PRUNABLE)
 
 
-def test_the_three_denominators_are_kept_apart(tmp_path: Path) -> None:
+def test_the_three_denominators_are_kept_apart(tmp_path: Path, cli: Cli) -> None:
     half = np.arange(7 * 13, dtype=np.float16).reshape(7, 13) % 2  # 46 zeros
     one = np.zeros((1, 13), np.int64)
     save_file({"a.weight": half, "norm.weight": half, "steps": one}, tmp_path / "m.safetensors")
@@ -56,6 +56,9 @@ def test_the_three_denominators_are_kept_apart(tmp_path: Path) -> None:
     assert found.all.sparsity == 105 / 195
     assert found.bytes.zero_share == 288 / 468
     assert found.bytes.file_bytes == (tmp_path / "m.safetensors").stat().st_size
+    assert "; all weights are the values of all tensors, integers and statistics too; " in found.rule
+    shown = cli("inspect", tmp_path / "m.safetensors").stdout
+    assert shown.splitlines()[1] == "195 values in 3 tensors, 91 of them prunable weights in 1"
 
 
 def test_zeros_of_either_sign_count(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from lpsparse import prune, report
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import Quality
 from lpsparse.errors import InputError, UsageError
+from lpsparse.pruning.prunable import prunable
 from lpsparse.recipe import ReportStep
 from lpsparse.reporting.budgets import check_baseline, check_budgets
-from lpsparse.reporting.kinds import kind_of
+from lpsparse.reporting.kinds import KINDS, kind_of
 from lpsparse.reporting.records import Bytes, Detail, Identity, Report, Share, TensorRow
 from lpsparse.reporting.survey import N_M
 from lpsparse.settings import resolve
@@ -159,7 +160,7 @@ def test_a_broken_configuration_costs_the_heads_alone(config: str, tmp_path: Pat
         ("encoder.layer.0.attention.self.query.weight", "attention q"),
         ("encoder.layer.0.attention.output.dense.weight", "attention out"),
         ("encoder.layer.0.output.dense.weight", "mlp"), ("encoder.layer.0.intermediate.dense.weight", "mlp"),
-        ("encoder.layer.0.attention.output.LayerNorm.weight", "norm"), ("pooler.dense.weight", "head"),
+        ("encoder.layer.0.attention.output.LayerNorm.weight", "norm"), ("pooler.dense.weight", "pooler"),
         ("embeddings.word_embeddings.weight", "embedding"), ("model.embed_tokens.weight", "embedding"),
         ("model.layers.0.self_attn.o_proj.weight", "attention out"), ("lm_head.weight", "head"),
         ("model.layers.0.mlp.gate_proj.weight", "mlp"), ("h.0.attn.c_attn.weight", "attention q, k, v"),
@@ -171,7 +172,19 @@ def test_a_broken_configuration_costs_the_heads_alone(config: str, tmp_path: Pat
     ],
 )  # fmt: skip
 def test_layer_types_follow_from_usual_names(name: str, kind: str) -> None:
-    assert kind_of(name, (7, 13)) == kind
+    assert kind_of(name, (7, 13)) == kind and kind in KINDS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight", "module.model.lm_head.weight", "classifier.fc1.weight", "score.weight",
+        "cls.predictions.decoder.weight", "linear.weight", "vocab_projector.weight", "layers.3.fc.weight",
+        "pooler.dense.weight", "bert.pooler.dense.weight", "model.head.weight", "model.scorer.weight",
+    ],
+)  # fmt: skip
+def test_a_head_is_what_pruning_keeps_as_one(name: str) -> None:
+    assert (kind_of(name, (7, 13)) == "head") == (prunable(name, "F32", (7, 13)) == (False, "output head"))
 
 
 def test_the_report_of_a_packed_checkpoint_is_that_of_the_dense_one(tiny: Path, tmp_path: Path) -> None:

@@ -338,9 +338,32 @@ def test_no_word_is_broken_and_no_line_too_long(
     monkeypatch.setenv("COLUMNS", str(width))
     narrow = cli(command, "made").stdout
     words = {word for word in narrow.split() if "\u2026" not in word}
-    assert words <= set(wide.split())
+    assert {word.removesuffix(":") for word in words} <= {word.removesuffix(":") for word in wide.split()}
     longest = max(map(len, words), default=0)
     assert all(len(line) <= max(width, longest + 4) for line in narrow.splitlines())
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+@pytest.mark.parametrize(
+    "command", ["", "finetune", "prune", "pack", "report", "push", "run", "sweep", "recipe check"]
+)
+def test_help_fits_the_terminal(command: str, width: int, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = cli(*command.split(), "--help").stdout.splitlines()
+    long = [line for line in lines if len(line) > width and " " in line.strip().removesuffix(" \\")]
+    assert len(lines) > 10 and not long  # a word that is longer than the line stays whole
+
+
+def test_an_example_in_a_narrow_terminal_is_what_a_shell_makes_one_command_of(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = cli("push", "--help").stdout
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = cli("push", "--help").stdout
+    assert "\\\n" in narrow and max(map(len, narrow.splitlines())) <= 40
+    joined = re.sub(r" \\\n +", " ", narrow)
+    commands = re.findall("^    lpsparse .*$", wide, re.M)
+    assert len(commands) == 4 and all(f"\n{command}\n" in joined for command in commands)
 
 
 def test_columns_are_left_out_before_names_are_cut_beyond_telling() -> None:
@@ -350,7 +373,12 @@ def test_columns_are_left_out_before_names_are_cut_beyond_telling() -> None:
     assert found[80][1].split() == [name, *body[0][1:3], "50.0", "%", "prunable"]
     assert "F32" not in found[60][1] and found[60][1].startswith("encoder.layer.1")
     assert found[40][0].split() == ["tensor", "zero"] and len(found[40][1].split()[0]) == 32
-    assert found[20][1:3] == ["  dtype  weights", "    zero"] and len(found[20]) == 6
+    assert found[20][0] == "tensor:" and found[20][2:] == [
+        "  dtype    F32",
+        "  weights  1,000",
+        "  zero     50.0 %",
+        "  prunable",
+    ]
     assert all(len(line) <= width for width, lines in found.items() for line in lines)
 
 

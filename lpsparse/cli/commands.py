@@ -76,8 +76,7 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
         return
     from lpsparse.reporting import table
 
-    shown = table.render(report, width())
-    print_result(shown if step.dry_run else shown.partition("\n\ntensor")[0])
+    print_result((table.render if step.dry_run else table.summary)(report, width()))
     if not step.dry_run:
         base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
         following = shlex.join(["lpsparse", "report", str(step.out), *base])
@@ -105,7 +104,7 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
     zeros = found["zeros_at_least"]
     print_result(f"{text.clean(found['model'])}@{found['revision']}: from headers alone")
     print_result(f"  to be zero     {_known(zeros)} of {found['prunable_weights']:,} prunable weights")
-    print_result(f"  all weights    {found['weights']:,}")
+    print_result(f"  all weights    {found['weights']:,} (the values of all tensors)")
     print_result(f"  to download    {text.size(found['download_bytes'])} into the hub's cache")
     print_result("\n".join(table.estimate_lines(Estimate(**found["estimate"]))) + "\n")
     body = [
@@ -198,7 +197,11 @@ def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
     files = names if len(found["files"]) == 1 else f"{len(found['files'])} files"
     size = text.size(sum(file["bytes"] for file in found["files"]))
     print_result(f"{text.clean(found['model'])}: {found['layout']}, {files} ({size})")
-    print_result(f"{found['weights']:,} weights, {found['prunable_weights']:,} of them prunable\n")
+    prunable = sum(each["prunable"] for each in found["tensors"])
+    print_result(
+        f"{found['weights']:,} values in {len(found['tensors']):,} tensors, {found['prunable_weights']:,} of "
+        f"them prunable weights in {prunable:,}\n"
+    )
     print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())))
 
 

@@ -116,7 +116,7 @@ def _row(name: str, report: "Report") -> dict[str, Any]:
 def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
     body = [
         (
-            row["model"], f"{row['loss']:.4f}", f"{row['zeros']:,} ({percent(row['sparsity'], 1)})",
+            row["model"], f"{row['loss']:.4f}", f"{row['zeros']:,} ({percent(row['sparsity'])})",
             size(row["dense_bytes"]), size(row["bitmask_bytes"]),
         )
         for row in rows

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from lpsparse.cli import github
 from lpsparse.errors import OutputError
 from lpsparse.launch import is_first
-from lpsparse.reporting.text import IN_JSON, clean, fitted, harmless, size, without_order
+from lpsparse.reporting.text import IN_JSON, clean, fitted, harmless, percent, size, without_order
 
 if TYPE_CHECKING:
     from lpsparse.reporting.records import Report
@@ -231,7 +231,7 @@ class TrainingBar(_Bar):
             return
         facts = (
             f"loss {progress.loss:.4f}  lr {progress.lr:.1e}  lambda {progress.lambda_p:.1e}  "
-            f"zero {100 * progress.sparsity:.1f} %"
+            f"zero {percent(progress.sparsity)}"
         )
         ends = progress.step == progress.steps
         if self.live:

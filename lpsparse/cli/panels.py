@@ -1,12 +1,15 @@
 """Help in groups, as plain text that survives grep; and what was meant by a misspelt command."""
 
+import re
 from difflib import get_close_matches
+from shutil import get_terminal_size
 from textwrap import wrap
 from typing import Any, cast
 
 from typer.core import TyperCommand, TyperGroup
 
 from lpsparse.errors import UsageError
+from lpsparse.reporting.text import fitted
 
 _PANELS = {  # of a command's options, by field; what is not here is of the method, or of the report
     "Input": (
@@ -37,6 +40,8 @@ _PANELS = {  # of a command's options, by field; what is not here is of the meth
     "Other": ("help", "version", "install_completion", "show_completion"),
 }  # fmt: skip
 _WIDEST = 30  # letters of an option that has its text beside it, not below
+_LEAST = 20  # letters of a line of that text; where there is less room it is below, too
+_COMMON = 80  # columns of a terminal; in these and more, examples stay on one line
 _COMMANDS = {
     "Start here": ("demo", "doctor", "help", "explain"),
     "Make it small": ("finetune", "prune", "pack", "unpack", "run", "sweep", "recipe"),
@@ -45,7 +50,26 @@ _COMMANDS = {
 }
 
 
-class Command(TyperCommand):
+class _Fitted:
+    """Help that keeps to the terminal's width: Typer's own is never under 50 columns."""
+
+    help: str | None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.width = max(_LEAST, min(formatter.width, get_terminal_size().columns))
+        cast("Any", super()).format_help(ctx, formatter)
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        usage = f"Usage: {ctx.command_path} {' '.join(cast('Any', self).collect_usage_pieces(ctx))}"
+        formatter.write(f"{fitted(usage, formatter.width, hang=4)}\n\n")
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        lines = (self.help or "").split("\n")
+        with formatter.indentation():
+            formatter.write_text("\n".join(_continued(line, formatter.width - 2) for line in lines))
+
+
+class Command(_Fitted, TyperCommand):
     """A command whose options are shown by panel."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -57,7 +81,7 @@ class Command(TyperCommand):
         _write(formatter, rows)
 
 
-class Group(TyperGroup):
+class Group(_Fitted, TyperGroup):
     """All commands, by what they are for."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -95,8 +119,31 @@ def _write(formatter: Any, rows: dict[str, list[tuple[str, str]]]) -> None:
         room = min(_WIDEST, max((len(name) for name, _ in each), default=0))
         for i, (name, text) in enumerate(each):
             formatter.write(f"\n{panel}:\n" if i == 0 else "")
-            lines = wrap(text, max(formatter.width - room - 4, 20), break_on_hyphens=False)
-            beside = lines[:1] if len(name) <= room else []
-            formatter.write(f"  {name:<{room}}  {''.join(beside)}".rstrip() + "\n")
+            under = 2 if formatter.width < room + 4 + _LEAST else room  # how far to the right the text is
+            lines = wrap(text, formatter.width - under - 4, break_on_hyphens=False, break_long_words=False)
+            beside = lines[:1] if len(name) <= under else []
+            words = _filled(re.findall(r"[^\s|]+\|?\s*", name), formatter.width - 6)  # choices may part
+            formatter.write(f"  {words[0]:<{under}}  {''.join(beside)}".rstrip() + "\n")
+            for line in words[1:]:
+                formatter.write(f"    {line}\n")
             for line in lines[len(beside) :]:
-                formatter.write(f"{'':{room + 4}}{line}\n")
+                formatter.write(f"{'':{under + 4}}{line}\n")
+
+
+def _filled(parts: list[str], width: int) -> list[str]:
+    """The parts in lines of `width` letters; one that is longer stays whole."""
+    lines = parts[:1]
+    for part in parts[1:]:
+        if len((lines[-1] + part).rstrip()) > width:
+            lines.append(part)
+        else:
+            lines[-1] += part
+    return [line.rstrip() for line in lines]
+
+
+def _continued(line: str, width: int) -> str:
+    """An example that a narrow terminal has no room for, on lines that a shell puts together again."""
+    if not line.startswith("  lpsparse ") or len(line) <= width or width >= _COMMON - 4:
+        return line
+    words = re.findall(r"(?:'[^']*'|\S)+\s*", line)
+    return "  " + " \\\n    ".join(_filled(words, width - 6))

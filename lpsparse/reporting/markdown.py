@@ -13,6 +13,7 @@ from lpsparse.reporting.words import (
     change_of,
     changes,
     cut_at,
+    drained_of,
     hint,
     in_figures,
     interval,
@@ -92,6 +93,10 @@ def _head(report: Report) -> Iterator[str]:
         yield f"**NOT FINITE: {alarm}**: {', '.join(code(name) for name in report.nonfinite_tensors[:5])}"
         yield ""
     yield f"{code(report.model)}: **{verdict(report)}**"
+    alert = drained_of(report)
+    if alert:
+        names = ", ".join(code(name) + left for name, left in alert.tensors)
+        yield from ("", f"Warning: {alert.what} {names}{alert.mend}.")
 
 
 def _budgets(report: Report) -> Iterator[str]:
@@ -191,7 +196,7 @@ def _fold(rows: list[TensorRow], most_bytes: int) -> str:
 
 def _tensor(row: TensorRow) -> Sequence[str]:
     return (
-        code(row.name), code(row.dtype), f"{row.weights:,}", percent(row.sparsity, 1),
+        code(row.name), code(row.dtype), f"{row.weights:,}", percent(row.sparsity),
         size(row.stored_bytes), "prunable" if row.prunable else "kept",
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ def measure(
     )
     rule = (
         f"exact zeros of either sign; prunable are {sum(row.prunable for row in rows)} of "
-        f"{len(rows)} tensors; "
+        f"{len(rows)} tensors; all weights are the values of all tensors, integers and statistics too; "
     )
     prunable = [row for row in rows if row.prunable]
     return Report(

@@ -193,12 +193,12 @@ class Report(Record):
     """What `lpsparse report` found. `schema_version` changes when a field changes its meaning."""
 
     schema_version: Literal[1] = 1
-    model: str
+    model: str  # its name; in OUT's own report.json that of what OUT was made from
     layout: str
     opens_with: str
     rule: str  # how weights were counted, in words
-    prunable: Share
-    all: Share
+    prunable: Share  # of the weights that may be cut
+    all: Share  # of the values of all tensors: embeddings, norms, biases, integer buffers and statistics too
     bytes: Bytes
     tensors: tuple[TensorRow, ...]
     kinds: tuple[KindRow, ...] = ()

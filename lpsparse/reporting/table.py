@@ -7,6 +7,7 @@ from lpsparse.reporting.words import (
     change_of,
     changes,
     cut_at,
+    drained_of,
     hint,
     in_figures,
     interval,
@@ -27,13 +28,29 @@ Line = tuple[str, str]
 
 def render(report: Report, width: int = 80, *, color: bool = False) -> str:
     """Verdict first, then totals, budgets, layer types, then the tensors with the most weights."""
-    parts = [_head(report, width, color), _totals(report, width)]
+    head = _head(report, width, color)
+    alert = drained_of(report)
+    if alert is not None:
+        head.append(fitted(clean(f"warning: {alert}"), width))
+    return _joined([head, *_middle(report, width), _tensors(report, width)])
+
+
+def summary(report: Report, width: int = 80) -> str:
+    """The same without the tensors, and without what the run has said already."""
+    return _joined([_head(report, width, False), *_middle(report, width)])
+
+
+def _joined(parts: list[list[str]]) -> str:
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _middle(report: Report, width: int) -> list[list[str]]:
+    parts = [_totals(report, width)]
     if report.budgets:
         parts.append(_budgets(report, width))
     if len(report.kinds) > 1:
         parts.append(_kinds(report, width))
-    parts.append(_tensors(report, width))
-    return "\n\n".join("\n".join(part) for part in parts)
+    return parts
 
 
 def _head(report: Report, width: int, color: bool) -> list[str]:
@@ -134,7 +151,7 @@ def _tensors(report: Report, width: int) -> list[str]:
     largest = sorted(range(len(report.tensors)), key=lambda i: -report.tensors[i].weights)[:MOST_ROWS]
     body = [
         (
-            clean(row.name), row.dtype, f"{row.weights:,}", percent(row.sparsity, 1),
+            clean(row.name), row.dtype, f"{row.weights:,}", percent(row.sparsity),
             size(row.stored_bytes),
             "prunable" if row.prunable else "kept",
         )

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from lpsparse.checkpoint.manifest import Quality
 from lpsparse.reporting.budgets import quality_drop
 from lpsparse.reporting.records import Budget, Report, TensorRow
-from lpsparse.reporting.text import percent, size
+from lpsparse.reporting.text import percent, shorten, size
 
 _ROOM = 0.05  # share of a limit from which on a margin is worth a word
+_DRAINED = 0.999  # zeros of a tensor that hardly says anything any more,
+_MODERATE = 0.95  # where of all prunable weights less than this is zero; else only one of zeros alone is told
+_MOST_DRAINED = 4
 CONFIDENCE = 1.96  # standard errors either way that hold 95 % of a normal distribution
 
 
@@ -32,6 +35,40 @@ def nonfinite(report: Report) -> str | None:
     """What has to be read before anything else; None where every value is a number."""
     count = len(report.nonfinite_tensors)
     return f"NaN or Inf in {count:,} of {len(report.tensors):,} tensors" if count else None
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Prunable tensors of which nothing, or next to nothing, is left, in words."""
+
+    what: str
+    tensors: tuple[tuple[str, str], ...]  # name, and what is left where something is
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {', '.join(shorten(name, 160) + left for name, left in self.tensors)}{self.mend}"
+
+
+def drained(tensors: Iterable[tuple[str, int, int]]) -> Drained | None:
+    """Of names, zeros and weights of the prunable tensors; None where all still say something."""
+    given = [each for each in tensors if each[2]]
+    moderate = sum(zeros for _, zeros, _ in given) < _MODERATE * sum(weights for *_, weights in given)
+    bound = _DRAINED if moderate else 1
+    found = [each for each in given if each[1] >= bound * each[2]]
+    if not found:
+        return None
+    whole = all(zeros == weights for _, zeros, weights in found)
+    named = tuple(
+        (name, f" ({weights - zeros:,} of {weights:,} weights)" if zeros < weights else "")
+        for name, zeros, weights in found[:_MOST_DRAINED]
+    )
+    many = f" ({len(found):,} tensors)" if len(found) > 1 else ""
+    mend = "`--exclude` keeps it, `prune --scope tensor` or `finetune --allocation lamp` spreads the cut"
+    return Drained(f"{'' if whole else 'next to '}nothing is left of", named, f"{many}; {mend}")
+
+
+def drained_of(report: Report) -> Drained | None:
+    return drained((row.name, row.zeros, row.weights) for row in report.tensors if row.prunable)
 
 
 def state(budget: Budget) -> str:
@@ -176,12 +213,15 @@ def neighbours(report: Report) -> list[tuple[str, str]]:
 
 
 def oddities(report: Report) -> list[tuple[str, str]]:
-    """Zeros with a sign, subnormal and nearly zero weights, of all tensors: those that are there."""
+    """Zeros with a sign, subnormal and nearly zero values, of all tensors: those that are there."""
     details = [row.detail for row in report.tensors if row.detail is not None]
     counts = {
         "-0.0": (sum(each.negative_zeros for each in details), "zeros with a sign, counted as zeros"),
-        "subnormal": (sum(each.subnormal for each in details), "weights under the dtype's normal ones"),
-        "nearly zero": (sum(each.near_zero for each in details), "and under 1/1000 of the tensor's largest"),
+        "subnormal": (sum(each.subnormal for each in details), "values under the normal ones of their dtype"),
+        "nearly zero": (
+            sum(each.near_zero for each in details),
+            "values that are not zero, but under about 1/1000 of the largest in their tensor",
+        ),
     }  # fmt: skip
     return [(name, f"{count:,} {text}") for name, (count, text) in counts.items() if count]
 

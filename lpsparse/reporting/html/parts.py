@@ -24,6 +24,7 @@ class Table:
     body: Sequence[tuple[Cell, ...]]
     words: tuple[int, ...] = (0,)  # columns of text; the others are numbers
     rest: str = ""  # where the rows are that are left out
+    stacks: bool = False  # on a narrow screen each row is a list of its cells, for few rows alone
 
 
 @dataclass(frozen=True, slots=True)

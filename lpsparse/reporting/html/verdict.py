@@ -8,6 +8,7 @@ from lpsparse.checkpoint.manifest import Quality
 from lpsparse.reporting.html.parts import (
     Cell,
     Table,
+    coded,
     count,
     filled,
     listed,
@@ -19,7 +20,7 @@ from lpsparse.reporting.html.parts import (
     typeset,
 )
 from lpsparse.reporting.records import Budget, Report
-from lpsparse.reporting.words import apart, budget_row, change_of, hint, nonfinite, spread, state
+from lpsparse.reporting.words import apart, budget_row, change_of, drained_of, hint, nonfinite, spread, state
 
 _LEVELS = {"ok": "passed", "FAILED": "failed", "warn": "warning"}
 _SIGNS = {"passed": "✓", "failed": "✕", "warning": "!", "none": "–"}
@@ -57,10 +58,15 @@ def sentence(report: Report) -> str:
 
 
 def alerts(report: Report) -> tuple[Cell, ...]:
-    if not report.nonfinite_tensors:
-        return ()
-    many = plural(len(report.nonfinite_tensors), "tensor")
-    return (filled("NaN or Inf in {}: {}.", many, listed(report.nonfinite_tensors)),)
+    found: list[Cell] = []
+    if report.nonfinite_tensors:
+        many = plural(len(report.nonfinite_tensors), "tensor")
+        found.append(filled("NaN or Inf in {}: {}.", many, listed(report.nonfinite_tensors)))
+    alert = drained_of(report)
+    if alert is not None:
+        names = (filled("{}{}", named(name), typeset(left)) for name, left in alert.tensors)
+        found.append(filled("{} {}{}.", alert.what.capitalize(), Markup(", ").join(names), coded(alert.mend)))
+    return tuple(found)
 
 
 def cards(report: Report) -> tuple[Card, ...]:
@@ -108,7 +114,7 @@ def budgets(report: Report) -> Table:
     """Failed first, as the report has them."""
     body = [_row(each) for each in report.budgets]
     head = ("verdict", "budget", "value", "limit", "margin", "level", "remark")
-    return Table("Budgets, failed first", head, body, words=(0, 1, 5, 6))
+    return Table("Budgets, failed first", head, body, words=(0, 1, 5, 6), stacks=True)
 
 
 def _row(budget: Budget) -> tuple[Cell, ...]:
