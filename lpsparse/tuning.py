@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.artefact import Say, check_same, complete, recorded
-from lpsparse.checkpoint.manifest import Quality, read_manifest, source_of
+from lpsparse.checkpoint.manifest import Quality, own_manifest, read_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
@@ -28,14 +28,34 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     from lpsparse.training.quality import evaluate as measure_quality
 
     task = prepare(step, source)
+    known = _known_data(step, source, say)
     measured = measure_quality(step, task)
     split = find(step.data, step.split)[2]
     found: dict[str, Any] = {
-        "model": source.name, "task": step.task, "split": split, "loss": measured.loss
+        "model": source.name, "task": step.task, "split": split, "trained_on": known, "loss": measured.loss
     }  # fmt: skip
     if measured.accuracy is not None:
         found["accuracy"] = measured.accuracy
     return found | {task.unit: measured.count}
+
+
+def _known_data(step: EvalStep, source: Checkpoint, say: Say) -> list[str] | None:
+    """Names of the files to measure on that the model was trained on, which is said; None where no manifest
+    tells what it was trained on."""
+    from lpsparse.training.data import trained_on
+
+    manifest = own_manifest(source)
+    if manifest is None or not manifest.trained:
+        return None
+    known = trained_on(step.data, step.split, manifest.trained)
+    if known:
+        share = next(iter(known.values()))
+        aside = "" if share is None else f", but for the {100 * share:g} % that it had set aside"
+        say(
+            f"{source.name} was trained on {', '.join(known)}{aside}: this says little of other data; give "
+            "data that were held out, or --split NAME[from:to] with the part that did not train"
+        )
+    return list(known)
 
 
 def finetune_step(

@@ -108,7 +108,9 @@ def world(
     hub.put({path.name: path.read_bytes() for path in model.iterdir() if path.is_file()})
     for name in ("RECIPE.yaml", "small.yaml"):
         (tmp_path / name).write_text(RECIPE)
-    (tmp_path / "text.txt").write_text((BUNDLED.parent / "shakespeare" / "validation.txt").read_text()[:6000])
+    text = (BUNDLED.parent / "shakespeare" / "validation.txt").read_text()
+    (tmp_path / "text.txt").write_text(text[:6000])
+    (tmp_path / "held-out.txt").write_text(text[6000:9000])
     (tmp_path / "lpsparse-demo").mkdir()
     lpsparse.prune(LLAMA, "lpsparse-demo/dense", sparsity=0)
     lpsparse.prune(LLAMA, "dense", sparsity=0)
@@ -159,7 +161,7 @@ def test_every_command_of_a_page_does_what_the_page_says(
         if reason(command) is None:
             assert command.startswith("lpsparse "), f"{where}: {command}: say in ELSEWHERE why it is not run"
             ran = cli(*fresh(filled(command, number)))
-            if ran.rc != EXITS.get(command, code):
+            if ran.rc != EXITS.get(command, code) or "was trained on" in ran.stderr:  # measured on new data
                 wrong.append(f"{where}: {command}\n  {ran.rc}: {ran.stderr}")
     assert not wrong, "\n".join(wrong)
 

@@ -58,7 +58,7 @@ _PUSH = """\
   lpsparse inspect org/name@packed"""
 _EVAL = """\
   lpsparse eval sparse --data dev.tsv --task text-classification
-  lpsparse eval sparse --data text.txt --task causal-lm --json"""
+  lpsparse eval sparse --data held-out.txt --task causal-lm --json"""
 
 
 def show_report(report: "Report", *, as_json: bool) -> None:
@@ -220,4 +220,7 @@ def _push(step: recipe.PushStep, as_json: bool, quiet: bool) -> None:
 def _eval(step: recipe.EvalStep, as_json: bool, quiet: bool) -> None:
     from lpsparse.verbs import evaluate_step
 
-    _facts(evaluate_step(step, teller(quiet)), as_json=as_json)
+    found = evaluate_step(step, teller(quiet))
+    if not as_json and not found["trained_on"]:
+        del found["trained_on"]  # nothing is known of it, or nothing is to be said
+    _facts(found, as_json=as_json)
