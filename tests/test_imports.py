@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "resolved": {"chain", "checkpoint", "recipe_file", "recipe"},
     "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file", "chain", "resolved"},
     "check_data": {"training.data", "checkpoint", "recipe", "errors"},
-    "check_patterns": {"pruning", "checkpoint", "recipe", "limits", "errors"},
+    "check_patterns": {"pruning", "checkpoint", "reporting", "recipe", "limits", "errors"},
     "checking": VERBS_MAY | {"chain", "check_data", "check_patterns", "pipeline", "recipe_file"},
     "sweeping": VERBS_MAY | {"chain", "pipeline", "recipe_file", "verbs"},
     "cli": VERBS_MAY
