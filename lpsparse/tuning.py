@@ -17,6 +17,7 @@ from lpsparse.opened import opened, silent
 from lpsparse.proof import report_step
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
+from lpsparse.reporting.estimate import estimate
 from lpsparse.reporting.records import Report
 from lpsparse.settings import as_launched, is_first, is_launched, resolve
 
@@ -61,7 +62,8 @@ def _known_data(step: EvalStep, source: Checkpoint, say: Say) -> list[str] | Non
 def finetune_step(
     step: FinetuneStep, say: Say = silent, on_step: Callable[[Any], None] = silent
 ) -> Report | dict[str, Any]:
-    """Train and write. With dry_run: {"steps", "prunable_weights", ...} and nothing written.
+    """Train and write. With dry_run: {"steps", "prunable_weights", "zeros" (None: no target), "bytes_kept"
+    and "bytes_peak" of memory, "disk_bytes", ...} and nothing written.
 
     Every process of a launched job calls it; process 0 writes and speaks. With --processes it starts them.
     """
@@ -76,7 +78,9 @@ def finetune_step(
         from lpsparse.training.loop import plan_training, prepare
 
         say("dry run: nothing is written")
-        return plan_training(step, prepare(step, source))
+        needs = estimate(source, step.out, weight_bytes=source.dense_bytes)
+        room = {"disk_bytes": needs.disk_bytes, "free_bytes": needs.free_bytes}
+        return {"model": source.name, **plan_training(step, prepare(step, source)), **room}
     if step.processes is not None and step.processes > 1 and not is_launched():
         return _launch(step, quiet=say is silent)
     from lpsparse.distributed import missing_others
