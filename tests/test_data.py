@@ -295,6 +295,15 @@ def test_mean_and_std_are_checked_by_eval_too() -> None:
         resolve(FinetuneStep, {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "std": "1,1"})
 
 
+@pytest.mark.parametrize("name", ["text", "text.md"])
+def test_a_file_of_another_suffix_is_told_those_that_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("Once upon a time.")
+    with pytest.raises(LpsparseError) as caught:
+        find(str(tmp_path / name), "train")
+    suffixes = (".txt", ".jsonl", ".csv", ".tsv", ".parquet", ".npz")
+    assert caught.value.code == "LPS372" and all(suffix in caught.value.mend for suffix in suffixes)
+
+
 def test_a_single_file_is_called_by_its_name_and_an_empty_range_is_refused(table: Path) -> None:
     assert find(str(table), "validation[3:]")[2] == "rows.jsonl[3:]"
     with pytest.raises(LpsparseError, match="is nothing") as caught:

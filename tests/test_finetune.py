@@ -214,7 +214,7 @@ def test_dry_run_says_zeros_disk_and_memory_in_words(tmp_path: Path, cli: Any) -
         r"would take +1\.\d\d MB of disk \(.+ are free\)\n +5\.29 MB of memory, 8\.01 MB at", shown
     )
     assert "only training tells how many become zero" in cli(*words).stdout
-    assert "memory" in cli(*words, "--processes", "2").stdout.partition("in each of 2 processes")[0]
+    assert "at the peak of a step in each of 2 processes" in cli(*words, "--processes", "2").stdout
 
 
 def test_ctrl_c_in_training_exits_130_and_keeps_the_state(tmp_path: Path) -> None:

@@ -124,9 +124,10 @@ def _locate(data: str) -> Path:
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in _SUFFIXES:
-        raise InputError(
-            372, f"{path}: not one of {', '.join(_SUFFIXES)}", mend="convert it to .jsonl or .npz"
+        mend = (
+            "rename or convert it: text is .txt, rows .jsonl, .csv, .tsv or .parquet, images .npz or .parquet"
         )
+        raise InputError(372, f"{path}: not one of {', '.join(_SUFFIXES)}", mend=mend)
 
 
 def _in_folder(folder: Path, name: str) -> list[Path]:
