@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.entry import tell_loaders
-from lpsparse.checkpoint.manifest import Manifest, Quality, Source, own_manifest, source_of, write_manifest
+from lpsparse.checkpoint.manifest import (
+    Manifest,
+    Quality,
+    Source,
+    Trained,
+    own_manifest,
+    source_of,
+    write_manifest,
+)
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.rescue import LAYOUTS, free_config
@@ -116,7 +124,10 @@ def complete(
         lost=earlier is not None and bool(earlier.quality),
     )  # fmt: skip
     write_text(folder / CARD, text)
-    write_manifest(folder, record, recipe, tensor_records(found), found.layout, quality, notes, written.files)
+    write_manifest(
+        folder, record, recipe, tensor_records(found), found.layout, quality, notes, written.files,
+        trained=_trained_on(recipe.get("finetune"), earlier),
+    )  # fmt: skip
     fsync(folder)
     return found
 
@@ -127,6 +138,17 @@ def _trained(source: Checkpoint, earlier: Manifest | None) -> dict[str, Any] | N
         return None
     settings: Any = earlier.recipe.get("finetune")
     return settings if isinstance(settings, dict) else read_own_card(source.root / CARD)
+
+
+def _trained_on(settings: dict[str, Any] | None, earlier: Manifest | None) -> tuple[Trained, ...]:
+    """What the steps so far trained on, and what a finetune step of these settings did."""
+    before = () if earlier is None else earlier.trained
+    if settings is None:
+        return before
+    other = settings["eval_split"] is not None or "eval_data" in settings
+    share = None if other else settings["eval_fraction"]
+    own = Trained(data=settings["data"], split=settings["split"], set_aside=share)
+    return before if own in before else (*before, own)
 
 
 def _draw(folder: Path, found: Report, *, ours: bool) -> bool:

@@ -8,14 +8,19 @@ from lpsparse.limits import BUDGETS, limit_of
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import choose, no_match
 from lpsparse.recipe import FinetuneStep, PruneStep, ReportStep, Step, pair
+from lpsparse.reporting.measure import prunable_of
 
+Chosen = dict[str, tuple[bool, str]]
 _HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
 _NOT_YET = "matches no tensor yet; the new head may give it one"
 
 
-def check_patterns(step: Step, source: Checkpoint, *, renamed: bool) -> tuple[int | None, list[str], bool]:
-    """Prunable weights (None where the step does not choose any), what could not be checked, and whether the
-    names of the result may differ from those of `source`.
+def check_patterns(
+    step: Step, source: Checkpoint, known: Chosen | None, *, renamed: bool
+) -> tuple[Chosen | None, list[str], bool]:
+    """Which tensors are prunable, and why (None where the step chooses none); what could not be checked; and
+    whether the names of the result may differ from those of `source`. `known` is what the manifest of
+    `source` will say, where a step before writes it: a report without patterns takes that.
 
     With `renamed` a pattern that matches nothing is told, else it raises UsageError with the nearest name.
     """
@@ -47,10 +52,13 @@ def check_patterns(step: Step, source: Checkpoint, *, renamed: bool) -> tuple[in
             include=step.include, exclude=step.exclude,
         )  # fmt: skip
         chosen = plan.chosen
+    elif isinstance(step, FinetuneStep):
+        chosen = choose(named, step.include, step.exclude)
+    elif known is not None and not step.include and not step.exclude:
+        chosen = known
     else:
-        chosen = choose(named, step.include, step.exclude, needed=isinstance(step, FinetuneStep))
-    cut = sum(tensor.size for tensor in source.tensors if chosen[tensor.name][0])
-    return cut, notes, renamed
+        chosen = prunable_of(source, step.include, step.exclude)
+    return chosen, notes, renamed
 
 
 def _check_budgets(step: ReportStep, names: list[str], *, renamed: bool) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lpsparse.chain import WRITES, Link, planned
 from lpsparse.check_data import check_data
-from lpsparse.check_patterns import check_patterns
+from lpsparse.check_patterns import Chosen, check_patterns
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
@@ -43,6 +43,7 @@ class _Held:
     sidecar_bytes: int | None = None  # of one that is not here; else they are looked at
     download_bytes: int = 0
     renamed: bool = False  # a new head is added on the way: names may get a prefix
+    chosen: Chosen | None = None  # what its manifest will say is prunable, where a step chose
 
 
 @dataclass(slots=True)
@@ -110,7 +111,8 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
     if isinstance(step, (FinetuneStep, PruneStep)) or held.checkpoint.layout in LAYOUTS:
         refuse_quantised(held.checkpoint)
     notes = check_data(step, held.checkpoint) if isinstance(step, (FinetuneStep, EvalStep)) else []
-    prunable, more, renamed = check_patterns(step, held.checkpoint, renamed=held.renamed)
+    chosen, more, renamed = check_patterns(step, held.checkpoint, held.chosen, renamed=held.renamed)
+    prunable = None if chosen is None else sum(t.size for t in held.checkpoint.tensors if chosen[t.name][0])
     state = _state(link, held, look, place)
     disk, most, memory_bytes = _needs(step, held, place, prunable)
     if state == "finished":
@@ -119,8 +121,8 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         _check_disk(step.out, look.used + most, look.used, free + left_bytes(step.out))
     look.used += disk
     if isinstance(step, WRITES):
-        found = open_checkpoint(step.out) if state == "finished" else held.checkpoint
-        look.made[str(step.out)] = _Held(found, held.sidecar_bytes, renamed=renamed and state != "finished")
+        made = _Held(held.checkpoint, held.sidecar_bytes, renamed=renamed, chosen=chosen or held.chosen)
+        look.made[str(step.out)] = made if state != "finished" else _Held(open_checkpoint(step.out))
     return {
         "step": link.name, "model": link.model, "out": None if link.out is None else str(link.out),
         "state": state, "prunable_weights": prunable, "disk_bytes": disk, "memory_bytes": memory_bytes,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.artefact import Say, called_after, check_same, complete, recorded
-from lpsparse.checkpoint.manifest import Quality, source_of
+from lpsparse.checkpoint.manifest import Quality, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
@@ -18,6 +18,7 @@ from lpsparse.opened import opened, silent
 from lpsparse.proof import report_step
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
+from lpsparse.reporting.estimate import estimate
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained_of
 from lpsparse.settings import as_launched, resolve
@@ -30,20 +31,41 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     from lpsparse.training.quality import evaluate as measure_quality
 
     task = prepare(step, source)
+    known = _known_data(step, source, say)
     measured = measure_quality(step, task)
     split = find(step.data, step.split)[2]
     found: dict[str, Any] = {
-        "model": source.name, "task": step.task, "split": split, "loss": measured.loss
+        "model": source.name, "task": step.task, "split": split, "trained_on": known, "loss": measured.loss
     }  # fmt: skip
     if measured.accuracy is not None:
         found["accuracy"] = measured.accuracy
     return found | {task.unit: measured.count}
 
 
+def _known_data(step: EvalStep, source: Checkpoint, say: Say) -> list[str] | None:
+    """Names of the files to measure on that the model was trained on, which is said; None where no manifest
+    tells what it was trained on."""
+    from lpsparse.training.data import trained_on
+
+    manifest = own_manifest(source)
+    if manifest is None or not manifest.trained:
+        return None
+    known = trained_on(step.data, step.split, manifest.trained)
+    if known:
+        share = next(iter(known.values()))
+        aside = "" if share is None else f", but for the {100 * share:g} % that it had set aside"
+        say(
+            f"{source.name} was trained on {', '.join(known)}{aside}: this says little of other data; give "
+            "data that were held out, or --split NAME[from:to] with the part that did not train"
+        )
+    return list(known)
+
+
 def finetune_step(
     step: FinetuneStep, say: Say = silent, on_step: Callable[[Any], None] = silent
 ) -> Report | dict[str, Any]:
-    """Train and write. With dry_run: {"steps", "prunable_weights", ...} and nothing written.
+    """Train and write. With dry_run: {"steps", "prunable_weights", "zeros" (None: no target), "bytes_kept"
+    and "bytes_peak" of memory, "disk_bytes", ...} and nothing written.
 
     Every process of a launched job calls it; process 0 writes and speaks. With --processes it starts them.
     """
@@ -58,7 +80,9 @@ def finetune_step(
         from lpsparse.training.loop import plan_training, prepare
 
         say("dry run: nothing is written")
-        return plan_training(step, prepare(step, source))
+        needs = estimate(source, step.out, weight_bytes=source.dense_bytes)
+        room = {"disk_bytes": needs.disk_bytes, "free_bytes": needs.free_bytes}
+        return {"model": source.name, **plan_training(step, prepare(step, source)), **room}
     if step.processes is not None and step.processes > 1 and not is_launched():
         return _launch(step, quiet=say is silent)
     from lpsparse.distributed import missing_others

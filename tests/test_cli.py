@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 import lpsparse
 from lpsparse import ExitCode, pipeline, verify
 from lpsparse.cli import main
+from lpsparse.cli.output import ByteBar
 from lpsparse.recipe import STEPS, FinetuneStep
 from lpsparse.resolved import RESOLVED
 from lpsparse.settings import resolve
@@ -72,6 +73,23 @@ def test_every_command_has_help_with_an_example(command: str, flag: str, cli: Cl
     ran = cli(command, flag)
     assert (ran.rc, ran.stderr) == (0, "")
     assert f"  lpsparse {command}" in ran.stdout
+    assert "[required] [required]" not in " ".join(ran.stdout.split()) and "Options:" not in ran.stdout
+
+
+def test_a_command_of_commands_says_each_in_full_and_names_the_nearest(cli: Cli) -> None:
+    assert "disk and memory of a recipe, without a GPU." in " ".join(cli("recipe", "--help").stdout.split())
+    assert "did you mean check" in failed(cli("recipe", "chek"), 2)
+
+
+def test_what_is_left_is_not_guessed_before_anything_was_read(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lpsparse.cli.output._SILENCE", 0.0)
+    bar = ByteBar(quiet=False)
+    for done in (0, 500):
+        bar.update("reading", done, 1000)
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "reading: 0 B of 1.00 kB" and re.fullmatch("reading: 500 B .+, about 0 s left", second)
 
 
 @pytest.mark.parametrize("command", sorted(STEPS.keys() - {"recover"}))  # a word of recipes alone

@@ -10,9 +10,10 @@ import pytest
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
+from lpsparse.checkpoint.manifest import Trained
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.settings import resolve
-from lpsparse.training.data import Row, check_apart, copies, find, read_rows
+from lpsparse.training.data import Row, check_apart, copies, digests, find, read_rows, trained_on
 from lpsparse.training.images import read_images
 from lpsparse.training.tasks.text_classification import prepare
 
@@ -255,11 +256,52 @@ def test_a_copy_of_the_training_file_as_held_out_data_is_said_and_recorded(
     assert copies(str(table), "rows", str(table), "rows[5:]") == []
 
 
+def test_eval_says_which_data_the_model_was_trained_on_also_when_it_was_cut_since(
+    tiny_bert: Path, table: Path, tmp_path: Path, cli: Any
+) -> None:
+    options = {"task": "text-classification", "steps": 1, "method": "dense"}
+    lpsparse.finetune(tiny_bert, tmp_path / "tuned", data=table, **options)
+    lpsparse.prune(tmp_path / "tuned", tmp_path / "cut", sparsity=0.5)
+    words = ["--data", table, "--task", "text-classification"]
+    ran = cli("eval", tmp_path / "cut", *words)
+    assert "cut was trained on rows.jsonl, but for the 10 % that it had set aside" in ran.stderr
+    assert "trained on         rows.jsonl" in ran.stdout
+    (tmp_path / "new.jsonl").write_text(table.read_text() + "\n")
+    other = cli("eval", tmp_path / "cut", "--data", tmp_path / "new.jsonl", *words[2:])
+    assert "trained on" not in other.stdout + other.stderr
+    assert lpsparse.evaluate(tmp_path / "cut", data=table, task=options["task"])["trained_on"] == [table.name]
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "known"),
+    [("rows", "rows[5:9]", True), ("rows[:5]", "rows[5:9]", False), ("rows[:6]", "rows[5:9]", True)],
+)
+def test_of_ranges_of_one_file_only_those_that_meet_are_known(
+    trained: str, asked: str, known: bool, table: Path
+) -> None:
+    one = Trained(data=digests(str(table), "rows"), split=trained, set_aside=None)
+    assert trained_on(str(table), asked, [one]) == ({"rows.jsonl": None} if known else {})
+
+
+def test_a_range_in_a_strangers_manifest_is_bounded() -> None:
+    with pytest.raises(ValueError, match="split"):
+        Trained(data={}, split=f"rows[{'9' * 5000}:]", set_aside=None)
+
+
 def test_mean_and_std_are_checked_by_eval_too() -> None:
     with pytest.raises(LpsparseError, match="--std above 0"):
         resolve(EvalStep, {"model": "m", "data": "d", "task": "image-classification", "std": "0"})
     with pytest.raises(LpsparseError, match="as many values"):
         resolve(FinetuneStep, {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "std": "1,1"})
+
+
+@pytest.mark.parametrize("name", ["text", "text.md"])
+def test_a_file_of_another_suffix_is_told_those_that_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("Once upon a time.")
+    with pytest.raises(LpsparseError) as caught:
+        find(str(tmp_path / name), "train")
+    suffixes = (".txt", ".jsonl", ".csv", ".tsv", ".parquet", ".npz")
+    assert caught.value.code == "LPS372" and all(suffix in caught.value.mend for suffix in suffixes)
 
 
 def test_a_single_file_is_called_by_its_name_and_an_empty_range_is_refused(table: Path) -> None:

@@ -200,8 +200,21 @@ def test_a_source_that_changes_during_the_training_is_refused(net: dict, tmp_pat
 
 def test_dry_run_says_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     plan = lpsparse.finetune("bundled:stories260k", tmp_path / "out", dry_run=True, **SMALL)
-    assert (plan["steps"], plan["prunable_weights"]) == (12, 226_560)
+    assert (plan["steps"], plan["prunable_weights"], plan["zeros"]) == (12, 226_560, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_zeros_disk_and_memory_in_words(tmp_path: Path, cli: Any) -> None:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
+    words = ["finetune", "bundled:stories260k", tmp_path / "out", *options, "--dry-run"]
+    shown = cli(*words, "--target-sparsity", "0.7").stdout
+    assert "158,592 of 226,560 prunable weights would be zero (70.00 %)" in shown
+    assert "12 steps of lp" in shown and "1 embedding, 11 fewer than 2 dimensions" in shown
+    assert re.search(
+        r"would take +1\.\d\d MB of disk \(.+ are free\)\n +5\.29 MB of memory, 8\.01 MB at", shown
+    )
+    assert "only training tells how many become zero" in cli(*words).stdout
+    assert "at the peak of a step in each of 2 processes" in cli(*words, "--processes", "2").stdout
 
 
 def test_ctrl_c_in_training_exits_130_and_keeps_the_state(tmp_path: Path) -> None:

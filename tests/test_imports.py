@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "kept": {"chain", "checkpoint", "recipe", "launch", "errors"},
     "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file", "chain", "kept", "resolved"},
     "check_data": {"training.data", "checkpoint", "recipe", "errors"},
-    "check_patterns": {"pruning", "checkpoint", "recipe", "limits", "errors"},
+    "check_patterns": {"pruning", "checkpoint", "reporting", "recipe", "limits", "errors"},
     "checking": VERBS_MAY
     | {"chain", "check_data", "check_patterns", "kept", "pipeline", "proof", "recipe_file"},
     "sweeping": VERBS_MAY | {"chain", "kept", "pipeline", "recipe_file", "verbs"},

@@ -410,7 +410,8 @@ def test_no_token_a_wrong_one_and_offline_exit_8(
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     hub.asked.clear()
-    assert "hf auth login" in refused(sparse, "LPS805", ExitCode.REMOTE).mend
+    unknown = refused(sparse, "LPS805", ExitCode.REMOTE)
+    assert "those who are logged in" in unknown.what and "hf auth login" in unknown.mend
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused(sparse, "LPS804", ExitCode.REMOTE).what and hub.asked == []
 

@@ -51,6 +51,17 @@ def test_json_of_a_check_has_needs_of_every_step(here: Path, cli: Cli) -> None:
     assert found["memory_bytes"] >= found["steps"][0]["memory_bytes"] >= 16 * PRUNABLE_WEIGHTS
 
 
+def test_a_report_counts_what_the_step_before_it_chose_as_the_run_does(here: Path) -> None:
+    cut = {"sparsity": 0.5, "exclude": ["*layers.0.mlp*"]}
+    every = {"report": {"include": ["*.attn.weight", "*.mlp.weight"]}}
+    recipe = write(here, {"prune": cut}, {"pack": {}}, {"report": {}}, every)
+    new = [each["prunable_weights"] for each in check_recipe(recipe)["steps"]]
+    ran = [each.result for each in pipeline.run(recipe)]
+    assert new == [3 * 91, None, 3 * 91, 4 * 91]
+    assert [each.prunable.weights for each in ran if isinstance(each, Report)] == [273, 273, 273, 364]
+    assert [each["prunable_weights"] for each in check_recipe(recipe)["steps"]] == new  # of finished ones
+
+
 WRONG: dict[str, tuple[tuple[dict[str, Any], ...], int, list[str]]] = {
     "a pattern": (({"prune": {"sparsity": 0.5, "include": "*mpl*"}},), 2, ["steps[0].prune", ".mlp.weight"]),
     "freeze": (({"finetune": {**TUNE, "freeze": "layer.0.*"}},), 2, ["--freeze", "tensor: layers.0"]),

@@ -32,7 +32,7 @@ from lpsparse.checkpoint.dtypes import (
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.errors import InputError, UsageError, VerdictError
 from lpsparse.pruning.plan import Plan, plan_prune
-from lpsparse.pruning.prunable import prunable
+from lpsparse.pruning.prunable import no_match, prunable
 from lpsparse.pruning.select import Scored, cut_smallest, select, target_count
 
 TORCH = {
@@ -487,6 +487,7 @@ def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path
         ("h.0.ln_1.weight", "F32", (7, 13), False, "normalisation"),
         ("lm_head.weight", "F32", (7, 13), False, "output head"),
         ("module.fc.weight", "F32", (7, 13), False, "output head"),
+        ("fc.f6.weight", "F32", (7, 13), False, "output head"),  # LeNet's last but one: docs/compress.md
         ("shared.weight", "F32", (7, 13), False, "embedding"),  # T5
         ("model.shared.weight", "F32", (7, 13), False, "embedding"),  # BART
         (
@@ -534,8 +535,15 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_tensor(option: str, fl
     with pytest.raises(UsageError) as refused:
         prune(tiny, tiny.parent / "out", sparsity=0.5, **{option: "layers.0.atn.weight"})
     assert f"{flag} layers.0.atn.weight" in refused.value.what
-    assert refused.value.mend == "nearest tensor: layers.0.attn.weight"
+    assert refused.value.mend.startswith("nearest tensor: layers.0.attn.weight; see the names with")
     assert not (tiny.parent / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["*mlp*", "*layers.0*"])
+def test_names_of_another_architecture_get_a_tensor_of_this_one(pattern: str) -> None:
+    bert = ["encoder.layer.0.attention.self.key.weight", "encoder.layer.0.intermediate.dense.weight"]
+    for flag in ("--include", "--exclude"):
+        assert f"nearest tensor: {bert[0]}; see" in str(no_match(flag, pattern, bert).mend)
 
 
 def test_when_every_tensor_is_kept_prune_says_so(tiny: Path) -> None:

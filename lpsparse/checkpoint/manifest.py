@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lpsparse import __version__
 from lpsparse.checkpoint.header import unique_json
@@ -53,6 +53,14 @@ class Quality(_Record):
     of_base: str | None = None  # BASE of a report, where before is what was recorded of it, on the same data
 
 
+class Trained(_Record):
+    """What one fine-tune read to train on."""
+
+    data: dict[str, str]  # file name -> sha256
+    split: str = Field(pattern=r"^[^\[\]]+(\[\d{0,18}:\d{0,18}\])?$")
+    set_aside: float | None  # the share of it that was held out; None: what was held out is other data
+
+
 class Source(_Record):
     name: str
     revision: str | None
@@ -71,6 +79,7 @@ class Manifest(_Record):
     tensors: tuple[TensorRecord, ...]
     quality: tuple[Quality, ...] = ()
     notes: tuple[str, ...] = ()
+    trained: tuple[Trained, ...] = ()  # by the steps that led here
 
 
 def digest(path: Path, root: Path) -> FileRecord:
@@ -127,6 +136,7 @@ def write_manifest(
     quality: tuple[Quality, ...] = (),
     notes: tuple[str, ...] = (),
     known: tuple[FileRecord, ...] = (),
+    trained: tuple[Trained, ...] = (),
 ) -> Manifest:
     """`known` are files that were hashed already, as they were read back."""
     records = {record.name: record for record in known}
@@ -135,7 +145,7 @@ def write_manifest(
     files = tuple(records[path.relative_to(folder).as_posix()] for path in list_files(folder))
     manifest = Manifest(
         lpsparse=__version__, source=source, recipe=recipe, layout=layout,
-        files=files, tensors=tensors, quality=quality, notes=notes,
+        files=files, tensors=tensors, quality=quality, notes=notes, trained=trained,
     )  # fmt: skip
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return manifest

@@ -52,7 +52,9 @@ def check_access() -> None:
     if constants.HF_HUB_OFFLINE:
         raise RemoteError(804, "HF_HUB_OFFLINE is set: nothing is sent", mend="unset it, or use --dry-run")
     if get_token() is None:
-        raise RemoteError(805, "no token for the hub: it takes files from nobody unknown", mend=LOG_IN)
+        raise RemoteError(
+            805, "no token for the hub, which takes files only from those who are logged in", mend=LOG_IN
+        )
 
 
 def push_files(

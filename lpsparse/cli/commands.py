@@ -58,7 +58,7 @@ _PUSH = """\
   lpsparse inspect org/name@packed"""
 _EVAL = """\
   lpsparse eval sparse --data dev.tsv --task text-classification
-  lpsparse eval sparse --data text.txt --task causal-lm --json"""
+  lpsparse eval sparse --data held-out.txt --task causal-lm --json"""
 
 
 def show_report(report: "Report", *, as_json: bool) -> None:
@@ -137,10 +137,40 @@ def _finetune(step: recipe.FinetuneStep, as_json: bool, quiet: bool) -> None:
 
     with TrainingBar(quiet) as bar:
         found = finetune_step(step, silent if quiet else teller(quiet), bar.update)
-    if isinstance(found, dict):
-        _facts(found, as_json=as_json)
-    else:
+    if not isinstance(found, dict):
         _wrote(step, found, as_json=as_json, quiet=quiet)
+    elif as_json:
+        print_json(found)
+    else:
+        _planned(found)
+
+
+def _planned(found: dict[str, Any]) -> None:
+    """What a dry run of finetune foretells, in the form of prune's."""
+    size, zeros = found["prunable_weights"], found["zeros"]
+    head = f"{size:,} prunable weights in {found['prunable_tensors']:,} tensors"
+    if zeros is not None:
+        head = f"{zeros:,} of {size:,} prunable weights would be zero ({text.percent(zeros / size)})"
+    elif found["method"] != "dense":
+        head += "; without --target-sparsity only training tells how many become zero"
+    disk, free, kept, peak = (
+        text.size(found[name]) for name in ("disk_bytes", "free_bytes", "bytes_kept", "bytes_peak")
+    )
+    of = f" in each of {found['processes']} processes" if found["processes"] > 1 else ""
+    rows = [
+        ("kept", found["kept"].partition("kept: ")[2]),
+        ("training", f"{found['steps']:,} steps of {found['method']}"),
+        ("examples", f"{found['examples']:,} to train on, {found['held_out']:,} held out"),
+        ("new", ", ".join(found["fresh"])),
+        ("would take", f"{disk} of disk ({free} are free)"),
+        ("", f"{kept} of memory, {peak} at the peak of a step{of}"),
+        ("", "(disk without training states; memory from what the code keeps for each weight, without "
+             "activations and torch itself; time is known when training has begun)"),
+    ]  # fmt: skip
+    print_result(f"{text.clean(found['model'])}: {head}\n")
+    for name, words in rows:
+        if words:
+            print_result(text.fitted(f"  {name:<14} {text.clean(words)}", width(), hang=15 if name else 0))
 
 
 def _facts(found: dict[str, Any], *, as_json: bool) -> None:
@@ -223,4 +253,7 @@ def _push(step: recipe.PushStep, as_json: bool, quiet: bool) -> None:
 def _eval(step: recipe.EvalStep, as_json: bool, quiet: bool) -> None:
     from lpsparse.verbs import evaluate_step
 
-    _facts(evaluate_step(step, teller(quiet)), as_json=as_json)
+    found = evaluate_step(step, teller(quiet))
+    if not as_json and not found["trained_on"]:
+        del found["trained_on"]  # nothing is known of it, or nothing is to be said
+    _facts(found, as_json=as_json)

@@ -197,7 +197,8 @@ class ByteBar(_Bar):
             self._draw((*columns, TimeRemainingColumn()), done, total, what)
         elif not self.quiet and self._is_due():
             left = (self._said - self._started) * (total - done) / max(done, 1)
-            tell(f"{what}: {size(done)} of {size(total)}, about {left:.0f} s left")
+            guess = f", about {left:.0f} s left" if done else ""
+            tell(f"{what}: {size(done)} of {size(total)}{guess}")
 
 
 @contextmanager

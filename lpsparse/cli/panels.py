@@ -82,7 +82,7 @@ class Command(_Fitted, TyperCommand):
 
 
 class Group(_Fitted, TyperGroup):
-    """All commands, by what they are for."""
+    """All commands, by what they are for; those of a command of its own in one list."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         self.format_commands(ctx, formatter)
@@ -90,18 +90,19 @@ class Group(_Fitted, TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         known = {name for names in _COMMANDS.values() for name in names}
-        others = tuple(name for name in self.list_commands(ctx) if name not in known)
+        own = tuple(name for name in self.list_commands(ctx) if name not in known)
         helps = {name: str(cast("Any", self.get_command(ctx, name)).help) for name in self.list_commands(ctx)}
         rows = {name: (name, text.partition("\n\n")[0]) for name, text in helps.items()}
-        panels = {**_COMMANDS, "Others": others}
-        _write(formatter, {panel: [rows[name] for name in names] for panel, names in panels.items()})
+        panels = {**_COMMANDS, "Commands": own}
+        shown = {panel: [rows[name] for name in names if name in rows] for panel, names in panels.items()}
+        _write(formatter, shown)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
         if self.get_command(ctx, name) is None and not ctx.resilient_parsing:
             near = get_close_matches(name.lower(), self.list_commands(ctx), n=2)
-            mend = f"did you mean {' or '.join(near)}? `lpsparse --help` lists the commands"
-            mend = mend if near else "see `lpsparse --help`"
+            mend = f"did you mean {' or '.join(near)}? `{ctx.command_path} --help` lists the commands"
+            mend = mend if near else f"see `{ctx.command_path} --help`"
             raise UsageError(200, f"no such command: {name}", mend=mend)
         return super().resolve_command(ctx, args)
 

@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 def sweep(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, such as recipes/demo.yaml.")],
     sparsity: Annotated[
-        str, typer.Option(metavar="FRACTIONS", help="Sparsities, 0..1, comma separated. [required]",
+        str, typer.Option(metavar="FRACTIONS", help="Sparsities, 0..1, comma separated.",
                           show_default=False)
     ],
     out: Annotated[

@@ -89,10 +89,12 @@ def no_match(flag: str, pattern: str, names: Iterable[str]) -> UsageError:
     known = list(names)
     near = get_close_matches(pattern, known, n=1, cutoff=0.5)
     words = [word for word in re.split(r"[*?.\[\]]+", pattern) if word]  # *.mpl.* is near what has an mlp
-    parts = [part for name in known for part in name.split(".")]
-    for part in (part for word in words for part in get_close_matches(word, parts, n=1)):
-        near = near or [name for name in known if part in name.split(".")]
-    mend = f"nearest tensor: {near[0]}" if near else "see the names with `lpsparse inspect`"
+    parts = dict.fromkeys(part for name in known for part in name.split("."))
+    for cutoff in (0.6, 0):
+        for part in (part for word in words for part in get_close_matches(word, parts, n=1, cutoff=cutoff)):
+            near = near or [name for name in known if part in name.split(".")]
+    all_names = "see the names with `lpsparse inspect`"
+    mend = f"nearest tensor: {near[0]}; {all_names}" if near else all_names
     return UsageError(210, f"{flag} {pattern}: matches no tensor", mend=mend)
 
 

@@ -7,17 +7,18 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.hub import fetch, is_hub_id
+from lpsparse.checkpoint.manifest import Trained
 from lpsparse.errors import InputError, UsageError
 
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _SUFFIXES = (".txt", ".npz", *_TABLES)
-_SPLIT = re.compile(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?")
+_SPLIT = re.compile(r"([^\[\]]+)(?:\[(\d{0,18}):(\d{0,18})\])?")
 _ALSO = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train", "training")}
 _TEXTS = ("text", "sentence", "Text", "content")
 LABELS = ("label", "labels")
@@ -36,6 +37,17 @@ def find(data: str, split: str) -> tuple[list[Path], slice, str]:
     DATA is a file (then it is its only split), a folder with a file a split, `bundled:NAME` or a hub data
     set id.
     """
+    name, part = _parts(split)
+    path = _locate(data)
+    if path.is_file():
+        _check_suffix(path)
+        return [path], part, path.name + split[len(name) :]
+    if not path.is_dir():
+        raise InputError(371, f"{data}: neither a file nor a folder", mend="write the data to a file first")
+    return _in_folder(path, name), part, split
+
+
+def _parts(split: str) -> tuple[str, slice]:
     match = _SPLIT.fullmatch(split)
     if match is None:
         raise UsageError(230, f"split {split!r}: not NAME or NAME[from:to]", mend="such as test[1000:]")
@@ -44,13 +56,7 @@ def find(data: str, split: str) -> tuple[list[Path], slice, str]:
         raise UsageError(
             230, f"split {split!r}: from {part.start or 0} to {part.stop} is nothing", mend="give from < to"
         )
-    path = _locate(data)
-    if path.is_file():
-        _check_suffix(path)
-        return [path], part, path.name + split[len(match[1]) :]
-    if not path.is_dir():
-        raise InputError(371, f"{data}: neither a file nor a folder", mend="write the data to a file first")
-    return _in_folder(path, match[1]), part, split
+    return match[1], part
 
 
 def check_apart(data: str, split: str, held_data: str, held_split: str) -> None:
@@ -58,10 +64,26 @@ def check_apart(data: str, split: str, held_data: str, held_split: str) -> None:
     (files, part, _), (held, held_part, _) = find(data, split), find(held_data, held_split)
     if [path.resolve() for path in files] != [path.resolve() for path in held]:
         return
-    ends = [float("inf") if each.stop is None else each.stop for each in (part, held_part)]
-    if max(part.start or 0, held_part.start or 0) < min(ends):
+    if _meet(part, held_part):
         what = f"{held[0]}: {held_split!r} holds rows that {split!r} trains on"
         raise UsageError(231, what, mend="give another --eval-split or --eval-data, or neither")
+
+
+def _meet(one: slice, other: slice) -> bool:
+    ends = [float("inf") if each.stop is None else each.stop for each in (one, other)]
+    return max(one.start or 0, other.start or 0) < min(ends)
+
+
+def trained_on(data: str, split: str, trained: Sequence[Trained]) -> dict[str, float | None]:
+    """Names of the files of a split of which a fine-tune has read rows, by their bytes, each with the share
+    that it had set aside. Of ranges only those of the same files can be told apart."""
+    files, (_, part) = digests(data, split), _parts(split)
+    found: dict[str, float | None] = {}
+    for each in trained:
+        known = set(each.data.values())
+        if set(files.values()) != known or _meet(part, _parts(each.split)[1]):
+            found |= {name: each.set_aside for name, sha256 in files.items() if sha256 in known}
+    return found
 
 
 def copies(data: str, split: str, held_data: str, held_split: str) -> list[str]:
@@ -102,9 +124,10 @@ def _locate(data: str) -> Path:
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in _SUFFIXES:
-        raise InputError(
-            372, f"{path}: not one of {', '.join(_SUFFIXES)}", mend="convert it to .jsonl or .npz"
+        mend = (
+            "rename or convert it: text is .txt, rows .jsonl, .csv, .tsv or .parquet, images .npz or .parquet"
         )
+        raise InputError(372, f"{path}: not one of {', '.join(_SUFFIXES)}", mend=mend)
 
 
 def _in_folder(folder: Path, name: str) -> list[Path]:

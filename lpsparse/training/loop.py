@@ -15,6 +15,7 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.launch import is_one_of_several
 from lpsparse.pruning.prunable import kept_in_words
+from lpsparse.pruning.select import target_count
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import check_apart
 from lpsparse.training.distill import blocks, make_teacher
@@ -78,6 +79,10 @@ def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
     prunable, weights = choose_weights(step, task.loaded)
     params = list(task.loaded.module.parameters())
     size = sum(weight.numel() for weight in weights.values())
+    zeros = None
+    if step.target_sparsity is not None:
+        there = sum(int((weight == 0).sum()) for weight in weights.values())
+        zeros = target_count(step.target_sparsity, size, there)
     trained = sum(param.numel() for param in params if param.requires_grad)
     frozen = sum(param.numel() for param in params) - trained
     memory = estimate(step, trained=trained, frozen=frozen, prunable=size, processes=step.processes or 1)
@@ -86,7 +91,7 @@ def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
         "method": step.method, "steps": steps_of(step, task), "examples": len(task.train),
         "held_out": len(task.held_out),
         "processes": step.processes or 1, "prunable_weights": size, "prunable_tensors": len(weights),
-        "kept": kept_in_words(prunable), "fresh": list(task.loaded.new),
+        "zeros": zeros, "kept": kept_in_words(prunable), "fresh": list(task.loaded.new),
     }  # fmt: skip
 
 
