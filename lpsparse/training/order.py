@@ -8,7 +8,7 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from traceback import extract_tb
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
 def of_worker(error: Exception) -> bool:
     """Whether it is how torch tells that one of a loader's processes is gone: while it waits for it, while it
     fetches the memory of what that one had sent, or from a signal's handler at any moment."""
-    where = {frame.name for frame in extract_tb(error.__traceback__)}
+    where = {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
     return not where.isdisjoint({"_error_if_any_worker_fails", "_try_get_data"})
 
 

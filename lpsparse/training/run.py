@@ -72,7 +72,8 @@ class Run:
         self.model.train()
         given = batches(self.step, self.task, self.done, len(rates))
         while self.done < len(rates):
-            with self._guarded(self.done):
+            # Twice: torch tells of a dead worker by a signal, which may come while the first reads an error.
+            with self._guarded(self.done), self._guarded(self.done):
                 parts = next(given)
                 asked, due = self._step(self.done, parts)
                 if self.done % self.step.log_every == 0 or self.done == len(rates):
