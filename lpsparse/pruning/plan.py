@@ -77,6 +77,7 @@ class Plan:
                     cut_blocks(cut.reshape(-1, table_of(tensor)[1]), kept != 0, *plan.block)
                 else:
                     ties -= cut_smallest(cut, codes, low, ties)
+                del codes, block  # each thread would hold them while it writes
                 yield line, cut
 
         return apply
