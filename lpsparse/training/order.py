@@ -6,6 +6,7 @@ batch of a step is the same for any number of processes; they take parts of it.
 
 import math
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from traceback import walk_tb
@@ -115,6 +116,13 @@ def of_worker(error: Exception) -> bool:
     fetches the memory of what that one had sent, or from a signal's handler at any moment."""
     where = {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
     return not where.isdisjoint({"_error_if_any_worker_fails", "_try_get_data"})
+
+
+def hear_no_more_of_workers() -> None:
+    """torch raises an error by a signal for each process of a loader that died, whatever is being done; once
+    one is known to be gone, that would only end the cleaning up."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _in_worker(_: int) -> None:
