@@ -260,7 +260,7 @@ def test_ctrl_c_at_any_moment_is_one_line(command: str, tiny: Path) -> None:
         said += [line for line in done.stderr.splitlines() if line]
         # It may be over by then; one that is leaving already is ended by the signal itself.
         assert done.returncode in (0, 130, -signal.SIGINT), done.stderr
-    assert command == "--help" or said[0] == b"interrupted: nothing had begun"  # which is over soon
+    assert command == "--help" or said  # which may be over before
     assert all(line.startswith(b"interrupted: ") for line in said)
     assert set(os.listdir(tiny.parent)) <= {"tiny", "out"}
 
