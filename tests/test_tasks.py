@@ -393,9 +393,12 @@ def test_a_worker_process_prepares_the_same_batches(faulty: dict[str, Any], tmp_
     assert one == two
 
 
-def test_a_dead_worker_process_ends_the_run_with_exit_6(faulty: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wait", [0, 2], ids=["while the next batch is fetched", "in the midst of a step"])
+def test_a_dead_worker_process_ends_the_run_with_exit_6(
+    wait: int, faulty: dict[str, Any], tmp_path: Path
+) -> None:
     code = tmp_path / "faulty.py"
-    code.write_text(code.read_text() + KILLS_WORKERS)
+    code.write_text(code.read_text() + KILLS_WORKERS.replace("WAIT", str(wait)))
     words = _words({**faulty, "workers": 1, "epochs": 50})
     ran = run_cli(["finetune", faulty["model"], tmp_path / "out", *words])
     assert ran.rc == 6 and "a process that prepares batches is gone" in ran.stderr, ran.stderr
@@ -403,6 +406,7 @@ def test_a_dead_worker_process_ends_the_run_with_exit_6(faulty: dict[str, Any], 
 
 
 KILLS_WORKERS = """
+import time
 import psutil
 
 class Killer(Net):
@@ -410,6 +414,7 @@ class Killer(Net):
         if self.training:
             for child in psutil.Process().children():
                 child.kill()
+            time.sleep(WAIT)
         return super().forward(x)
 
 def build():

@@ -38,6 +38,9 @@ DTYPES: dict[str, Dtype] = {name: Dtype(name, bits, is_float=True) for name, bit
     name: Dtype(name, bits) for name, bits in _OTHERS.items()
 }
 
+FIELDS = {  # bits of exponent and mantissa
+    "F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7), "F8_E4M3": (4, 3), "F8_E5M2": (5, 2),
+}  # fmt: skip
 F32_INF = 0x7F800000
 F64_INF = 0x7FF0000000000000
 

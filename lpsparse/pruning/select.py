@@ -107,8 +107,10 @@ def select(group: list[Scored], sparsity: Decimal, *, wide: bool) -> Selected:
 def _only_score(group: list[Scored], low: int, high: int, wide: bool) -> int | None:
     """The one score that is possible from `low` to below `high`; None where there are others. Dtypes of few
     bits have scores that lie far apart: another pass would tell nothing new."""
-    found: set[int] = {low} if high - low == 1 else set()
-    for dtype in {scored.dtype for scored in group} if not found else ():
+    if high - low == 1:
+        return low
+    found: set[int] = set()
+    for dtype in {scored.dtype for scored in group}:
         first, end = (code_of(key, dtype, wide=wide) for key in (low, high))
         if end - first > 1:
             return None

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpsparse.checkpoint.counting import Count
-from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, magnitudes, ordered
+from lpsparse.checkpoint.dtypes import DTYPES, FIELDS, Bits, infinity, magnitudes, ordered
 from lpsparse.checkpoint.layouts.exponents import counts_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
@@ -26,9 +26,6 @@ _SIDES = (4, 16)  # of blocks
 _TASK_BYTES = 32 << 20  # what a thread looks at at a time
 _SMALL_BYTES = 64 << 10
 _NEAR = 10  # powers of two under the largest magnitude: near zero
-_FIELDS = {  # bits of exponent and mantissa
-    "F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7), "F8_E4M3": (4, 3), "F8_E5M2": (5, 2),
-}  # fmt: skip
 
 Counts = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -139,7 +136,7 @@ def look_at(block: Bits, dtype: str, matrix: bool, whole: bool) -> Found:
     if not block.size:
         return found
     codes = ordered(block, dtype)
-    exponent, mantissa = _FIELDS[dtype]
+    exponent, mantissa = FIELDS[dtype]
     zeros = codes.size - int(np.count_nonzero(codes))
     found.zeros = zeros
     if zeros:
@@ -204,7 +201,7 @@ def _empty_blocks(fours: NDArray[np.uint8], side: int) -> int:
 
 
 def _detail(tensor: Tensor, found: Found, head_size: int | None) -> Detail:
-    exponent, mantissa = _FIELDS[tensor.dtype]
+    exponent, mantissa = FIELDS[tensor.dtype]
     bias = (1 << (exponent - 1)) - 1
     binades = found.binades if found.binades.size else np.zeros(1 << exponent, np.int64)
     binades[-1] -= found.nan + found.inf

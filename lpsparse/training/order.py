@@ -8,8 +8,10 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from lpsparse.training.stopping import ASKS
 from lpsparse.training.tasks.base import Batch, Task
 
 _POOL = 32  # batches whose examples are sorted by length together
+_TELLS_OF_SIGNALS = "torch.utils.data._utils.signal_handling"  # its handler calls C, which leaves no frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +117,25 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
 def of_worker(error: Exception) -> bool:
     """Whether it is how torch tells that one of a loader's processes is gone: while it waits for it, while it
     fetches the memory of what that one had sent, or from a signal's handler at any moment."""
-    where = {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
-    return not where.isdisjoint({"_error_if_any_worker_fails", "_try_get_data"})
+    return any(
+        frame.f_code.co_name == "_try_get_data" or frame.f_globals.get("__name__") == _TELLS_OF_SIGNALS
+        for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def hear_no_more_of_workers() -> None:
     """torch raises an error by a signal for each process of a loader that died, whatever is being done; once
     one is known to be gone, that would only end the cleaning up."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if callable(handler):  # with what a program had set before, which torch's calls
+
+        def quietly(number: int, frame: FrameType | None) -> None:
+            with suppress(RuntimeError):
+                handler(number, frame)
+
+        signal.signal(signal.SIGCHLD, quietly)
 
 
 def _in_worker(_: int) -> None:

@@ -3,22 +3,19 @@ exponents, signs with mantissas), all others are planes of their bytes. docs/for
 
 import numpy as np
 
-from lpsparse.checkpoint.dtypes import DTYPES, Bits
+from lpsparse.checkpoint.dtypes import DTYPES, FIELDS, Bits
 from lpsparse.checkpoint.layouts.exponents import decode_exponents, encode_exponents
 from lpsparse.checkpoint.layouts.frames import box, join, keep_freed_memory, split, unbox
 from lpsparse.checkpoint.layouts.masks import ALL_KEPT, decode_mask, encode_mask
 
 LEVELS = ("fast", "default", "max")
-_FIELDS = {  # bits of exponent and mantissa
-    "F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7), "F8_E4M3": (4, 3), "F8_E5M2": (5, 2),
-}  # fmt: skip
 
 
 def encode_chunk(values: Bits, dtype: str, level: str) -> bytes:
     """`values` are in one dimension. `fast` leaves signs and mantissas as they are, `max` tries both codings
     of the mask and takes any saving."""
     thrifty = level == "max"
-    if dtype not in _FIELDS:
+    if dtype not in FIELDS:
         octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, values.itemsize)
         return join([box(np.ascontiguousarray(each), any_saving=thrifty) for each in octets.T])
     mask = values != 0
@@ -27,7 +24,7 @@ def encode_chunk(values: Bits, dtype: str, level: str) -> bytes:
     else:
         places = np.flatnonzero(mask)
         kept, mask_plane = values[places], encode_mask(mask, places, level)
-    exponent_bits, mantissa_bits = _FIELDS[dtype]
+    exponent_bits, mantissa_bits = FIELDS[dtype]
     kind = values.dtype.type
     exponents = kept >> kind(mantissa_bits) & kind((1 << exponent_bits) - 1)
     rest = kept >> kind(exponent_bits)
@@ -59,10 +56,10 @@ def decode_chunk(stored: memoryview, count: int, dtype: str) -> Bits:
     says, no more is allocated than a few times the values."""
     keep_freed_memory()
     kind = DTYPES[dtype].storage
-    if dtype not in _FIELDS:
+    if dtype not in FIELDS:
         planes = [unbox(part, count) for part in split(stored, kind.itemsize)]
         return np.stack(planes, axis=1).reshape(-1).view(kind)
-    fields = _FIELDS[dtype]
+    fields = FIELDS[dtype]
     mask, exponent_plane, rest_plane = split(stored, 3)
     out = np.empty(count, kind)
     kept, parts = decode_mask(mask, out)
