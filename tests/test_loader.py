@@ -267,12 +267,40 @@ def spoil(tensors: dict[str, Any]) -> None:
     tensors["model.layers.1.mlp.down_proj.weight.packed"][200] ^= 255
 
 
-@pytest.mark.parametrize("change", [exchange, drop, spoil])
-def test_packed_bytes_that_are_others_are_refused(change: Any, llama: Path) -> None:
+def flip(tensors: dict[str, Any]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * ([-1] + [1] * 31)  # stored densely
+
+
+@pytest.mark.parametrize("change", [exchange, drop, spoil, flip])
+def test_stored_bytes_that_are_others_are_refused(change: Any, llama: Path) -> None:
     out = packed(llama)
     rewritten(out, change)
     with pytest.raises(InputError):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_dense_tensor_that_is_gone_without_a_trace_is_missed(llama: Path) -> None:
+    out, name = packed(llama), "model.layers.0.input_layernorm.weight"
+    path = out / "lpsparse.safetensors"
+    tensors = load_file(path)
+    del tensors[name]
+    with safe_open(path, "np") as file:
+        metadata = {key: _without(value, name) for key, value in file.metadata().items()}
+    save_file(tensors, path, metadata=metadata)
+    assert name not in str(metadata) and name not in lpsparse.load(path)
+    with pytest.raises(InputError, match="tensors are in the weight files"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def _without(text: str, name: str) -> str:
+    """Metadata, of which some is a JSON table, without what is under a name."""
+    if name not in text:
+        return text
+    table = json.loads(text)
+    for part in (table, *table.values()):
+        if isinstance(part, dict):
+            part.pop(name, None)
+    return json.dumps(table)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +334,7 @@ def test_a_shard_that_is_gone_or_not_in_the_index_is_refused(tmp_path: Path) -> 
     last = max(table["weight_map"].values())
     table["weight_map"] = {name: file for name, file in table["weight_map"].items() if file != last}
     index.write_text(json.dumps(table))
-    with pytest.raises(InputError, match="packed tensors"):
+    with pytest.raises(InputError, match="tensors are in the weight files"):
         AutoModelForCausalLM.from_pretrained(out)
 
 

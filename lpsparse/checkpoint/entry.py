@@ -1,8 +1,9 @@
 """The entry of a packed folder's config.json: by it transformers knows the folder as ours, and the loader
 knows what it must have read.
 
-The digest is the sum, modulo 2**64, of a hash of each stored part with its name: whatever the order they are
-read in, one that is missing, there twice, changed or exchanged with another gives another sum.
+The digest is the sum, modulo 2**64, of a hash of each stored part with its name, those of dense tensors too:
+whatever the order they are read in, one that is missing, there twice, changed or exchanged with another gives
+another sum.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ class LoaderEntry(BaseModel):
     layout: Literal["packed", "bitmask"]
     sharded: bool  # whether there is an index to be opened, or the one file
     dtype: Literal["F64", "F32", "F16", "BF16"] | None  # what `dtype="auto"` finds in the dense model
-    tensors: Annotated[int, Field(ge=0)]  # that are not stored densely
+    tensors: Annotated[int, Field(ge=0)]
     digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
@@ -70,22 +71,21 @@ def parse_entry(given: dict[str, Any]) -> LoaderEntry:
 
 
 def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The entry for a packed checkpoint that has been written; reads its packed bytes."""
+    """The entry for a packed checkpoint that has been written; reads its bytes."""
     total = sum(parallel(lambda path: hash_file(path, set(stored_in(path))), checkpoint.files))
     floats = (t.dtype for t in checkpoint.tensors if DTYPES[t.dtype].is_float and DTYPES[t.dtype].bits > 8)
     return LoaderEntry(
         layout="bitmask" if checkpoint.layout == "bitmask" else "packed",
         sharded=len(checkpoint.files) > 1,
         dtype=next(floats, None),  # pyright: ignore[reportArgumentType]  # pydantic checks it
-        tensors=sum(tensor.layout != "dense" for tensor in checkpoint.tensors),
+        tensors=len(checkpoint.tensors),
         digest=f"{total % 2**64:016x}",
     ).model_dump()
 
 
 def stored_in(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file that are not stored densely, under the name of each of their parts."""
-    opened = open_checkpoint(path).tensors
-    return {part: t for t in opened if t.layout != "dense" for part in stored_names(t)}
+    """The tensors of a weight file, under the name of each part that is stored of them."""
+    return {part: tensor for tensor in open_checkpoint(path).tensors for part in stored_names(tensor)}
 
 
 def hash_part(name: str, data: Any) -> int:

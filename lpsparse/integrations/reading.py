@@ -33,13 +33,14 @@ class Reading:
         self.entry = entry
         self.shapes = {name: value.shape for name, value in model.state_dict().items()}
         self.parts = [(Path(file), stored_in(Path(file))) for file in files]
-        self.stored = {part: tensor for _, parts in self.parts for part, tensor in parts.items()}
+        every = [pair for _, parts in self.parts for pair in parts.items()]
+        self.stored = {part: tensor for part, tensor in every if tensor.layout != "dense"}
         self.hashes: dict[str, int] = {}  # of each part that was decoded where transformers had read it
         self.given: set[str] = set()  # tensors of which the model got the values
         self.dense: dict[int, Any] = {}  # what a conversion stands in for, which may be itself
         found = sum(len({tensor.name for tensor in parts.values()}) for _, parts in self.parts)
         if found != entry.tensors:
-            what = f"{found} packed tensors are in the weight files, config.json says {entry.tensors}"
+            what = f"{found} tensors are in the weight files, config.json says {entry.tensors}"
             raise InputError(364, what, mend=_COPY)
 
     def __deepcopy__(self, _: Any) -> "Reading":
@@ -77,14 +78,14 @@ class Reading:
         return found.to(data.device, dtype if found.is_floating_point() else None)
 
     def finish(self, model: Any) -> None:
-        """Raises InputError unless all is there that was packed, unchanged, and the model got what it has
+        """Raises InputError unless all is there that was stored, unchanged, and the model got what it has
         a place for."""
         total = sum(self.hashes.values())
-        for path, parts in self.parts:  # what this model has no use for, another's head
+        for path, parts in self.parts:  # what is stored densely, or this model has no use for
             total += hash_file(path, parts.keys() - self.hashes.keys())
         if f"{total % 2**64:016x}" != self.entry.digest:
             where = self.parts[0][0].parent if self.parts else "config.json"
-            what = f"{where}: the digest of what is packed is {total % 2**64:016x}, not {self.entry.digest}"
+            what = f"{where}: the digest of what is stored is {total % 2**64:016x}, not {self.entry.digest}"
             raise InputError(365, what, mend=_COPY)
         packed = {tensor.name for tensor in self.stored.values()}
         lost = sorted((packed & self.shapes.keys()) - self.given) if self.given else sorted(packed)
