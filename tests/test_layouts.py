@@ -103,6 +103,34 @@ def test_every_float_dtype_packs_and_comes_back(dtype: torch.dtype, layout: str,
     assert torch.equal(found.double(), values.to(dtype).double())
 
 
+@pytest.mark.parametrize("layout", ["bitmask", "packed"])
+def test_more_dimensions_than_a_layout_has_stay_dense(layout: str, tmp_path: Path) -> None:
+    given = {f"{n}.weight": np.zeros((1,) * (n - 2) + (64, 64), np.float32) for n in (16, 17, 20, 64)}
+    for array in given.values():
+        array[..., 3] = 7
+    save_file(given, tmp_path / "m.safetensors")
+    found = pack(tmp_path / "m.safetensors", tmp_path / "packed", layout=layout)
+    assert {row.name: row.layout for row in found.tensors} == {
+        name: layout if name == "16.weight" else "dense" for name in given
+    }
+    assert verify(tmp_path / "packed", tmp_path / "m.safetensors")["ok"]
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "packed", "torch"])
+def test_rows_that_are_not_there_are_no_other_tensors(layout: str, tmp_path: Path) -> None:
+    save_file({name: np.eye(8, dtype=np.float32) for name in "ab"}, tmp_path / "m.safetensors")
+    torch.save({name: torch.eye(8) for name in "ab"}, tmp_path / "m.pt")
+    if layout in ("bitmask", "packed"):
+        pack(tmp_path / "m.safetensors", tmp_path / "out", layout=layout)
+    path = {"dense": "m.safetensors", "torch": "m.pt"}.get(layout, "out")
+    tensor = lpsparse.open(tmp_path / path)["b"]
+    assert np.array_equal(tensor.read_rows(2, 5).view(np.float32), np.eye(8)[2:5])
+    assert tensor.read_rows(8, 8).shape == (0, 8)
+    for first, last in ((-2, 2), (-3, -1), (5, 2), (7, 9), (9, 9)):
+        with pytest.raises(IndexError, match=f"b: rows {first}..{last}, there are 8"):
+            tensor.read_rows(first, last)
+
+
 def test_blocks_of_rows_do_not_change_the_packed_bytes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

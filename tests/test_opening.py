@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from test_header import JSON
 
 import lpsparse
-from lpsparse import load, pipeline, prune, verify
+from lpsparse import inspect, load, pipeline, prune, report, verify
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError, UsageError
@@ -280,6 +280,21 @@ def test_a_plain_state_dict_opens_under_every_torch_suffix(tmp_path: Path) -> No
     tensors = {name: torch.from_numpy(array) for name, array in tiny_arrays().items()}
     for suffix in ("bin", "pt", "pth", "th", "tar"):
         assert same_tensors(save(tmp_path / f"net.{suffix}", tensors), tiny_arrays())
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({"a\ud800.weight": torch.ones(7, 13)}, "no text"),
+        ({"a.weight": torch.zeros([1] * 63 + [8, 8])}, "65 dimensions"),
+    ],
+)
+@pytest.mark.parametrize("command", [report, inspect])
+def test_a_torch_file_that_no_other_file_could_hold_is_refused(
+    command: Any, value: object, why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=why):
+        command(save(tmp_path / "net.pt", value))
 
 
 def test_a_training_checkpoint_is_unwrapped_and_says_what_it_dropped(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from lpsparse import pack, prune, report, verify
+from lpsparse import pack, prune, report, unpack, verify
 from lpsparse.checkpoint import files
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.output import remove_ours
@@ -342,6 +342,28 @@ def test_overwrite_touches_nothing_that_lpsparse_did_not_write(kind: str, tiny: 
     assert (int(error.exit_code), error.code) == (4, "LPS402")
 
 
+@pytest.mark.parametrize("made", ["{}", "no manifest", None])
+def test_overwrite_deletes_no_file_that_is_not_in_the_manifest(
+    made: str | None, tiny: Path, tmp_path: Path
+) -> None:
+    if made is None:
+        prune(tiny, tmp_path / "out", sparsity=0.5)
+    else:
+        (tmp_path / "out" / "data").mkdir(parents=True)
+        (tmp_path / "out" / "lpsparse.json").write_text(made)
+    for name in ("thesis.txt", ".git", "figures/own.svg"):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        before = tree_hash(tmp_path)
+        error = refused(tiny, tmp_path / "out", overwrite=True)
+        assert error.code == "LPS402" and (made is not None or f"{name} would be lost" in error.what)
+        assert tree_hash(tmp_path) == before
+        path.unlink()
+    if made is None:
+        prune(tiny, tmp_path / "out", sparsity=0.6, overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_persons_own_folder_called_out_old_is_left_alone(
     overwrite: bool, tiny: Path, tmp_path: Path
@@ -488,6 +510,32 @@ def test_sidecars_of_every_name_arrive(tmp_path: Path) -> None:
     assert {"lpsparse.json.bak", "a b\tc.txt", ".gitattributes", "extra", "README.base.md"} <= found
     assert "metrics.jsonl" not in found  # an earlier run's
     assert verify(tmp_path / "aus gang")["ok"]
+
+
+def test_weights_of_the_modules_of_a_sentence_transformer_come_along(tiny: Path, tmp_path: Path) -> None:
+    modules = [{"idx": i, "path": path} for i, path in enumerate(("", "1_Pooling", "2_Dense"))]
+    (tiny / "modules.json").write_text(json.dumps(modules))
+    for name in ("2_Dense", "onnx"):
+        (tiny / name).mkdir()
+        save_file({"linear.weight": np.ones((4, 4), np.float32)}, tiny / name / "model.safetensors")
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    pack(tmp_path / "out", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "back")
+    for name in ("out", "packed", "back"):
+        copied = (tmp_path / name / "2_Dense" / "model.safetensors").read_bytes()
+        assert copied == (tiny / "2_Dense" / "model.safetensors").read_bytes()
+        assert not (tmp_path / name / "onnx").exists() and verify(tmp_path / name)["ok"]
+    assert report(tmp_path / "out").all.weights == report(tiny).all.weights
+
+
+@pytest.mark.parametrize("table", ["[", "7", "{}", "[7]", '[{"path": 7}]', '[{"path": "../tiny"}]', "null"])
+def test_modules_that_are_none_change_nothing(table: str, tiny: Path, tmp_path: Path) -> None:
+    (tiny / "modules.json").write_text(table)
+    (tiny / "2_Dense").mkdir()
+    save_file({"linear.weight": np.ones((4, 4), np.float32)}, tiny / "2_Dense" / "model.safetensors")
+    prune(tiny, tmp_path / "out", sparsity=0.5)
+    assert (tmp_path / "out" / "modules.json").read_text() == table
+    assert not (tmp_path / "out" / "2_Dense").exists()
 
 
 def test_sidecars_that_are_left_behind_are_named(tiny: Path, tmp_path: Path, cli: Cli) -> None:

@@ -174,10 +174,15 @@ def packed_sizes(source: Checkpoint, cut: Cuts, level: str) -> dict[str, int | N
     }
     for tensor, stored in _encoded(list(source.tensors), cut, level, sums):
         lengths[tensor.name].append(len(stored))
-    sizes = {
-        tensor.name: (-(-sum(lengths[tensor.name]) // 8) * 8, tensor.nbytes) for tensor in source.tensors
+    sizes = {name: -(-sum(parts) // 8) * 8 for name, parts in lengths.items()}
+    return {
+        tensor.name: sizes[tensor.name] if _pays(sizes[tensor.name], tensor) else None
+        for tensor in source.tensors
     }
-    return {name: size if packed.pays(size, dense) else None for name, (size, dense) in sizes.items()}
+
+
+def _pays(size: int, tensor: Tensor) -> bool:
+    return packed.pays(size, tensor.nbytes, len(tensor.shape))
 
 
 _Chunks = Iterator[tuple[Tensor, bytes]]
@@ -209,12 +214,12 @@ def _put_packed(file: WeightFile, start: int, tensor: Tensor, chunks: _Chunks) -
     at, ends = packed.head_bytes(tensor.shape, tensor.dtype, values), list[int]()
     for _ in range(-(-packed.units_of(tensor.shape, tensor.dtype) // values)):
         _, stored = next(chunks)
-        if packed.pays(at + len(stored), tensor.nbytes):
+        if _pays(at + len(stored), tensor):
             file.put(start + at, np.frombuffer(stored, np.uint8))
         at += len(stored)
         ends.append(at)
     size = -(-at // 8) * 8
-    if not packed.pays(size, tensor.nbytes):
+    if not _pays(size, tensor):
         return None
     file.put(start + at, np.zeros(size - at, np.uint8))
     file.put(start, packed.head(tensor.shape, tensor.dtype, values, ends))

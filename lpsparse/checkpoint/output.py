@@ -107,8 +107,7 @@ def _take(partial: Path, states: str, weights: str) -> None:
     try:
         with suppress(FileExistsError):
             partial.mkdir()
-        if not _is_ours(partial):
-            raise StateError(701, f"{partial}: exists and is not ours", mend="move it away")
+        _check_ours(partial)
         with _locked(partial):
             _check_free(partial, states)
             _own(partial, os.getpid())
@@ -120,15 +119,32 @@ def _take(partial: Path, states: str, weights: str) -> None:
         raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
 
 
+def check_partial(out: Path) -> None:
+    """Raises StateError, before anything is read, where OUT.partial is somebody else's."""
+    partial = partial_of(out)
+    if os.path.lexists(partial):
+        _check_ours(partial)
+        _check_held(partial)
+
+
+def _check_ours(partial: Path) -> None:
+    if not _is_ours(partial):
+        raise StateError(701, f"{partial}: exists and is not ours", mend="move it away")
+
+
 def _check_free(partial: Path, states: str) -> None:
+    _check_held(partial)
+    if states == "refuse" and has_states(partial):
+        what = f"{partial}: holds the training states of an unfinished run"
+        raise StateError(709, what, mend="choose another OUT, or delete it if you do not want them")
+
+
+def _check_held(partial: Path) -> None:
     host, pid, since = _holder(partial)
     if pid != _NOBODY and (host != socket.gethostname() or _is_running(pid, since)):
         what = f"{partial}: process {pid} on {host} is writing it"
         mend = f"wait for it; if it is dead, delete {OWNER} in there (or all of it)"
         raise StateError(702, what, mend=mend)
-    if states == "refuse" and has_states(partial):
-        what = f"{partial}: holds the training states of an unfinished run"
-        raise StateError(709, what, mend="choose another OUT, or delete it if you do not want them")
 
 
 def _check_renames(partial: Path) -> None:

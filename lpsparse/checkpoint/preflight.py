@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lpsparse.checkpoint.hub import is_cached
+from lpsparse.checkpoint.manifest import list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.output import left_bytes, partial_of
+from lpsparse.checkpoint.output import check_partial, left_bytes, partial_of
 from lpsparse.checkpoint.writer import MANIFEST, REPLACED, find_sidecars
 from lpsparse.errors import InputError, OutputError
 
@@ -22,6 +23,7 @@ def check_output(
     """
     _check_name(out, overwrite=overwrite)
     check_place(out, source, reads, out.absolute().parent)
+    check_partial(out)
     for path, _ in find_sidecars(source)[0]:
         if not os.access(path, os.R_OK):
             what = f"{path}: Permission denied, and it is to be copied"
@@ -52,10 +54,23 @@ def _check_name(out: Path, *, overwrite: bool) -> None:
     if out.is_symlink() or (out.exists() and not overwrite):
         also = ", or --overwrite (overwrite: true in a recipe)" if ours and not out.is_symlink() else ""
         raise OutputError(401, f"{out}: exists already", mend=f"choose another OUT{also}")
-    if out.exists() and not ours:
-        raise OutputError(
-            402, f"{out}: --overwrite replaces only what lpsparse wrote", mend="choose another OUT"
-        )
+    if out.exists():
+        _check_ours(out)
+
+
+def _check_ours(out: Path) -> None:
+    """Raises OutputError where --overwrite would delete what lpsparse did not write."""
+    what, mend = f"{out}: --overwrite replaces only what lpsparse wrote", "choose another OUT"
+    try:
+        manifest = read_manifest(out)
+    except InputError as error:
+        raise OutputError(402, f"{what}: {error.what}", mend=mend) from None
+    listed = {record.name for record in manifest.files}
+    present = {path.relative_to(out).as_posix() for path in list_files(out)}
+    others = sorted(name for name in present - listed if not name.startswith(".cache/"))  # of a download
+    if others:
+        more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+        raise OutputError(402, f"{what}: {others[0]}{more} would be lost", mend=f"move it away, or {mend}")
 
 
 def check_place(out: Path, source: Checkpoint, reads: Iterable[Path], parent: Path) -> None:

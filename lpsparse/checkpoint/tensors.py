@@ -57,7 +57,9 @@ class Tensor:
 
     def read_rows(self, first: int, last: int) -> Bits:
         """Rows first..last of the first dimension, raw bits in their own shape; only what holds them is
-        read."""
+        read. Raises IndexError where there are none such."""
+        if not 0 <= first <= last <= self.rows:
+            raise IndexError(f"{self.name}: rows {first}..{last}, there are {self.rows}")
         pieces = self.grid[0] // max(self.rows, 1)
         blocks = [block.reshape(-1) for _, block in self.blocks(first * pieces, last * pieces)]
         empty = np.zeros(0, DTYPES[self.dtype].storage)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lpsparse.checkpoint.dtypes import Bits
-from lpsparse.checkpoint.header import check_regular
+from lpsparse.checkpoint.header import MAX_DIMENSIONS, check_regular
 from lpsparse.errors import InputError
 
 NAMES = {
@@ -127,6 +127,11 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
         raise InputError(320, what, mend="save a state dict")
     table = cast("Mapping[Any, Any]", value)
     named = {str(name): item for name, item in table.items()}
+    try:
+        "".join(named).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which no other file can hold
+        what = f"{path}: a name in it is no text"
+        raise InputError(320, what, mend="save a state dict with text for names") from None
     if len(named) < len(table):
         what = f"{path}: {len(table) - len(named)} names stand twice when written as text"
         raise InputError(320, what, mend="save a state dict with text for names")
@@ -138,6 +143,9 @@ def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:
     if tensor.dtype not in NAMES or not plain or tensor.is_neg() or tensor.is_conj():
         kind = "without data" if tensor.is_meta else tensor.layout
         what = f"{path}: {name!r}: {tensor.dtype} {kind} cannot be written as safetensors"
+        raise InputError(324, what, mend=_CONVERT)
+    if tensor.dim() > MAX_DIMENSIONS:
+        what = f"{path}: {name!r}: {tensor.dim()} dimensions, more than {MAX_DIMENSIONS}"
         raise InputError(324, what, mend=_CONVERT)
     held = tensor.untyped_storage().nbytes()
     if tensor.nbytes > held:

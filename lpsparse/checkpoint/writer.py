@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
@@ -23,6 +24,7 @@ OWNER = ".lpsparse-owner.json"
 REPLACED = (
     ".lpsparse-replaced"  # in an OUT that is being exchanged: only such an OUT.old is put back or deleted
 )
+_MOST_MODULES_BYTES = 1_000_000
 # Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
 FOREIGN_WEIGHTS = (
     *WEIGHT_SUFFIXES,
@@ -100,7 +102,7 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
     found: list[tuple[Path, str]] = []
     left: list[str] = []
     root = source.root.resolve()
-    used = {path.name for path in source.files}
+    used, modules = {path.name for path in source.files}, _modules(source.root)
     ours = (source.root / MANIFEST).is_file()  # then README.md is our card, and the base's is README.base.md
     for path in sorted(source.root.rglob("*")):
         relative = path.relative_to(source.root)
@@ -119,8 +121,9 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
         outside = root not in path.resolve().parents
         if outside and source.revision is None:  # a hub snapshot is made of links into its cache
             left.append(f"{relative.as_posix()} (a link out of the folder)")
-        elif path.suffix in FOREIGN_WEIGHTS or path.name.endswith(
-            (".safetensors.index.json", ".bin.index.json")
+        elif relative.parent.as_posix() not in modules and (
+            path.suffix in FOREIGN_WEIGHTS
+            or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
         ):
             if relative.as_posix() not in used and not path.name.endswith(".json"):
                 left.append(relative.as_posix())
@@ -131,6 +134,21 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
         elif not ours:  # somebody else's, where ours is to be
             left.append(relative.as_posix())
     return found, tuple(left)
+
+
+def _modules(root: Path) -> set[str]:
+    """Folders of a sentence-transformers model with its modules behind the transformer, such as 2_Dense: the
+    weights there are in no other file."""
+    path = root / "modules.json"
+    if not path.is_file() or path.stat().st_size > _MOST_MODULES_BYTES:
+        return set()
+    try:
+        table: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return set()  # it is copied as it is
+    items: list[Any] = table if isinstance(table, list) else []
+    names = (each.get("path") for each in items if isinstance(each, dict))
+    return {name for name in names if isinstance(name, str)} - {"", "."}
 
 
 def write_json(path: Path, value: object) -> None:

@@ -23,6 +23,7 @@ from lpsparse.errors import InputError
 
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 _AGAIN = "pack the model again"
+_MOST_DIMENSIONS = 16
 _WHOLE = ".tensor"  # after it a prefix has the whole name before it, without it all but `.weight`
 Read = Callable[[str, int, int], Bits]  # (part, first unit, count) -> storage units
 
@@ -59,7 +60,7 @@ def stored_shapes(
 
 def pays(dtype: str, shape: tuple[int, ...], stored: int) -> bool:
     """Whether the four parts take fewer bytes than the dense tensor."""
-    if len(shape) < 2 or not DTYPES[dtype].is_float or math.prod(shape) == 0:
+    if not 2 <= len(shape) <= _MOST_DIMENSIONS or not DTYPES[dtype].is_float or math.prod(shape) == 0:
         return False
     parts = stored_shapes("", dtype, shape, stored)
     packed = sum(math.prod(s) * DTYPES[d].bits // 8 for _, d, s in parts)
@@ -156,8 +157,8 @@ def check(where: str, parts: dict[str, Entry], read: Read, mend: str = _AGAIN) -
     if missing:
         raise refuse(f"its {', '.join(missing)} is missing")
     values, mask, size, offsets = (parts[part] for part in PARTS)
-    if len(size.shape) != 1 or not 2 <= size.shape[0] <= 16 or size.dtype != "I64":
-        raise refuse("its shape part is not int64 of 2 to 16 dimensions")
+    if len(size.shape) != 1 or not 2 <= size.shape[0] <= _MOST_DIMENSIONS or size.dtype != "I64":
+        raise refuse(f"its shape part is not int64 of 2 to {_MOST_DIMENSIONS} dimensions")
     shape = tuple(int(n) for n in read("shape", 0, size.shape[0]))
     if math.prod(max(n, 1) for n in shape) >= 2**60:
         raise refuse(f"shape {shape} has more than 2**60 values")

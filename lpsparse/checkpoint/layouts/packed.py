@@ -94,8 +94,8 @@ def read_manifest(path: Path, metadata: dict[str, str]) -> dict[str, tuple[str, 
     }
 
 
-def pays(stored_bytes: int, dense_bytes: int) -> bool:
-    return stored_bytes + _WORTH <= dense_bytes
+def pays(stored_bytes: int, dense_bytes: int, dimensions: int) -> bool:
+    return stored_bytes + _WORTH <= dense_bytes and dimensions <= _MOST_DIMENSIONS
 
 
 @dataclass(frozen=True, slots=True)
