@@ -1,5 +1,6 @@
 """What stands in OUT beside the weights: sidecars, report, card, and the manifest that says what made it."""
 
+import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,19 @@ from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.rescue import LAYOUTS, free_config
 from lpsparse.checkpoint.rewrite import Written
 from lpsparse.checkpoint.threads import beside, of_one
-from lpsparse.checkpoint.writer import BASE_CARD, CARD, REPORT, copy_sidecars, fsync, write_json, write_text
+from lpsparse.checkpoint.writer import (
+    BASE_CARD,
+    CARD,
+    METRICS,
+    REPORT,
+    copy_sidecars,
+    fsync,
+    write_json,
+    write_text,
+)
 from lpsparse.errors import InputError, LpsparseError
 from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card, figure
-from lpsparse.reporting.base_card import read_own_card
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report
 
@@ -105,6 +114,7 @@ def complete(
 ) -> Report:  # fmt: skip
     """Sidecars beside the weights, then report, card and manifest."""
     left = copy_sidecars(source, folder)
+    _keep_curves(step, source, folder)
     if sidecars is not None:
         sidecars(folder)
     freed = free_config(folder) if source.layout in LAYOUTS else ()
@@ -117,27 +127,28 @@ def complete(
     found = measure(checkpoint, chosen, name=source.name, quality=quality, counts=written.counts)
     found = found.model_copy(update={"identity": identity_of(found, record.base_sha256)})
     write_json(folder / REPORT, found.model_dump(mode="json"))
-    recipe, earlier = recorded(step), own_manifest(source)
+    recipe, made = recorded(step), own_manifest(source)
+    earlier = () if made is None else (*made.earlier, made.as_earlier())
     text = card.render(
-        found, record, quality, recipe=recipe, trained=recipe.get("finetune") or _trained(source, earlier),
-        base_card=folder / BASE_CARD, figure=_draw(folder, found, ours=earlier is not None),
-        lost=earlier is not None and bool(earlier.quality),
+        found, record, quality, recipe=recipe, earlier=earlier, base_card=folder / BASE_CARD,
+        figure=_draw(folder, found, ours=made is not None), lost=made is not None and bool(made.quality),
     )  # fmt: skip
     write_text(folder / CARD, text)
     write_manifest(
         folder, record, recipe, tensor_records(found), found.layout, quality, notes, written.files,
-        trained=_trained_on(recipe.get("finetune"), earlier),
+        trained=_trained_on(recipe.get("finetune"), made), earlier=earlier,
     )  # fmt: skip
     fsync(folder)
     return found
 
 
-def _trained(source: Checkpoint, earlier: Manifest | None) -> dict[str, Any] | None:
-    """Settings of the finetune step that was the last; of one before it, what the card says that it made."""
-    if earlier is None or source.root is None:
-        return None
-    settings: Any = earlier.recipe.get("finetune")
-    return settings if isinstance(settings, dict) else read_own_card(source.root / CARD)
+def _keep_curves(step: Step, source: Checkpoint, folder: Path) -> None:
+    """The curves of the training that led here stay with the weights; who trains has curves of his own."""
+    if isinstance(step, FinetuneStep) or source.root is None or own_manifest(source) is None:
+        return
+    if (source.root / METRICS).is_file():
+        shutil.copyfile(source.root / METRICS, folder / METRICS)
+        fsync(folder / METRICS)
 
 
 def _trained_on(settings: dict[str, Any] | None, earlier: Manifest | None) -> tuple[Trained, ...]:

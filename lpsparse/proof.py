@@ -61,14 +61,16 @@ def _measured(step: ReportStep, say: Say) -> Report:
     quality = () if manifest is None else manifest.quality
     found = measure(checkpoint, include=step.include, exclude=step.exclude, quality=quality)
     check_weights(checkpoint, found)
+    began = manifest.source.base_sha256 if manifest else None
     if step.base is not None:
-        found = _compared(step.base, checkpoint, found, step, say)
+        found, base_sha256 = _compared(step.base, checkpoint, found, step, say)
+        began = began or base_sha256
     if step.spectra:
         values = spectra(checkpoint, {row.name for row in found.tensors if row.prunable})
         rows = [row.model_copy(update={"spectrum": values.get(row.name)}) for row in found.tensors]
         found = found.model_copy(update={"tensors": tuple(rows)})
     more: dict[str, Any] = {
-        "identity": identity_of(found, manifest.source.base_sha256 if manifest else None),
+        "identity": identity_of(found, began),
         "training": read_history(checkpoint.root),
         "not_measured": not_measured(found),
     }  # fmt: skip
@@ -77,7 +79,13 @@ def _measured(step: ReportStep, say: Say) -> Report:
     return found.model_copy(update=more)
 
 
-def _compared(model: str, checkpoint: Checkpoint, found: Report, step: ReportStep, say: Say) -> Report:
+def _compared(
+    model: str, checkpoint: Checkpoint, found: Report, step: ReportStep, say: Say
+) -> tuple[Report, str | None]:
+    """The report beside BASE, and the hash of the weights that BASE's own chain of steps began with."""
+    if is_report(model):
+        what = f"{model}: a report; BASE is the checkpoint that MODEL came from"
+        raise UsageError(293, what, mend=f"did you mean --baseline {model}?")
     base = opened(model, say)
     shapes = {tensor.name: tensor.shape for tensor in base.tensors}
     if not any(shapes.get(tensor.name) == tensor.shape for tensor in checkpoint.tensors):
@@ -89,11 +97,12 @@ def _compared(model: str, checkpoint: Checkpoint, found: Report, step: ReportSte
     check_weights(base, beside)
     manifest = own_manifest(checkpoint)
     made_of = manifest and (hash_of(manifest.source.files), manifest.source.base_sha256)
-    is_source = made_of is not None and hash_of(source_of(base).files) in made_of
+    source = source_of(base)
+    is_source = made_of is not None and hash_of(source.files) in made_of
     known = own_manifest(base)
     quality = beside_base(found.quality, known.quality if known else (), base.name)
     found = found.model_copy(update={"quality": quality})
-    return compare(found, beside, changes(checkpoint, base), is_source=is_source)
+    return compare(found, beside, changes(checkpoint, base), is_source=is_source), source.base_sha256
 
 
 @on_threads

@@ -357,6 +357,19 @@ class ReportStep(Step):
             limit_of(str(info.field_name).replace("_", "-"), each)
         return value
 
+    @model_validator(mode="after")
+    def _of_something(self) -> Self:
+        """A gate that lost what it is about would pass for ever."""
+        given = {name for name in (*BUDGETS, "baseline") if getattr(self, name.replace("-", "_"))}
+        given |= {"finite"} if given else set()
+        for name in self.warn:
+            if name not in given:
+                missing = f"--{name}" if name != "finite" else "a budget"
+                raise ValueError(f"--warn {name}: {missing} is not given")
+        if self.max_regression and self.baseline is None:
+            raise ValueError(f"--max-regression {self.max_regression}: --baseline is not given")
+        return self
+
 
 class _DataStep(Step):
     """What finetune and eval share: the task and its data."""

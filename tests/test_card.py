@@ -15,9 +15,10 @@ from conftest import BUNDLED, SMALL, Ran, tiny_arrays, tree_hash
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
-from lpsparse import finetune, pack, prune, unpack, verify
-from lpsparse.reporting.base_card import read_base_card, read_own_card
+from lpsparse import finetune, pack, prune, report, unpack, verify
+from lpsparse.reporting.base_card import read_base_card
 from lpsparse.reporting.card import escape
+from lpsparse.reporting.html.page import render
 
 Cli = Callable[..., Ran]
 TAGS = ["lpsparse", "sparse", "pruned"]
@@ -98,17 +99,25 @@ def test_a_manifest_with_another_recipe_does_not_stop_pack(made: Any, trained: P
     manifest = json.loads((trained / "lpsparse.json").read_text()) | {"recipe": {"finetune": made}}
     (tmp_path / "in" / "lpsparse.json").write_text(json.dumps(manifest))
     pack(tmp_path / "in", tmp_path / "out")
-    assert card_of(tmp_path / "out")["model-index"] == card_of(trained)["model-index"]
+    assert "model-index" not in card_of(tmp_path / "out")  # nobody knows the task
 
 
-@pytest.mark.parametrize(
-    "index",
-    ["[]", "7", "[7]", "[{results: 7}]", "[{results: [7]}]", "[{results: [{}]}]", "[{results: {0: 1}}]",
-     "[{results: [{task: {type: 'a b'}}]}]"],
-)  # fmt: skip
-def test_a_card_with_other_results_gives_none(index: str, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(f"---\nmodel-index: {index}\n---\n")
-    assert read_own_card(tmp_path / "README.md") == {}
+def test_a_card_tells_of_every_step_and_of_which_model_before_is(trained: Path, tmp_path: Path) -> None:
+    prune(trained, tmp_path / "pruned", sparsity=0.5)
+    pack(tmp_path / "pruned", tmp_path / "packed")
+    manifests = [json.loads((folder / "lpsparse.json").read_text())
+                 for folder in (trained, tmp_path / "pruned", tmp_path / "packed")]  # fmt: skip
+    text = (tmp_path / "packed" / "README.md").read_text()
+    block = re.search(r"\n```yaml\n(.*?)\n```\n", text, re.DOTALL)
+    assert block is not None and yaml.safe_load(block.group(1)) == [each["recipe"] for each in manifests]
+    took = escape(manifests[0]["source"]["name"])
+    assert f"In 3 steps: the first took {took}, each other" in text and f" before (of {took}), " in text
+    found = report(tmp_path / "packed")
+    assert found.made is not None
+    assert [list(each.recipe) for each in found.made.earlier] == [["finetune"], ["prune"]]
+    assert found.training == report(trained).training != ()
+    page = render(found)
+    assert all(f"Settings, step {i} of 3" in page for i in (1, 2, 3)) and "Curves of the run" in page
 
 
 @pytest.mark.parametrize("base", ["https://evil.example/x", "WWW.evil.example", "a@evil.example"])

@@ -234,14 +234,17 @@ def test_a_sweep_tells_the_runner_its_verdict_and_table(
     lines = runner.read_text().splitlines()
     assert ran.rc == rc and lines[0] == f"## lpsparse sweep: {word}"
     assert lines[2].endswith("**no model meets the budgets**" if rc else "budgets**: `s0.75/1-prune`")
-    verdicts = [line.split("|")[-2].strip() for line in lines[6:]]
+    verdicts = [line.split("|")[-2].strip() for line in lines[6:9]]
     assert verdicts == ["", "`min-sparsity`", "`min-sparsity`" if rc else "ok"]
-    text = "r.yaml: no model meets the budgets\nsparsity 0.25: min-sparsity\nsparsity 0.5: min-sparsity"
+    why = ["0.25: min-sparsity: 0.25, limit 0.6", "0.5: min-sparsity: 0.5, limit 0.6"]
+    assert lines[9:] == (["", *(f"- `{each}`" for each in why)] if rc else ["", f"- `{why[1]}`"])
+    assert "--json" in flags or f"failed at {why[1]}\n" in ran.stdout
+    text = "\n".join(["r.yaml: no model meets the budgets", *(f"sparsity {each}" for each in why)])
     assert commands(ran.stderr) == ([("error", "lpsparse: sweep", text)] if rc else [])
 
 
 def test_no_word_of_a_sweep_is_a_command_or_a_column(runner: Path) -> None:
-    budget = {"name": "::error::x|y", "passed": False, "level": "error"}
+    budget = {"name": "::error::x|y", "limit": 1, "value": 0, "passed": False, "level": "error"}
     row = {
         "sparsity": 0.5, "zeros": 1, "file_bytes": 1, "bitmask_bytes": 1, "metric": "##[x]|<b>",
         "before": None, "after": None, "budgets": [budget], "passed": False,
@@ -252,6 +255,7 @@ def test_no_word_of_a_sweep_is_a_command_or_a_column(runner: Path) -> None:
     text = runner.read_text()
     assert "##[" not in text and "::error" not in text and "<b>" not in text and "101 more" in text
     assert {line.count(" | ") for line in text.splitlines() if line.startswith("| 0.5")} == {6}
+    assert text.count("- <code>0.5&#58; ") == 100
     (line,) = github.sweep_annotations(found)
     told = commands(line)[0][2].splitlines()
     assert told[0] == "::r`.yaml: no model meets the budgets" and told[-1] == "191 more are in the table"
@@ -286,11 +290,19 @@ def filled(text: str, known: dict[str, str]) -> str:
     return re.sub(r"\$\{\{ ([\w.-]+) \}\}", lambda found: known[found[1]], text)
 
 
+def is_run(condition: str | None, failed: bool, known: dict[str, str]) -> bool:
+    if condition is None:
+        return not failed
+    first, *others = condition.split(" && ")
+    assert first == "always()"
+    return all(known[each] for each in others)
+
+
 def steps(job: list[dict[str, Any]], cwd: Path, known: dict[str, str]) -> list[Ran]:
     """Run `run:` steps; after a failure only those that always run. Outputs are in `known` then."""
     done: list[Ran] = []
     for step in job:
-        if any(ran.rc for ran in done) and step.get("if") != "always()":
+        if not is_run(step.get("if"), any(ran.rc for ran in done), known):
             continue
         if step.get("uses") == "./":
             inputs = {name: str(each.get("default", "")) for name, each in ACTION["inputs"].items()}
@@ -327,6 +339,21 @@ def test_the_github_example_runs(limit: str, code: int, passed: str, sparse: Pat
     assert [kind for kind, *_ in commands(done[1].stderr)] == ["error"] * code
     assert JUnitXml.fromfile(str(tmp_path / "budgets.xml")).failures == code
     assert (tmp_path / "comment.md").read_text().startswith("<!-- lpsparse-report -->")
+
+
+def test_the_action_hands_out_no_report_of_an_earlier_run(sparse: Path, tmp_path: Path) -> None:
+    tools(tmp_path / "bin")
+    text = BLOCKS["GitHub Actions"]
+    first = steps(yaml.safe_load(text)["jobs"]["report"]["steps"], tmp_path, {})
+    (tmp_path / "broken.safetensors").write_text("x")
+    known: dict[str, str] = {}
+    job = yaml.safe_load(text.replace("model: sparse", "model: broken.safetensors"))["jobs"]["report"][
+        "steps"
+    ]
+    again = steps(job, tmp_path, known)
+    assert [ran.rc for ran in first] == [0, 0, 0] and [ran.rc for ran in again] == [0, 3]
+    assert known["steps.sparse.outputs.report"] == "" and known["steps.sparse.outputs.passed"] == "false"
+    assert not (tmp_path / "report.json").exists() and not (tmp_path / "budgets.xml").exists()
 
 
 @pytest.mark.parametrize(

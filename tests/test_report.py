@@ -464,3 +464,112 @@ def test_a_report_is_written_over_no_part_of_a_checkpoint(sparse: Path, tmp_path
         ran = cli("report", model, "--json", target)
         assert ran.rc == 4 and len(ran.stderr.strip().splitlines()) == 2, target
     assert {path: path.read_bytes() for path in before} == before and not (sparse / "new.json").exists()
+
+
+# Beside BASE, and beside an earlier report
+
+
+def test_what_base_has_and_the_model_has_not_is_told_in_every_view(
+    tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    arrays = tiny_arrays()
+    gone, other = PRUNABLE[0], PRUNABLE[1]
+    del arrays[gone]
+    arrays[other] = arrays[other].reshape(-1, 1)
+    save_file(arrays, tmp_path / "lost.safetensors")
+    views = {view: tmp_path / f"a.{view}" for view in ("markdown", "comment", "junit", "html", "json")}
+    files = [word for view, path in views.items() for word in (f"--{view}", path)]
+    ran = cli("report", tmp_path / "lost.safetensors", tiny, "--max-bytes", "1GB", *files)
+    assert ran.rc == 0
+    shown = [ran.stdout, *(path.read_text() for path in views.values())]
+    assert all(gone in text and other in text for text in shown if "<testsuites>" not in text)
+    assert "1 of 2 budgets warns" in ran.stdout and f"worst {gone}" in views["junit"].read_text()
+    assert "may put random values there" in views["comment"].read_text()
+    whole = cli("report", tiny, tiny, "--max-bytes", "1GB")
+    assert "random values" not in whole.stdout and "all budgets met" in whole.stdout
+
+
+def test_n_m_is_of_the_same_groups_in_the_totals_and_in_the_budget(tmp_path: Path) -> None:
+    zeros = np.zeros((8, 20), np.float32)  # rows of 20: whole groups of 4, none of 8
+    save_file({"a.weight": np.zeros((8, 16), np.float32), "b.weight": zeros}, tmp_path / "m.safetensors")
+    found = report(tmp_path / "m.safetensors", min_nm=("4:8=0.5", "2:4=0.5"))
+    values = {each.name: each.value for each in found.budgets}
+    assert found.n_m["4:8"] == (16, 36) and values["min-nm 4:8"] == 16 / 36
+    assert found.n_m["2:4"] == (72, 72) and values["min-nm 2:4"] == 1
+
+
+def test_infinity_that_stayed_is_no_change(tmp_path: Path) -> None:
+    array = np.full((4, 4), np.inf, np.float32)
+    save_file({"a.weight": array}, tmp_path / "base.safetensors")
+    array[0, 0], array[0, 1] = 3, -np.inf
+    save_file({"a.weight": array}, tmp_path / "m.safetensors")
+    change = report(tmp_path / "m.safetensors", tmp_path / "base.safetensors").tensors[0].change
+    assert change is not None and change.changed == 2
+
+
+def test_a_torch_file_is_opened_by_torch(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"a.weight": torch.ones(7, 13)}, tmp_path / "m.pt")
+    assert "torch.load" in report(tmp_path / "m.pt").opens_with
+    assert "torch" not in report(write_safetensors(tmp_path / "m.safetensors", {"a": f32(7, 13)})).opens_with
+
+
+def test_singular_values_are_shown(sparse: Path, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("report", sparse, "--spectra", "--markdown", tmp_path / "a.md", "--html", tmp_path / "a.html")
+    found = report(sparse, spectra=True)
+    most = max(row.spectrum.largest for row in found.tensors if row.spectrum)
+    for text in (ran.stdout, (tmp_path / "a.md").read_text(), (tmp_path / "a.html").read_text()):
+        assert f"{most:.4g}" in text
+    assert "Singular values" in (tmp_path / "a.html").read_text()
+    assert "singular" not in cli("report", sparse).stdout
+
+
+def test_a_report_is_no_base(sparse: Path, cli: Cli) -> None:
+    ran = cli("report", sparse, sparse / "report.json")
+    assert ran.rc == 2 and "LPS293" in ran.stderr and "did you mean --baseline" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--max-regression", "0.1"), ("--warn", "min-sparsity"), ("--warn", "finite"),
+     ("--warn", "baseline", "--min-sparsity", "0.1")],
+)  # fmt: skip
+def test_a_gate_that_lost_what_it_is_about_is_refused(flags: tuple[str, ...], sparse: Path, cli: Cli) -> None:
+    ran = cli("report", sparse, *flags)
+    assert ran.rc == 2 and "is not given" in ran.stderr
+
+
+def test_baselines_of_foreign_files_are_told_apart_by_base(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    arrays = tiny_arrays()
+    save_file(arrays, tmp_path / "mine.safetensors")
+    arrays[PRUNABLE[0]][0, 0] += 1
+    save_file(arrays, tmp_path / "other.safetensors")
+    mine, other, first = (tmp_path / name for name in ("mine.safetensors", "other.safetensors", "a.json"))
+    assert cli("report", mine, tiny, "--json", first).rc == 0
+    assert cli("report", mine, tiny, "--baseline", first).rc == 0
+    assert cli("report", mine, other, "--baseline", first).rc == 3
+    unknown = cli("report", mine, "--baseline", first, "--json", "-")
+    assert unknown.rc == 0
+    assert "whether the baseline is of the same base model" in " ".join(
+        json.loads(unknown.stdout)["not_measured"]
+    )
+
+
+def test_after_a_failure_no_earlier_file_looks_like_its_report(
+    sparse: Path, tmp_path: Path, cli: Cli
+) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(b"x")
+    views = [tmp_path / "a.json", tmp_path / "a.xml"]
+    words = ["--json", views[0], "--junit", views[1]]
+    assert cli("report", sparse, *words).rc == 0
+    texts = [path.read_bytes() for path in views]
+    assert cli("report", sparse, *words, "--min-sparsity", "0.99").rc == 1
+    assert views[1].read_bytes() != texts[1]
+    assert cli("report", sparse, *words).rc == 0
+    assert cli("report", tmp_path / "bad.safetensors", *words).rc == 3
+    assert not any(path.exists() for path in views)
+    assert [path.with_name(path.name + ".old").read_bytes() for path in views] == texts
+    # A file that may not be written over is not set aside, either.
+    before = (sparse / "report.json").read_bytes()
+    assert cli("report", sparse, "--json", sparse / "report.json").rc == 4
+    assert (sparse / "report.json").read_bytes() == before

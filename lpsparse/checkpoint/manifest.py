@@ -61,6 +61,13 @@ class Trained(_Record):
     set_aside: float | None  # the share of it that was held out; None: what was held out is other data
 
 
+class EarlierStep(_Record):
+    """A step that led to the source."""
+
+    source: str  # the name of what it took
+    recipe: dict[str, Any]
+
+
 class Source(_Record):
     name: str
     revision: str | None
@@ -80,6 +87,10 @@ class Manifest(_Record):
     quality: tuple[Quality, ...] = ()
     notes: tuple[str, ...] = ()
     trained: tuple[Trained, ...] = ()  # by the steps that led here
+    earlier: tuple[EarlierStep, ...] = ()  # first to last
+
+    def as_earlier(self) -> EarlierStep:
+        return EarlierStep(source=self.source.name, recipe=self.recipe)
 
 
 def digest(path: Path, root: Path) -> FileRecord:
@@ -137,6 +148,7 @@ def write_manifest(
     notes: tuple[str, ...] = (),
     known: tuple[FileRecord, ...] = (),
     trained: tuple[Trained, ...] = (),
+    earlier: tuple[EarlierStep, ...] = (),
 ) -> Manifest:
     """`known` are files that were hashed already, as they were read back."""
     records = {record.name: record for record in known}
@@ -145,7 +157,7 @@ def write_manifest(
     files = tuple(records[path.relative_to(folder).as_posix()] for path in list_files(folder))
     manifest = Manifest(
         lpsparse=__version__, source=source, recipe=recipe, layout=layout,
-        files=files, tensors=tensors, quality=quality, notes=notes, trained=trained,
+        files=files, tensors=tensors, quality=quality, notes=notes, trained=trained, earlier=earlier,
     )  # fmt: skip
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return manifest

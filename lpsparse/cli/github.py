@@ -95,11 +95,12 @@ def annotations(report: "Report") -> list[str]:
 
 def sweep_annotations(found: dict[str, Any]) -> list[str]:
     """One error where no model meets the budgets, with what each of them fails."""
-    from lpsparse.reporting.sweep import failure, verdict
+    from lpsparse.reporting.sweep import failure, failures, verdict
 
     if found["smallest"] is not None:
         return []
-    why = [f"sparsity {row['sparsity']:g}: {failure(row)}" for row in found["rows"]]
+    failed = [f"sparsity {text}" for text in failures(found)]
+    why = failed or [f"sparsity {row['sparsity']:g}: {failure(row)}" for row in found["rows"]]
     if len(why) > _MOST:
         why = [*why[: _MOST - 1], f"{len(why) - _MOST + 1} more are in the table"]
     return [command("error", "lpsparse: sweep", f"{found['recipe']}: {verdict(found)}", *why)]

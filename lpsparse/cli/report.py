@@ -1,6 +1,7 @@
 """`lpsparse report`: what is shown of it, and the files that its views go to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,19 +88,36 @@ def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None
         if file != "-":
             read = (step.model, step.base, None if step.baseline is None else str(step.baseline))
             check_report_file(Path(file), read)
-    with working(quiet):
-        found = report_step(step, teller(quiet))
-    for view, file in asked.items():
-        text = _VIEWS[view](found)
-        if file == "-":
-            print_file(text)
-        elif is_first():
-            write_beside(Path(file), text)
+    left = [Path(file) for file in asked.values() if file != "-"]
+    with _no_earlier(left):
+        with working(quiet):
+            found = report_step(step, teller(quiet))
+        for view, file in asked.items():
+            text = _VIEWS[view](found)
+            if file == "-":
+                print_file(text)
+            elif is_first():
+                write_beside(Path(file), text)
+                left.remove(Path(file))
     if "-" not in asked.values():
         show_report(found, as_json=False)
     tell_runner(found)
     if not found.passed:
         raise typer.Exit(ExitCode.VERDICT)
+
+
+@contextmanager
+def _no_earlier(left: list[Path]) -> Generator[None]:
+    """Where there is no report, what an earlier run left in these files is not taken for its: it gets `.old`
+    behind its name."""
+    try:
+        yield
+    except BaseException:
+        for path in left if is_first() else ():
+            with suppress(OSError):
+                if path.is_file():
+                    path.replace(path.with_name(path.name + ".old"))
+        raise
 
 
 def _check(asked: dict[str, str]) -> None:

@@ -56,10 +56,13 @@ def sweep(
 
 
 def _print(found: dict[str, Any], say: Any) -> None:
-    from lpsparse.reporting.sweep import rows, verdict
-    from lpsparse.reporting.text import columns
+    from lpsparse.reporting.sweep import failures, rows, verdict
+    from lpsparse.reporting.text import columns, fitted
 
     print_result("\n".join(columns(*rows(found), width())))
+    failed = failures(found)
+    if failed:
+        print_result("\n".join(fitted(f"failed at {text}", width()) for text in failed))
     out = Path(found["out"])
     say(f"wrote {out / 'sweep.svg'}, sweep.csv and sweep.json")
     print_result(verdict(found) + ("" if found["smallest"] is None else f":\n{out / found['smallest']}"))

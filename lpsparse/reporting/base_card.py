@@ -18,46 +18,23 @@ _ONE = {"license": _NAME, "license_name": _NAME, "pipeline_tag": r"[a-z][a-z0-9-
 _MANY = {"language": r"[A-Za-z]{2,12}([-_][A-Za-z0-9]{1,8})*", "datasets": rf"{_NAME}(/{_NAME})?"}
 _WANTED = re.compile(rf"^({'|'.join((*_ONE, *_MANY))}):.*\n(?:(?:[ \t-].*)?\n)*", re.MULTILINE)
 
-_RESULTS = re.compile(r"^model-index:.*\n(?:(?:[ \t-].*)?\n)*", re.MULTILINE)
-
 
 def read_base_card(path: Path) -> dict[str, Any]:
     """The fields of its metadata that may be copied; none where there is no card, or no YAML in it."""
-    found = _checked(_read(path, _WANTED))
+    found = _checked(_read(path))
     if "license" not in found:  # its name and link alone say nothing
         found = {key: value for key, value in found.items() if not key.startswith("license")}
     return found
 
 
-def read_own_card(path: Path) -> dict[str, Any]:
-    """Task and data of the results in a card that lpsparse wrote, as settings of the step that measured them;
-    none where it has no results."""
-    index: Any = _read(path, _RESULTS).get("model-index")
-    result = _first(_first(index).get("results"))
-    task, name = (_text_in(result.get(key), field) for key, field in (("task", "type"), ("dataset", "name")))
-    if task is None or not re.fullmatch(_ONE["pipeline_tag"], task, re.ASCII):
-        return {}
-    return {"task": task, "data": {} if name is None else {name: None}}
-
-
-def _first(items: Any) -> dict[Any, Any]:
-    first: Any = items[0] if isinstance(items, list) and items else None
-    return first if isinstance(first, dict) else {}  # pyright: ignore[reportUnknownVariableType]
-
-
-def _text_in(table: Any, key: str) -> str | None:
-    value: Any = table.get(key) if isinstance(table, dict) else None
-    return value if isinstance(value, str) else None
-
-
-def _read(path: Path, wanted: re.Pattern[str]) -> dict[Any, Any]:
+def _read(path: Path) -> dict[Any, Any]:
     """The wanted fields of a card's metadata, as they are."""
     if not path.is_file():
         return {}
     with path.open("rb") as file:
         text = file.read(_MOST_BYTES).decode("utf-8-sig", "replace").replace("\r\n", "\n")
     block = re.match(r"\s*---[ \t]*\n(.*?\n)---[ \t]*(\n|$)", text, re.DOTALL)
-    taken = "".join(each.group() for each in wanted.finditer(block.group(1))) if block else ""
+    taken = "".join(each.group() for each in _WANTED.finditer(block.group(1))) if block else ""
     if len(taken) > _MOST_TAKEN:
         return {}
     try:

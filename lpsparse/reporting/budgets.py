@@ -9,7 +9,7 @@ from lpsparse.checkpoint.manifest import Quality
 from lpsparse.errors import InputError, UsageError
 from lpsparse.limits import BUDGETS, Limit, limit_of
 from lpsparse.recipe import ReportStep
-from lpsparse.reporting.records import Budget, Report, TensorRow
+from lpsparse.reporting.records import Budget, Report, TensorRow, groups
 
 Level = Literal["error", "warn"]
 
@@ -26,6 +26,9 @@ def check_budgets(report: Report, step: ReportStep) -> Report:
             found.append(_CHECKS[name](report, limit_of(name, text)).model_copy(update={"level": level}))
     if (found or report.budgets) and report.nonfinite_tensors:
         found.append(_finite(report, "warn" if "finite" in step.warn else "error"))
+    lost = () if report.base is None else (*report.base.only_there, *report.base.other_form)
+    if (found or report.budgets) and lost:
+        found.append(_all_there(lost))
     return _with(report, found)
 
 
@@ -34,6 +37,15 @@ def _finite(report: Report, level: Level) -> Budget:
     count = sum(row.nonfinite for row in report.tensors)
     worst = report.nonfinite_tensors[0]
     return Budget(name="finite", limit=0, value=count, margin=-count, level=level, passed=False, worst=worst)
+
+
+def _all_there(lost: tuple[str, ...]) -> Budget:
+    """It only warns: training for another task may leave a head behind on purpose."""
+    count = len(lost)
+    return Budget(
+        name="tensors lost of BASE", limit=0, value=count, margin=-count, level="warn", passed=False,
+        worst=lost[0],
+    )  # fmt: skip
 
 
 def _with(report: Report, more: list[Budget]) -> Report:
@@ -94,14 +106,12 @@ def _max_layer_sparsity(report: Report, limit: Limit) -> Budget:
 
 def _min_nm(report: Report, limit: Limit) -> Budget:
     assert limit.n_m is not None
-    size = int(limit.n_m.partition(":")[2])
     met = whole = 0
     worst: tuple[float, str] | None = None
     for row in _matching(report, limit):
         if row.detail is None:  # a report of zeros alone
             return _at_least(f"min-nm {limit.n_m}", limit, None, passed=False)
-        # A tensor that has no such groups meets none.
-        part, count = row.detail.n_m.get(limit.n_m, (0, -(-row.weights // size)))
+        part, count = groups(row, limit.n_m)
         met, whole = met + part, whole + count
         if count and (worst is None or part / count < worst[0]):
             worst = part / count, row.name
@@ -148,7 +158,7 @@ def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report
     Raises InputError where the two cannot be compared.
     """
     name, regression = str(step.baseline), step.max_regression
-    _check_alike(report, baseline, name)
+    unknown = _check_alike(report, baseline, name)
     share = Decimal(1) - regression
     level: Level = "warn" if "baseline" in step.warn else "error"
     zeros = Limit(Decimal(repr(baseline.prunable.sparsity)) * share)
@@ -162,7 +172,8 @@ def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report
         *((_no_worse(measured.get(each.metric), each, regression), each.after) for each in baseline.quality),
     ]  # fmt: skip
     found = [each.model_copy(update={"level": level, "baseline": theirs}) for each, theirs in limits]
-    return _with(report.model_copy(update={"baseline": name}), found)
+    said = (*report.not_measured, *unknown)
+    return _with(report.model_copy(update={"baseline": name, "not_measured": said}), found)
 
 
 def _no_worse(mine: Quality | None, theirs: Quality, regression: Decimal) -> Budget:
@@ -176,7 +187,8 @@ def _no_worse(mine: Quality | None, theirs: Quality, regression: Decimal) -> Bud
     return _at_least(name, Limit(after + may), value, passed=passed)
 
 
-def _check_alike(report: Report, baseline: Report, name: str) -> None:
+def _check_alike(report: Report, baseline: Report, name: str) -> tuple[str, ...]:
+    """Raises InputError where the two cannot be compared. What is not known of it, in words."""
     ours, theirs = report.identity, baseline.identity
     why = None
     if ours is None or theirs is None:
@@ -196,3 +208,8 @@ def _check_alike(report: Report, baseline: Report, name: str) -> None:
     if why is not None:
         what = f"{name}: not comparable with {report.model}: {why}"
         raise InputError(354, what, mend="make the baseline again, from the same base model and data")
+    if ours is not None and theirs is not None and None in (ours.base_sha256, theirs.base_sha256):
+        return (
+            "whether the baseline is of the same base model: one of the two reports does not know its own",
+        )
+    return ()

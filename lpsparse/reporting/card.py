@@ -1,6 +1,7 @@
 """The model card README.md of OUT: what was done, in the words of the Hugging Face hub's metadata."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lpsparse import __version__
 from lpsparse.checkpoint.hub import is_hub_id
-from lpsparse.checkpoint.manifest import Quality, Source
+from lpsparse.checkpoint.manifest import EarlierStep, Quality, Source
 from lpsparse.reporting.base_card import read_base_card
 from lpsparse.reporting.figure import FIGURE
 from lpsparse.reporting.markdown import code
@@ -25,22 +26,27 @@ _HUB_TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}
 
 def render(
     report: Report, source: Source, quality: tuple[Quality, ...], *, recipe: Settings,
-    trained: Settings | None = None, base_card: Path, figure: bool = False, lost: bool = False,
+    earlier: Sequence[EarlierStep] = (), base_card: Path, figure: bool = False, lost: bool = False,
 ) -> str:  # fmt: skip
     """Markdown with metadata. Names from a checkpoint are escaped; the licence, and what else is still true,
-    is copied from `base_card` if it is there. `trained` are the settings of the finetune step that measured
-    `quality`, where they are known; with `lost` there was one of the source."""
+    is copied from `base_card` if it is there. `recipe` made the model, of what the `earlier` steps had made,
+    the last finetune of which measured `quality`; with `lost` there was one of the source."""
     # Markdown, not HTML: escaping is done by the md filter where text comes from outside.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"md": escape, "percent": percent}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     copied = read_base_card(base_card)
+    steps = (*earlier, EarlierStep(source=source.name, recipe=recipe))
+    training = next((each for each in reversed(steps) if isinstance(each.recipe.get("finetune"), dict)), None)
+    trained: Settings = training.recipe["finetune"] if training else {}
     return template.render(
-        metadata=_metadata(report, source, quality, copied, trained or {}),
+        metadata=_metadata(report, source, quality, copied, trained),
         report=report, source=source, base_card=base_card.name if base_card.is_file() else "",
         quality=[(each, interval(each.before, each.before_error), interval(each.after, each.after_error),
                   change_of(each)) for each in quality],
-        version=__version__, figure=FIGURE if figure else "", recipe=_fenced(recipe),
+        version=__version__, figure=FIGURE if figure else "", steps=steps,
+        recipe=_fenced(recipe if not earlier else [each.recipe for each in steps]),
+        before_of=training.source if training else "",
         licensed="license" in copied, lost=lost,
     )  # fmt: skip
 
@@ -93,7 +99,7 @@ def _results(
     return found
 
 
-def _fenced(recipe: Settings) -> str:
+def _fenced(recipe: Settings | list[Settings]) -> str:
     """YAML in a code block that nothing in it can end."""
     import yaml
 

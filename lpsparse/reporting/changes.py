@@ -106,7 +106,8 @@ def _of_block(mine: Bits, base: Bits, dtype: str, other: str) -> _Sums:
         moved = after.astype(np.float64) - before
     found.moved = float(np.square(moved).sum())
     distance = np.where(both & np.isfinite(moved), np.abs(moved), 0)
-    found.changed = int(np.count_nonzero(both & (moved != 0)))
+    differs = mine != base if dtype == other else after != before  # infinity less itself is NaN
+    found.changed = int(np.count_nonzero(both & differs))
     if found.changed:
         place = int(distance.argmax())
         found.largest_change, found.at = float(distance[place]), place

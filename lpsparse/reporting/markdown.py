@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from lpsparse.reporting.records import Report, TensorRow
 from lpsparse.reporting.text import clean, percent, shorten, size
 from lpsparse.reporting.words import (
+    alerts,
     budget_name,
     budget_row,
     change_of,
     changes,
     cut_at,
-    drained_of,
     hint,
     in_figures,
     interval,
@@ -21,6 +21,7 @@ from lpsparse.reporting.words import (
     neighbours,
     nonfinite,
     oddities,
+    singular,
     state,
     stores,
     verdict,
@@ -93,9 +94,8 @@ def _head(report: Report) -> Iterator[str]:
         yield f"**NOT FINITE: {alarm}**: {', '.join(code(name) for name in report.nonfinite_tensors[:5])}"
         yield ""
     yield f"{code(report.model)}: **{verdict(report)}**"
-    alert = drained_of(report)
-    if alert:
-        names = ", ".join(code(name) + left for name, left in alert.tensors)
+    for alert in alerts(report):
+        names = ", ".join(code(name) + remark for name, remark in alert.tensors)
         yield from ("", f"Warning: {alert.what} {names}{alert.mend}.")
 
 
@@ -128,6 +128,7 @@ def _totals(report: Report) -> Iterator[str]:
         rows += [("changes", in_figures(sums)), *([("cut", at)] if at else [])]
         if sums.moved is not None:
             rows.append(("largest change", f"{largest_change(sums.moved)} of {code(sums.moved.name)}"))
+    rows += [(name, f"{plain(value)} of {code(tensor)}") for name, value, tensor in singular(report)]
     yield from table(("", ""), rows)
     yield from ("", f"Counted: {plain(report.rule)}.")
 

@@ -7,12 +7,14 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.files import entries_of
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, own_manifest
+from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.weights import Named, file_size
+from lpsparse.limits import REPORTED_N_M
 from lpsparse.pruning.prunable import choose
 from lpsparse.reporting.kinds import KINDS, kind_of
 from lpsparse.reporting.records import (
@@ -27,6 +29,7 @@ from lpsparse.reporting.records import (
     Report,
     Share,
     TensorRow,
+    groups,
 )
 from lpsparse.reporting.survey import survey
 
@@ -34,6 +37,7 @@ _PACKED = (
     "lpsparse (load, unpack); transformers from_pretrained after `import lpsparse`, where config.json is "
     "beside it; ordinary loaders refuse it by its file name"
 )
+_TORCH = "torch.load, as it is a torch file; lpsparse, which runs nothing of it; no safetensors reader"
 _OPENS = {
     "dense": "any safetensors reader; transformers from_pretrained where config.json is beside it",
     "bitmask": _PACKED,
@@ -74,14 +78,19 @@ def measure(
     )
     prunable = [row for row in rows if row.prunable]
     return Report(
-        model=name or checkpoint.name, layout=checkpoint.layout, opens_with=_OPENS[checkpoint.layout],
+        model=name or checkpoint.name, layout=checkpoint.layout, opens_with=_opens_with(checkpoint),
         rule=rule + "a tied tensor counts once, as it is stored",
         prunable=_share("prunable weights", prunable), all=_share("all weights", rows),
         bytes=_bytes(checkpoint, rows, bitmask_bytes), tensors=tuple(rows), kinds=_kinds(rows),
-        n_m=_together([row.detail.n_m for row in prunable if row.detail]),
+        n_m=_together([_n_m(row) for row in prunable if row.detail and row.weights]),
         empty=_together([row.detail.empty for row in prunable if row.detail]), histogram=_histogram(prunable),
         nonfinite_tensors=tuple(row.name for row in rows if row.nonfinite), quality=quality,
     )  # fmt: skip
+
+
+def _opens_with(checkpoint: Checkpoint) -> str:
+    torch = any(path.name.endswith(TORCH_SUFFIXES) for path in checkpoint.files)
+    return _TORCH if torch else _OPENS[checkpoint.layout]
 
 
 def prunable_of(
@@ -130,6 +139,10 @@ def _kinds(rows: list[TensorRow]) -> tuple[KindRow, ...]:
                 )
             )  # fmt: skip
     return tuple(found)
+
+
+def _n_m(row: TensorRow) -> dict[str, tuple[int, int]]:
+    return {name: groups(row, name) for name in REPORTED_N_M}
 
 
 def _together(tables: list[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
@@ -233,8 +246,8 @@ def made_by(manifest: Manifest, files: set[str]) -> Made:
     source = manifest.source
     return Made(
         lpsparse=manifest.lpsparse, source=source.name, revision=source.revision, base=source.base,
-        recipe=manifest.recipe, files=tuple(each for each in manifest.files if each.name in files),
-        notes=manifest.notes,
+        recipe=manifest.recipe, earlier=manifest.earlier, notes=manifest.notes,
+        files=tuple(each for each in manifest.files if each.name in files),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from lpsparse.checkpoint.manifest import FileRecord, Quality
+from lpsparse.checkpoint.manifest import EarlierStep, FileRecord, Quality
 
 
 class Record(BaseModel):
@@ -98,6 +98,13 @@ class TensorRow(Record):
     change: Change | None = None
 
 
+def groups(row: TensorRow, n_m: str) -> tuple[int, int]:
+    """How many groups of a tensor meet N:M, of how many. One whose rows are not made of whole groups meets
+    none: no runtime takes it as N:M."""
+    known = row.detail.n_m.get(n_m) if row.detail else None
+    return known or (0, -(-row.weights // int(n_m.partition(":")[2])))
+
+
 class KindRow(Record):
     """All tensors of one layer type."""
 
@@ -178,6 +185,7 @@ class Made(Record):
     revision: str | None
     base: str  # the model that the chain of steps began with
     recipe: dict[str, Any]
+    earlier: tuple[EarlierStep, ...] = ()  # steps that led to the source, first to last
     files: tuple[FileRecord, ...]  # weight files
     notes: tuple[str, ...]
 
@@ -202,7 +210,7 @@ class Report(Record):
     bytes: Bytes
     tensors: tuple[TensorRow, ...]
     kinds: tuple[KindRow, ...] = ()
-    n_m: dict[str, Part] = {}  # sums over the prunable tensors
+    n_m: dict[str, Part] = {}  # sums over the prunable tensors; one of rows without whole groups meets none
     empty: dict[str, Part] = {}
     histogram: Histogram | None = None  # of the prunable weights
     nonfinite_tensors: tuple[str, ...]

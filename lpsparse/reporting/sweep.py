@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lpsparse.reporting.markdown import code, plain, table
+from lpsparse.reporting.records import Budget
 from lpsparse.reporting.text import clean, size
+from lpsparse.reporting.words import budget_row, state
 
 _MOST_ROWS = 100
 Found = Mapping[str, Any]  # as `lpsparse.sweep` gives it
@@ -38,8 +40,23 @@ def rows(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def failure(row: Found) -> str:
     """What fails of the model at one sparsity; empty where nothing does."""
-    failed = [each["name"] for each in row["budgets"] if not each["passed"] and each["level"] != "warn"]
-    return "" if row["passed"] else ", ".join(map(clean, failed)) or "verify"
+    failed = [name for name, *_ in _failed(row)]
+    return "" if row["passed"] else ", ".join(failed) or "verify"
+
+
+def failures(found: Found) -> list[str]:
+    """A line for each budget that a sparsity fails, with its value and its limit."""
+    return [
+        f"{row['sparsity']:g}: {name}: {value}, limit {limit}"
+        for row in found["rows"]
+        for name, limit, value, *_ in _failed(row)
+    ]
+
+
+def _failed(row: Found) -> list[tuple[str, ...]]:
+    """Name, limit, value, margin and state of the budgets that fail."""
+    budgets = (Budget.model_validate(each) for each in row["budgets"])
+    return [tuple(map(clean, budget_row(each))) for each in budgets if state(each) == "FAILED"]
 
 
 def markdown(found: Found) -> str:
@@ -54,6 +71,9 @@ def markdown(found: Found) -> str:
         for sparsity, *figures, said in body[:_MOST_ROWS]
     ]
     lines += table((*head[:4], plain(head[4]), *head[5:]), shown)
+    failed = failures(found)
+    if failed:
+        lines += ["", *(f"- {code(text)}" for text in failed[:_MOST_ROWS])]
     if len(body) > _MOST_ROWS:
         lines += ["", f"... and {len(body) - _MOST_ROWS:,} more: see sweep.csv."]
     return "\n".join([*lines, ""])

@@ -3,11 +3,11 @@
 from lpsparse.reporting.records import Estimate, Report
 from lpsparse.reporting.text import clean, columns, fitted, percent, size
 from lpsparse.reporting.words import (
+    alerts,
     budget_row,
     change_of,
     changes,
     cut_at,
-    drained_of,
     hint,
     in_figures,
     interval,
@@ -15,6 +15,7 @@ from lpsparse.reporting.words import (
     neighbours,
     nonfinite,
     oddities,
+    singular,
     stores,
     verdict,
 )
@@ -29,9 +30,7 @@ Line = tuple[str, str]
 def render(report: Report, width: int = 80, *, color: bool = False) -> str:
     """Verdict first, then totals, budgets, layer types, then the tensors with the most weights."""
     head = _head(report, width, color)
-    alert = drained_of(report)
-    if alert is not None:
-        head.append(fitted(clean(f"warning: {alert}"), width))
+    head += [fitted(clean(f"warning: {alert}"), width) for alert in alerts(report)]
     return _joined([head, *_middle(report, width), _tensors(report, width)])
 
 
@@ -71,6 +70,7 @@ def _totals(report: Report, width: int) -> list[str]:
         *_base(report),
         *neighbours(report),
         *oddities(report),
+        *((name, f"{value} of {tensor}") for name, value, tensor in singular(report)),
     ]
     for quality in report.quality:
         before = interval(quality.before, quality.before_error)
@@ -103,8 +103,8 @@ def _base(report: Report) -> list[Line]:
     lines += [("cut", at)] if at else []
     if sums.moved is not None:
         lines.append(("largest change", f"{largest_change(sums.moved)} of {sums.moved.name}"))
-    only = {"only here": base.only_here, "only in BASE": base.only_there, "other shape": base.other_form}
-    lines += [(word, f"{len(names):,} tensors") for word, names in only.items() if names]
+    if base.only_here:
+        lines.append(("only here", f"{len(base.only_here):,} tensors"))
     return lines
 
 

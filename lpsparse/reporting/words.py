@@ -1,5 +1,6 @@
 """What every view says of a report, in the same words."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from lpsparse.reporting.text import percent, shorten, size
 _ROOM = 0.05  # share of a limit from which on a margin is worth a word
 _DRAINED = 0.999  # zeros of a tensor that hardly says anything any more,
 _MODERATE = 0.95  # where of all prunable weights less than this is zero; else only one of zeros alone is told
-_MOST_DRAINED = 4
+_MOST_NAMED = 4  # tensors in a warning
 CONFIDENCE = 1.96  # standard errors either way that hold 95 % of a normal distribution
 
 
@@ -38,19 +39,36 @@ def nonfinite(report: Report) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Drained:
-    """Prunable tensors of which nothing, or next to nothing, is left, in words."""
+class Alert:
+    """What should be looked at before the model is used, in words."""
 
     what: str
-    tensors: tuple[tuple[str, str], ...]  # name, and what is left where something is
+    tensors: tuple[tuple[str, str], ...]  # name, and a remark
     mend: str
 
     def __str__(self) -> str:
         return f"{self.what} {', '.join(shorten(name, 160) + left for name, left in self.tensors)}{self.mend}"
 
 
-def drained(tensors: Iterable[tuple[str, int, int]]) -> Drained | None:
-    """Of names, zeros and weights of the prunable tensors; None where all still say something."""
+def alerts(report: Report) -> tuple[Alert, ...]:
+    found = lost_of(report), drained_of(report)
+    return tuple(each for each in found if each is not None)
+
+
+def lost_of(report: Report) -> Alert | None:
+    """Tensors of BASE that are not here as they are there; None where all are, or no BASE was given."""
+    base = report.base
+    if base is None or not (base.only_there or base.other_form):
+        return None
+    names = [(name, "") for name in base.only_there] + [(name, " (other shape)") for name in base.other_form]
+    many = f" ({len(names):,} tensors)" if len(names) > 1 else ""
+    mend = f"{many}; what loads this model may put random values there"
+    return Alert("not here as BASE has it:", tuple(names[:_MOST_NAMED]), mend)
+
+
+def drained(tensors: Iterable[tuple[str, int, int]]) -> Alert | None:
+    """Prunable tensors of which nothing, or next to nothing, is left, of names, zeros and weights; None where
+    all still say something."""
     given = [each for each in tensors if each[2]]
     moderate = sum(zeros for _, zeros, _ in given) < _MODERATE * sum(weights for *_, weights in given)
     bound = _DRAINED if moderate else 1
@@ -60,14 +78,14 @@ def drained(tensors: Iterable[tuple[str, int, int]]) -> Drained | None:
     whole = all(zeros == weights for _, zeros, weights in found)
     named = tuple(
         (name, f" ({weights - zeros:,} of {weights:,} weights)" if zeros < weights else "")
-        for name, zeros, weights in found[:_MOST_DRAINED]
+        for name, zeros, weights in found[:_MOST_NAMED]
     )
     many = f" ({len(found):,} tensors)" if len(found) > 1 else ""
     mend = "`--exclude` keeps it, `prune --scope tensor` or `finetune --allocation lamp` spreads the cut"
-    return Drained(f"{'' if whole else 'next to '}nothing is left of", named, f"{many}; {mend}")
+    return Alert(f"{'' if whole else 'next to '}nothing is left of", named, f"{many}; {mend}")
 
 
-def drained_of(report: Report) -> Drained | None:
+def drained_of(report: Report) -> Alert | None:
     return drained((row.name, row.zeros, row.weights) for row in report.tensors if row.prunable)
 
 
@@ -197,7 +215,7 @@ def largest_change(row: TensorRow) -> str:
     change, where = row.change, ""
     if change.at is not None and change.before is not None and change.after is not None:
         where = f", {change.before:.6g} -> {change.after:.6g} at value {change.at:,}"
-    return f"{change.largest_change:.6g}{where}"
+    return f"{change.largest_change:.6g} of what is zero in neither{where}"
 
 
 def neighbours(report: Report) -> list[tuple[str, str]]:
@@ -208,8 +226,20 @@ def neighbours(report: Report) -> list[tuple[str, str]]:
             lines.append((name, f"{part:,} of {whole:,} groups ({percent(part / whole)})"))
     for name, (part, whole) in report.empty.items():
         if part and whole:
-            lines.append((f"empty {name}", f"{part:,} of {whole:,} ({percent(part / whole)})"))
+            ones = " whole ones" if name.startswith("blocks") else ""
+            lines.append((f"empty {name}", f"{part:,} of {whole:,}{ones} ({percent(part / whole)})"))
     return lines
+
+
+def singular(report: Report) -> list[tuple[str, str, str]]:
+    """The largest singular value and the worst condition, each with the tensor that has it."""
+    given = [(row.spectrum, row.name) for row in report.tensors if row.spectrum is not None]
+    if not given:
+        return []
+    most, of = max(given, key=lambda each: each[0].largest)
+    worst, name = max(given, key=lambda each: math.inf if each[0].condition is None else each[0].condition)
+    said = "the smallest is 0" if worst.condition is None else f"{worst.condition:.4g}"
+    return [("largest singular", f"{most.largest:.4g}", of), ("worst condition", said, name)]
 
 
 def oddities(report: Report) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from lpsparse.reporting.html.parts import (
     View,
     count,
     named,
+    number,
     percent,
     plural,
     size,
@@ -86,9 +87,23 @@ def view(report: Report) -> View:
         )
     if not drawn:
         return View(
-            "layers", title, (*words, "No tensor is prunable or holds a zero."), tables=(_table(ordered),)
-        )
-    return View("layers", title, (" ".join(words),), (_figure(report, drawn, _table(ordered)),))
+            "layers", title, (*words, "No tensor is prunable or holds a zero."),
+            tables=(_table(ordered), *_spectra(ordered)),
+        )  # fmt: skip
+    figure = _figure(report, drawn, _table(ordered))
+    return View("layers", title, (" ".join(words),), (figure,), _spectra(ordered))
+
+
+def _spectra(ordered: list[TensorRow]) -> tuple[Table, ...]:
+    """Singular values, where they were asked for."""
+    some, rest = largest([row for row in ordered if row.spectrum])
+    body = [
+        (named(row.name), number(row.spectrum.largest), number(row.spectrum.smallest),
+         number(row.spectrum.condition))
+        for row in some if row.spectrum
+    ]  # fmt: skip
+    head = ("tensor", "largest", "smallest", "condition")
+    return (Table("Singular values", head, body, rest=rest),) if body else ()
 
 
 def _table(ordered: list[TensorRow]) -> Table:

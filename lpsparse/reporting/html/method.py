@@ -7,6 +7,7 @@ from lpsparse.reporting.records import Made, Report
 from lpsparse.reporting.text import shorten
 
 _LONGEST = 300
+_MOST_STEPS = 9  # before the last one
 
 
 def view(report: Report) -> View:
@@ -19,7 +20,7 @@ def view(report: Report) -> View:
         )
     else:
         words += [f"Note: {note}" for note in report.made.notes[:MOST_ROWS]]
-        tables += [_made(report, report.made), _recipe(report.made), _files(report.made)]
+        tables += [_made(report, report.made), *_recipes(report.made), _files(report.made)]
     if report.identity is not None:
         tables.append(_identity(report))
     return View("method", "Method", tuple(words), tables=tuple(tables))
@@ -35,13 +36,15 @@ def _denominators(report: Report) -> Table:
 
 
 def _made(report: Report, made: Made) -> Table:
-    seeds = [value for key, value in _settings(made.recipe) if key.split(" ")[-1] == "seed"]
+    recipes = [*(each.recipe for each in made.earlier), made.recipe]
+    given = [pair for recipe in recipes for pair in _settings(recipe)]
+    seeds = dict.fromkeys(_value(value) for key, value in given if key.split(" ")[-1] == "seed")
     body: list[tuple[Cell, ...]] = [
         ("made by", f"lpsparse {made.lpsparse}"),
         ("from", named(made.source)),
         ("revision", named(made.revision or "none")),
         ("the chain of steps began with", named(made.base)),
-        ("seed", ", ".join(map(_value, seeds)) or "none in the settings"),
+        ("seed", ", ".join(seeds) or "none in the settings"),
     ]
     if report.base is not None:
         known = "the source, by its hashes" if report.base.is_source else "not known to be the source"
@@ -49,9 +52,15 @@ def _made(report: Report, made: Made) -> Table:
     return Table("How it was made", ("what", "value"), body, words=(0, 1))
 
 
-def _recipe(made: Made) -> Table:
-    body = [(named(key), _value(value)) for key, value in _settings(made.recipe)[:MOST_ROWS]]
-    return Table("Settings", ("setting", "value"), body, words=(0, 1))
+def _recipes(made: Made) -> list[Table]:
+    """The settings of each step, those of the last one last."""
+    steps = [*(each.recipe for each in made.earlier[-_MOST_STEPS:]), made.recipe]
+    found: list[Table] = []
+    for i, recipe in enumerate(steps, 1):
+        body = [(named(key), _value(value)) for key, value in _settings(recipe)[:MOST_ROWS]]
+        which = f", step {i} of {len(steps)}" if len(steps) > 1 else ""
+        found.append(Table(f"Settings{which}", ("setting", "value"), body, words=(0, 1)))
+    return found
 
 
 def _settings(recipe: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from lpsparse.checkpoint.manifest import Quality
+from lpsparse.reporting import words
 from lpsparse.reporting.html.parts import (
     Cell,
     Table,
@@ -20,7 +21,7 @@ from lpsparse.reporting.html.parts import (
     typeset,
 )
 from lpsparse.reporting.records import Budget, Report
-from lpsparse.reporting.words import apart, budget_row, change_of, drained_of, hint, nonfinite, spread, state
+from lpsparse.reporting.words import apart, budget_row, change_of, hint, nonfinite, spread, state
 
 _LEVELS = {"ok": "passed", "FAILED": "failed", "warn": "warning"}
 _SIGNS = {"passed": "✓", "failed": "✕", "warning": "!", "none": "–"}
@@ -62,10 +63,10 @@ def alerts(report: Report) -> tuple[Cell, ...]:
     if report.nonfinite_tensors:
         many = plural(len(report.nonfinite_tensors), "tensor")
         found.append(filled("NaN or Inf in {}: {}.", many, listed(report.nonfinite_tensors)))
-    alert = drained_of(report)
-    if alert is not None:
-        names = (filled("{}{}", named(name), typeset(left)) for name, left in alert.tensors)
-        found.append(filled("{} {}{}.", alert.what.capitalize(), Markup(", ").join(names), coded(alert.mend)))
+    for alert in words.alerts(report):
+        names = (filled("{}{}", named(name), typeset(remark)) for name, remark in alert.tensors)
+        what = alert.what[0].upper() + alert.what[1:]
+        found.append(filled("{} {}{}.", what, Markup(", ").join(names), coded(alert.mend)))
     return tuple(found)
 
 
