@@ -93,7 +93,7 @@ def _compared(
         raise InputError(353, what, mend="give the checkpoint that MODEL was made from as BASE")
     # The same weights are counted of both.
     counted = {row.name: (row.prunable, row.reason) for row in found.tensors if row.name in shapes}
-    beside = measure(base, prunable_of(base, step.include, step.exclude) | counted)
+    beside = measure(base, prunable_of(base, step.include, step.exclude) | counted, patterns=False)
     check_weights(base, beside)
     manifest = own_manifest(checkpoint)
     made_of = manifest and (hash_of(manifest.source.files), manifest.source.base_sha256)

@@ -108,7 +108,7 @@ _INCLUDE = Field(
     "embedding, norm or output head.",
 )
 _EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatable, wins over --include.")
-MODEL = Field(description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
+MODEL = Field(min_length=1, description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
 _WEIGHTS = Field(
     None,
     description="Weight file or index in MODEL that is meant, a name alone. Default: the one that is there.",
@@ -262,7 +262,7 @@ class UnpackStep(Step):
 class VerifyStep(Step):
     """Check that a folder is what its manifest says: files, hashes, zeros, finiteness."""
 
-    model: str = Field(description="Folder that lpsparse wrote, with its lpsparse.json.")
+    model: str = Field(min_length=1, description="Folder that lpsparse wrote, with its lpsparse.json.")
     source: str | None = Field(
         None,
         description="What it was cut from: names, shapes and dtypes must be its, every value its bits or 0.",

@@ -479,3 +479,26 @@ def test_65_an_output_in_the_hub_cache_is_refused(
             names.setenv(name, str(cache))
             failed(cli(*arguments(command, tiny, tmp_path / "hf" / "hub" / "out", tiny)), 4)
         assert os.listdir(tmp_path / "hf" / "hub") == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("verify", ""), ("report", ""), ("prune", "", "out", "--sparsity", "0.5"), ("report", ".", "")],
+)
+def test_an_empty_name_is_not_the_current_folder(
+    words: tuple[str, ...], tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny)
+    before = tree_hash(tiny)
+    said = failed(cli(*words), 3 if len(words) == 3 else 2)  # BASE may be anything that is there
+    assert "empty" in said or "at least 1 character" in said
+    assert tree_hash(tiny) == before
+
+
+def test_the_next_command_is_one_even_for_an_out_like_a_flag(
+    tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    said = cli("prune", "--sparsity", "0.5", "--", tiny.name, "-out").stderr
+    _, _, command = said.strip().splitlines()[-1].partition("next: lpsparse ")
+    assert command == f"report -- -out {tiny.name}" and cli(*command.split()).rc == 0

@@ -3,6 +3,7 @@ Needs `pip install '.[browser]'` and a Chromium (in PATH, or playwright's own); 
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,25 @@ def test_on_a_narrow_screen_every_cell_of_a_budget_is_in_sight_with_its_word(
     assert all(right <= width and inside <= width for right, inside, _ in cells)
     heads = ("budget", "value", "limit", "margin", "level", "remark")
     assert not cells or {word for _, _, word in cells} == {"none", *(f'"{word}"' for word in heads)}
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_no_two_words_under_a_figure_lie_on_one_another(chromium: Any, file: Path, width: int) -> None:
+    page = Visit(chromium, file, viewport={"width": width, "height": 740}).page
+    words: list[list[Any]] = page.evaluate(
+        "[...document.querySelectorAll('svg.plot')].flatMap((plot, i) => [...plot.querySelectorAll('text')]"
+        ".map(each => [i, each.getBoundingClientRect(), each.textContent])"
+        ".map(([i, box, said]) => [i, Math.round(box.top), box.left, box.right, said]))"
+    )
+    assert len(words) > 10 or "There is no histogram" in page.content()
+    lines: dict[tuple[int, int], list[Any]] = {}
+    for plot, top, *word in words:
+        lines.setdefault((plot, top), []).append(word)
+    on: list[Any] = []
+    for line in lines.values():
+        ordered = sorted(line)
+        on += [(one, two) for one, two in pairwise(ordered) if one[1] > two[0]]
+    assert on == []
 
 
 @pytest.mark.parametrize("mode", ["light", "dark", "narrow"])

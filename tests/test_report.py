@@ -19,7 +19,7 @@ from lpsparse.errors import InputError
 from lpsparse.reporting.card import escape
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.table import render
-from lpsparse.reporting.text import clean, columns, shorten, size
+from lpsparse.reporting.text import cells, clean, columns, shorten, size
 
 Cli = Callable[..., Ran]
 
@@ -218,6 +218,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "edited zeros": (lambda f: edit_tensor(f, zeros=7), "the manifest has 7"),
     "edited shape": (lambda f: edit_tensor(f, shape=[7]), "I64 (7,)"),
     "tensor unlisted": (lambda f: edit_manifest(f, lambda m: m["tensors"].pop()), "tensor not in"),
+    "edited layout": (lambda f: edit_tensor(f, layout="packed"), "stored dense, the manifest has packed"),
+    "edited finite": (
+        lambda f: edit_manifest(f, lambda m: m["tensors"][-1].update(finite=False)), "the manifest has some"
+    ),
+    "another layout": (lambda f: edit_manifest(f, lambda m: m.update(layout="../x")), "has ../x"),
+    "file twice": (lambda f: edit_manifest(f, lambda m: m["files"].append(m["files"][0])), "1 files twice"),
     "tensor invented": (lambda f: edit_tensor(f, name="x"), "x: tensor missing"),
     "edited hash": (lambda f: edit_manifest(f, lambda m: m["files"][0].update(sha256="0" * 64)), "sha256"),
     "file unlisted": (lambda f: edit_manifest(f, lambda m: m["files"].pop()), "not in the manifest"),
@@ -412,6 +418,19 @@ def test_a_shortened_name_has_the_width_and_keeps_both_ends(width: int) -> None:
     short = shorten(name, width)
     assert len(short) == min(width, len(name))
     assert (short[0], short[-1]) == ("m", "t")
+
+
+@pytest.mark.parametrize("width", [2, 3, 8, 21, 40])
+@pytest.mark.parametrize("name", ["模" * 30, "a模" * 20, "é" * 30, "e\u0301" * 40, "😀" * 20, "模"])
+def test_a_name_of_wide_letters_has_no_more_columns_than_there_are(name: str, width: int) -> None:
+    shown = shorten(name, width)
+    assert cells(shown) <= max(width, 4) and (shown == name or "…" in shown)
+    assert cells("模é😀e\u0301") == 6
+
+
+def test_columns_of_wide_letters_line_up() -> None:
+    lines = columns(("tensor", "zero"), [("模型.weight", "1"), ("a", "22"), ("层" * 30, "3")], 40)
+    assert all(cells(line) <= 40 for line in lines) and len({cells(line) for line in lines}) == 1
 
 
 def test_columns_line_up() -> None:

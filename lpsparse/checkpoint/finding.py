@@ -20,6 +20,10 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
     """Local path, display name and hub commit (None when local) of MODEL, without opening anything."""
     text = str(model)
     path = Path(text)
+    if not text.strip():
+        raise InputError(
+            327, "MODEL is empty", mend="give a folder, a file or a hub id; is a variable unset?"
+        )
     if text.startswith("bundled:"):
         folder = Path(__file__).parents[1] / "bundled"
         if text.removeprefix("bundled:") in os.listdir(folder):

@@ -79,7 +79,9 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
     print_result((table.render if step.dry_run else table.summary)(report, width()))
     if not step.dry_run:
         base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
-        following = shlex.join(["lpsparse", "report", str(step.out), *base])
+        places = [str(step.out), *base]
+        ends = ["--"] if any(place.startswith("-") for place in places) else []  # of the options
+        following = shlex.join(["lpsparse", "report", *ends, *places])
         teller(quiet)(f"wrote {step.out}; next: {following}")
 
 

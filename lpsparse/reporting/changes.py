@@ -12,8 +12,8 @@ from lpsparse.checkpoint.dtypes import DTYPES, Bits, magnitudes, ordered
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
-from lpsparse.checkpoint.threads import parallel
 from lpsparse.reporting.records import Change
+from lpsparse.reporting.survey import on_each
 
 _TASK_BYTES = 32 << 20
 
@@ -41,9 +41,8 @@ def changes(checkpoint: Checkpoint, base: Checkpoint) -> dict[str, Change]:
     tasks = [(ours, other, *lines) for ours, other in pairs for lines in _tasks(ours, other)]
     found = {ours.name: _Sums() for ours, _ in pairs}
     with phase("comparing", sum(ours.nbytes for ours, _ in pairs)):
-        parts = parallel(_compare, tasks)
-    for (ours, *_), part in zip(tasks, parts, strict=True):
-        _add(found[ours.name], part)
+        for (ours, *_), part in on_each(_compare, tasks):
+            _add(found[ours.name], part)
     return {name: _change(sums) for name, sums in found.items()}
 
 

@@ -27,6 +27,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     problems: list[str] = []
     listed = {record.name: record for record in manifest.files}
+    if len(listed) < len(manifest.files):
+        problems.append(f"the manifest has {len(manifest.files) - len(listed)} files twice")
     present = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
     missing = [name for name in set(listed) - set(present) if not is_hidden(name)]  # `push` leaves these
     problems += [f"{name}: missing" for name in sorted(missing)]
@@ -37,7 +39,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if found != listed[name]:
             problems.append(f"{name}: {found.size} bytes, sha256 {found.sha256[:12]}, the manifest has "
                             f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
-    problems += _tensor_problems(folder, manifest.tensors)
+    problems += _tensor_problems(folder, manifest.layout, manifest.tensors)
     return {"ok": not problems, "files": len(listed), "tensors": len(manifest.tensors), "problems": problems}
 
 
@@ -98,7 +100,7 @@ def _others(task: tuple[Tensor, Tensor, int, int]) -> int:
     return sum(int(np.count_nonzero((a != b) & ((a != 0) | (not may_be_zero)))) for (_, a), (_, b) in pairs)
 
 
-def _tensor_problems(folder: Path, records: tuple[TensorRecord, ...]) -> Iterator[str]:
+def _tensor_problems(folder: Path, layout: str, records: tuple[TensorRecord, ...]) -> Iterator[str]:
     try:
         checkpoint = open_checkpoint(folder)
         found = count_all(checkpoint)
@@ -106,6 +108,8 @@ def _tensor_problems(folder: Path, records: tuple[TensorRecord, ...]) -> Iterato
     except InputError as error:
         yield error.what
         return
+    if checkpoint.layout != layout:
+        yield f"the layout is {checkpoint.layout}, the manifest has {layout}"
     for record in records:
         tensor, counted = counts.pop(record.name, (None, None))
         if tensor is None or counted is None:
@@ -114,6 +118,10 @@ def _tensor_problems(folder: Path, records: tuple[TensorRecord, ...]) -> Iterato
             yield f"{record.name}: {tensor.dtype} {tensor.shape}, expected {record.dtype} {record.shape}"
         elif counted.zeros != record.zeros:
             yield f"{record.name}: {counted.zeros} zeros, the manifest has {record.zeros}"
-        elif counted.nonfinite and record.finite:
-            yield f"{record.name}: {counted.nonfinite} values are NaN or Inf"
+        elif DTYPES[tensor.dtype].is_float and (counted.nonfinite == 0) != record.finite:
+            yield f"{record.name}: {counted.nonfinite} values are NaN or Inf, the manifest has " + (
+                "none" if record.finite else "some"
+            )
+        elif tensor.layout != record.layout:
+            yield f"{record.name}: stored {tensor.layout}, the manifest has {record.layout}"
     yield from (f"{name}: tensor not in the manifest" for name in counts)

@@ -4,14 +4,14 @@ import hashlib
 
 from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.files import entries_of
-from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.checkpoint.files import entries_of, room
+from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, own_manifest
 from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import metadata_of
-from lpsparse.checkpoint.tensors import Tensor
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.limits import REPORTED_N_M
@@ -37,6 +37,7 @@ _PACKED = (
     "lpsparse (load, unpack); transformers from_pretrained after `import lpsparse`, where config.json is "
     "beside it; ordinary loaders refuse it by its file name"
 )
+_HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it
 _TORCH = "torch.load, as it is a torch file; lpsparse, which runs nothing of it; no safetensors reader"
 _OPENS = {
     "dense": "any safetensors reader; transformers from_pretrained where config.json is beside it",
@@ -55,15 +56,19 @@ def measure(
     name: str | None = None,
     quality: tuple[Quality, ...] = (),
     counts: dict[str, Count] | None = None,
+    patterns: bool = True,
 ) -> Report:
     """Look at every value of every tensor, unless `counts` has the zeros, which are all that is told then.
-    `chosen` says what is prunable; by default the names and patterns do.
+    `chosen` says what is prunable; by default the names and patterns do. Without `patterns` none are looked
+    for among the zeros.
     """
     if chosen is None:
         chosen = prunable_of(checkpoint, include, exclude)
     rows: list[TensorRow] = []
     stored: dict[str, list[Named]] = {path.name: [] for path in checkpoint.files}  # in the bitmask layout
-    counts, details = survey(checkpoint) if counts is None else (counts, dict[str, Detail]())
+    counts, details = (
+        (counts, dict[str, Detail]()) if counts is not None else survey(checkpoint, patterns=patterns)
+    )
     for tensor in checkpoint.tensors:
         counted = counts[tensor.name]
         rows.append(_row(tensor, counted, details.get(tensor.name), *chosen[tensor.name]))
@@ -181,9 +186,18 @@ def _packed(checkpoint: Checkpoint, rows: list[TensorRow]) -> int | None:
         return checkpoint.file_bytes
     if not any(row.detail for row in rows):
         return None
-    headers = checkpoint.file_bytes - sum(row.stored_bytes for row in rows)
-    bounds = (min(row.detail.bound_bytes, row.dense_bytes) if row.detail else row.dense_bytes for row in rows)
-    return sum(bounds) + max(headers, 0)
+    by_file: dict[str, list[Tensor]] = {path.name: [] for path in checkpoint.files}
+    for tensor in checkpoint.tensors:
+        by_file[tensor.file].append(tensor)
+    headers = sum(room(tensors, metadata_of(checkpoint, file, "packed")) for file, tensors in by_file.items())
+    return headers + sum(_packed_tensor(row) for row in rows)
+
+
+def _packed_tensor(row: TensorRow) -> int:
+    if row.detail is None:
+        return row.dense_bytes
+    size = row.detail.bound_bytes + _HEAD_BYTES + _CHUNK_BYTES * -(-row.dense_bytes // BLOCK_BYTES)
+    return size if packed.pays(size, row.dense_bytes, len(row.shape)) else row.dense_bytes
 
 
 def compare(report: Report, base: Report, changed: dict[str, Change], *, is_source: bool) -> Report:

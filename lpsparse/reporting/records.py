@@ -126,7 +126,7 @@ class Bytes(Record):
     zero_bytes: int  # bytes of exact zeros when stored densely
     zero_share: float  # zero_bytes / dense_bytes
     bitmask_bytes: int  # weight files in the bitmask layout, as `pack --layout bitmask` writes them
-    packed_bytes: int | None = None  # about what `pack` writes: the order-0 bound; exact where it is packed
+    packed_bytes: int | None = None  # about what `pack` writes; exact where it is packed
 
 
 class Base(Record):

@@ -3,9 +3,9 @@ patterns of zeros (N:M, rows, columns, heads, blocks) happen to be there."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ _NEAR = 10  # powers of two under the largest magnitude: near zero
 
 Counts = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Task = TypeVar("Task", bound=tuple[Any, ...])
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -63,17 +65,12 @@ class Found:
         self.blocks = self.blocks + other.blocks
 
 
-def survey(checkpoint: Checkpoint) -> tuple[dict[str, Count], dict[str, Detail]]:
+def survey(checkpoint: Checkpoint, *, patterns: bool = True) -> tuple[dict[str, Count], dict[str, Detail]]:
     """What `count_all` counts (but its sums), and more of the tensors of floats: each value is read once."""
     tasks = [(tensor, *lines) for tensor in checkpoint.tensors for lines in _tasks(tensor)]
     found = {tensor.name: Found() for tensor in checkpoint.tensors}
-    # Of small tensors Python's own work is the most, at which two threads only hinder each other.
-    small = [task for task in tasks if task[0].nbytes < _SMALL_BYTES]
-    groups = [small, *([task] for task in tasks if task[0].nbytes >= _SMALL_BYTES)]
     with phase("reading", checkpoint.dense_bytes):
-        parts = parallel(lambda group: [_look(task) for task in group], groups)
-    for group, each in zip(groups, parts, strict=True):
-        for (tensor, *_), part in zip(group, each, strict=True):
+        for (tensor, *_), part in on_each(lambda task: _look(*task, patterns), tasks):
             found[tensor.name].add(part)
     heads = _head_size(checkpoint)
     counts: dict[str, Count] = {}
@@ -83,8 +80,18 @@ def survey(checkpoint: Checkpoint) -> tuple[dict[str, Count], dict[str, Detail]]
         stored = tensor.size - each.zeros + each.negative_zeros
         counts[tensor.name] = Count(each.zeros, stored, each.nan + each.inf, 0)
         if DTYPES[tensor.dtype].is_float:
-            details[tensor.name] = _detail(tensor, each, heads)
+            details[tensor.name] = _detail(tensor, each, heads, patterns)
     return counts, details
+
+
+def on_each(work: Callable[[Task], Result], tasks: list[Task]) -> Iterator[tuple[Task, Result]]:
+    """Each task, which begins with its tensor, and what came of it. Small tensors are one thread's: of them
+    Python's own work is the most, at which two threads only hinder each other."""
+    small = [task for task in tasks if task[0].nbytes < _SMALL_BYTES]
+    groups = [small, *([task] for task in tasks if task[0].nbytes >= _SMALL_BYTES)]
+    found = parallel(lambda group: [work(task) for task in group], groups)
+    for group, results in zip(groups, found, strict=True):
+        yield from zip(group, results, strict=True)
 
 
 def _tasks(tensor: Tensor) -> list[tuple[int, int]]:
@@ -95,14 +102,13 @@ def _tasks(tensor: Tensor) -> list[tuple[int, int]]:
     return [(line, min(line + step, lines)) for line in range(0, lines, step)]
 
 
-def _look(task: tuple[Tensor, int, int]) -> Found:
-    tensor, first, last = task
+def _look(tensor: Tensor, first: int, last: int, patterns: bool) -> Found:
     found = Found()
     whole = tensor.grid[0] == tensor.rows  # a line is a row
     for block in _aligned(tensor.blocks(first, last), max(_SIDES) if whole else 1):
         advance(block.nbytes)
         if DTYPES[tensor.dtype].is_float:
-            found.add(look_at(block, tensor.dtype, len(tensor.shape) > 1, whole))
+            found.add(look_at(block, tensor.dtype, patterns and len(tensor.shape) > 1, whole))
         else:
             found.zeros += block.size - int(np.count_nonzero(block))
     return found
@@ -168,8 +174,10 @@ def _special(found: Found, codes: Bits, limit: int, dtype: str) -> None:
 
 def _binades(exponents: Bits, count: int) -> Counts:
     """How many there are of each."""
-    found = counts_of(exponents.reshape(-1).astype(np.uint8 if count <= 256 else np.uint16))
-    return np.pad(found, (0, count - found.size))
+    counts = counts_of(exponents.reshape(-1).astype(np.uint8 if count <= 256 else np.uint16))
+    found = np.zeros(count, np.int64)
+    found[: counts.size] = counts
+    return found
 
 
 def _patterns(found: Found, kept: Flags, whole: bool) -> None:
@@ -200,7 +208,7 @@ def _empty_blocks(fours: NDArray[np.uint8], side: int) -> int:
     return wide.size - int(np.count_nonzero(wide))
 
 
-def _detail(tensor: Tensor, found: Found, head_size: int | None) -> Detail:
+def _detail(tensor: Tensor, found: Found, head_size: int | None, patterns: bool) -> Detail:
     exponent, mantissa = FIELDS[tensor.dtype]
     bias = (1 << (exponent - 1)) - 1
     binades = found.binades if found.binades.size else np.zeros(1 << exponent, np.int64)
@@ -215,8 +223,9 @@ def _detail(tensor: Tensor, found: Found, head_size: int | None) -> Detail:
         near_zero=int(binades[: max(last - _NEAR, 0)].sum()),
         smallest=values[0] if values else None, largest=values[-1] if values else None,
         histogram=Histogram(first=first - bias, counts=tuple(binades[first : last + 1].tolist())),
-        n_m=_groups(tensor, found), empty=_empty(tensor, found, head_size),
-        bound_bytes=math.ceil(_bound_bits(tensor.size, kept, binades, 1 + mantissa) / 8),
+        n_m=_groups(tensor, found) if patterns else {},
+        empty=_empty(tensor, found, head_size) if patterns else {},
+        bound_bytes=math.ceil(_bound_bits(tensor.size, kept, binades[used], 1 + mantissa) / 8),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 Standard library only, so that an error message costs nothing."""
 
 import re
+from unicodedata import combining, east_asian_width
 
 IN_JSON = "##\\u005b"  # for `##[`: the same string
 
@@ -41,12 +42,27 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{'-' if share < 0 else ''}{written} %"
 
 
+def cells(text: str) -> int:
+    """Columns that a terminal shows it in: two for a wide letter, none for a mark on the letter before."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def _cells(letter: str) -> int:
+    return 0 if combining(letter) else 2 if east_asian_width(letter) in "WF" else 1
+
+
 def shorten(name: str, width: int) -> str:
-    """A name cut in its middle to `width` characters."""
-    if len(name) <= width:
+    """A name cut in its middle to `width` columns."""
+    if cells(name) <= width:
         return name
     half = max(1, (width - 1) // 2)
-    return f"{name[: width - 1 - half]}…{name[-half:]}"
+    end = name[max(0, len(name) - half) :]
+    while cells(end) > half and len(end) > 1:
+        end = end[1:]
+    start = name[: max(0, width - 1 - half)]
+    while cells(start) > width - 1 - half:
+        start = start[:-1]
+    return f"{start}…{end}"
 
 
 def fitted(text: str, width: int, hang: int = 2) -> str:
@@ -83,7 +99,7 @@ def columns(head: tuple[str, ...], body: list[tuple[str, ...]], width: int) -> l
 
 def _widths(rows: list[tuple[str, ...]], width: int) -> list[int] | None:
     """Of each column; None where they cannot share `width`."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
     over = sum(widths) + 2 * (len(widths) - 1) - width
     remark = 8 if rows[0][-1] == "" else widths[-1]  # numbers are shown whole or not at all
     for i, least in ((-1, remark), (0, _LEAST_NAME)):
@@ -94,8 +110,8 @@ def _widths(rows: list[tuple[str, ...]], width: int) -> list[int] | None:
 
 def _row(row: tuple[str, ...], widths: list[int]) -> str:
     name, *others = (shorten(cell, limit) for cell, limit in zip(row, widths, strict=True))
-    others = [cell.rjust(limit) for cell, limit in zip(others, widths[1:], strict=True)]
-    return "  ".join([name.ljust(widths[0]), *others]).rstrip()
+    others = [" " * (limit - cells(cell)) + cell for cell, limit in zip(others, widths[1:], strict=True)]
+    return "  ".join([name + " " * (widths[0] - cells(name)), *others]).rstrip()
 
 
 def _stacked(head: tuple[str, ...], row: tuple[str, ...], width: int) -> list[str]:

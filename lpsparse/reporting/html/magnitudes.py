@@ -56,7 +56,7 @@ def _figure(ours: _Counts, theirs: _Counts, cut: float | None, kept: float | Non
         parts.append(_outline({i - first: axis.at(each) for i, each in theirs.items()}, many))
     for value, css in ((cut, "cut"), (kept, "kept")):
         parts += _threshold(value, first, last, css) if value else []
-    step = max(1, -(-(last - first) // 5))
+    step = max(1, -(-(last - first) // 3))  # four of them stand apart on a narrow screen
     marks = [((i - first) / (last - first), _power(i, 2)) for i in range(first, last + 1, step)]
     parts += svg.feet(marks, _HEIGHT)
     legend = [("total", "after")] + ([("outline", "before (BASE)")] if theirs else [])
