@@ -146,8 +146,9 @@ def _keep_curves(step: Step, source: Checkpoint, folder: Path) -> None:
     """The curves of the training that led here stay with the weights; who trains has curves of his own."""
     if isinstance(step, FinetuneStep) or source.root is None or own_manifest(source) is None:
         return
-    if (source.root / METRICS).is_file():
-        shutil.copyfile(source.root / METRICS, folder / METRICS)
+    path = source.root / METRICS
+    if path.is_file() and not path.is_symlink():  # which might lead out of the folder
+        shutil.copyfile(path, folder / METRICS)
         fsync(folder / METRICS)
 
 

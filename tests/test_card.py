@@ -116,6 +116,10 @@ def test_a_card_tells_of_every_step_and_of_which_model_before_is(trained: Path, 
     assert found.made is not None
     assert [list(each.recipe) for each in found.made.earlier] == [["finetune"], ["prune"]]
     assert found.training == report(trained).training != ()
+    (tmp_path / "pruned" / "metrics.jsonl").rename(tmp_path / "secret")
+    (tmp_path / "pruned" / "metrics.jsonl").symlink_to("../secret")
+    pack(tmp_path / "pruned", tmp_path / "other")
+    assert not (tmp_path / "other" / "metrics.jsonl").exists()
     page = render(found)
     assert all(f"Settings, step {i} of 3" in page for i in (1, 2, 3)) and "Curves of the run" in page
 
