@@ -238,7 +238,7 @@ def singular(report: Report) -> list[tuple[str, str, str]]:
         return []
     most, of = max(given, key=lambda each: each[0].largest)
     worst, name = max(given, key=lambda each: math.inf if each[0].condition is None else each[0].condition)
-    said = "the smallest is 0" if worst.condition is None else f"{worst.condition:.4g}"
+    said = "infinite (the smallest is 0)" if worst.condition is None else f"{worst.condition:.4g}"
     return [("largest singular", f"{most.largest:.4g}", of), ("worst condition", said, name)]
 
 
