@@ -77,7 +77,6 @@ def _rows(shape: tuple[int, ...], dtype: str) -> int:
     return shape[0] if shape and DTYPES[dtype].bits >= 8 else 1
 
 
-@cache
 def grid_of(shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
     """See `Tensor.grid`. Fused experts have rows of hundreds of megabytes, which nobody wants to hold."""
     rows, kind = _rows(shape, dtype), DTYPES[dtype]
