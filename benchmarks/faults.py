@@ -532,7 +532,7 @@ class Case:
         errors = ran.said.splitlines()[-2:]
         if not re.match(rf"error\[LPS\d+\]: .*{re.escape(str(self.disk))}", errors[0]):
             yield f"names no file: {ran.said}"
-        if len(errors) != 2 or not errors[1].startswith("  mend: ") or "Traceback" in ran.said:
+        if len(errors) != 2 or not errors[1].startswith("  hint: ") or "Traceback" in ran.said:
             yield f"not two lines: {ran.said}"
 
 
@@ -564,7 +564,7 @@ PAGES = ["times", "verify found it", "report refused it", "tensor named", "misse
 
 
 def pages(folder: Path, times: int, draw: random.Random) -> dict[str, Counter[str]]:
-    """A bit flipped, or a page of zeros, anywhere in the weight files; mended again afterwards."""
+    """A bit flipped, or a page of zeros, anywhere in the weight files; put back afterwards."""
     out = folder / "out"
     lpsparse.prune(generate(folder / "model", 4 / 1024, shard=1 << 20), out, sparsity=0.8)
     files = sorted(out.glob("*.safetensors"))
@@ -577,7 +577,7 @@ def pages(folder: Path, times: int, draw: random.Random) -> dict[str, Counter[st
         reported = forked(["report", str(out)], folder / "said")
         path.write_bytes(whole)
         seen = verified.code == 1 and path.name in verified.said
-        two_lines = re.match(rf"error\[LPS\d+\]: .*{path.name}.*\n  mend: .*\n$", reported.said)
+        two_lines = re.match(rf"error\[LPS\d+\]: .*{path.name}.*\n  hint: .*\n$", reported.said)
         refused = reported.code == 3 and two_lines is not None
         rows[name].update(
             {

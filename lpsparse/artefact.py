@@ -95,7 +95,7 @@ def _check_unchanged(stamps: Stamps) -> None:
     for path, known in stamps.items():
         if _stamp(path) != known:
             what = f"{path}: was changed while it was read"
-            raise InputError(344, what, mend="run again when nobody writes it")
+            raise InputError(344, what, hint="run again when nobody writes it")
 
 
 def check_same(record: Source, known: dict[str, str]) -> None:
@@ -104,7 +104,7 @@ def check_same(record: Source, known: dict[str, str]) -> None:
         if file.sha256 != known[file.name]:
             what = f"{record.name}: {file.name} was changed during the training"
             raise InputError(
-                344, what, mend="put it back, and run again: from the last training state, if any"
+                344, what, hint="put it back, and run again: from the last training state, if any"
             )
 
 

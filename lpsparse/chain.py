@@ -52,7 +52,7 @@ def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[Link
     `baseline` may name such an `out`, too. A report's `base` is the model that its own chain began with.
     """
     if read.out.exists() and not read.out.is_dir():
-        raise OutputError(401, f"{read.out}: is a file", mend="choose another --set out=FOLDER")
+        raise OutputError(401, f"{read.out}: is a file", hint="choose another --set out=FOLDER")
     links: list[Link] = []
     current = read.model
     for i in range(len(read.steps)):
@@ -87,8 +87,8 @@ def _linked(
         given["out"] = read.out / called
     step = _beside(resolve(kind, given, settings, where=where), path.parent)
     if getattr(step, "dry_run", False):
-        mend = "leave it out; `lpsparse recipe check` looks without writing"
-        raise UsageError(282, f"{where}: dry_run leaves nothing for the steps after it", mend=mend)
+        hint = "leave it out; `lpsparse recipe check` looks without writing"
+        raise UsageError(282, f"{where}: dry_run leaves nothing for the steps after it", hint=hint)
     return Link(i, name, step.as_finetune() if isinstance(step, RecoverStep) else step, origin, called)
 
 
@@ -128,7 +128,7 @@ def _check_place(where: str, link: Link, before: Sequence[Link]) -> None:
         theirs = other.out.absolute()
         if mine == theirs or theirs in mine.parents or mine in theirs.parents:
             what = f"{where}: out {link.out} and {other.out} of steps[{other.index}] lie in one another"
-            raise UsageError(283, what, mend="give each step an out of its own")
+            raise UsageError(283, what, hint="give each step an out of its own")
 
 
 def _beside(step: Step, folder: Path) -> Step:

@@ -35,14 +35,14 @@ def check_data(step: FinetuneStep | EvalStep, source: Checkpoint) -> list[str]:
 
 def _check_file(task: str, path: Path) -> None:
     if not os.access(path, os.R_OK):
-        raise InputError(371, f"{path}: Permission denied", mend="check the data and its permissions")
+        raise InputError(371, f"{path}: Permission denied", hint="check the data and its permissions")
     if path.is_dir() and task == "image-classification":
         return
     if path.is_dir() or path.suffix not in _KINDS[task]:
         what = f"{path}: not data of {task} ({', '.join(_KINDS[task])})"
-        raise InputError(372, what, mend="give such a file, or another task")
+        raise InputError(372, what, hint="give such a file, or another task")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise InputError(381, f"{path.name}: parquet needs pyarrow", mend="pip install 'lpsparse[data]'")
+        raise InputError(381, f"{path.name}: parquet needs pyarrow", hint="pip install 'lpsparse[data]'")
 
 
 def _check_model(step: FinetuneStep | EvalStep, source: Checkpoint) -> None:
@@ -50,7 +50,7 @@ def _check_model(step: FinetuneStep | EvalStep, source: Checkpoint) -> None:
     if step.model_fn is not None:
         where = step.model_fn.rpartition(":")[0]
         if where.endswith(".py") and not Path(where).is_file():
-            raise UsageError(241, f"--model-fn: {where}: no such file", mend="check the path")
+            raise UsageError(241, f"--model-fn: {where}: no such file", hint="check the path")
     elif source.files and (source.root is None or not (source.root / "config.json").is_file()):
         what = f"{source.name}: no config.json beside the weights"
-        raise InputError(391, what, mend="give a Hugging Face folder, or model_fn for a bare state dict")
+        raise InputError(391, what, hint="give a Hugging Face folder, or model_fn for a bare state dict")

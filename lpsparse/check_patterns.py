@@ -71,6 +71,6 @@ def _check_budgets(step: ReportStep, names: list[str], *, renamed: bool) -> list
                 continue
             if not renamed:
                 what = f"budget --{name} {text}: the pattern matches no tensor"
-                raise UsageError(290, what, mend="`lpsparse inspect MODEL` lists the names")
+                raise UsageError(290, what, hint="`lpsparse inspect MODEL` lists the names")
             notes.append(f"{pattern}: {_NOT_YET}")
     return notes

@@ -70,7 +70,7 @@ def check_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None)
     check_free(read.out)
     place = _existing(read.out.absolute())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(404, f"{place}: no permission to write here", mend=_ELSEWHERE)
+        raise OutputError(404, f"{place}: no permission to write here", hint=_ELSEWHERE)
     free = shutil.disk_usage(place).free
     look = _Look()
     steps: list[dict[str, Any]] = []
@@ -93,7 +93,7 @@ def _naming(link: Link) -> Generator[None]:
         yield
     except LpsparseError as error:
         what = f"steps[{link.index}].{link.name}: {error.what}"
-        raise type(error)(int(error.code[3:]), what, mend=error.mend) from error
+        raise type(error)(int(error.code[3:]), what, hint=error.hint) from error
 
 
 def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _take(model: str, weights: str | None, look: _Look) -> _Held:
             held = _Held(open_checkpoint(model, weights))
         if not held.checkpoint.tensors:
             what = f"{held.checkpoint.name}: holds no tensors"
-            raise InputError(335, what, mend="give a checkpoint with weights")
+            raise InputError(335, what, hint="give a checkpoint with weights")
         look.opened[model, weights] = held
     return look.opened[model, weights]
 
@@ -179,12 +179,12 @@ def _state(link: Link, held: _Held, look: _Look, place: Path) -> str:
             return "finished"
         if not step.overwrite:
             what = f"{out}: holds what other settings, data or another input made"
-            mend = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
-            raise OutputError(401, what, mend=mend)
+            hint = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
+            raise OutputError(401, what, hint=hint)
         look.fresh.add(str(out))
         return "replaced"
     if os.path.lexists(out):
-        raise OutputError(401, f"{out}: exists already", mend=_ELSEWHERE)
+        raise OutputError(401, f"{out}: exists already", hint=_ELSEWHERE)
     look.fresh.add(str(out))
     return "goes on" if has_states(partial_of(out)) else "new"
 
@@ -213,7 +213,7 @@ def _check_disk(out: Path, need: int, before: int, free: int) -> None:
     if need * _SPARE > free:
         steps = f", {before} of them for the steps before it" if before else ""
         what = f"{out}: needs {need} bytes{steps}; {free} are free"
-        raise OutputError(406, what, mend="free some space or choose another --set out=FOLDER")
+        raise OutputError(406, what, hint="free some space or choose another --set out=FOLDER")
 
 
 def _existing(path: Path) -> Path:

@@ -140,12 +140,12 @@ def _meet() -> None:
         distributed.init_process_group("gloo", timeout=_MEETING)
     except ValueError as error:  # WORLD_SIZE without MASTER_ADDR
         raise UsageError(
-            257, f"several processes: {error}", mend="start them with torchrun or srun"
+            257, f"several processes: {error}", hint="start them with torchrun or srun"
         ) from error
     except RuntimeError as error:
         line = str(error).strip().partition("\n")[0][:200]
         what = f"process {os.environ.get('RANK')}: the others did not come: {line}"
-        raise ResourceError(MISSED, what, mend="see what ended the other processes") from error
+        raise ResourceError(MISSED, what, hint="see what ended the other processes") from error
 
 
 def make_patient() -> None:
@@ -178,8 +178,8 @@ def missing_others(doing: str = "") -> Generator[None]:
             raise
         line = str(error).strip().partition("\n")[0][:200]
         what = f"process {rank()}: {doing}{type(error).__name__}: {line}"
-        mend = "see what ended the other processes (--debug shows where this one was)"
-        raise ResourceError(MISSED, what, mend=mend) from error
+        hint = "see what ended the other processes (--debug shows where this one was)"
+        raise ResourceError(MISSED, what, hint=hint) from error
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -374,8 +374,8 @@ def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
     if first.exitcode < 0 and first.exitcode != -signal.SIGTERM:
         name = signal.Signals(-first.exitcode).name
         what = f"process {first.local_rank} was ended by {name}; the others were stopped"
-        mend = "run the same command again: it goes on from the last training state, if there is one"
-        return ResourceError(603, what, mend=mend)
+        hint = "run the same command again: it goes on from the last training state, if there is one"
+        return ResourceError(603, what, hint=hint)
     failed = [each for each in near if each.exitcode > 0]
     # What misses another process says so, and what the launcher then stops ends as if it were asked to.
     after = (ExitCode.RESUMABLE, ExitCode.INTERRUPT)

@@ -52,20 +52,30 @@ class TerminatedError(KeyboardInterrupt):
 
 
 class LpsparseError(Exception):
-    """A failure with a code (LPSnnn), what is wrong (with numbers) and the one thing to do (`mend`)."""
+    """A failure with a code (LPSnnn), what is wrong (with numbers) and the one thing to do (`hint`).
+
+    `str` has both lines, so that a log or a notebook shows the hint too.
+    """
 
     exit_code: ExitCode = ExitCode.BUG
 
-    def __init__(self, number: int, what: str, *, mend: str) -> None:
+    def __init__(self, number: int, what: str, *, hint: str) -> None:
         super().__init__(what)
         self.code = f"LPS{number}"
         self.what = what
-        self.mend = mend
-        self.add_note(f"  mend: {mend}")  # a traceback has the second line, too
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  hint: {self.hint}"
+
+    @property
+    def mend(self) -> str:
+        """The name of `hint` until 0.1; it goes with the next release."""
+        return self.hint
 
     def __reduce__(self) -> tuple[Any, ...]:
         """So that one process can tell another."""
-        return partial(type(self), mend=self.mend), (int(self.code[3:]), self.what)
+        return partial(type(self), hint=self.hint), (int(self.code[3:]), self.what)
 
 
 class VerdictError(LpsparseError):
@@ -117,6 +127,6 @@ class LaunchError(LpsparseError):
     which is silent, it is in `said`."""
 
     def __init__(self, exit_code: ExitCode, *, said: str = "") -> None:
-        super().__init__(600, f"a process of the run ended with exit code {int(exit_code)}", mend="see above")
+        super().__init__(600, f"a process of the run ended with exit code {int(exit_code)}", hint="see above")
         self.exit_code = exit_code
         self.said = said

@@ -61,7 +61,7 @@ Check = dict[str, str]
 
 def doctor(folder: str | Path = ".") -> dict[str, Any]:
     """What was found: {"ok", "exit_code", "checks"}. Each check has area, name, status (ok, warn or fail) and
-    found, and a mend unless it is ok. The disk is that of `folder`, in which nothing is left.
+    found, and a hint unless it is ok. The disk is that of `folder`, in which nothing is left.
 
     exit_code is 0 where nothing fails, 4 where the disk alone does, else 6.
     """
@@ -71,10 +71,10 @@ def doctor(folder: str | Path = ".") -> dict[str, Any]:
     return {"ok": not failed, "exit_code": int(code), "checks": checks}
 
 
-def _check(area: str, name: str, found: str, mend: str = "", status: str = "fail") -> Check:
-    """One line; ok where there is nothing to mend."""
-    line = {"area": area, "name": name, "status": status if mend else "ok", "found": clean(found)}
-    return {**line, "mend": mend} if mend else line
+def _check(area: str, name: str, found: str, hint: str = "", status: str = "fail") -> Check:
+    """One line; ok where there is nothing to do."""
+    line = {"area": area, "name": name, "status": status if hint else "ok", "found": clean(found)}
+    return {**line, "hint": hint} if hint else line
 
 
 def _versions() -> Iterator[Check]:
@@ -82,12 +82,12 @@ def _versions() -> Iterator[Check]:
     yield _check("versions", "python", found, "" if is_good(found, "3.11") else "use Python 3.11 or newer")
     yield _check("versions", "lpsparse", __version__)
     for name, (least, end) in FLOORS.items():
-        mend = f"pip install '{name}>={least}{f',<{end}' if end else ''}'"
+        hint = f"pip install '{name}>={least}{f',<{end}' if end else ''}'"
         try:
             found = version(name)
         except PackageNotFoundError:
             found = "not installed"
-        yield _check("versions", name, found, "" if is_good(found, least, end) else mend)
+        yield _check("versions", name, found, "" if is_good(found, least, end) else hint)
 
 
 def is_good(found: str, least: str, end: str = "") -> bool:
@@ -112,8 +112,8 @@ def _machine() -> Iterator[Check]:
     free, total, where = memory.available, memory.total, ""
     if limit is not None and used is not None and limit < total:
         free, total, where = min(free, limit - used), limit, ", a container's limit"
-    mend = "close other programs, or raise the limit" if free < _LEAST_BYTES else ""
-    yield _check("machine", "memory", f"{size(free)} free of {size(total)}{where}", mend, "warn")
+    hint = "close other programs, or raise the limit" if free < _LEAST_BYTES else ""
+    yield _check("machine", "memory", f"{size(free)} free of {size(total)}{where}", hint, "warn")
     yield _check("machine", "cores", f"{cores()} to use{_quota()}")
 
 
@@ -147,9 +147,9 @@ def _torch() -> Iterator[Check]:
     yield _check("devices", "gpu", gpus or ("MPS" if found["mps"] else "none: CPU only"))
     started = time.monotonic()
     failure = _meet()
-    mend = "see that localhost reaches itself (firewall, /etc/hosts); without it one process works alone"
+    hint = "see that localhost reaches itself (firewall, /etc/hosts); without it one process works alone"
     if failure:
-        yield _check("devices", "gloo", f"two processes did not meet: {failure}", mend)
+        yield _check("devices", "gloo", f"two processes did not meet: {failure}", hint)
     else:
         seconds = time.monotonic() - started
         yield _check("devices", "gloo", f"two processes met and shared work in {seconds:.1f} s")
@@ -198,11 +198,11 @@ def _disk(folder: Path) -> Iterator[Check]:
     except OSError as error:
         yield _check("disk", "folder", f"{shown}: {error.strerror}", "choose another folder for OUT")
         return
-    mend = "free some space, or choose another disk" if free < _LEAST_BYTES else ""
-    yield _check("disk", "folder", f"{shown}: {size(free)} free", mend, "warn")
+    hint = "free some space, or choose another disk" if free < _LEAST_BYTES else ""
+    yield _check("disk", "folder", f"{shown}: {size(free)} free", hint, "warn")
     for name, seconds, why in trials:
-        mend, status = _DISK[name]
-        yield _check("disk", name, why or f"works ({1000 * seconds:.1f} ms)", mend if why else "", status)
+        hint, status = _DISK[name]
+        yield _check("disk", name, why or f"works ({1000 * seconds:.1f} ms)", hint if why else "", status)
 
 
 def _hub() -> Iterator[Check]:
@@ -213,9 +213,9 @@ def _hub() -> Iterator[Check]:
         return
     cache = Path(constants.HF_HUB_CACHE)
     place = next(each for each in (cache, *cache.parents) if each.exists())
-    mend = "" if os.access(place, os.W_OK) else "set HF_HOME to a folder that can be written"
+    hint = "" if os.access(place, os.W_OK) else "set HF_HOME to a folder that can be written"
     new = "" if cache.exists() else ", not there yet"
-    yield _check("hub", "cache", f"{_without_home(cache)}{new}", mend, "warn")
+    yield _check("hub", "cache", f"{_without_home(cache)}{new}", hint, "warn")
     yield _check("hub", "token", "present" if get_token() else "none: public models only")
     said = [f"{name}={os.environ[name]}" for name in _OFFLINE if os.environ.get(name)]
     yield _check("hub", "offline", ", ".join(said) or "no")

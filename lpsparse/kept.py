@@ -19,7 +19,7 @@ def check_free(out: Path) -> None:
     """Raises OutputError where OUT is itself what a step wrote: it has a report of its own."""
     if (out / MANIFEST).is_file():
         what = f"{out}: lpsparse wrote it, and it would not verify any more"
-        raise OutputError(405, what, mend="choose another out")
+        raise OutputError(405, what, hint="choose another out")
 
 
 def report_file(link: Link, links: Sequence[Link], out: Path) -> Path:
@@ -52,7 +52,7 @@ def set_aside(paths: Sequence[Path]) -> Generator[None]:
             if path.is_file():
                 path.replace(name)
     except OSError as error:
-        raise OutputError(404, f"{error.filename}: {error.strerror}", mend="choose another out") from error
+        raise OutputError(404, f"{error.filename}: {error.strerror}", hint="choose another out") from error
     yield
     for name in old.values():
         with suppress(OSError):  # the new ones are whole

@@ -65,5 +65,5 @@ def switched_on(name: str) -> bool:
     """Whether a variable of yes or no says yes. Raises UsageError for another word."""
     value = os.environ.get(name, "")
     if value.lower() not in WORDS:
-        raise UsageError(201, f"{name} {value!r}: must be 1 or 0", mend=f"{name}=1, or unset it")
+        raise UsageError(201, f"{name} {value!r}: must be 1 or 0", hint=f"{name}=1, or unset it")
     return WORDS[value.lower()]

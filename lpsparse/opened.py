@@ -28,7 +28,7 @@ def on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
                 return verb(step, say)
         except OSError as error:  # what cannot be written is an OutputError by now
             what = f"{error.filename or step.model}: {error.strerror or error}"
-            raise InputError(338, what, mend="check the disk that it is on, and run again") from error
+            raise InputError(338, what, hint="check the disk that it is on, and run again") from error
 
     return run
 
@@ -39,7 +39,7 @@ def opened(model: str, say: Say, weights: str | None = None, *, needed: bool = T
     for note in checkpoint.notes:
         say(f"{checkpoint.name}: {note}")
     if not checkpoint.tensors and needed:
-        raise InputError(335, f"{checkpoint.name}: holds no tensors", mend="give a checkpoint with weights")
+        raise InputError(335, f"{checkpoint.name}: holds no tensors", hint="give a checkpoint with weights")
     if not checkpoint.tensors:
         say(f"{checkpoint.name}: holds no tensors")
     return checkpoint

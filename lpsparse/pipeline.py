@@ -93,7 +93,7 @@ def folder_for(out: Path) -> Generator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(404, f"{out}: {error.strerror}", mend="choose another out") from error
+        raise OutputError(404, f"{out}: {error.strerror}", hint="choose another out") from error
     try:
         yield
     finally:
@@ -122,8 +122,8 @@ def run_links(
             yield Done(link.name, step, verbs.report(step.out), skipped=True)
         elif isinstance(step, WRITES) and (step.out / MANIFEST).is_file() and not step.overwrite:
             what = f"{step.out}: holds what other settings, data or another input made"
-            mend = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
-            raise OutputError(401, what, mend=mend)
+            hint = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
+            raise OutputError(401, what, hint=hint)
         else:
             yield Done(link.name, step, execute(step, say, on_step))
 

@@ -18,7 +18,7 @@ def read_yaml(text: str, where: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         why = str(error).splitlines()[0]
-        raise UsageError(205, f"{where}: not valid YAML: {why}", mend="mend the file") from None
+        raise UsageError(205, f"{where}: not valid YAML: {why}", hint="fix the file") from None
 
 
 def _check_tokens(where: str, tokens: Iterable[Any]) -> None:
@@ -27,10 +27,10 @@ def _check_tokens(where: str, tokens: Iterable[Any]) -> None:
     for token in tokens:
         kind = type(token).__name__
         if kind == "AliasToken":
-            raise UsageError(205, f"{where}: YAML aliases are not accepted", mend="write the value out")
+            raise UsageError(205, f"{where}: YAML aliases are not accepted", hint="write the value out")
         depth += kind.endswith("StartToken") - kind.endswith("EndToken")
         if depth > _MOST_NESTED:
-            raise UsageError(205, f"{where}: nested more than {_MOST_NESTED} deep", mend="mend the file")
+            raise UsageError(205, f"{where}: nested more than {_MOST_NESTED} deep", hint="fix the file")
 
 
 def _check_keys(where: str, node: Any) -> None:
@@ -41,7 +41,7 @@ def _check_keys(where: str, node: Any) -> None:
             key, value = cast("tuple[Any, Any]", entry)
             if isinstance(key.value, str) and key.value in seen:
                 line = key.start_mark.line + 1
-                raise UsageError(205, f"{where}: line {line}: {key.value!r} stands twice", mend="keep one")
+                raise UsageError(205, f"{where}: line {line}: {key.value!r} stands twice", hint="keep one")
             seen.add(str(key.value))
             _check_keys(where, value)
         elif not isinstance(entry, str):

@@ -52,7 +52,7 @@ def check_reread(step: ReportStep) -> None:
     given = [flag(name) for name in _OF_FILES if not step.at_default(name)]
     if given:
         what = f"{step.model}: a report, which is not measured again: {', '.join(given)} cannot be had of it"
-        raise UsageError(291, what, mend="give the checkpoint itself")
+        raise UsageError(291, what, hint="give the checkpoint itself")
 
 
 def _measured(step: ReportStep, say: Say) -> Report:
@@ -85,12 +85,12 @@ def _compared(
     """The report beside BASE, and the hash of the weights that BASE's own chain of steps began with."""
     if is_report(model):
         what = f"{model}: a report; BASE is the checkpoint that MODEL came from"
-        raise UsageError(293, what, mend=f"did you mean --baseline {model}?")
+        raise UsageError(293, what, hint=f"did you mean --baseline {model}?")
     base = opened(model, say)
     shapes = {tensor.name: tensor.shape for tensor in base.tensors}
     if not any(shapes.get(tensor.name) == tensor.shape for tensor in checkpoint.tensors):
         what = f"{base.name}: has no tensor of the names and shapes of {checkpoint.name}: not comparable"
-        raise InputError(353, what, mend="give the checkpoint that MODEL was made from as BASE")
+        raise InputError(353, what, hint="give the checkpoint that MODEL was made from as BASE")
     # The same weights are counted of both.
     counted = {row.name: (row.prunable, row.reason) for row in found.tensors if row.name in shapes}
     beside = measure(base, prunable_of(base, step.include, step.exclude) | counted, patterns=False)
@@ -110,7 +110,7 @@ def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
     folder = Path(step.model)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
-        raise InputError(327, f"{folder}: {what}", mend="give a folder that lpsparse wrote")
+        raise InputError(327, f"{folder}: {what}", hint="give a folder that lpsparse wrote")
     found = check_folder(folder)
     if step.source is not None and found["ok"]:
         found["problems"] = list(check_against(open_checkpoint(folder), opened(step.source, say)))

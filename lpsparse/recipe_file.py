@@ -33,17 +33,17 @@ def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
     """A checked recipe file, with `--set key=value` applied.
     Raises UsageError naming file, key and nearest key."""
     if not path.is_file():
-        raise InputError(360, f"{path}: no such recipe", mend="give a YAML file, such as recipes/demo.yaml")
+        raise InputError(360, f"{path}: no such recipe", hint="give a YAML file, such as recipes/demo.yaml")
     if path.stat().st_size > 1_000_000:
         raise UsageError(
-            205, f"{path}: {path.stat().st_size} bytes is too large for a recipe", mend="shorten it"
+            205, f"{path}: {path.stat().st_size} bytes is too large for a recipe", hint="shorten it"
         )
     try:
         table = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise UsageError(205, f"{path}: not valid YAML: {error}", mend="mend the file") from None
+        raise UsageError(205, f"{path}: not valid YAML: {error}", hint="fix the file") from None
     if not isinstance(table, dict):
-        raise UsageError(205, f"{path}: not a table of keys", mend="start from a file under recipes/")
+        raise UsageError(205, f"{path}: not a table of keys", hint="start from a file under recipes/")
     _check_literal(str(path), table)
     for key, value in overrides.items():
         _check_literal(f"--set {key}", value)
@@ -56,8 +56,8 @@ def read_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
         prefix = key.partition(".")[0]
         if "." in key and prefix not in known:
             near = get_close_matches(prefix, known, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"steps are {', '.join(dict.fromkeys(known))}"
-            raise UsageError(208, f"--set {key}: the recipe has no step {prefix!r}", mend=mend)
+            hint = f"did you mean {near[0]}?" if near else f"steps are {', '.join(dict.fromkeys(known))}"
+            raise UsageError(208, f"--set {key}: the recipe has no step {prefix!r}", hint=hint)
     return recipe
 
 
@@ -66,7 +66,7 @@ def _check_literal(where: str, value: Any) -> None:
     another machine."""
     if isinstance(value, str) and SHELL.search(value):
         what = f"{where}: {value!r}: variables and ~ are not expanded in recipes"
-        raise UsageError(281, what, mend="write the value out, or let the shell do it: --set KEY=VALUE")
+        raise UsageError(281, what, hint="write the value out, or let the shell do it: --set KEY=VALUE")
     entries: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         entries = cast("dict[Any, Any]", value).items()
@@ -95,13 +95,13 @@ def _check_step(
     where = f"{path}: steps[{i}]"
     if len(step) != 1:
         raise UsageError(
-            206, f"{where}: one step name is needed, got {', '.join(step) or 'none'}", mend="split it"
+            206, f"{where}: one step name is needed, got {', '.join(step) or 'none'}", hint="split it"
         )
     name, values = next(iter(step.items()))
     if name not in STEPS:
         near = get_close_matches(name, STEPS, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"known steps: {', '.join(STEPS)}"
-        raise UsageError(202, f"{where}: unknown step {name!r}", mend=mend)
+        hint = f"did you mean {near[0]}?" if near else f"known steps: {', '.join(STEPS)}"
+        raise UsageError(202, f"{where}: unknown step {name!r}", hint=hint)
     given = overrides_of(name, values, overrides)
     known = {info.alias or key for key, info in STEPS[name].model_fields.items()}
     filled = {"model": "-", "out": "-", "data": "-"}

@@ -30,7 +30,7 @@ def as_launched(step: FinetuneStep) -> FinetuneStep:
     ):
         if os.environ.get(name, "").lower() == "true":
             what = f"{other}: its flat partitions know no rows and no masks"
-            raise UsageError(254, what, mend="configure accelerate without it, and give --shard (FSDP2)")
+            raise UsageError(254, what, hint="configure accelerate without it, and give --shard (FSDP2)")
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":
         return step.model_copy(update={"shard": True})
     return step
@@ -48,8 +48,8 @@ def check_environment() -> None:
     for key in os.environ:
         if key.startswith("LPSPARSE_") and key not in known:
             near = get_close_matches(key, known, n=1)
-            mend = f"did you mean {near[0]}?" if near else "unset it; settings are named as the flags are"
-            raise UsageError(209, f"{key}: sets nothing", mend=mend)
+            hint = f"did you mean {near[0]}?" if near else "unset it; settings are named as the flags are"
+            raise UsageError(209, f"{key}: sets nothing", hint=hint)
 
 
 def resolve(
@@ -112,22 +112,22 @@ def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> Lpspa
     prefix = f"{where}: " if where else ""
     if first["type"] == "extra_forbidden":
         near = get_close_matches(key, keys, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(keys))}"
-        return UsageError(202, f"{prefix}unknown key {key!r}", mend=mend)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(keys))}"
+        return UsageError(202, f"{prefix}unknown key {key!r}", hint=hint)
     shown = key if where else flag(key)
     if first["type"] == "missing":
-        return UsageError(203, f"{prefix}{shown} is needed", mend=f"give {shown}")
+        return UsageError(203, f"{prefix}{shown} is needed", hint=f"give {shown}")
     if first["type"] == "value_error":
         what = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
-        return UsageError(204, f"{prefix}{what}", mend=_see(kind))
+        return UsageError(204, f"{prefix}{what}", hint=_see(kind))
     allowed = first["msg"].replace("Input should be", "must be")
     if key == "lambda" or key == "lambda_p":
         allowed = "must be auto or a number from 0"
     choices = re.findall(r"'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
     near = get_close_matches(str(first["input"]).lower(), choices, n=1)
-    mend = f"did you mean {near[0]}?" if near else _see(kind)
-    mend = "fractions are 0..1, such as 0.8" if "sparsity" in key else mend
-    return UsageError(201, f"{prefix}{shown} {first['input']!r}: {allowed}", mend=mend)
+    hint = f"did you mean {near[0]}?" if near else _see(kind)
+    hint = "fractions are 0..1, such as 0.8" if "sparsity" in key else hint
+    return UsageError(201, f"{prefix}{shown} {first['input']!r}: {allowed}", hint=hint)
 
 
 def _see(kind: type[BaseModel]) -> str:

@@ -92,10 +92,10 @@ def _values(given: Iterable[Any]) -> list[Decimal]:
             value = Decimal(-1)
         if not value.is_finite() or not 0 <= value < 1 or value in values:
             why = "stands twice" if value in values else "not a fraction from 0 to below 1"
-            raise UsageError(284, f"--sparsity {each}: {why}", mend="such as --sparsity 0.5,0.7,0.8,0.9")
+            raise UsageError(284, f"--sparsity {each}: {why}", hint="such as --sparsity 0.5,0.7,0.8,0.9")
         values.append(value)
     if not values:
-        raise UsageError(284, "--sparsity: no values", mend="such as --sparsity 0.5,0.7,0.8,0.9")
+        raise UsageError(284, "--sparsity: no values", hint="such as --sparsity 0.5,0.7,0.8,0.9")
     return sorted(values)
 
 
@@ -108,7 +108,7 @@ def _varied(path: Path, links: Sequence[Link]) -> set[int]:
         if isinstance(step, PruneStep) and step.sparsity is None:
             rule = "n_m" if step.n_m else "gap" if step.gap else "below"
             what = f"{path}: steps[{link.index}].prune cuts by {rule}: there is no sparsity to vary"
-            raise UsageError(286, what, mend="give it a sparsity, or run the recipe as it is")
+            raise UsageError(286, what, hint="give it a sparsity, or run the recipe as it is")
         cuts = isinstance(step, PruneStep) or (
             isinstance(step, FinetuneStep) and step.target_sparsity is not None
         )
@@ -117,7 +117,7 @@ def _varied(path: Path, links: Sequence[Link]) -> set[int]:
             made |= {str(link.out)} if link.out is not None else set()
     if not made:
         what = f"{path}: no step has a target_sparsity or a sparsity to vary"
-        raise UsageError(285, what, mend="give one to a finetune or prune step")
+        raise UsageError(285, what, hint="give one to a finetune or prune step")
     return varied
 
 

@@ -221,7 +221,7 @@ def push_step(step: PushStep, say: Say = silent, *, bars: bool = False) -> dict[
     found = verify_step(VerifyStep(model=str(folder), source=None, threads=step.threads), say)
     if not found["ok"]:
         what = f"{folder}: is not what {MANIFEST} says: {found['problems'][0]}"
-        raise VerdictError(102, what, mend="write it again; nothing was sent")
+        raise VerdictError(102, what, hint="write it again; nothing was sent")
     files, stay = choose_files(folder)
     size = sum(record.size for record in files)
     if stay:

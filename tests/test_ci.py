@@ -169,7 +169,7 @@ def test_an_error_is_one_annotation_of_both_lines(tmp_path: Path, runner: Path, 
     assert ran.rc == 3
     ((kind, title, text),) = commands(ran.stderr)
     assert (kind, title) == ("error", "lpsparse: LPS327")
-    assert text.endswith("no such file or folder\nmend: check the path (`run`: --set model=PATH)")
+    assert text.endswith("no such file or folder\nhint: check the path (`run`: --set model=PATH)")
     assert cli("report", "--min-sparsity", "x", tmp_path).rc == 2
 
 
@@ -185,17 +185,17 @@ def test_an_error_of_any_command_is_two_lines_in_the_summary(
 ) -> None:
     runner.write_text("before\n")
     ran = cli(*words)
-    said = re.search(r"error\[(\w+)\]: (.*)\n  mend: (.*)\n", ran.stderr)
+    said = re.search(r"error\[(\w+)\]: (.*)\n  hint: (.*)\n", ran.stderr)
     assert said is not None and said[1].startswith(code)
     *before, heading, line = runner.read_text().splitlines()
     assert before == ["before", ""] and heading == f"## lpsparse: {said[1]}"
     shown = MarkdownIt().parse(line)[1].children or []
-    assert [each.content.strip() for each in shown] == [said[2], "mend:", said[3]]
+    assert [each.content.strip() for each in shown] == [said[2], "hint:", said[3]]
 
 
 @pytest.mark.parametrize("name", ["a`b", "``", "<script>x</script>", "![x](http://x)", "x\n# head", "|a|"])
 def test_an_error_in_the_summary_stays_code(name: str, runner: Path) -> None:
-    assert github.summarise_error("LPS327", name, "mend it") is None
+    assert github.summarise_error("LPS327", name, "fix it") is None
     shown = MarkdownIt().parse(runner.read_text())[-2].children or []
     assert [each.type for each in shown] == ["code_inline", "text", "code_inline"]
     assert shown[0].content.strip() == re.sub(r"[^\x20-\x7e]", "?", name)

@@ -39,7 +39,7 @@ COMMANDS = (
     *sorted(STEPS.keys() - {"recover"}), "inspect", "push", "run", "sweep", "recipe", "demo", "doctor",
     "explain", "help",
 )  # fmt: skip
-ERROR = re.compile(r"error\[LPS[0-9]{3}\]: \S.*\n  mend: \S.*\n")
+ERROR = re.compile(r"error\[LPS[0-9]{3}\]: \S.*\n  hint: \S.*\n")
 
 
 def failed(ran: Ran, rc: int) -> str:

@@ -308,7 +308,7 @@ def test_a_file_of_another_suffix_is_told_those_that_are_read(name: str, tmp_pat
     with pytest.raises(LpsparseError) as caught:
         find(str(tmp_path / name), "train")
     suffixes = (".txt", ".jsonl", ".csv", ".tsv", ".parquet", ".npz")
-    assert caught.value.code == "LPS372" and all(suffix in caught.value.mend for suffix in suffixes)
+    assert caught.value.code == "LPS372" and all(suffix in caught.value.hint for suffix in suffixes)
 
 
 def test_a_single_file_is_called_by_its_name_and_an_empty_range_is_refused(table: Path) -> None:

@@ -295,7 +295,7 @@ def test_what_a_process_other_than_the_first_says_is_passed_on(plain: Options, t
     (tmp_path / "mine.py").write_text(PICKY)
     ran = run({**plain, "processes": 2, "optimizer": f"{tmp_path / 'mine.py'}:Picky"}, tmp_path / "out")
     assert ran.rc == ExitCode.USAGE, ran.stderr
-    assert "no room on process 1" in ran.stderr and ran.stderr.count("mend:") == 1, ran.stderr
+    assert "no room on process 1" in ran.stderr and ran.stderr.count("hint:") == 1, ran.stderr
 
 
 PICKY = """
@@ -334,7 +334,7 @@ def test_the_exit_code_and_the_two_lines_of_a_failing_process_are_kept(
     bad.write_bytes(b"no images")
     ran = run({**plain, "data": str(bad), "processes": 2}, tmp_path / "out")
     assert ran.rc == ExitCode.INPUT
-    assert ran.stderr.count("error[LPS") == 1 and ran.stderr.count("mend:") == 1, ran.stderr
+    assert ran.stderr.count("error[LPS") == 1 and ran.stderr.count("hint:") == 1, ran.stderr
 
 
 @pytest.mark.parametrize("differs", ["seed", "data"])

@@ -110,7 +110,7 @@ def test_a_hostile_file_is_refused_by_what_is_wrong_with_it(
     with pytest.raises(InputError) as refused:
         read_header(path)
     assert time.perf_counter() - started < 5  # the bound for any bad input, on a busy machine too
-    said = f"{refused.value.what} | {refused.value.mend}"
+    said = f"{refused.value.what} | {refused.value.hint}"
     assert str(path) in said
     assert [word for word in words if word not in said] == []
 
@@ -150,7 +150,7 @@ def test_more_tensors_than_the_cap_are_refused(tmp_path: Path, monkeypatch: pyte
     path = write_safetensors(tmp_path / "m.safetensors", {str(i): ("U8", [0], b"") for i in range(13)})
     with pytest.raises(InputError, match="13 tensors, the cap is 12") as refused:
         read_header(path)
-    assert "LPSPARSE_MAX_TENSORS=13" in refused.value.mend
+    assert "LPSPARSE_MAX_TENSORS=13" in refused.value.hint
     monkeypatch.setenv("LPSPARSE_MAX_TENSORS", "13")
     assert len(read_header(path).entries) == 13
 

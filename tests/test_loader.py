@@ -370,7 +370,7 @@ def test_another_transformers_is_refused_by_its_version(
     monkeypatch.setattr("lpsparse.integrations.loader.transformers.__version__", version)
     with pytest.raises(UsageError, match=version) as refused:
         AutoModelForCausalLM.from_pretrained(out)
-    assert "lpsparse unpack" in refused.value.mend
+    assert "lpsparse unpack" in refused.value.hint
 
 
 # Whichever is imported first

@@ -35,10 +35,10 @@ EMPTY_INDEX = "model.safetensors.index.json"
 
 
 def refusal(model: str | Path, kind: type[LpsparseError] = InputError) -> str:
-    """What is said when MODEL is refused, mend and all."""
+    """What is said when MODEL is refused, hint and all."""
     with pytest.raises(kind) as refused:
         open_checkpoint(model)
-    return f"{refused.value.what} | {refused.value.mend}"
+    return f"{refused.value.what} | {refused.value.hint}"
 
 
 def same_tensors(model: Path, arrays: dict[str, np.ndarray]) -> bool:
@@ -77,7 +77,7 @@ def test_a_folder_with_one_oddly_named_file_is_opened(tmp_path: Path) -> None:
 def test_a_missing_path_is_told_with_the_nearest_name(tiny: Path, cli: Cli) -> None:
     rc, stdout, stderr = cli("inspect", tiny.parent / "tin")
     assert (rc, stdout) == (3, "")
-    assert stderr.splitlines()[1] == f"  mend: did you mean {tiny}?"
+    assert stderr.splitlines()[1] == f"  hint: did you mean {tiny}?"
 
 
 @pytest.mark.parametrize("length", [300, 5000])

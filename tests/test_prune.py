@@ -273,7 +273,7 @@ def test_an_out_without_a_parent_is_refused_with_the_command_that_makes_it(
 ) -> None:
     error = refused(tiny, tmp_path / "a" / "b")
     assert int(error.exit_code) == 4
-    assert error.mend == f"mkdir -p {tmp_path / 'a'}"
+    assert error.hint == f"mkdir -p {tmp_path / 'a'}"
 
 
 def test_an_out_with_too_long_a_name_is_refused(tiny: Path, tmp_path: Path, cli: Cli) -> None:

@@ -209,7 +209,7 @@ def refused(folder: Path, code: str, exit_code: int, **options: Any) -> Lpsparse
     with pytest.raises(LpsparseError) as error:
         push(folder, "org/name", **options)
     assert (error.value.code, error.value.exit_code) == (code, exit_code), error.value.what
-    assert TOKEN not in error.value.what + error.value.mend and error.value.mend
+    assert TOKEN not in error.value.what + error.value.hint and error.value.hint
     return error.value
 
 
@@ -373,7 +373,7 @@ def test_a_bad_name_is_a_usage_error(words: str, named: str, tmp_path: Path, cli
 
 
 @pytest.mark.parametrize(
-    ("words", "how", "mend"),
+    ("words", "how", "hint"),
     [
         ("/api/models/org/name", 401, "hf auth login"), ("/api/repos/create", 403, "a name of your own"),
         ("/api/repos/create", 409, "look at it"), ("preupload", 403, "a name of your own"),
@@ -382,14 +382,14 @@ def test_a_bad_name_is_a_usage_error(words: str, named: str, tmp_path: Path, cli
         ("/tree/", 500, "not sent twice"), ("/api/models/org/name", 403, "a token"),
     ],
 )  # fmt: skip
-def test_an_answer_of_the_hub_is_two_lines_with_its_own_mend(
-    words: str, how: int, mend: str, hub: Hub, sparse: Path, cli: Cli
+def test_an_answer_of_the_hub_is_two_lines_with_its_own_hint(
+    words: str, how: int, hint: str, hub: Hub, sparse: Path, cli: Cli
 ) -> None:
     hub.fails[words] = how
     ran = cli("push", sparse, "org/name", "--quiet")
     assert (ran.rc, ran.stdout) == (ExitCode.REMOTE, "") and ran.stderr.count("\n") == 2, ran.stderr
     error, advice = ran.stderr.splitlines()
-    assert (str(how) in error or not mend) and mend in advice and TOKEN not in ran.stderr
+    assert (str(how) in error or not hint) and hint in advice and TOKEN not in ran.stderr
     assert ("no commit was made" in error) == (words != "/tree/" and (words, how) != ("/commit/", 500)
                                                and words != "validate-yaml")  # fmt: skip
     assert words != "/tree/" or "is not compared" in error
@@ -399,7 +399,7 @@ def test_an_answer_of_the_hub_is_two_lines_with_its_own_mend(
 def test_a_connection_that_is_lost_exits_8(words: str, hub: Hub, sparse: Path) -> None:
     hub.fails[words] = "leaves"
     error = refused(sparse, "LPS808", ExitCode.REMOTE)
-    assert ("is not known" in error.what) == (words == "/commit/") and "not sent twice" in error.mend
+    assert ("is not known" in error.what) == (words == "/commit/") and "not sent twice" in error.hint
 
 
 def test_no_token_a_wrong_one_and_offline_exit_8(
@@ -411,7 +411,7 @@ def test_no_token_a_wrong_one_and_offline_exit_8(
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     hub.asked.clear()
     unknown = refused(sparse, "LPS805", ExitCode.REMOTE)
-    assert "those who are logged in" in unknown.what and "hf auth login" in unknown.mend
+    assert "those who are logged in" in unknown.what and "hf auth login" in unknown.hint
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused(sparse, "LPS804", ExitCode.REMOTE).what and hub.asked == []
 
@@ -445,7 +445,7 @@ def test_a_push_that_is_stopped_says_what_is_to_be_seen(
         error = refused(sparse, "LPS755" if rc == 130 else "LPS754", rc)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert ("no commit was made" in error.what) == (rc == 130) and "not sent twice" in error.mend
+    assert ("no commit was made" in error.what) == (rc == 130) and "not sent twice" in error.hint
 
 
 def test_ctrl_c_is_heard_while_the_client_of_xet_waits(hub: Hub, sparse: Path) -> None:

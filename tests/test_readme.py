@@ -23,7 +23,7 @@ def test_every_recipe_and_document_that_the_readme_names_is_there() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_is_valid_and_fails_early_with_a_mend_when_its_model_is_not_here(
+def test_every_recipe_is_valid_and_fails_early_with_a_hint_when_its_model_is_not_here(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from lpsparse import ExitCode, LpsparseError, check_recipe
@@ -35,4 +35,4 @@ def test_every_recipe_is_valid_and_fails_early_with_a_mend_when_its_model_is_not
     try:
         assert len(check_recipe(recipe, {"out": str(tmp_path / "out")})["steps"]) == len(read.steps)
     except LpsparseError as error:
-        assert error.exit_code in (ExitCode.REMOTE, ExitCode.INPUT) and error.mend
+        assert error.exit_code in (ExitCode.REMOTE, ExitCode.INPUT) and error.hint

@@ -343,7 +343,7 @@ def test_headers_from_the_network_meet_the_checks_of_files(
         hub.told["model.safetensors"] = told
     error = refused(tmp_path)
     assert (error.exit_code, error.code) == (ExitCode.INPUT, code)
-    assert error.what.startswith("org/name/model.safetensors: ") and "again" not in error.mend
+    assert error.what.startswith("org/name/model.safetensors: ") and "again" not in error.hint
 
 
 @pytest.mark.parametrize("shard", ["../../x.safetensors", "/etc/passwd", "a\\b", "gone.safetensors", ""])
@@ -361,7 +361,7 @@ def test_an_index_that_names_other_tensors_than_its_shard_exits_3(hub: Hub, tmp_
 
 
 @pytest.mark.parametrize(
-    ("names", "code", "mend"),
+    ("names", "code", "hint"),
     [
         (["pytorch_model.bin"], "LPS345", "hf download org/name"), (["README.md"], "LPS345", "hf download"),
         (["a.safetensors", "b.safetensors"], "LPS328", "--weights"), ([], "LPS345", "hf download"),
@@ -371,12 +371,12 @@ def test_an_index_that_names_other_tensors_than_its_shard_exits_3(hub: Hub, tmp_
     ],
 )  # fmt: skip
 def test_a_repository_without_one_safetensors_checkpoint_exits_3_and_says_what_to_do(
-    names: list[str], code: str, mend: str, hub: Hub, tmp_path: Path
+    names: list[str], code: str, hint: str, hub: Hub, tmp_path: Path
 ) -> None:
     for name in names:
         hub.put(name, b"x")
     error = refused(tmp_path)
-    assert (error.exit_code, error.code) == (ExitCode.INPUT, code) and mend in error.mend
+    assert (error.exit_code, error.code) == (ExitCode.INPUT, code) and hint in error.hint
     assert hub.asked == []
 
 

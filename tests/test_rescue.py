@@ -152,7 +152,7 @@ def test_training_asks_for_unpack_first() -> None:
 
     with pytest.raises(InputError, match="says sparse-bitmask") as refused:
         read_config(open_checkpoint(GOLDEN / "sparse-bitmask"))
-    assert refused.value.mend == "`lpsparse unpack` it first"
+    assert refused.value.hint == "`lpsparse unpack` it first"
 
 
 # Forms
@@ -344,7 +344,7 @@ def test_parts_that_lie_are_refused_and_those_about_sizes_before_any_value_is_re
             open_checkpoint(path)
     with pytest.raises(LpsparseError, match=r"'w\.weight'") as refused:
         unpack(path, tmp_path / "out")
-    assert int(refused.value.exit_code) == 3 and "download" in refused.value.mend
+    assert int(refused.value.exit_code) == 3 and "download" in refused.value.hint
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 

@@ -57,7 +57,7 @@ def test_the_shards_of_a_killed_run_are_used(killed: tuple[Path, Path, Any], tmp
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "zeroed", "flipped", "empty", "folder", "header"])
-def test_a_shard_that_is_not_whole_is_mended(
+def test_a_shard_that_is_not_whole_is_written_again(
     damage: str, killed: tuple[Path, Path, Any], tmp_path: Path
 ) -> None:
     shards, partial, whole = killed

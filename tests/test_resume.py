@@ -41,7 +41,7 @@ def train(out: Path, given: Options, monkeypatch: pytest.MonkeyPatch, fault: str
         finetune_step(resolve(FinetuneStep, {**given, "out": out, **more}), said.append)
         return Ran(0, "", "\n".join(said))
     except LpsparseError as error:
-        return Ran(int(error.exit_code), error.mend, "\n".join([*said, error.what]))
+        return Ran(int(error.exit_code), error.hint, "\n".join([*said, error.what]))
 
 
 def states(out: Path) -> list[str]:

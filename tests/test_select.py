@@ -535,7 +535,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_tensor(option: str, fl
     with pytest.raises(UsageError) as refused:
         prune(tiny, tiny.parent / "out", sparsity=0.5, **{option: "layers.0.atn.weight"})
     assert f"{flag} layers.0.atn.weight" in refused.value.what
-    assert refused.value.mend.startswith("nearest tensor: layers.0.attn.weight; see the names with")
+    assert refused.value.hint.startswith("nearest tensor: layers.0.attn.weight; see the names with")
     assert not (tiny.parent / "out").exists()
 
 
@@ -543,7 +543,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_tensor(option: str, fl
 def test_names_of_another_architecture_get_a_tensor_of_this_one(pattern: str) -> None:
     bert = ["encoder.layer.0.attention.self.key.weight", "encoder.layer.0.intermediate.dense.weight"]
     for flag in ("--include", "--exclude"):
-        assert f"nearest tensor: {bert[0]}; see" in str(no_match(flag, pattern, bert).mend)
+        assert f"nearest tensor: {bert[0]}; see" in str(no_match(flag, pattern, bert).hint)
 
 
 def test_when_every_tensor_is_kept_prune_says_so(tiny: Path) -> None:
@@ -629,7 +629,7 @@ def test_blocks_of_experts_lie_within_one_of_them(block: tuple[int, int], tmp_pa
 def test_a_shape_that_a_pattern_does_not_divide_is_named(rule: dict[str, Any], tiny: Path) -> None:
     with pytest.raises(UsageError, match=r"layers.0.attn.weight.*7 rows of 13") as caught:
         plan_prune(open_checkpoint(tiny), **rule)
-    assert "--exclude" in caught.value.mend
+    assert "--exclude" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -216,14 +216,14 @@ def test_doctor_finds_this_machine_fit_and_leaves_nothing(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_doctor_says_what_fails_with_a_mend_and_a_code(tmp_path: Path) -> None:
+def test_doctor_says_what_fails_with_a_hint_and_a_code(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcuda is broken')")  # found before the real one
     ran = run_cli(["doctor", tmp_path / "gone", "--json"], PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     found = json.loads(ran.stdout)
     failed = {check["name"]: check for check in found["checks"] if check["status"] == "fail"}
     assert (ran.rc, found["exit_code"], found["ok"]) == (6, 6, False)
     assert "libcuda is broken" in failed["torch"]["found"] and "No such file" in failed["folder"]["found"]
-    assert all(check["mend"] for check in failed.values())
+    assert all(check["hint"] for check in failed.values())
 
 
 def test_the_disk_is_tried_in_a_folder_that_goes_again(tmp_path: Path) -> None:

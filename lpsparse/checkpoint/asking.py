@@ -19,7 +19,7 @@ UNSURE = "whether the commit was made is not known"
 _AGAIN = "push again: what has arrived is not sent twice"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 _MENDS = {
-    400: "mend what it names, and push again",
+    400: "fix what it names, and push again",
     401: LOG_IN,
     402: "see the billing of that account, or push to another name",
     403: "use a token that may write there (`hf auth login`), or push to a name of your own, or --create-pr",
@@ -73,9 +73,9 @@ def asking(repo: str, so_far: str) -> Generator[None]:
     except LpsparseError:
         raise
     except TerminatedError as error:
-        raise ResumableError(754, f"{repo}: stopped by SIGTERM: {so_far}", mend=_AGAIN) from error
+        raise ResumableError(754, f"{repo}: stopped by SIGTERM: {so_far}", hint=_AGAIN) from error
     except KeyboardInterrupt as error:
-        raise InterruptError(755, f"{repo}: interrupted: {so_far}", mend=_AGAIN) from error
+        raise InterruptError(755, f"{repo}: interrupted: {so_far}", hint=_AGAIN) from error
     except (HTTPError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         raise _explain(repo, so_far, error) from error
 
@@ -93,18 +93,18 @@ def _explain(repo: str, so_far: str, error: BaseException) -> LpsparseError:
         said = answered.server_message or answered.response.reason_phrase
         so_far = UNSEEN if so_far == UNSURE and status < 500 else so_far
         what = f"{repo}: the hub answered {status} {_first(said)}; {so_far}"
-        return RemoteError(807, what, mend=_MENDS.get(status, f"later {_AGAIN}"))
+        return RemoteError(807, what, hint=_MENDS.get(status, f"later {_AGAIN}"))
     local = next((each.filename for each in chain if isinstance(each, OSError) and each.filename), None)
     if local is not None:
-        return InputError(338, f"{local}: cannot be read: {so_far}", mend=f"mend the disk, and {_AGAIN}")
+        return InputError(338, f"{local}: cannot be read: {so_far}", hint=f"fix the disk, and {_AGAIN}")
     if isinstance(error, HFValidationError):
-        return RemoteError(806, f"{repo}: {_first(str(error))}", mend="give another name")
+        return RemoteError(806, f"{repo}: {_first(str(error))}", hint="give another name")
     why = _first(str(chain[-1])) or type(chain[-1]).__name__
     if isinstance(chain[-1], (ValueError, LookupError, TypeError)):
         why = f"the hub's answer is not understood ({why})"
     denied = isinstance(chain[-1], PermissionError)  # by Xet's client
-    mend = LOG_IN if denied else f"check the network, and {_AGAIN}"
-    return RemoteError(808, f"{repo}: {why}; {so_far}", mend=mend)
+    hint = LOG_IN if denied else f"check the network, and {_AGAIN}"
+    return RemoteError(808, f"{repo}: {why}; {so_far}", hint=hint)
 
 
 def _first(text: str) -> str:

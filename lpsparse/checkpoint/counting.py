@@ -106,4 +106,4 @@ def check_finite(source: Checkpoint, tensor: Tensor, bad: int) -> None:
     """Raise InputError when a block has `bad` values that are NaN or Inf."""
     if bad:
         what = f"{source.name}/{tensor.file}: {tensor.name!r}: {bad} values are NaN or Inf"
-        raise InputError(334, what, mend="mend the checkpoint; `lpsparse report` lists the tensors")
+        raise InputError(334, what, hint="fix the checkpoint; `lpsparse report` lists the tensors")

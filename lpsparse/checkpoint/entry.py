@@ -67,7 +67,7 @@ def parse_entry(given: dict[str, Any]) -> LoaderEntry:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"config.json: {KEY}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise InputError(361, what, mend="upgrade lpsparse, or pack the model again") from None
+        raise InputError(361, what, hint="upgrade lpsparse, or pack the model again") from None
 
 
 def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def with_entry(config: str, entry: dict[str, Any]) -> str:
     parts = [table, *(part for part in table.values() if isinstance(part, dict))]
     if any(part.get(KEY) and not is_ours(part[KEY]) for part in parts):
         what = f"config.json has a {KEY} of its own: transformers could not read both"
-        raise InputError(362, what, mend="keep this model dense")
+        raise InputError(362, what, hint="keep this model dense")
     config = without_entry(config)
     before, after = config[: config.rindex("}")], config[config.rindex("}") :]
     bare = before.rstrip()
@@ -151,7 +151,7 @@ def _table(config: str) -> dict[str, Any]:
     try:
         table = unique_json(config)
     except ValueError as error:
-        raise InputError(363, f"config.json is not JSON: {error}", mend="mend the file") from None
+        raise InputError(363, f"config.json is not JSON: {error}", hint="fix the file") from None
     if not isinstance(table, dict):
-        raise InputError(363, "config.json is no table", mend="mend the file")
+        raise InputError(363, "config.json is no table", hint="fix the file")
     return table

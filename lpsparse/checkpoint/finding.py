@@ -22,13 +22,13 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
     path = Path(text)
     if not text.strip():
         raise InputError(
-            327, "MODEL is empty", mend="give a folder, a file or a hub id; is a variable unset?"
+            327, "MODEL is empty", hint="give a folder, a file or a hub id; is a variable unset?"
         )
     if text.startswith("bundled:"):
         folder = Path(__file__).parents[1] / "bundled"
         if text.removeprefix("bundled:") in os.listdir(folder):
             return folder / text.removeprefix("bundled:"), text, None
-        raise InputError(326, f"{text}: nothing of that name is bundled", mend="try bundled:stories260k")
+        raise InputError(326, f"{text}: nothing of that name is bundled", hint="try bundled:stories260k")
     if os.path.lexists(path):
         return path, path.resolve().name if path.exists() else path.name, None  # a link loop has no end
     near = _nearest(path)
@@ -37,11 +37,11 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
         try:
             folder, commit = fetch(text, replace_with=local)
         except RemoteError as error:
-            error.mend = error.mend if near is None else f"did you mean {near}? Else {error.mend}"
+            error.hint = error.hint if near is None else f"did you mean {near}? Else {error.hint}"
             raise
         return folder, text.partition("@")[0], commit
-    mend = "check the path (`run`: --set model=PATH)" if near is None else f"did you mean {near}?"
-    raise InputError(327, f"{text}: no such file or folder", mend=mend)
+    hint = "check the path (`run`: --set model=PATH)" if near is None else f"did you mean {near}?"
+    raise InputError(327, f"{text}: no such file or folder", hint=hint)
 
 
 def _nearest(path: Path) -> Path | None:
@@ -67,10 +67,10 @@ def find_weights(folder: Path) -> Path:
     choice = find_weight_names(os.listdir(folder))
     if len(choice) > 1:
         what = "two checkpoints here" if choice[0] in FOLDER_ORDER else "several weight files and no index"
-        raise InputError(328, f"{folder}: {what}: {', '.join(choice[:4])}", mend=_NAME_IT)
+        raise InputError(328, f"{folder}: {what}: {', '.join(choice[:4])}", hint=_NAME_IT)
     if not choice:
-        mend = "give a folder with model.safetensors or an index"
-        raise InputError(329, f"{folder}: no weight file here", mend=mend)
+        hint = "give a folder with model.safetensors or an index"
+        raise InputError(329, f"{folder}: no weight file here", hint=hint)
     return folder / choice[0]
 
 
@@ -80,14 +80,14 @@ def named_weights(folder: Path, name: str) -> Path:
         kinds = (*WEIGHT_SUFFIXES, ".index.json")
         there = ", ".join(sorted(path.name for path in folder.iterdir() if path.name.endswith(kinds))[:8])
         what = f"{folder}: no {name} here, only {there or 'no weights at all'}"
-        raise InputError(329, what, mend="give one of these as --weights")
+        raise InputError(329, what, hint="give one of these as --weights")
     return folder / name
 
 
 def check_name(weights: str | None) -> None:
     """Raises UsageError where it is more than the name of a file."""
     if weights is not None and not _is_bare(weights):
-        raise UsageError(216, f"--weights {weights}: a name in MODEL, not a path", mend="give the name alone")
+        raise UsageError(216, f"--weights {weights}: a name in MODEL, not a path", hint="give the name alone")
 
 
 def _is_bare(name: str) -> bool:
@@ -98,20 +98,20 @@ def _is_bare(name: str) -> bool:
 def read_index(path: Path) -> dict[Path, set[str]]:
     """Weight file -> names of its tensors. Raises InputError also where a file is missing."""
     if check_regular(path) > MAX_HEADER_BYTES:
-        raise InputError(330, f"{path}: larger than {MAX_HEADER_BYTES} bytes", mend=_INDEX_AGAIN)
+        raise InputError(330, f"{path}: larger than {MAX_HEADER_BYTES} bytes", hint=_INDEX_AGAIN)
     files = parse_index(path, path.read_bytes())
     for shard, tensors in files.items():
         if not os.path.exists(shard):  # Path.exists raises for a name too long
             what = f"{path}: shard {shard.name!r} with {len(tensors)} tensors is missing"
-            raise InputError(330, what, mend=_INDEX_AGAIN)
+            raise InputError(330, what, hint=_INDEX_AGAIN)
     return files
 
 
 def parse_index(path: Path, text: bytes) -> dict[Path, set[str]]:
     """Weight file -> names of its tensors, sorted. Only bare file names beside the index are believed."""
 
-    def refuse(why: str, mend: str = _INDEX_AGAIN) -> InputError:
-        return InputError(330, f"{path}: {why}", mend=mend)
+    def refuse(why: str, hint: str = _INDEX_AGAIN) -> InputError:
+        return InputError(330, f"{path}: {why}", hint=hint)
 
     sniff(path, text[:512])
     try:
@@ -138,5 +138,5 @@ def check_index(path: Path, expected: set[str], found: set[str]) -> None:
         if names:
             first = ", ".join(sorted(names)[:3])
             raise InputError(
-                332, f"{path}: {len(names)} tensors {what} this shard: {first}", mend="repair the index"
+                332, f"{path}: {len(names)} tensors {what} this shard: {first}", hint="repair the index"
             )

@@ -89,13 +89,13 @@ def check_header(path: Path, size: int, read: Read) -> Header:
         )  # only now: a header of 60 or 128 bytes begins like XML or pickle
     if size < 8:
         what = f"{path}: {size} bytes: the copy or download did not finish"
-        raise InputError(301, what, mend=_DOWNLOAD_AGAIN)
+        raise InputError(301, what, hint=_DOWNLOAD_AGAIN)
     if length > MAX_HEADER_BYTES:
         what = f"{path}: declares a header of {length} bytes, the cap is {MAX_HEADER_BYTES}: not safetensors"
-        raise InputError(302, what, mend=_DOWNLOAD_AGAIN)
+        raise InputError(302, what, hint=_DOWNLOAD_AGAIN)
     if 8 + length > size:
         what = f"{path}: truncated: header needs {8 + length} bytes, the file has {size}"
-        raise InputError(303, what, mend=_DOWNLOAD_AGAIN)
+        raise InputError(303, what, hint=_DOWNLOAD_AGAIN)
     text = read(8, length)
     # Parsed, so many would be gigabytes. A tensor's entry has four colons and two lists.
     colons, lists = text.count(b":"), text.count(b"[")
@@ -112,8 +112,8 @@ def _check_count(path: Path, tensors: int) -> None:
     given = os.environ.get(MAX_TENSORS_VARIABLE, "")
     cap = int(given) if given.isdecimal() else MAX_TENSORS
     if tensors > cap:
-        mend = f"split the file, or raise the cap if you trust it: {MAX_TENSORS_VARIABLE}={tensors}"
-        raise InputError(304, f"{path}: {tensors} tensors, the cap is {cap}", mend=mend)
+        hint = f"split the file, or raise the cap if you trust it: {MAX_TENSORS_VARIABLE}={tensors}"
+        raise InputError(304, f"{path}: {tensors} tensors, the cap is {cap}", hint=hint)
 
 
 def check_regular(path: Path) -> int:
@@ -126,20 +126,20 @@ def check_regular(path: Path) -> int:
     except OSError as error:
         link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
         raise InputError(
-            305, f"{path}{link}: {error.strerror}", mend="check the path and its permissions"
+            305, f"{path}{link}: {error.strerror}", hint="check the path and its permissions"
         ) from error
     if not stat.S_ISREG(info.st_mode):
-        raise InputError(306, f"{path}: not a regular file", mend="give a weight file or a model folder")
+        raise InputError(306, f"{path}: not a regular file", hint="give a weight file or a model folder")
     return info.st_size
 
 
 def sniff(path: Path, head: bytes) -> None:
     """Name what a file really is when its first bytes belong to another format."""
-    for beginning, what, mend in _NOT_WEIGHTS:
+    for beginning, what, hint in _NOT_WEIGHTS:
         found = re.match(beginning, head)
         if found is not None:
             size = f" (their size: {int(found[1])} bytes)" if found.lastindex else ""
-            raise InputError(307, f"{path}: {what}{size}", mend=mend)
+            raise InputError(307, f"{path}: {what}{size}", hint=hint)
 
 
 def _by_offset(entry: Entry) -> tuple[int, int, str]:
@@ -176,10 +176,10 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         table = unique_json(text)
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
-        raise InputError(308, f"{path}: header is not valid: {error}", mend=_DOWNLOAD_AGAIN) from None
+        raise InputError(308, f"{path}: header is not valid: {error}", hint=_DOWNLOAD_AGAIN) from None
     if not isinstance(table, dict):
         raise InputError(
-            309, f"{path}: header is a JSON {type(table).__name__}, not an object", mend=_DOWNLOAD_AGAIN
+            309, f"{path}: header is a JSON {type(table).__name__}, not an object", hint=_DOWNLOAD_AGAIN
         )
     return table  # pyright: ignore[reportUnknownVariableType]
 
@@ -187,13 +187,13 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 def _metadata(path: Path, value: Any) -> dict[str, str]:
     if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         return value
-    raise InputError(310, f"{path}: __metadata__ is not a table of strings", mend="write the file again")
+    raise InputError(310, f"{path}: __metadata__ is not a table of strings", hint="write the file again")
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     def refuse(why: str) -> InputError:
         return InputError(
-            311, f"{path}: {name!r}: {why}", mend="write the file again with a current safetensors"
+            311, f"{path}: {name!r}: {why}", hint="write the file again with a current safetensors"
         )
 
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -225,13 +225,13 @@ def _check_cover(path: Path, entries: list[Entry], start: int, size: int) -> Non
         if entry.offset != position:
             kind = "overlaps" if entry.offset < position else "leaves a hole after"
             raise InputError(
-                312, f"{path}: {entry.name!r} {kind} {before}, at byte {entry.offset}", mend=_DOWNLOAD_AGAIN
+                312, f"{path}: {entry.name!r} {kind} {before}, at byte {entry.offset}", hint=_DOWNLOAD_AGAIN
             )
         position, before = position + entry.nbytes, repr(entry.name)
     if position > size:
         cut = next(entry.name for entry in entries if entry.offset + entry.nbytes > size)
         what = f"{path}: truncated: {position - size} bytes missing, first cut tensor {cut!r}"
-        raise InputError(303, what, mend=_DOWNLOAD_AGAIN)
+        raise InputError(303, what, hint=_DOWNLOAD_AGAIN)
     if position < size:
         what = f"{path}: {size - position} bytes follow the last tensor"
-        raise InputError(313, what, mend=_DOWNLOAD_AGAIN)
+        raise InputError(313, what, hint=_DOWNLOAD_AGAIN)

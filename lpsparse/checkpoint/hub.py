@@ -49,10 +49,10 @@ def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder
     except (HTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"{text}: the {kind} is not in the local cache and the hub gave none ({reason[:120]})"
-        raise RemoteError(801, what, mend=f"check id and network, or give {replace_with}") from error
+        raise RemoteError(801, what, hint=f"check id and network, or give {replace_with}") from error
     if kind == "model" and not _has_weights(folder):
         what = f"{text}: the local cache holds a part of it without weights, or it has none"
-        raise RemoteError(802, what, mend=f"go online, check the id, or give {replace_with}")
+        raise RemoteError(802, what, hint=f"go online, check the id, or give {replace_with}")
     return folder, folder.name
 
 

@@ -111,8 +111,8 @@ def source_of(checkpoint: Checkpoint) -> Source:
     for record in files:
         if earlier is not None and record != known.get(record.name):
             what = f"{checkpoint.name}: {record.name} is not what {MANIFEST} describes"
-            mend = f"write it again, or delete {MANIFEST} if you changed the weights on purpose"
-            raise InputError(352, what, mend=mend)
+            hint = f"write it again, or delete {MANIFEST} if you changed the weights on purpose"
+            raise InputError(352, what, hint=hint)
     base = checkpoint.name if earlier is None else earlier.source.base
     known_base = hash_of(files) if earlier is None else earlier.source.base_sha256
     return Source(
@@ -169,13 +169,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(
-            350, f"{folder}: no {MANIFEST} here: lpsparse did not write it", mend="lpsparse report it"
+            350, f"{folder}: no {MANIFEST} here: lpsparse did not write it", hint="lpsparse report it"
         )
     try:
         return Manifest.model_validate(unique_json(path.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(351, f"{path}: {where}: {first['msg']}", mend="write the model again") from None
+        raise InputError(351, f"{path}: {where}: {first['msg']}", hint="write the model again") from None
     except ValueError as error:
-        raise InputError(351, f"{path}: not valid JSON: {error}", mend="write the model again") from None
+        raise InputError(351, f"{path}: not valid JSON: {error}", hint="write the model again") from None

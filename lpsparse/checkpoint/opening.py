@@ -67,7 +67,7 @@ def open_checkpoint(model: str | Path, weights: str | None = None) -> Checkpoint
         return rescued(_open_located(*locate(model), weights))
     except OSError as error:  # of a folder: files have errors of their own
         what = f"{error.filename or model}: {error.strerror or error}"
-        raise InputError(305, what, mend="check the path and its permissions") from error
+        raise InputError(305, what, hint="check the path and its permissions") from error
 
 
 def _open_located(path: Path, name: str, revision: str | None, weights: str | None) -> Checkpoint:
@@ -77,7 +77,7 @@ def _open_located(path: Path, name: str, revision: str | None, weights: str | No
         raise UsageError(
             216,
             f"--weights {weights}: {path.name} is a file already",
-            mend="give its folder, or no --weights",
+            hint="give its folder, or no --weights",
         )
     else:
         file, root = path, path.parent if path.name.endswith(".index.json") else None
@@ -105,6 +105,6 @@ def _open_files(
     for tensor in tensors:
         if tensor.name in seen:
             what = f"{tensor.file}: {tensor.name!r} is also in {seen[tensor.name]}"
-            raise InputError(331, what, mend="download the checkpoint again")
+            raise InputError(331, what, hint="download the checkpoint again")
         seen[tensor.name] = tensor.file
     return Checkpoint(name, root, tuple(files), tuple(tensors), metadata, None, tuple(notes))

@@ -88,7 +88,7 @@ def shared_folder(out: Path, *, overwrite: bool) -> Generator[Path]:
 def failed(out: Path, error: OSError) -> OutputError:
     name = str(error.filename or "")  # shutil's are names in a folder
     what = f"{name if os.path.dirname(name) else out}: {error.strerror or error}"
-    return OutputError(407, what, mend="mend the disk or choose another OUT; the input is untouched")
+    return OutputError(407, what, hint="fix the disk or choose another OUT; the input is untouched")
 
 
 def left_bytes(out: Path) -> int:
@@ -116,7 +116,7 @@ def _take(partial: Path, states: str, weights: str) -> None:
                 if path.name not in kept and not (weights == "keep" and _is_weights(path)):
                     _remove(path)
     except OSError as error:
-        raise OutputError(404, f"{partial}: {error.strerror}", mend="choose another OUT") from error
+        raise OutputError(404, f"{partial}: {error.strerror}", hint="choose another OUT") from error
 
 
 def check_partial(out: Path) -> None:
@@ -129,22 +129,22 @@ def check_partial(out: Path) -> None:
 
 def _check_ours(partial: Path) -> None:
     if not _is_ours(partial):
-        raise StateError(701, f"{partial}: exists and is not ours", mend="move it away")
+        raise StateError(701, f"{partial}: exists and is not ours", hint="move it away")
 
 
 def _check_free(partial: Path, states: str) -> None:
     _check_held(partial)
     if states == "refuse" and has_states(partial):
         what = f"{partial}: holds the training states of an unfinished run"
-        raise StateError(709, what, mend="choose another OUT, or delete it if you do not want them")
+        raise StateError(709, what, hint="choose another OUT, or delete it if you do not want them")
 
 
 def _check_held(partial: Path) -> None:
     host, pid, since = _holder(partial)
     if pid != _NOBODY and (host != socket.gethostname() or _is_running(pid, since)):
         what = f"{partial}: process {pid} on {host} is writing it"
-        mend = f"wait for it; if it is dead, delete {OWNER} in there (or all of it)"
-        raise StateError(702, what, mend=mend)
+        hint = f"wait for it; if it is dead, delete {OWNER} in there (or all of it)"
+        raise StateError(702, what, hint=hint)
 
 
 def _check_renames(partial: Path) -> None:
@@ -157,7 +157,7 @@ def _check_renames(partial: Path) -> None:
     except OSError as error:
         what = f"{partial.parent}: cannot rename folders ({error.strerror})"
         raise OutputError(
-            410, what, mend="choose an OUT on another disk, and copy it when it is whole"
+            410, what, hint="choose an OUT on another disk, and copy it when it is whole"
         ) from error
 
 
@@ -171,7 +171,7 @@ def _locked(folder: Path) -> Generator[None]:
 
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if not os.path.samestat(os.fstat(descriptor), folder.stat()):
-            raise StateError(702, f"{folder}: another process has just ended", mend="run it again")
+            raise StateError(702, f"{folder}: another process has just ended", hint="run it again")
         yield
     finally:
         os.close(descriptor)

@@ -27,72 +27,72 @@ def check_output(
     for path, _ in find_sidecars(source)[0]:
         if not os.access(path, os.R_OK):
             what = f"{path}: Permission denied, and it is to be copied"
-            raise InputError(305, what, mend="check its permissions, or move it away")
+            raise InputError(305, what, hint="check its permissions, or move it away")
     free = shutil.disk_usage(out.absolute().parent).free + left_bytes(out)
     if need_bytes * 1.05 > free:
         what = f"{out}: needs {need_bytes} bytes, {free} are free"
-        raise OutputError(406, what, mend="free some space or choose another disk")
+        raise OutputError(406, what, hint="free some space or choose another disk")
 
 
 def _check_name(out: Path, *, overwrite: bool) -> None:
     """Whether something stands there that is not to be replaced, and whether the name can be."""
     if out.name in ("", ".."):
-        raise OutputError(401, f"{out}: exists already", mend="choose another OUT")
+        raise OutputError(401, f"{out}: exists already", hint="choose another OUT")
     try:
         os.lstat(partial_of(out))
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # a name too long, a folder closed to us
-        raise OutputError(404, f"{out}: {error.strerror}", mend="choose another OUT") from error
+        raise OutputError(404, f"{out}: {error.strerror}", hint="choose another OUT") from error
     old = out.with_name(out.name + ".old")
     if (old / REPLACED).is_file() and not os.path.lexists(out):
         old.rename(out)  # a run that died between the two renames of --overwrite
         (out / REPLACED).unlink()
     if overwrite and os.path.lexists(old) and not (old / REPLACED).is_file() and not _is_empty(old):
-        raise OutputError(402, f"{old}: is in the way of --overwrite", mend="move it away")
+        raise OutputError(402, f"{old}: is in the way of --overwrite", hint="move it away")
     ours = (out / MANIFEST).is_file()
     if out.is_symlink() or (out.exists() and not overwrite):
         also = ", or --overwrite (overwrite: true in a recipe)" if ours and not out.is_symlink() else ""
-        raise OutputError(401, f"{out}: exists already", mend=f"choose another OUT{also}")
+        raise OutputError(401, f"{out}: exists already", hint=f"choose another OUT{also}")
     if out.exists():
         _check_ours(out)
 
 
 def _check_ours(out: Path) -> None:
     """Raises OutputError where --overwrite would delete what lpsparse did not write."""
-    what, mend = f"{out}: --overwrite replaces only what lpsparse wrote", "choose another OUT"
+    what, hint = f"{out}: --overwrite replaces only what lpsparse wrote", "choose another OUT"
     try:
         manifest = read_manifest(out)
     except InputError as error:
-        raise OutputError(402, f"{what}: {error.what}", mend=mend) from None
+        raise OutputError(402, f"{what}: {error.what}", hint=hint) from None
     listed = {record.name for record in manifest.files}
     present = {path.relative_to(out).as_posix() for path in list_files(out)}
     others = sorted(name for name in present - listed if not name.startswith(".cache/"))  # of a download
     if others:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-        raise OutputError(402, f"{what}: {others[0]}{more} would be lost", mend=f"move it away, or {mend}")
+        raise OutputError(402, f"{what}: {others[0]}{more} would be lost", hint=f"move it away, or {hint}")
 
 
 def check_place(out: Path, source: Checkpoint, reads: Iterable[Path], parent: Path) -> None:
     """Whether the folder that it is to be in can be written to, and is not somebody else's. `parent` is that
     folder, or the one in which that will be made."""
     if not parent.is_dir():
-        raise OutputError(403, f"{parent}: no such folder", mend=f"mkdir -p {parent}")
+        raise OutputError(403, f"{parent}: no such folder", hint=f"mkdir -p {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(404, f"{parent}: no permission to write here", mend="choose another OUT")
+        raise OutputError(404, f"{parent}: no permission to write here", hint="choose another OUT")
     inputs = {path.resolve() for path in (*source.files, *reads)}
     folder = source.root.resolve() if source.root else None
     target = out.resolve()
     if folder is not None and (target == folder or folder in target.parents):
-        raise OutputError(405, f"{out}: lies inside the input", mend="choose an OUT outside MODEL")
+        raise OutputError(405, f"{out}: lies inside the input", hint="choose an OUT outside MODEL")
     if any(target == path or target in path.parents for path in inputs):
-        raise OutputError(405, f"{out}: holds the input", mend="choose another OUT")
+        raise OutputError(405, f"{out}: holds the input", hint="choose another OUT")
     within = next((each for each in target.parents if (each / MANIFEST).is_file()), None)
     if within is not None:
         what = f"{out}: lies inside {within.name}, which lpsparse wrote: it would not verify any more"
-        raise OutputError(405, what, mend="choose an OUT outside of it")
+        raise OutputError(405, what, hint="choose an OUT outside of it")
     if is_cached(target):
-        raise OutputError(405, f"{out}: lies inside the hub's cache", mend="choose an OUT outside of it")
+        raise OutputError(405, f"{out}: lies inside the hub's cache", hint="choose an OUT outside of it")
 
 
 def _is_empty(folder: Path) -> bool:

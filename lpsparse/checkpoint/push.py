@@ -50,10 +50,10 @@ def check_access() -> None:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise RemoteError(804, "HF_HUB_OFFLINE is set: nothing is sent", mend="unset it, or use --dry-run")
+        raise RemoteError(804, "HF_HUB_OFFLINE is set: nothing is sent", hint="unset it, or use --dry-run")
     if get_token() is None:
         raise RemoteError(
-            805, "no token for the hub, which takes files only from those who are logged in", mend=LOG_IN
+            805, "no token for the hub, which takes files only from those who are logged in", hint=LOG_IN
         )
 
 
@@ -129,15 +129,15 @@ def _prepare(
     new = info is None
     if info is None:
         if to.create_pr:
-            mend = "leave --create-pr out: then it is made"
-            raise RemoteError(806, f"{to.repo}: no such repository to ask for a merge", mend=mend)
+            hint = "leave --create-pr out: then it is made"
+            raise RemoteError(806, f"{to.repo}: no such repository to ask for a merge", hint=hint)
         say(f"{to.repo} is not there yet: it is made")
         api.create_repo(to.repo, private=to.private or None)  # None: an organisation's own default
         info = api.model_info(to.repo, timeout=_timeout())
         say(f"{to.repo} is made, {'private' if info.private else 'public'}")
     elif to.private and not info.private:
-        mend = "leave --private out, or make it private on the hub, or push to another name"
-        raise OutputError(414, f"{to.repo}: exists, and everybody can read it", mend=mend)
+        hint = "leave --private out, or make it private on the hub, or push to another name"
+        raise OutputError(414, f"{to.repo}: exists, and everybody can read it", hint=hint)
     there = [file.rfilename for file in info.siblings or ()]
     others = sorted(name for name in there if name not in ours and name[0] != ".")
     if not to.delete_others:
@@ -177,8 +177,8 @@ def _check_others(repo: str, others: list[str], say: Callable[[str], None]) -> N
     if weights:
         named = ", ".join(weights[:4]) + (f" and {len(weights) - 4} more" if len(weights) > 4 else "")
         what = f"{repo}: holds weights that FOLDER has not, and a loader may take these: {named}"
-        mend = "--delete-others removes them in the same commit (the history keeps them); or push elsewhere"
-        raise OutputError(413, what, mend=mend)
+        hint = "--delete-others removes them in the same commit (the history keeps them); or push elsewhere"
+        raise OutputError(413, what, hint=hint)
     if others:
         say(f"{repo}: keeps {len(others)} files that FOLDER has not: {', '.join(others[:4])}")
 
@@ -204,7 +204,7 @@ def _compare(
             problems.append(f"{record.name}: {found.size} bytes, git's hash {found.blob_id[:12]}")
     if problems:
         what = f"{made.commit_url}: {len(problems)} differences from FOLDER: {'; '.join(problems[:3])}"
-        raise RemoteError(810, what, mend="do not use that commit; push again")
+        raise RemoteError(810, what, hint="do not use that commit; push again")
 
 
 def _is_blob(blob_id: str, path: Path, record: FileRecord) -> bool:

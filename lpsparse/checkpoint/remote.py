@@ -59,14 +59,14 @@ def read_remote(text: str, weights: str | None = None) -> Remote:
     try:
         headers = _read_headers(root, commit, file, sizes)
     except InputError as error:
-        error.mend = "choose another revision, or tell its owner"
+        error.hint = "choose another revision, or tell its owner"
         raise
     legacy = find_packed(entry.name for header in headers.values() for entry in header.entries)
     for path, header in headers.items():
         if legacy or any(key.startswith("lpsparse.") for key in header.metadata):
             by = "compressed-tensors" if legacy else "lpsparse"
             what = f"{path}: packed by {by}: the shapes of its tensors are not in its header"
-            raise InputError(346, what, mend=_DOWNLOAD.format(text.replace("@", " --revision ")))
+            raise InputError(346, what, hint=_DOWNLOAD.format(text.replace("@", " --revision ")))
     tensors = [
         Tensor(entry.name, entry.dtype, entry.shape, path.name, "dense", entry.nbytes, _no_weights)
         for path, header in headers.items()
@@ -105,15 +105,15 @@ def _find_weights(text: str, sizes: dict[str, int], weights: str | None) -> str:
     """The one index or weight file, as in a folder, where it has headers."""
     check_name(weights)
     if weights is not None and weights not in sizes:
-        raise InputError(329, f"{text}: no {weights} there", mend="see the names of its files on the hub")
+        raise InputError(329, f"{text}: no {weights} there", hint="see the names of its files on the hub")
     present = find_weight_names([name for name in sizes if "/" not in name]) if weights is None else [weights]
     if len(present) > 1:
-        mend = "name the one that is meant with --weights"
-        raise InputError(328, f"{text}: several checkpoints there: {', '.join(present[:4])}", mend=mend)
+        hint = "name the one that is meant with --weights"
+        raise InputError(328, f"{text}: several checkpoints there: {', '.join(present[:4])}", hint=hint)
     if not present or present[0].endswith((*TORCH_SUFFIXES, ".bin.index.json")):
         others = [name for name in sorted(sizes) if name.endswith(WEIGHT_SUFFIXES)][:4]
         what = f"{text}: no safetensors there, only {', '.join(others) or 'other files'}: no headers to read"
-        raise InputError(345, what, mend=_DOWNLOAD.format(text.replace("@", " --revision ")))
+        raise InputError(345, what, hint=_DOWNLOAD.format(text.replace("@", " --revision ")))
     return present[0]
 
 
@@ -134,11 +134,11 @@ def _read_headers(root: Path, commit: str, weights: str, sizes: dict[str, int]) 
     index: dict[Path, set[str]] | None = None
     if weights.endswith(".index.json"):
         if sizes[weights] > MAX_HEADER_BYTES:
-            raise InputError(330, f"{root / weights}: larger than {MAX_HEADER_BYTES} bytes", mend="")
+            raise InputError(330, f"{root / weights}: larger than {MAX_HEADER_BYTES} bytes", hint="")
         index = parse_index(root / weights, part(root / weights, 0, sizes[weights]))
         missing = [path.name for path in index if path.name not in sizes]
         if missing:
-            raise InputError(330, f"{root / weights}: shard {missing[0]!r} is missing", mend="")
+            raise InputError(330, f"{root / weights}: shard {missing[0]!r} is missing", hint="")
     paths = [root / weights] if index is None else list(index)
     headers = dict(zip(paths, parallel(header, paths, waiting=_WAITING), strict=True))
     for path, tensors in (index or {}).items():
@@ -177,7 +177,7 @@ def _get(where: str, url: str, cap: int, first: int | None) -> bytes:
 
 def _refusal(where: str, reason: str) -> RemoteError:
     what = f"{where}: not in the local cache, and the hub did not give it ({reason.splitlines()[0][:160]})"
-    return RemoteError(803, what, mend="check id, revision, token and network, or give a local folder")
+    return RemoteError(803, what, hint="check id, revision, token and network, or give a local folder")
 
 
 def _no_weights(first: int = 0, last: int | None = None) -> Blocks:

@@ -52,7 +52,7 @@ def rescued(checkpoint: Checkpoint) -> Checkpoint:
         name = prefix if whole else f"{prefix}.weight"
         if name in given:
             what = f"{checkpoint.name}: {name!r} is there twice, packed and not"
-            raise InputError(340, what, mend=_AGAIN)
+            raise InputError(340, what, hint=_AGAIN)
         at[f"{prefix}.compressed"] = _open_packed(
             checkpoint.name, name, {part: given[f"{prefix}.{part}"] for part in parts}
         )
@@ -83,7 +83,7 @@ def _open_packed(model: str, name: str, parts: Parts) -> Tensor:
     where = f"{model}/{min(part.file for part in parts.values())}: {name!r}"
 
     def refuse(why: str) -> InputError:
-        return InputError(340, f"{where}: {why}", mend=_AGAIN)
+        return InputError(340, f"{where}: {why}", hint=_AGAIN)
 
     by_rows = "row_offsets" in parts or ("compressed" in parts and len(parts["compressed"].shape) < 2)
     missing = [part for part in bitmask.PARTS[: 4 if by_rows else 3] if part not in parts]

@@ -47,7 +47,7 @@ def rewrite(
     taken = names_taken(list(source.tensors), layout)
     if taken:
         what = f"{source.name}: {taken[0]!r}: this name belongs to the {layout} layout"
-        raise InputError(342, what, mend="keep this model dense, or rename the tensor")
+        raise InputError(342, what, hint="keep this model dense, or rename the tensor")
     names = weight_file_names(source, packed=layout != "dense")
     of_one(lambda: drop_weights(folder, but=set(names.values())))
 
@@ -91,7 +91,7 @@ def _check_complete(written: Checkpoint, source: Checkpoint) -> None:
     others = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
     if others:
         what = f"{source.name}: {others[0]!r} is not in OUT as it should be, nor are {len(others) - 1} others"
-        raise OutputError(408, what, mend="keep this model dense, and tell us; nothing was kept")
+        raise OutputError(408, what, hint="keep this model dense, and tell us; nothing was kept")
 
 
 def _read_back(
@@ -107,7 +107,7 @@ def _read_back(
         found = read.get(name, NOTHING)
         if (found.stored, found.total) != written:
             what = f"{source.name}: {name!r}: {found} read back, {written} (stored, total) written"
-            raise OutputError(408, what, mend="check the disk and run again; nothing was kept")
+            raise OutputError(408, what, hint="check the disk and run again; nothing was kept")
     for tensor in source.tensors:
         if tensor.name in sums and finite:
             check_finite(source, tensor, read[tensor.name].nonfinite)

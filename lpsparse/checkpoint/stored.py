@@ -23,7 +23,7 @@ def open_file(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]
     layout, version = (header.metadata.get(f"lpsparse.{key}") for key in ("layout", "format_version"))
     if layout not in (None, "bitmask", "packed") or version not in (None, "1"):
         what = f"{path}: layout {layout!r}, version {version!r}: written by a newer lpsparse"
-        raise InputError(336, what, mend="upgrade lpsparse")
+        raise InputError(336, what, hint="upgrade lpsparse")
     if layout is not None:
         opened = (_open_bitmask if layout == "bitmask" else _open_packed)(path, header)
         return opened, header.metadata, ()
@@ -93,10 +93,10 @@ def read_exactly(file: Any, entry: Entry, first: int, count: int) -> Bits:
         count = file.readinto(values.view(np.uint8).data)
     except OSError as error:
         what = f"{file.name}: {entry.name!r}: {error.strerror}"
-        raise InputError(338, what, mend="check the disk that it is on, and run again") from error
+        raise InputError(338, what, hint="check the disk that it is on, and run again") from error
     if count != values.nbytes:
         what = f"{file.name}: {entry.name!r}: the file became shorter while it was read"
-        raise InputError(333, what, mend="run again when nobody writes it")
+        raise InputError(333, what, hint="run again when nobody writes it")
     return values
 
 
@@ -155,14 +155,14 @@ def _open_packed(path: Path, header: Header) -> list[Tensor]:
             entry = entries.pop(stored, None)
             if entry is None:
                 what = f"{path}: {stored!r} is missing, its manifest lists it"
-                raise InputError(343, what, mend=packed.AGAIN)
+                raise InputError(343, what, hint=packed.AGAIN)
             if described is None:
                 tensors.append(_dense(path, entry))
             else:
                 tensors.append(_packed_tensor(path, file, name, entry, described))
     if entries:
         what = f"{path}: {next(iter(entries))!r} is not in its manifest"
-        raise InputError(343, what, mend=packed.AGAIN)
+        raise InputError(343, what, hint=packed.AGAIN)
     return tensors
 
 
@@ -178,12 +178,12 @@ def _packed_tensor(
     where = f"{path}: {name!r}"
     if (entry.dtype, entry.shape) != ("U8", (entry.nbytes,)):
         what = f"{where}: is stored as {entry.dtype} {entry.shape}, not as one row of bytes"
-        raise InputError(343, what, mend=packed.AGAIN)
+        raise InputError(343, what, hint=packed.AGAIN)
     found = packed.read_packed(where, entry.nbytes, partial(read_exactly, opened, entry))
     found = replace(found, read=read)
     if (found.dtype, found.shape) != described:
         what = f"{where}: {found.dtype} {found.shape}, its manifest has {described[0]} {described[1]}"
-        raise InputError(343, what, mend=packed.AGAIN)
+        raise InputError(343, what, hint=packed.AGAIN)
 
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
         lines, width = grid_of(found.shape, found.dtype)

@@ -52,7 +52,7 @@ def read_torch_file(path: Path) -> TorchFile:
     size = check_regular(path)
     if size == 0:
         raise InputError(
-            301, f"{path}: 0 bytes: the copy or download did not finish", mend="download it again"
+            301, f"{path}: 0 bytes: the copy or download did not finish", hint="download it again"
         )
     table, notes = _unwrap(path, _load(path, size))
     values = {name: value for name, value in table.items() if isinstance(value, torch.Tensor)}
@@ -65,7 +65,7 @@ def read_torch_file(path: Path) -> TorchFile:
         notes.append(f"dropped, not tensors: {', '.join(dropped)}")
     if not tensors:
         found = ", ".join(sorted(map(str, table))[:8]) or "nothing"
-        raise InputError(320, f"{path}: no tensors found (top level: {found})", mend="save a state dict")
+        raise InputError(320, f"{path}: no tensors found (top level: {found})", hint="save a state dict")
     own = {name: item for name, item in tensors.items() if name not in ties}
     return TorchFile(own, ties, tuple(notes))
 
@@ -83,14 +83,14 @@ def _load(path: Path, size: int) -> Any:
         if head != b"PK\x03\x04" and not re.match(rb"\x80[\x01-\x05]", head):
             what = f"{path}: not a torch file"
             raise InputError(
-                323, what, mend="give it the suffix of what it is, or download it again"
+                323, what, hint="give it the suffix of what it is, or download it again"
             ) from None
         # Torch's own text advises switching the guard off; it is never passed on.
         what = f"{path}: holds Python objects that the restricted loader refuses; nothing was executed"
-        raise InputError(322, what, mend=_CONVERT) from None
+        raise InputError(322, what, hint=_CONVERT) from None
     except Exception as error:  # a broken file makes the loader stumble over anything
         what = f"{path}: not a torch file that can be read ({type(error).__name__})"
-        raise InputError(323, what, mend="download or copy the file again") from None
+        raise InputError(323, what, hint="download or copy the file again") from None
 
 
 def _refuse_bomb(path: Path, size: int) -> bool:
@@ -108,7 +108,7 @@ def _refuse_bomb(path: Path, size: int) -> bool:
     unpacked = sum(member.file_size for member in members)
     if unpacked > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         what = f"{path}: {size} bytes that unpack to {unpacked}; torch compresses nothing"
-        raise InputError(321, what, mend=_CONVERT)
+        raise InputError(321, what, hint=_CONVERT)
     return True
 
 
@@ -124,17 +124,17 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
             value = value[key]
     if not isinstance(value, Mapping):
         what = f"{path}: holds a {type(value).__name__}, not a table of tensors"
-        raise InputError(320, what, mend="save a state dict")
+        raise InputError(320, what, hint="save a state dict")
     table = cast("Mapping[Any, Any]", value)
     named = {str(name): item for name, item in table.items()}
     try:
         "".join(named).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which no other file can hold
         what = f"{path}: a name in it is no text"
-        raise InputError(320, what, mend="save a state dict with text for names") from None
+        raise InputError(320, what, hint="save a state dict with text for names") from None
     if len(named) < len(table):
         what = f"{path}: {len(table) - len(named)} names stand twice when written as text"
-        raise InputError(320, what, mend="save a state dict with text for names")
+        raise InputError(320, what, hint="save a state dict with text for names")
     return named, notes
 
 
@@ -143,14 +143,14 @@ def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:
     if tensor.dtype not in NAMES or not plain or tensor.is_neg() or tensor.is_conj():
         kind = "without data" if tensor.is_meta else tensor.layout
         what = f"{path}: {name!r}: {tensor.dtype} {kind} cannot be written as safetensors"
-        raise InputError(324, what, mend=_CONVERT)
+        raise InputError(324, what, hint=_CONVERT)
     if tensor.dim() > MAX_DIMENSIONS:
         what = f"{path}: {name!r}: {tensor.dim()} dimensions, more than {MAX_DIMENSIONS}"
-        raise InputError(324, what, mend=_CONVERT)
+        raise InputError(324, what, hint=_CONVERT)
     held = tensor.untyped_storage().nbytes()
     if tensor.nbytes > held:
         what = f"{path}: {name!r}: declares {tensor.numel()} elements over a storage of {held} bytes"
-        raise InputError(325, what, mend=_CONVERT)
+        raise InputError(325, what, hint=_CONVERT)
     raw = tensor.detach().view(_STORAGE[tensor.element_size()]).numpy()
     return NAMES[tensor.dtype], raw.view(np.dtype(f"<u{tensor.element_size()}"))
 
@@ -174,4 +174,4 @@ def _refuse_more_than(path: Path, size: int, tensors: list[torch.Tensor]) -> Non
     named = sum(tensor.nbytes for tensor in tensors)
     if held > size or named > _MAX_SHARED * size:
         what = f"{path}: {len(tensors)} names for {named} bytes over storages of {held}, in a file of {size}"
-        raise InputError(325, what, mend=_CONVERT)
+        raise InputError(325, what, hint=_CONVERT)

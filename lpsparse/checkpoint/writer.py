@@ -167,10 +167,10 @@ def check_report_file(path: Path, models: Iterable[str | None]) -> None:
     inside = any(each == target or (each.is_dir() and each in target.parents) for each in inputs)
     if inside or (target.parent / MANIFEST).exists():
         raise OutputError(
-            405, f"{path}: is read, or lies inside a checkpoint", mend="choose a file outside of it"
+            405, f"{path}: is read, or lies inside a checkpoint", hint="choose a file outside of it"
         )
     if path.exists() and (not path.is_file() or path.suffix in FOREIGN_WEIGHTS):
-        raise OutputError(401, f"{path}: exists and is no report", mend="choose another file, such as x.json")
+        raise OutputError(401, f"{path}: exists and is no report", hint="choose another file, such as x.json")
 
 
 def write_beside(path: Path, text: str) -> None:
@@ -180,7 +180,7 @@ def write_beside(path: Path, text: str) -> None:
         write_text(partial, text)
         partial.replace(path)
     except OSError as error:
-        raise OutputError(409, f"{path}: {error.strerror}", mend="choose another file") from error
+        raise OutputError(409, f"{path}: {error.strerror}", hint="choose another file") from error
     finally:
         partial.unlink(missing_ok=True)
 

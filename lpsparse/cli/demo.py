@@ -43,7 +43,7 @@ def demo(
     from lpsparse.recipe_file import read_recipe
 
     if folder.exists() and not any(folder.glob("*.partial")):  # of one that was interrupted
-        raise OutputError(401, f"{folder}: exists already", mend="remove it, or give another DIR")
+        raise OutputError(401, f"{folder}: exists already", hint="remove it, or give another DIR")
     say = teller(quiet)
     changes = {"out": str(folder)}
     rival = _rival([link.step for link in planned(read_recipe(RECIPE, changes), changes, RECIPE)])

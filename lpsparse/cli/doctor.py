@@ -35,7 +35,7 @@ def doctor(
     else:
         for check in found["checks"]:
             print_result(f"{check['status']:<4}  {check['name']:<15}  {check['found']}")
-            if "mend" in check:
-                print_result(f"        mend: {check['mend']}")
+            if "hint" in check:
+                print_result(f"        hint: {check['hint']}")
     if not found["ok"]:
         raise typer.Exit(found["exit_code"])

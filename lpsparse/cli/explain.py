@@ -64,14 +64,14 @@ def _number(code: str, texts: dict[int, str]) -> int:
     """Raises UsageError for what is no code, with the nearest ones."""
     found = re.fullmatch(r"(?:lps)?([0-9]{3})", code.strip(), re.IGNORECASE)
     if found is None:
-        mend = "give one such as LPS312; `lpsparse explain` lists them all"
-        raise UsageError(218, f"{clean(code)}: not a code", mend=mend)
+        hint = "give one such as LPS312; `lpsparse explain` lists them all"
+        raise UsageError(218, f"{clean(code)}: not a code", hint=hint)
     number = int(found[1])
     if number not in texts:
         nearest = sorted(sorted(texts, key=lambda other: abs(other - number))[:3])
         near = ", ".join(f"LPS{each}" for each in nearest)
-        mend = f"the nearest are {near}; `lpsparse explain` lists them all"
-        raise UsageError(218, f"LPS{number}: no such code", mend=mend)
+        hint = f"the nearest are {near}; `lpsparse explain` lists them all"
+        raise UsageError(218, f"LPS{number}: no such code", hint=hint)
     return number
 
 

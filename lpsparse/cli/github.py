@@ -45,11 +45,11 @@ def summarise_sweep(found: dict[str, Any]) -> str | None:
     return _append(text)
 
 
-def summarise_error(code: str, what: str, mend: str) -> str | None:
+def summarise_error(code: str, what: str, hint: str) -> str | None:
     """Likewise of what ended a command: a heading, and what it said as code."""
 
     def text(_: int) -> str:
-        return f"## lpsparse: {code}\n{_code(what)} mend: {_code(mend)}\n"
+        return f"## lpsparse: {code}\n{_code(what)} hint: {_code(hint)}\n"
 
     return _append(text)
 

@@ -69,7 +69,7 @@ def _run(words: list[str]) -> None:
             print_exc()
         _leave_without_files(error.__cause__)
         if not isinstance(error, LaunchError):
-            _say_error(error.code, error.what, error.mend)
+            _say_error(error.code, error.what, error.hint)
         elif error.said:
             tell(error.said)
         _leave("", error.exit_code)
@@ -95,8 +95,8 @@ def _run(words: list[str]) -> None:
 def _interrupted() -> NoReturn:
     if signal.SIGTERM in interrupts.asked:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher that stops its processes says why
-            mend = "run the command again; it uses the weight files that `prune` and `pack` had written"
-            _say_error("LPS751", "stopped by SIGTERM before the result was whole", mend)
+            hint = "run the command again; it uses the weight files that `prune` and `pack` had written"
+            _say_error("LPS751", "stopped by SIGTERM before the result was whole", hint)
         _leave("", ExitCode.RESUMABLE)
     _leave("interrupted: the input is untouched, no half-written OUT is left", ExitCode.INTERRUPT)
 
@@ -120,26 +120,26 @@ def _usage(error: Exception, words: list[str]) -> int | None:
         return ExitCode.USAGE
     context: Any = getattr(error, "ctx", None)
     where = getattr(context, "command_path", None) or " ".join(["lpsparse", *words[:1]])
-    what, mend = " ".join(str(message()).split()), f"see `{where} --help`"
+    what, hint = " ".join(str(message()).split()), f"see `{where} --help`"
     near: list[str] = sorted(getattr(error, "possibilities", None) or [])
     if near:
         what = f"no such option: {getattr(error, 'option_name', '')}"
-        mend = f"did you mean {' or '.join(near)}? {mend}"
-    _say_error("LPS200", what, mend)
+        hint = f"did you mean {' or '.join(near)}? {hint}"
+    _say_error("LPS200", what, hint)
     return ExitCode.USAGE
 
 
-def _say_error(code: str, what: str, mend: str) -> None:
+def _say_error(code: str, what: str, hint: str) -> None:
     from lpsparse.reporting.text import clean, shorten
 
     what = shorten(clean(what), 1000)  # a hostile name may be as long as a header
-    text = f"error[{code}]: {what}\n  mend: {clean(mend)}"
+    text = f"error[{code}]: {what}\n  hint: {clean(hint)}"
     note = os.environ.get("TORCHELASTIC_ERROR_FILE")  # where a launcher looks for the error of a process
     if note:
         Path(note).write_text(json.dumps({"message": text, "code": code, "timestamp": int(time.time())}))
     if is_first():
         tell(text)
-        tell_runner_error(code, what, mend)
+        tell_runner_error(code, what, hint)
 
 
 def _leave(text: str, code: ExitCode) -> NoReturn:

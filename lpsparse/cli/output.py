@@ -64,10 +64,10 @@ def tell_runner_of_sweep(found: dict[str, Any]) -> None:
         _tell_runner(github.summarise_sweep(found), lambda: github.sweep_annotations(found))
 
 
-def tell_runner_error(code: str, what: str, mend: str) -> None:
+def tell_runner_error(code: str, what: str, hint: str) -> None:
     """On GitHub Actions: what ended the command, in the summary and as an error, where a person looks."""
-    line = github.command("error", f"lpsparse: {code}", what, f"mend: {mend}")
-    _tell_runner(github.summarise_error(code, what, mend), lambda: [line])
+    line = github.command("error", f"lpsparse: {code}", what, f"hint: {hint}")
+    _tell_runner(github.summarise_error(code, what, hint), lambda: [line])
 
 
 def _tell_runner(wrong: str | None, annotations: Callable[[], list[str]]) -> None:
@@ -90,8 +90,8 @@ def _write(stream: TextIO | None, text: str) -> None:
     except OSError as error:
         silence(stream)
         if stream is sys.stdout:
-            mend = "mend the disk that it goes to; OUT, if there is one, is whole"
-            raise OutputError(411, f"stdout: {error.strerror}", mend=mend) from error
+            hint = "fix the disk that it goes to; OUT, if there is one, is whole"
+            raise OutputError(411, f"stdout: {error.strerror}", hint=hint) from error
 
 
 def silence(stream: TextIO) -> None:

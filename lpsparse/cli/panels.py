@@ -101,9 +101,9 @@ class Group(_Fitted, TyperGroup):
         name = args[0]
         if self.get_command(ctx, name) is None and not ctx.resilient_parsing:
             near = get_close_matches(name.lower(), self.list_commands(ctx), n=2)
-            mend = f"did you mean {' or '.join(near)}? `{ctx.command_path} --help` lists the commands"
-            mend = mend if near else f"see `{ctx.command_path} --help`"
-            raise UsageError(200, f"no such command: {name}", mend=mend)
+            hint = f"did you mean {' or '.join(near)}? `{ctx.command_path} --help` lists the commands"
+            hint = hint if near else f"see `{ctx.command_path} --help`"
+            raise UsageError(200, f"no such command: {name}", hint=hint)
         return super().resolve_command(ctx, args)
 
 

@@ -124,8 +124,8 @@ def _check(asked: dict[str, str]) -> None:
     """Raises UsageError for files that cannot all be written."""
     for view, file in asked.items():
         if file.startswith("--"):
-            mend = f"give a FILE first, or - for stdout: --{view} - {file}"
-            raise UsageError(217, f"--{view} {file}: a flag where a FILE is needed", mend=mend)
+            hint = f"give a FILE first, or - for stdout: --{view} - {file}"
+            raise UsageError(217, f"--{view} {file}: a flag where a FILE is needed", hint=hint)
     twice = [file for file in asked.values() if list(asked.values()).count(file) > 1]
     if twice:
-        raise UsageError(292, f"{twice[0]}: two views cannot go to one place", mend="give each its own FILE")
+        raise UsageError(292, f"{twice[0]}: two views cannot go to one place", hint="give each its own FILE")

@@ -53,7 +53,7 @@ def overrides(pairs: list[str]) -> dict[str, str]:
     """`--set` words as a table. Raises UsageError for a word without '='."""
     for pair in pairs:
         if "=" not in pair:
-            raise UsageError(207, f"--set {pair}: not KEY=VALUE", mend="such as --set model=./folder")
+            raise UsageError(207, f"--set {pair}: not KEY=VALUE", hint="such as --set model=./folder")
     return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 

@@ -49,8 +49,8 @@ def help_(
         group.main(args=[topic, "--help"], prog_name="lpsparse", standalone_mode=False)
     else:
         near = get_close_matches(topic.lower(), [*texts, *group.commands], n=2)
-        mend = f"did you mean {' or '.join(near)}?" if near else f"topics are {', '.join(texts)}"
-        raise UsageError(219, f"{clean(topic)}: no such topic or command", mend=mend)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"topics are {', '.join(texts)}"
+        raise UsageError(219, f"{clean(topic)}: no such topic or command", hint=hint)
 
 
 def read_topics() -> dict[str, str]:

@@ -36,7 +36,7 @@ def check_version() -> None:
     version = tuple(int(n) for n in re.findall(r"\d+", transformers.__version__)[:2])
     if not _FLOOR <= version < _CEILING or any(not hasattr(HfQuantizer, name) for name in _NEEDED):
         what = f"transformers {transformers.__version__} cannot open packed folders; 5.21 and newer 5.x can"
-        raise UsageError(260, what, mend="`lpsparse unpack` the folder, or use lpsparse.load")
+        raise UsageError(260, what, hint="`lpsparse unpack` the folder, or use lpsparse.load")
 
 
 class LpsparseConfig(QuantizationConfigMixin):

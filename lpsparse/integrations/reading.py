@@ -41,7 +41,7 @@ class Reading:
         found = sum(len({tensor.name for tensor in parts.values()}) for _, parts in self.parts)
         if found != entry.tensors:
             what = f"{found} tensors are in the weight files, config.json says {entry.tensors}"
-            raise InputError(364, what, mend=_COPY)
+            raise InputError(364, what, hint=_COPY)
 
     def __deepcopy__(self, _: Any) -> "Reading":
         return self  # transformers copies a converter for each parameter
@@ -86,16 +86,16 @@ class Reading:
         if f"{total % 2**64:016x}" != self.entry.digest:
             where = self.parts[0][0].parent if self.parts else "config.json"
             what = f"{where}: the digest of what is stored is {total % 2**64:016x}, not {self.entry.digest}"
-            raise InputError(365, what, mend=_COPY)
+            raise InputError(365, what, hint=_COPY)
         packed = {tensor.name for tensor in self.stored.values()}
         lost = sorted((packed & self.shapes.keys()) - self.given) if self.given else sorted(packed)
         if lost:
             what = f"the model has not got {len(lost)} of {len(packed)} packed tensors, such as {lost[0]!r}"
-            raise InputError(366, what, mend="use the model class that config.json names")
+            raise InputError(366, what, hint="use the model class that config.json names")
         for name, value in model.state_dict().items():  # 5.21 compares those of ordinary models only
             if value.shape != self.shapes.get(name, value.shape):
                 what = f"{name!r} has shape {tuple(value.shape)}, the model's has {tuple(self.shapes[name])}"
-                raise InputError(369, what, mend="use the model class and the config of the folder")
+                raise InputError(369, what, hint="use the model class and the config of the folder")
         # What transformers will save is the dense model: by the conversions that it would have used for that.
         used = [id(each) for each in model._weight_conversions]
         model._weight_conversions = [self.dense[each] for each in used if each in self.dense]
@@ -162,11 +162,11 @@ def _then(read: Read, decode: Callable[[Tensor], Tensor]) -> Read:
 def _decoded(tensor: opening.Tensor, stored: Bits) -> Bits:
     if stored.size != tensor.stored_bytes:  # a part of them for each process
         what = f"{tensor.name!r}: tensor parallelism cannot divide a packed tensor"
-        raise InputError(367, what, mend="`lpsparse unpack` the folder")
+        raise InputError(367, what, hint="`lpsparse unpack` the folder")
     try:
         dtype, bits = packed.decode_all(stored)
     except InputError as error:
-        raise InputError(int(error.code[3:]), f"{tensor.name!r}: {error.what}", mend=error.mend) from None
+        raise InputError(int(error.code[3:]), f"{tensor.name!r}: {error.what}", hint=error.hint) from None
     assert dtype == tensor.dtype, f"{tensor.name}: {dtype}, its file says {tensor.dtype}"
     return bits
 
@@ -174,5 +174,5 @@ def _decoded(tensor: opening.Tensor, stored: Bits) -> Bits:
 def _to_torch(tensor: opening.Tensor, bits: Bits) -> Tensor:
     if tensor.dtype not in str_to_torch_dtype:
         what = f"{tensor.file}: {tensor.name!r}: transformers does not load {tensor.dtype}"
-        raise InputError(368, what, mend="read it by lpsparse.load")
+        raise InputError(368, what, hint="read it by lpsparse.load")
     return torch.from_numpy(bits).view(str_to_torch_dtype[tensor.dtype])

@@ -31,10 +31,10 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if args.weight_decay:
             what = f"weight_decay={args.weight_decay}: L_p decay takes its place"
-            raise UsageError(251, what, mend="TrainingArguments(weight_decay=0)")
+            raise UsageError(251, what, hint="TrainingArguments(weight_decay=0)")
         if self.options.get("condition", "auto") not in ("auto", "none", "rows"):
             what = f"condition={self.options['condition']} is not for the Trainer, which clips too early"
-            raise UsageError(252, what, mend="rows or none")
+            raise UsageError(252, what, hint="rows or none")
         optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])  # accelerate's is a wrapper
         self.sparsity = Sparsity(
             given["model"], optimizer, steps=state.max_steps, lr=args.learning_rate, **self.options
@@ -70,7 +70,7 @@ class SparsityCallback(TrainerCallback):
             tree = json.loads((folder / f"{_STATE}.json").read_text(encoding="utf-8"))
             saved = decode(tree, load_file(folder / f"{_STATE}.safetensors"))
         except (OSError, ValueError, KeyError) as error:
-            raise StateError(708, f"{folder}: no state of lpsparse: {error}", mend="start afresh") from error
+            raise StateError(708, f"{folder}: no state of lpsparse: {error}", hint="start afresh") from error
         device = next(iter(sparsity.control.weights.values())).device
         sparsity.load_state_dict(moved(saved, device))
 

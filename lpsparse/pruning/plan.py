@@ -192,8 +192,8 @@ def _check_divides(flag: str, tensors: list[Tensor], rows: int, columns: int) ->
         what = f"{flag}: {odd[0].name!r}: {high} rows of {wide} are not made of {rows} x {columns}"
         others = f"; nor are {', '.join(tensor.name for tensor in odd[1:9])}" if len(odd) > 1 else ""
         more = f" and {len(odd) - 9} more" if len(odd) > 9 else ""
-        mend = "--exclude them (it takes globs), or choose other numbers"
-        raise UsageError(215, what + others + more, mend=mend)
+        hint = "--exclude them (it takes globs), or choose other numbers"
+        raise UsageError(215, what + others + more, hint=hint)
 
 
 def _scored(source: Checkpoint, tensor: Tensor, block: Pair | None) -> Scored:
@@ -255,6 +255,6 @@ def _band(source: Checkpoint, tensors: list[Tensor], wide: bool) -> Band:
             )
         what = f"{source.name}: no band of 2 decades among {sum(t.size for t in tensors)} weights: {seen}"
         raise VerdictError(
-            101, what, mend="fine-tune with p < 1 first (or for more steps), or give --sparsity or --below"
+            101, what, hint="fine-tune with p < 1 first (or for more steps), or give --sparsity or --below"
         )
     return band

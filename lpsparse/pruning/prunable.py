@@ -80,7 +80,7 @@ def choose(
             if not any(_matches(name, name.removeprefix("module."), (pattern,)) for name in table):
                 raise no_match(flag, pattern, table)
     if needed and not any(yes for yes, _ in table.values()):
-        raise UsageError(211, "no prunable tensor is left", mend="choose tensors with --include")
+        raise UsageError(211, "no prunable tensor is left", hint="choose tensors with --include")
     return table
 
 
@@ -94,8 +94,8 @@ def no_match(flag: str, pattern: str, names: Iterable[str]) -> UsageError:
         for part in (part for word in words for part in get_close_matches(word, parts, n=1, cutoff=cutoff)):
             near = near or [name for name in known if part in name.split(".")]
     all_names = "see the names with `lpsparse inspect`"
-    mend = f"nearest tensor: {near[0]}; {all_names}" if near else all_names
-    return UsageError(210, f"{flag} {pattern}: matches no tensor", mend=mend)
+    hint = f"nearest tensor: {near[0]}; {all_names}" if near else all_names
+    return UsageError(210, f"{flag} {pattern}: matches no tensor", hint=hint)
 
 
 def kept_in_words(table: dict[str, tuple[bool, str]]) -> str:

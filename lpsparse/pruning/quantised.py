@@ -52,7 +52,7 @@ def refuse_quantised(source: Checkpoint) -> None:
         what = f"{source.name}: is quantised ({method}), which cannot be pruned or trained{shown}{more}"
         if rescued:
             what = f"{source.name}: is sparse and quantised ({method}), which cannot be unpacked{shown}{more}"
-        raise InputError(337, what, mend="take the model that it was quantised from, or dequantise it")
+        raise InputError(337, what, hint="take the model that it was quantised from, or dequantise it")
 
 
 def _configured(folder: Path | None) -> str | None:

@@ -60,7 +60,7 @@ def _matching(report: Report, limit: Limit) -> list[TensorRow]:
     found = [row for row in report.tensors if fnmatchcase(row.name, limit.pattern)]
     if not found:
         what = f"budget {limit.pattern}={limit.value}: the pattern matches no tensor"
-        raise UsageError(290, what, mend="`lpsparse inspect MODEL` lists the names")
+        raise UsageError(290, what, hint="`lpsparse inspect MODEL` lists the names")
     return found
 
 
@@ -207,7 +207,7 @@ def _check_alike(report: Report, baseline: Report, name: str) -> tuple[str, ...]
             why = why or f"its {each.metric} was measured on other data"
     if why is not None:
         what = f"{name}: not comparable with {report.model}: {why}"
-        raise InputError(354, what, mend="make the baseline again, from the same base model and data")
+        raise InputError(354, what, hint="make the baseline again, from the same base model and data")
     if ours is not None and theirs is not None and None in (ours.base_sha256, theirs.base_sha256):
         return (
             "whether the baseline is of the same base model: one of the two reports does not know its own",

@@ -62,8 +62,8 @@ def check_weights(checkpoint: Checkpoint, found: Report | None = None) -> None:
             ]
             why = others[0] if others else "as many zeros, other bytes" if found else "other bytes"
             what = f"{path}: is not what {MANIFEST} describes: {why}"
-            mend = f"copy or write it again (if you changed it on purpose, delete {MANIFEST})"
-            raise InputError(352, what, mend=mend)
+            hint = f"copy or write it again (if you changed it on purpose, delete {MANIFEST})"
+            raise InputError(352, what, hint=hint)
 
 
 def check_against(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:

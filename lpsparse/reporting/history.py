@@ -22,20 +22,20 @@ def read_history(folder: Path | None) -> tuple[Point, ...]:
     path = folder / METRICS if folder is not None else None
     if path is None or not path.is_file():
         return ()
-    mend = f"put the right file back, or delete {METRICS}: nothing else needs it"
+    hint = f"put the right file back, or delete {METRICS}: nothing else needs it"
     if path.stat().st_size > _MOST_BYTES:
-        raise InputError(355, f"{path}: {path.stat().st_size:,} bytes are no metrics", mend=mend)
+        raise InputError(355, f"{path}: {path.stat().st_size:,} bytes are no metrics", hint=hint)
     with path.open("rb") as file:
         count = sum(1 for _ in file)
         file.seek(0)
         step = max(1, -(-count // _MOST_POINTS))
         taken = ((i, line) for i, line in enumerate(file) if i % step == 0 or i == count - 1)
-        return tuple(_point(path, i, line, mend) for i, line in taken)
+        return tuple(_point(path, i, line, hint) for i, line in taken)
 
 
-def _point(path: Path, i: int, line: bytes, mend: str) -> Point:
+def _point(path: Path, i: int, line: bytes, hint: str) -> Point:
     try:
         table: Any = json.loads(line)
         return Point.model_validate({key: table[key] for key in Point.model_fields})
     except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
-        raise InputError(355, f"{path}: line {i + 1} is no line of metrics", mend=mend) from None
+        raise InputError(355, f"{path}: line {i + 1} is no line of metrics", hint=hint) from None

@@ -96,7 +96,7 @@ def _head(report: Report) -> Iterator[str]:
     yield f"{code(report.model)}: **{verdict(report)}**"
     for alert in alerts(report):
         names = ", ".join(code(name) + remark for name, remark in alert.tensors)
-        yield from ("", f"Warning: {alert.what} {names}{alert.mend}.")
+        yield from ("", f"Warning: {alert.what} {names}{alert.hint}.")
 
 
 def _budgets(report: Report) -> Iterator[str]:

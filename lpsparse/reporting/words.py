@@ -44,10 +44,10 @@ class Alert:
 
     what: str
     tensors: tuple[tuple[str, str], ...]  # name, and a remark
-    mend: str
+    hint: str
 
     def __str__(self) -> str:
-        return f"{self.what} {', '.join(shorten(name, 160) + left for name, left in self.tensors)}{self.mend}"
+        return f"{self.what} {', '.join(shorten(name, 160) + left for name, left in self.tensors)}{self.hint}"
 
 
 def alerts(report: Report) -> tuple[Alert, ...]:
@@ -62,8 +62,8 @@ def lost_of(report: Report) -> Alert | None:
         return None
     names = [(name, "") for name in base.only_there] + [(name, " (other shape)") for name in base.other_form]
     many = f" ({len(names):,} tensors)" if len(names) > 1 else ""
-    mend = f"{many}; what loads this model may put random values there"
-    return Alert("not here as BASE has it:", tuple(names[:_MOST_NAMED]), mend)
+    hint = f"{many}; what loads this model may put random values there"
+    return Alert("not here as BASE has it:", tuple(names[:_MOST_NAMED]), hint)
 
 
 def drained(tensors: Iterable[tuple[str, int, int]]) -> Alert | None:
@@ -81,8 +81,8 @@ def drained(tensors: Iterable[tuple[str, int, int]]) -> Alert | None:
         for name, zeros, weights in found[:_MOST_NAMED]
     )
     many = f" ({len(found):,} tensors)" if len(found) > 1 else ""
-    mend = "`--exclude` keeps it, `prune --scope tensor` or `finetune --allocation lamp` spreads the cut"
-    return Alert(f"{'' if whole else 'next to '}nothing is left of", named, f"{many}; {mend}")
+    hint = "`--exclude` keeps it, `prune --scope tensor` or `finetune --allocation lamp` spreads the cut"
+    return Alert(f"{'' if whole else 'next to '}nothing is left of", named, f"{many}; {hint}")
 
 
 def drained_of(report: Report) -> Alert | None:

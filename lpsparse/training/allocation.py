@@ -79,7 +79,7 @@ def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor
     blind = [name for name, weight in weights.items() if "exp_avg_sq" not in optimizer.state.get(weight, {})]
     if blind:
         what = f"no gradient has reached {', '.join(blind[:4])}: nothing says what the loss would lose by it"
-        raise UsageError(227, what, mend="--exclude it, or use --score magnitude")
+        raise UsageError(227, what, hint="--exclude it, or use --score magnitude")
     for name, weight in weights.items():
         state: dict[str, Any] = optimizer.state[weight]
         average = distributed.local(state["exp_avg_sq"]) / (1 - betas[id(weight)][1] ** float(state["step"]))

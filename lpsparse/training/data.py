@@ -43,18 +43,18 @@ def find(data: str, split: str) -> tuple[list[Path], slice, str]:
         _check_suffix(path)
         return [path], part, path.name + split[len(name) :]
     if not path.is_dir():
-        raise InputError(371, f"{data}: neither a file nor a folder", mend="write the data to a file first")
+        raise InputError(371, f"{data}: neither a file nor a folder", hint="write the data to a file first")
     return _in_folder(path, name), part, split
 
 
 def _parts(split: str) -> tuple[str, slice]:
     match = _SPLIT.fullmatch(split)
     if match is None:
-        raise UsageError(230, f"split {split!r}: not NAME or NAME[from:to]", mend="such as test[1000:]")
+        raise UsageError(230, f"split {split!r}: not NAME or NAME[from:to]", hint="such as test[1000:]")
     part = slice(int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
     if part.stop is not None and part.stop <= (part.start or 0):
         raise UsageError(
-            230, f"split {split!r}: from {part.start or 0} to {part.stop} is nothing", mend="give from < to"
+            230, f"split {split!r}: from {part.start or 0} to {part.stop} is nothing", hint="give from < to"
         )
     return match[1], part
 
@@ -66,7 +66,7 @@ def check_apart(data: str, split: str, held_data: str, held_split: str) -> None:
         return
     if _meet(part, held_part):
         what = f"{held[0]}: {held_split!r} holds rows that {split!r} trains on"
-        raise UsageError(231, what, mend="give another --eval-split or --eval-data, or neither")
+        raise UsageError(231, what, hint="give another --eval-split or --eval-data, or neither")
 
 
 def _meet(one: slice, other: slice) -> bool:
@@ -112,22 +112,22 @@ def _locate(data: str) -> Path:
         folder = Path(__file__).parents[1] / "bundled"
         if data.removeprefix("bundled:") in os.listdir(folder):
             return folder / data.removeprefix("bundled:")
-        raise InputError(370, f"{data}: nothing of that name is bundled", mend="try bundled:shakespeare")
+        raise InputError(370, f"{data}: nothing of that name is bundled", hint="try bundled:shakespeare")
     path = Path(data)
     if path.exists():
         return path
     if is_hub_id(data) and path.suffix not in _SUFFIXES:
-        mend = "a local folder in its place (--data FOLDER; with `run`: --set data=FOLDER)"
-        return fetch(data, kind="dataset", replace_with=mend)[0]
-    raise InputError(371, f"{data}: no such data", mend="check the path")
+        hint = "a local folder in its place (--data FOLDER; with `run`: --set data=FOLDER)"
+        return fetch(data, kind="dataset", replace_with=hint)[0]
+    raise InputError(371, f"{data}: no such data", hint="check the path")
 
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in _SUFFIXES:
-        mend = (
+        hint = (
             "rename or convert it: text is .txt, rows .jsonl, .csv, .tsv or .parquet, images .npz or .parquet"
         )
-        raise InputError(372, f"{path}: not one of {', '.join(_SUFFIXES)}", mend=mend)
+        raise InputError(372, f"{path}: not one of {', '.join(_SUFFIXES)}", hint=hint)
 
 
 def _in_folder(folder: Path, name: str) -> list[Path]:
@@ -144,7 +144,7 @@ def _in_folder(folder: Path, name: str) -> list[Path]:
     if not found and any(path.is_dir() for path in folder.iterdir()):
         return [folder]  # a folder of images, one folder a class
     names = ", ".join(sorted({path.stem for path in found})[:8]) or "none"
-    raise InputError(373, f"{folder}: no split {name!r} (there are: {names})", mend="choose with --split")
+    raise InputError(373, f"{folder}: no split {name!r} (there are: {names})", hint="choose with --split")
 
 
 def read_text(files: list[Path], part: slice, text_field: str | None) -> str:
@@ -152,7 +152,7 @@ def read_text(files: list[Path], part: slice, text_field: str | None) -> str:
     if files[0].suffix == ".txt":
         text = "".join(_decode(path) for path in files)[part]
         if not text.strip():
-            raise InputError(374, f"{files[0]}: no text in it", mend="give a file with text")
+            raise InputError(374, f"{files[0]}: no text in it", hint="give a file with text")
         return text
     return "\n".join(row.text for row in read_rows(files, part, text_field, None, labelled=False))
 
@@ -163,7 +163,7 @@ def _decode(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            375, f"{path}: not UTF-8 at byte {error.start}", mend="convert it to UTF-8"
+            375, f"{path}: not UTF-8 at byte {error.start}", hint="convert it to UTF-8"
         ) from None
 
 
@@ -174,7 +174,7 @@ def read_rows(
     asked = tuple(name for name in (text_field, label_field) if name is not None)
     rows = [row for path in files for row in _table(path, text_field, label_field, asked, labelled)][part]
     if not rows:
-        raise InputError(376, f"{files[0]}: no rows in it", mend="give a file with rows")
+        raise InputError(376, f"{files[0]}: no rows in it", hint="give a file with rows")
     return rows
 
 
@@ -187,14 +187,14 @@ def _table(
     }  # fmt: skip
     if path.suffix not in readers:
         raise InputError(
-            372, f"{path}: not a table ({', '.join(_TABLES)})", mend="give rows with text and label"
+            372, f"{path}: not a table ({', '.join(_TABLES)})", hint="give rows with text and label"
         )
     for line, fields in readers[path.suffix](path):
         where = f"{path.name}:{line}"
         text = field_of(where, fields, text_field, _TEXTS, "--text-field")
         label = field_of(where, fields, label_field, LABELS, "--label-field") if labelled else None
         if not isinstance(text, str) or (labelled and (label is None or str(label) == "")):
-            raise InputError(377, f"{where}: text or label is empty or no text", mend="mend or drop the row")
+            raise InputError(377, f"{where}: text or label is empty or no text", hint="fix or drop the row")
         yield Row(where, text, None if label is None else str(label))
 
 
@@ -204,7 +204,7 @@ def field_of(where: str, fields: dict[str, Any], asked: str | None, usual: tuple
         if name in fields:
             return fields[name]
     found = ", ".join(fields) or "none"
-    raise InputError(378, f"{where}: no field {names[0]!r} (found: {found})", mend=f"name it with {flag}")
+    raise InputError(378, f"{where}: no field {names[0]!r} (found: {found})", hint=f"name it with {flag}")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -214,10 +214,10 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 raise InputError(
-                    379, f"{path.name}:{number}: not valid JSON", mend="mend or drop the row"
+                    379, f"{path.name}:{number}: not valid JSON", hint="fix or drop the row"
                 ) from None
             if not isinstance(value, dict):
-                raise InputError(379, f"{path.name}:{number}: not a JSON object", mend="mend or drop the row")
+                raise InputError(379, f"{path.name}:{number}: not a JSON object", hint="fix or drop the row")
             yield number, value
 
 
@@ -241,18 +241,16 @@ def _separated(path: Path, asked: tuple[str, ...]) -> Iterator[tuple[int, dict[s
                     continue
             if len(row) != len(heading):
                 what = f"{path.name}:{reader.line_num}: {len(row)} columns, expected {len(heading)}"
-                raise InputError(380, what, mend="mend or drop the row")
+                raise InputError(380, what, hint="fix or drop the row")
             if not named:
                 for seen, cell in zip(values, row, strict=True):
                     seen.add(cell)
             yield reader.line_num, dict(zip(heading, row, strict=True))
     except csv.Error as error:
-        raise InputError(
-            380, f"{path.name}:{reader.line_num}: {error}", mend="mend or drop the row"
-        ) from None
+        raise InputError(380, f"{path.name}:{reader.line_num}: {error}", hint="fix or drop the row") from None
     if len(values[1]) > max(2, len(values[0])):
         what = f"{path.name}: more different labels than texts: are the columns the other way round?"
-        raise InputError(380, what, mend="name the columns in a first line: text and label")
+        raise InputError(380, what, hint="name the columns in a first line: text and label")
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -260,10 +258,10 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         from pyarrow import parquet
     except ImportError:
         raise InputError(
-            381, f"{path.name}: parquet needs pyarrow", mend="pip install 'lpsparse[data]'"
+            381, f"{path.name}: parquet needs pyarrow", hint="pip install 'lpsparse[data]'"
         ) from None
     try:
         table = parquet.read_table(path)
     except (OSError, ValueError) as error:
-        raise InputError(382, f"{path.name}: not a parquet file: {error}", mend="download it again") from None
+        raise InputError(382, f"{path.name}: not a parquet file: {error}", hint="download it again") from None
     yield from enumerate(table.to_pylist(), 1)

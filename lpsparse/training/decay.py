@@ -248,15 +248,15 @@ def loading(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
 def check_settings(p: float, lambda_p: float, lambda_2: float = 0.0, prox: str = "pwd") -> None:
     if not p > 0 or not lambda_p >= 0 or not lambda_2 >= 0:
         what = f"p = {p}, lambda_p = {lambda_p}, lambda_2 = {lambda_2}: p > 0, lambdas >= 0"
-        raise UsageError(220, what, mend="give p above 0 and a lambda of 0 or more")
+        raise UsageError(220, what, hint="give p above 0 and a lambda of 0 or more")
     if prox not in PROXES:
-        raise UsageError(226, f"prox {prox!r}: not known", mend=f"one of {', '.join(PROXES)}")
+        raise UsageError(226, f"prox {prox!r}: not known", hint=f"one of {', '.join(PROXES)}")
 
 
 def check_precision(param: Tensor) -> None:
     if param.dtype in (torch.float16, torch.bfloat16):
         what = f"a {param.dtype} parameter of shape {tuple(param.shape)} swallows the decay"
-        raise UsageError(221, what, mend="keep the parameters in float32 and use autocast")
+        raise UsageError(221, what, hint="keep the parameters in float32 and use autocast")
 
 
 def _scalars(group: dict[str, Any], device: torch.device) -> Tensor:

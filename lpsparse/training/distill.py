@@ -29,7 +29,7 @@ class Teacher:
         self.theirs, self.ours = _Taps(), _Taps()
         if step.distill_blocks and not list(blocks(self.model)):
             what = "--distill-blocks: the model has no nn.ModuleList or nn.Sequential of blocks"
-            raise UsageError(246, what, mend="use --distill alone")
+            raise UsageError(246, what, hint="use --distill alone")
 
     def open(self) -> None:
         """From now on every forward pass of the student is followed by one call of `loss`."""
@@ -69,7 +69,7 @@ def make_teacher(step: FinetuneStep, task: Task) -> Teacher | None:
         return None
     if task.loaded.new:
         what = f"--distill: the checkpoint has no head yet ({', '.join(task.loaded.new)})"
-        raise UsageError(245, what, mend="fine-tune it with --method dense first, or --distill 0")
+        raise UsageError(245, what, hint="fine-tune it with --method dense first, or --distill 0")
     return Teacher(step, task)
 
 

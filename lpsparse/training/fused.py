@@ -105,7 +105,7 @@ def _loading(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     state = loading(optimizer, state)
     for group in state["param_groups"]:
         if group.get("amsgrad") or group.get("maximize"):
-            raise UsageError(235, "the state is of amsgrad or maximize", mend="load it into torch's AdamW")
+            raise UsageError(235, "the state is of amsgrad or maximize", hint="load it into torch's AdamW")
         if group.get("weight_decay"):
             text = f"weight decay {group['weight_decay']} of the saved state: LpAdamW has none; left out"
             warnings.warn(text, stacklevel=3)

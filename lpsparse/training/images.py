@@ -31,10 +31,10 @@ def read_images(files: list[Path], part: slice, label_field: str | None) -> Imag
     elif path.suffix == ".npz":
         images = _npz(path)
     else:
-        raise InputError(383, f"{path}: no images", mend="give .npz (x, y), parquet or a folder of images")
+        raise InputError(383, f"{path}: no images", hint="give .npz (x, y), parquet or a folder of images")
     images = Images(images.x[part], images.y[part])
     if len(images.x) == 0:
-        raise InputError(376, f"{path}: no images in it", mend="give a file with images")
+        raise InputError(376, f"{path}: no images in it", hint="give a file with images")
     return images
 
 
@@ -44,11 +44,11 @@ def _npz(path: Path) -> Images:
             x, y = table["x"], table["y"]
     except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(
-            384, f"{path.name}: no arrays x and y to read: {error}", mend="save x and y"
+            384, f"{path.name}: no arrays x and y to read: {error}", hint="save x and y"
         ) from None
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
         what = f"{path.name}: x is {x.dtype} {x.shape}, y is {y.dtype} {y.shape}"
-        raise InputError(385, what, mend="x: uint8 (N, height, width[, channels]); y: integers (N,)")
+        raise InputError(385, what, hint="x: uint8 (N, height, width[, channels]); y: integers (N,)")
     return Images(x if x.ndim == 4 else x[..., None], y.astype(np.int64))
 
 
@@ -56,7 +56,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise InputError(381, "image files need pillow", mend="pip install 'lpsparse[data]'") from None
+        raise InputError(381, "image files need pillow", hint="pip install 'lpsparse[data]'") from None
     return Image
 
 
@@ -66,13 +66,13 @@ def _open_image(where: str, file: Any) -> NDArray[np.uint8]:
         with pillow.open(file) as image:
             return np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-        raise InputError(386, f"{where}: not an image: {error}", mend="mend or drop the file") from None
+        raise InputError(386, f"{where}: not an image: {error}", hint="fix or drop the file") from None
 
 
 def _stack(where: str, images: list[NDArray[np.uint8]], labels: list[int]) -> Images:
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
-        raise InputError(387, f"{where}: images of different sizes: {sorted(shapes)[:3]}", mend="resize them")
+        raise InputError(387, f"{where}: images of different sizes: {sorted(shapes)[:3]}", hint="resize them")
     x = np.stack(images) if images else np.zeros((0, 1, 1, 1), np.uint8)
     return Images(x if x.ndim == 4 else x[..., None], np.array(labels, np.int64))
 
@@ -106,7 +106,7 @@ def _image_rows(files: list[Path], label_field: str | None) -> Images:
                 or not isinstance(cell.get("bytes"), bytes)
                 or not isinstance(label, int)
             ):
-                raise InputError(377, f"{where}: image or label is missing", mend="mend or drop the row")
+                raise InputError(377, f"{where}: image or label is missing", hint="fix or drop the row")
             images.append(_open_image(where, io.BytesIO(cell["bytes"])))
             labels.append(label)
     return _stack(files[0].name, images, labels)

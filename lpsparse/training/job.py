@@ -44,7 +44,7 @@ def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> d
     odd = distributed.odd_one(json.dumps(found, sort_keys=True))
     if odd is not None:
         what = f"process {odd} has other options, another model or other data than process 0"
-        raise StateError(707, what, mend="give every process the same")
+        raise StateError(707, what, hint="give every process the same")
     return found
 
 
@@ -91,7 +91,7 @@ def find_states(step: FinetuneStep, folder: Path, made: dict[str, Any], say: Say
     states.find(step.resume, say)
     if distributed.odd_one(str(states.found and states.found[1]["step"])) is not None:
         what = f"{folder}: the processes do not find the same training state"
-        raise StateError(710, what, mend="put OUT on a disk that all machines see")
+        raise StateError(710, what, hint="put OUT on a disk that all machines see")
     return states
 
 

@@ -61,12 +61,12 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint, *, spread: bo
         check_apart(step.data, step.split, step.eval_data or step.data, step.eval_split or "validation")
     if isinstance(step, FinetuneStep) and step.augment not in ("none", AUGMENT.get(step.task)):
         what = f"--augment {step.augment} is not for --task {step.task}"
-        raise UsageError(249, what, mend=f"use --augment {AUGMENT.get(step.task, 'none')}")
+        raise UsageError(249, what, hint=f"use --augment {AUGMENT.get(step.task, 'none')}")
     try:
         task = TASKS[step.task](step, checkpoint)
     except OSError as error:
         what = f"{error.filename or step.data}: {error.strerror or error}"
-        raise InputError(371, what, mend="check the data and its permissions") from error
+        raise InputError(371, what, hint="check the data and its permissions") from error
     if spread:
         device = PartialState().device or torch.device("cpu")
         distributed.spread(task.loaded.module, device, shard=False, bf16=False)
@@ -164,7 +164,7 @@ def start(step: FinetuneStep) -> Accelerator:
 def _accelerator(step: FinetuneStep) -> Accelerator:
     has_gpu = torch.accelerator.is_available()
     if step.mixed_precision == "fp16" and not has_gpu:
-        raise UsageError(248, "--mixed-precision fp16: needs a GPU", mend="use bf16 or no")
+        raise UsageError(248, "--mixed-precision fp16: needs a GPU", hint="use bf16 or no")
     # Left to itself, accelerate takes processes without a GPU for one process each.
     alone_on_cpu = is_one_of_several() and not has_gpu
     try:
@@ -174,6 +174,6 @@ def _accelerator(step: FinetuneStep) -> Accelerator:
         )
     except (ValueError, ImportError) as error:  # accelerate's own check of the device
         what = f"--mixed-precision {step.mixed_precision}: {str(error).strip().splitlines()[0]}"
-        raise UsageError(248, what, mend="use bf16 or no") from None
+        raise UsageError(248, what, hint="use bf16 or no") from None
     assert accelerator.num_processes == distributed.ranks() or not is_one_of_several()
     return accelerator

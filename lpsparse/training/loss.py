@@ -40,4 +40,4 @@ def check_dropout(step: FinetuneStep, model: nn.Module) -> None:
     drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
     if step.r_drop and not drops:
         what = "--r-drop: the model has no dropout, so that two passes give the same"
-        raise UsageError(247, what, mend="leave --r-drop out")
+        raise UsageError(247, what, hint="leave --r-drop out")

@@ -85,7 +85,7 @@ def to_tensors(
         if tensor.dtype not in dtypes:
             why = "cannot be trained" if dtypes is TORCH_DTYPES else "has no dtype in torch"
             what = f"{tensor.file}: {tensor.name!r}: {tensor.dtype} {why}"
-            raise InputError(390, what, mend="convert it, or read its bits by lpsparse.open")
+            raise InputError(390, what, hint="convert it, or read its bits by lpsparse.open")
     found: dict[str, Tensor] = {}
     for tensor, bits in zip(work, read_all(work), strict=True):
         dtype = dtypes[tensor.dtype]
@@ -107,25 +107,25 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.root / "config.json" if checkpoint.root else None
     if path is None or not path.is_file():
         what = f"{checkpoint.name}: no config.json beside the weights"
-        raise InputError(391, what, mend="give a Hugging Face folder, or --model-fn for a bare state dict")
+        raise InputError(391, what, hint="give a Hugging Face folder, or --model-fn for a bare state dict")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(392, f"{path}: not valid JSON: {error}", mend="download it again") from None
+        raise InputError(392, f"{path}: not valid JSON: {error}", hint="download it again") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(392, f"{path}: names no model_type", mend="give a Hugging Face folder")
+        raise InputError(392, f"{path}: names no model_type", hint="give a Hugging Face folder")
     for key, value in _entries(config):
         if key == "auto_map" or (key.endswith("_implementation") and not str(value).isidentifier()):
             what = f"{path}: asks for code of its own ({key}), which is never run"
-            raise InputError(393, what, mend="give the code yourself: --model-fn FILE.py:CALLABLE")
+            raise InputError(393, what, hint="give the code yourself: --model-fn FILE.py:CALLABLE")
         if key == "quantization_config" and is_ours(value):
             continue
         if key == "quantization_config":
             if checkpoint.layout in LAYOUTS:
                 what = f"{path}: says {checkpoint.layout}, which cannot be trained as it is"
-                raise InputError(393, what, mend="`lpsparse unpack` it first")
+                raise InputError(393, what, hint="`lpsparse unpack` it first")
             raise InputError(
-                393, f"{path}: is quantised, which cannot be trained", mend="dequantise it first"
+                393, f"{path}: is quantised, which cannot be trained", hint="dequantise it first"
             )
     return {key: value for key, value in config.items() if not is_ours(value)}
 
@@ -157,7 +157,7 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
         )
     except Exception as error:  # a broken config makes transformers stumble over anything
         what = f"{checkpoint.name}: config.json: {first_line(error)}"
-        raise InputError(394, what, mend="mend config.json, or upgrade transformers") from None
+        raise InputError(394, what, hint="fix config.json, or upgrade transformers") from None
     vars(config).pop("quantization_config", None)  # a packed folder's: what transformers is given is dense
 
     def empty() -> nn.Module:
@@ -208,7 +208,7 @@ def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> 
     found = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     if [_shared(each) for each in found] != [params, buffers]:
         what = f"process {distributed.rank()} builds another {type(module).__name__} than process 0"
-        raise StateError(712, what, mend="give every process the same code and versions")
+        raise StateError(712, what, hint="give every process the same code and versions")
     return module.eval()
 
 
@@ -230,7 +230,7 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
         raise
     except Exception as error:
         what = f"{checkpoint.name}: {first_line(error)}"
-        raise InputError(395, what, mend="check --task, config.json and the checkpoint") from None
+        raise InputError(395, what, hint="check --task, config.json and the checkpoint") from None
     prefix = f"{model.base_model_prefix}."
     missing = sorted(info["missing_keys"])
     lost = [name for name in missing if name.startswith(prefix)]
@@ -240,12 +240,12 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
             f"{checkpoint.name}: {len(lost) or 'shapes of'} tensors do not fit "
             f"{type(model).__name__}: {names[:200]}"
         )
-        raise InputError(396, what, mend="check --task and config.json")
+        raise InputError(396, what, hint="check --task and config.json")
     sources = sources_of(model, keys)
     fused, own = trace(model, state, sources)
     if fused and missing:
         what = f"{checkpoint.name}: transformers fuses its tensors, and it has no head for the task yet"
-        raise InputError(396, what, mend="add a head with transformers, save it, then use that")
+        raise InputError(396, what, hint="add a head with transformers, save it, then use that")
     refuse_untraced(checkpoint, model, {*sources, *missing, *fused.values()})
     # The source's own keys; the class's own where the class adds a head, so that it finds them all.
     names = {
@@ -305,7 +305,7 @@ def _load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None) -> 
     if lost or extra:
         what = f"{checkpoint.name}: {model_fn} lacks {', '.join(extra[:4]) or 'nothing'}"
         what += f"; the checkpoint lacks {', '.join(lost[:4]) or 'nothing'}"
-        raise InputError(397, what, mend="check --model-fn")
+        raise InputError(397, what, hint="check --model-fn")
     state = {tensor.name.removeprefix(prefix): to_tensor(tensor) for tensor in checkpoint.tensors}
     for name, value in state.items():
         if value.shape != own[name].shape:
@@ -313,7 +313,7 @@ def _load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None) -> 
                 f"{checkpoint.name}: {name!r} is {tuple(value.shape)}, the module has "
                 f"{tuple(own[name].shape)}"
             )
-            raise InputError(398, what, mend="check --model-fn")
+            raise InputError(398, what, hint="check --model-fn")
     module.load_state_dict(own | state)
     notes = ("prefix 'module.' looked through; it is kept in OUT",) if prefix else ()
     origin = {name: name for name in names.values()}

@@ -19,10 +19,10 @@ def build(model_fn: str, folder: Path | None = None) -> nn.Module:
         module = function()
     except (Exception, SystemExit) as error:  # it is the person's own code: it may do anything
         what = f"--model-fn {model_fn!r}: {type(error).__name__}: {error}"
-        raise UsageError(241, what, mend="mend it; it is called without arguments") from error
+        raise UsageError(241, what, hint="fix it; it is called without arguments") from error
     if not isinstance(module, nn.Module):
         raise UsageError(
-            242, f"--model-fn {model_fn!r}: gave a {type(module).__name__}", mend="return a torch module"
+            242, f"--model-fn {model_fn!r}: gave a {type(module).__name__}", hint="return a torch module"
         )
     return module
 
@@ -32,7 +32,7 @@ def load_code(spec: str, flag: str, folder: Path | None = None) -> Callable[...,
     where, _, name = spec.rpartition(":")
     if not where or not name:
         raise UsageError(
-            240, f"{flag} {spec!r}: not MODULE:NAME or FILE.py:NAME", mend="such as net.py:build"
+            240, f"{flag} {spec!r}: not MODULE:NAME or FILE.py:NAME", hint="such as net.py:build"
         )
     try:
         return getattr(_import(where, folder, flag), name)
@@ -40,7 +40,7 @@ def load_code(spec: str, flag: str, folder: Path | None = None) -> Callable[...,
         raise
     except (Exception, SystemExit) as error:  # it is the person's own code: it may do anything
         what = f"{flag} {spec!r}: {type(error).__name__}: {error}"
-        raise UsageError(241, what, mend="mend it, or name another") from error
+        raise UsageError(241, what, hint="fix it, or name another") from error
 
 
 def _import(where: str, folder: Path | None, flag: str) -> Any:
@@ -53,7 +53,7 @@ def _import(where: str, folder: Path | None, flag: str) -> Any:
     path = Path(where) if folder is None or Path(where).exists() else folder / where
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise UsageError(241, f"{flag}: {where}: no such file", mend="check the path")
+        raise UsageError(241, f"{flag}: {where}: no such file", hint="check the path")
     code = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(code)
     return code

@@ -79,4 +79,4 @@ def refuse_untraced(checkpoint: Checkpoint, model: nn.Module, known: set[str]) -
         what = (
             f"{checkpoint.name}: transformers renames or fuses {len(lost)} tensors ({', '.join(lost)[:160]})"
         )
-        raise InputError(396, what, mend="save it with this version of transformers, then use that")
+        raise InputError(396, what, hint="save it with this version of transformers, then use that")

@@ -30,10 +30,10 @@ def make(name: str, groups: list[Group], lr: float) -> Optimizer:
         made = kind(groups, lr=lr)
     except Exception as error:  # another's code
         what = f"--optimizer {name}: {type(error).__name__}: {error}"
-        raise UsageError(234, what, mend="it is called with parameter groups and lr=") from error
+        raise UsageError(234, what, hint="it is called with parameter groups and lr=") from error
     if not isinstance(made, Optimizer):
         what = f"--optimizer {name}: gave a {type(made).__name__}"
-        raise UsageError(234, what, mend="name a class of torch.optim's interface")
+        raise UsageError(234, what, hint="name a class of torch.optim's interface")
     return made
 
 

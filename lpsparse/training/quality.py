@@ -57,7 +57,7 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
     loss, square, count, correct = distributed.sums([loss, square, count, correct])
     if not math.isfinite(loss):
         what = f"loss {loss} over {int(count)} {task.unit} held out"
-        raise NumericError(502, what, mend="look for NaN or Inf with `lpsparse report`")
+        raise NumericError(502, what, hint="look for NaN or Inf with `lpsparse report`")
     mean = loss / count
     error = math.sqrt(max(square / count - mean * mean, 0) / count)
     return Measured(mean, int(count), correct / count if task.metric == "accuracy" else None, error)

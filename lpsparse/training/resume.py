@@ -90,8 +90,8 @@ class States:
         if record is None:
             what = "is no whole training state" if path.exists() else "no such folder"
             inside = [state.name for state in _completed(path)]
-            mend = f"give {path / STATE / inside[0]}" if inside else "give auto, never or a state's folder"
-            raise StateError(706, f"{path}: {what}", mend=mend)
+            hint = f"give {path / STATE / inside[0]}" if inside else "give auto, never or a state's folder"
+            raise StateError(706, f"{path}: {what}", hint=hint)
         own = None if path.is_relative_to(self.folder.resolve()) else _newest(self.folder, say)
         return own if own is not None and own[1]["step"] > record["step"] else (path, record)
 
@@ -124,8 +124,8 @@ class States:
             shutil.rmtree(fresh, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
             what = f"{getattr(error, 'filename', None) or fresh}: {reason}; earlier states are whole"
-            mend = "free some space and run the same command again"
-            raise OutputError(412, what, mend=mend) from error
+            hint = "free some space and run the same command again"
+            raise OutputError(412, what, hint=hint) from error
 
     def _complete(self, fresh: Path, final: Path, step: int, parts: list[tuple[str, str, Any]]) -> None:
         record = {
@@ -157,7 +157,7 @@ def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raises OutputError when a file is not what was to be written."""
     read = load_file(path)
     if any(not _same_bits(tensor, read[name]) for name, tensor in tensors.items()):
-        raise OutputError(408, f"{path}: was read back differently", mend="check the disk")
+        raise OutputError(408, f"{path}: was read back differently", hint="check the disk")
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
@@ -205,16 +205,16 @@ def _whole(path: Path) -> dict[str, Any] | None:
 
 def _check(path: Path, record: dict[str, Any], made_by: dict[str, Any]) -> None:
     """Raises StateError, naming the first three differences, for a state that would not go on exactly."""
-    mend = "give the same options, or start afresh with --resume never"
+    hint = "give the same options, or start afresh with --resume never"
     if record["version"] != VERSION:
         what = f"{path}: is of version {record['version']}, this lpsparse knows {VERSION}"
-        raise StateError(703, what, mend=mend)
+        raise StateError(703, what, hint=hint)
     given = {**made_by, "processes": distributed.ranks()}
     differences = list(_differences({**record["made_by"], "processes": record["processes"]}, given))
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         what = f"{path}: was made otherwise: {'; '.join(differences[:3])}{more}"
-        raise StateError(704, what, mend=mend)
+        raise StateError(704, what, hint=hint)
 
 
 def _differences(found: dict[str, Any], given: dict[str, Any], where: str = "") -> Any:
@@ -233,4 +233,4 @@ def _read(path: Path, record: dict[str, Any]) -> Any:
     try:
         return decode(record["trees"][rank], load_file(path / name))
     except (OSError, SafetensorError, KeyError, IndexError) as error:
-        raise StateError(705, f"{path / name}: {error}", mend="start with --resume never") from None
+        raise StateError(705, f"{path / name}: {error}", hint="start with --resume never") from None

@@ -96,7 +96,7 @@ class Run:
                 if of_worker(error):
                     hear_no_more_of_workers()
                     what = f"a process that prepares batches is gone: {first_line(error)}"
-                    raise ResourceError(606, what, mend="use fewer --workers, or 0") from error
+                    raise ResourceError(606, what, hint="use fewer --workers, or 0") from error
                 raise
 
     def _out_of_memory(self, t: int) -> ResourceError:
@@ -105,11 +105,11 @@ class Run:
         size, half = (math.ceil(step.batch_size / (ranks * parts)) for parts in (step.accumulate, more))
         what = f"out of memory at step {t + 1}, with {size} examples at a time"
         ways = ["--checkpointing"] * (not step.checkpointing) + ["--shard"] * (not step.shard and ranks > 1)
-        mend = f"use {', '.join([*ways, 'a smaller model or more memory'])}"
+        hint = f"use {', '.join([*ways, 'a smaller model or more memory'])}"
         if half < size:
-            mend = f"--accumulate {more} takes {half} at a time and makes the same step"
-            mend += ", with --resume never" if self.states.last() else ""
-        return ResourceError(601, what, mend=mend)
+            hint = f"--accumulate {more} takes {half} at a time and makes the same step"
+            hint += ", with --resume never" if self.states.last() else ""
+        return ResourceError(601, what, hint=hint)
 
     def _step(self, t: int, parts: list[Any]) -> tuple[int, bool]:
         """One optimizer step. Whether the run was asked to stop (2: by Ctrl-C), and whether to save."""
@@ -176,7 +176,7 @@ class Run:
             if odd is not None:
                 what = f"step {self.done}: process {odd} has other weights than process 0"
                 raise ResourceError(
-                    605, what, mend="run the same command again; look at that machine's memory"
+                    605, what, hint="run the same command again; look at that machine's memory"
                 )
         mean = distributed.sums([sum(self.losses) / len(self.losses)])[0] / distributed.ranks()
         self.losses.clear()
@@ -190,14 +190,14 @@ class Run:
         last = self.states.last()
         kept = f"the state of step {last} is whole" if last else "nothing was written"
         what = f"step {t + 1} of {len(self.method.control.rates)}: loss {loss}, gradient norm {norm}; {kept}"
-        raise NumericError(501, what, mend="lower --lr (with --resume never); the input is untouched")
+        raise NumericError(501, what, hint="lower --lr (with --resume never); the input is untouched")
 
     def _leave(self, steps: int, asked: int) -> None:
         reason = self.stop.reason() or "another process"
         how = " again" if self.step.resume == "auto" else " with --resume auto"
         what = f"stopped by {reason} after step {self.done} of {steps}; its state is in {self.states.folder}"
         raise (InterruptError if asked == 2 else ResumableError)(
-            750, what, mend=f"the same command{how} goes on from there"
+            750, what, hint=f"the same command{how} goes on from there"
         )
 
     def state(self) -> dict[str, Any]:

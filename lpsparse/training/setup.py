@@ -25,7 +25,7 @@ def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneSt
     knows = step.target_sparsity is None or round(step.decay_share * steps) >= 2 * SETTLED
     if step.score == "fisher" and not knows:
         what = f"--score fisher: the cut comes within {2 * SETTLED} steps, before gradients have an average"
-        raise UsageError(214, what, mend="train longer, or use --score magnitude")
+        raise UsageError(214, what, hint="train longer, or use --score magnitude")
     fisher = step.method == "lp" and step.optimizer == "adamw" and knows and not batch_norm
     # A held norm gives back what decay takes from the weights that stay; selective decay takes nothing.
     target = step.target_sparsity is not None
@@ -42,7 +42,7 @@ def check_shard(step: FinetuneStep) -> None:
     """Raises UsageError for what needs whole tensors, or other processes."""
     if distributed.ranks() == 1:
         raise UsageError(
-            232, "--shard: there is one process to share among", mend="add --processes 2 or more"
+            232, "--shard: there is one process to share among", hint="add --processes 2 or more"
         )
     whole = {
         "--condition": step.condition != "none" and step.condition,
@@ -54,7 +54,7 @@ def check_shard(step: FinetuneStep) -> None:
     for name, value in whole.items():
         if value:
             what = f"{name} {value} needs whole tensors, which --shard does not keep together"
-            raise UsageError(233, what, mend=f"leave --shard out, or choose another {name}")
+            raise UsageError(233, what, hint=f"leave --shard out, or choose another {name}")
 
 
 def leaves_unused(task: Task, device: torch.device) -> bool:
@@ -74,7 +74,7 @@ def prepare_module(step: FinetuneStep, model: Any) -> None:
     if step.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             what = f"--checkpointing: {type(model).__name__} has no gradient checkpointing"
-            raise UsageError(255, what, mend="use --accumulate for less memory")
+            raise UsageError(255, what, hint="use --accumulate for less memory")
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
         (enable or model.gradient_checkpointing_enable)()
     if step.compile:
@@ -107,17 +107,17 @@ def choose_weights(
         chosen = {prunable.get(each, (False, ""))[0] for each in files}
         if len(chosen) > 1:
             what = f"--include or --exclude takes only a part of what transformers fuses: {files[0]}, ..."
-            raise UsageError(213, what, mend=f"take all {len(files)} of them, or none")
+            raise UsageError(213, what, hint=f"take all {len(files)} of them, or none")
         if chosen == {True} and param.requires_grad:
             weights[out] = param
     if not any(param.requires_grad for param in loaded.module.parameters()):
-        raise UsageError(212, "--freeze leaves nothing to train", mend="freeze less")
+        raise UsageError(212, "--freeze leaves nothing to train", hint="freeze less")
     if not weights and step.method != "dense":
-        raise UsageError(211, "no prunable tensor is left to train", mend="freeze less, or --method dense")
+        raise UsageError(211, "no prunable tensor is left to train", hint="freeze less, or --method dense")
     empty = [] if resumes or step.method != "lp" else _empty(weights)
     if empty:
         raise InputError(
-            348, f"all zero, decay would hold it there: {', '.join(empty[:4])}", mend="--exclude it"
+            348, f"all zero, decay would hold it there: {', '.join(empty[:4])}", hint="--exclude it"
         )
     kept = {each for out in weights for each in parts.get(out, [out])}
     frozen = [out for out, (yes, _) in prunable.items() if yes and out not in kept]

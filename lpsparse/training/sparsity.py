@@ -75,7 +75,7 @@ class Method:
         if state["options"] != self.options:
             other = [key for key, value in self.options.items() if state["options"].get(key) != value]
             what = f"the state was made with another {', '.join(other[:3])}"
-            raise StateError(711, what, mend="give the same options")
+            raise StateError(711, what, hint="give the same options")
         self.done = state["done"]
         self.control.load_state_dict(state["control"])
         if self.conditioning is not None:
@@ -96,7 +96,7 @@ class Sparsity(Method):
     ) -> None:
         theirs = sorted(set(options) & _OF_THE_LOOP)
         if theirs:
-            raise UsageError(250, f"{theirs[0]} is the loop's own", mend="leave it out")
+            raise UsageError(250, f"{theirs[0]} is the loop's own", hint="leave it out")
         fixed = {"model": "-", "out": "-", "data": "-", "task": "causal-lm", "lr": lr}
         kind = "adamw" if isinstance(optimizer, AdamW) else "sgd"
         step = resolve_auto(resolve(FinetuneStep, {**fixed, **options, "optimizer": kind}), model, steps)

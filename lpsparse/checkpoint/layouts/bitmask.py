@@ -98,7 +98,7 @@ class Packed:
     stored_bytes: int
     offsets: Bits  # (rows + 1,): row r's values are compressed[offsets[r]:offsets[r + 1]]
     read: Read
-    mend: str = _AGAIN
+    hint: str = _AGAIN
 
     @property
     def rows(self) -> int:
@@ -143,15 +143,15 @@ class Packed:
 
     def _refusal(self, first: int, last: int) -> InputError:
         what = f"{self.where}: bitmask and row_offsets count different values in rows {first}..{last}"
-        return InputError(341, what, mend=self.mend)
+        return InputError(341, what, hint=self.hint)
 
 
-def check(where: str, parts: dict[str, Entry], read: Read, mend: str = _AGAIN) -> Packed:
+def check(where: str, parts: dict[str, Entry], read: Read, hint: str = _AGAIN) -> Packed:
     """Check that the four parts agree, before anything of
     the weight's size is allocated. Raises InputError."""
 
     def refuse(why: str) -> InputError:
-        return InputError(340, f"{where}: {why}", mend=mend)
+        return InputError(340, f"{where}: {why}", hint=hint)
 
     missing = [part for part in PARTS if part not in parts]
     if missing:
@@ -175,4 +175,4 @@ def check(where: str, parts: dict[str, Entry], read: Read, mend: str = _AGAIN) -
     if rows and (bounds[0] != 0 or bool(np.any(bounds[1:] < bounds[:-1]))):
         raise refuse("row_offsets do not rise from 0 to the number of values")
     stored = sum(entry.nbytes for entry in (values, mask, size, offsets))
-    return Packed(where, values.dtype, shape, columns, stored, bounds, read, mend)
+    return Packed(where, values.dtype, shape, columns, stored, bounds, read, hint)

@@ -84,10 +84,10 @@ def read_manifest(path: Path, metadata: dict[str, str]) -> dict[str, tuple[str, 
         found = _Manifest.model_validate(unique_json(metadata.get(MANIFEST, "")), strict=False)
     except ValueError as error:  # pydantic's too
         what = f"{path}: its manifest is not understood: {str(error).splitlines()[0]}"
-        raise InputError(343, what, mend=AGAIN) from None
+        raise InputError(343, what, hint=AGAIN) from None
     if found.format_version != VERSION:
         what = f"{path}: version {found.format_version} of the packed layout: written by a newer lpsparse"
-        raise InputError(336, what, mend="upgrade lpsparse")
+        raise InputError(336, what, hint="upgrade lpsparse")
     return {
         name: (each.dtype, each.shape) if isinstance(each, _Described) else None
         for name, each in found.tensors.items()
@@ -120,7 +120,7 @@ class Packed:
                 found = decode_chunk(stored, min(self.chunk_values, total - start), self.dtype)
             except BrokenError as error:
                 what = f"{self.where}: chunk {chunk} of {self.bounds.size - 1}: {error}"
-                raise InputError(343, what, mend=AGAIN) from None
+                raise InputError(343, what, hint=AGAIN) from None
             yield found[max(first - start, 0) : last - start]
 
 
@@ -129,14 +129,14 @@ def read_packed(where: str, nbytes: int, read: Read) -> Packed:
     Raises InputError."""
 
     def refuse(why: str) -> InputError:
-        return InputError(343, f"{where}: {why}", mend=AGAIN)
+        return InputError(343, f"{where}: {why}", hint=AGAIN)
 
     fixed = read(0, _FIXED).tobytes() if nbytes >= _FIXED else b""
     if fixed[:4] != _MAGIC:
         raise refuse(f"{nbytes} bytes do not begin as a packed tensor")
     if fixed[4] != VERSION:
         what = f"{where}: version {fixed[4]} of the packed layout: written by a newer lpsparse"
-        raise InputError(336, what, mend="upgrade lpsparse")
+        raise InputError(336, what, hint="upgrade lpsparse")
     dimensions, dtype = fixed[5], fixed[8:24].rstrip(b"\0").decode("ascii", "replace")
     if fixed[6:8] != b"\0\0" or dimensions > _MOST_DIMENSIONS or dtype not in DTYPES:
         raise refuse(f"{dimensions} dimensions of dtype {dtype!r} cannot be")

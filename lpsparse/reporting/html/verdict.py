@@ -66,7 +66,7 @@ def alerts(report: Report) -> tuple[Cell, ...]:
     for alert in words.alerts(report):
         names = (filled("{}{}", named(name), typeset(remark)) for name, remark in alert.tensors)
         what = alert.what[0].upper() + alert.what[1:]
-        found.append(filled("{} {}{}.", what, Markup(", ").join(names), coded(alert.mend)))
+        found.append(filled("{} {}{}.", what, Markup(", ").join(names), coded(alert.hint)))
     return tuple(found)
 
 

@@ -38,9 +38,9 @@ def condition(
     an unknown method or option and for a model that is conditioned already.
     """
     if method not in METHODS:
-        raise UsageError(222, f"condition {method!r}: not known", mend=f"one of {', '.join(METHODS)}")
+        raise UsageError(222, f"condition {method!r}: not known", hint=f"one of {', '.join(METHODS)}")
     if getattr(model, "_lpsparse_conditioning", None) is not None:
-        raise UsageError(223, "the model is conditioned already", mend="call fold(model) first")
+        raise UsageError(223, "the model is conditioned already", hint="call fold(model) first")
     conditioning = METHODS[method](model, names, **options)
     model._lpsparse_conditioning = conditioning  # pyright: ignore[reportArgumentType]
     return conditioning

@@ -45,12 +45,12 @@ class Conditioning:
         not."""
         if options:
             unknown = ", ".join(sorted(options))
-            raise UsageError(224, f"{type(self).__name__} has no option {unknown}", mend="leave it out")
+            raise UsageError(224, f"{type(self).__name__} has no option {unknown}", hint="leave it out")
         self.weights: dict[str, Conditioned] = {}
         wanted = None if names is None else set(names)
         strange = sorted((wanted or set()) - {name for name, _ in model.named_parameters()})
         if strange:
-            raise UsageError(228, f"no parameter {strange[0]}", mend="see model.named_parameters()")
+            raise UsageError(228, f"no parameter {strange[0]}", hint="see model.named_parameters()")
         seen: set[int] = set()
         for name, weight, axis, groups in row_weights(model):
             if weight.requires_grad and id(weight) not in seen and (wanted is None or name in wanted):
@@ -97,7 +97,7 @@ class Conditioning:
 
 def check_share(sparsity: float) -> None:
     if not 0 <= sparsity < 1:
-        raise UsageError(229, f"sparsity = {sparsity}", mend="give 0 or more and less than 1")
+        raise UsageError(229, f"sparsity = {sparsity}", hint="give 0 or more and less than 1")
 
 
 class Overlay(Conditioning, ABC):

@@ -48,7 +48,7 @@ class L1Rows(Overlay):
     ) -> None:  # fmt: skip
         check_share(sparsity)
         if not path_penalty >= 0:
-            raise UsageError(229, f"path_penalty = {path_penalty}", mend="give 0 or more")
+            raise UsageError(229, f"path_penalty = {path_penalty}", hint="give 0 or more")
         super().__init__(model, names, **options)
         self.sparsity, self.penalty = sparsity, path_penalty
         self.norms = {name: item.rows().abs().sum(1) for name, item in self.weights.items()}  # g

@@ -33,7 +33,7 @@ class Modular(Conditioning):
         missing = [name for name, item in self.weights.items() if id(item.weight) not in rates]
         if missing:
             raise UsageError(
-                225, f"{missing[0]} is not in the optimizer", mend="attach the one that moves it"
+                225, f"{missing[0]} is not in the optimizer", hint="attach the one that moves it"
             )
         self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._before()))
         self.handles.append(optimizer.register_step_post_hook(lambda *_: self._after()))

@@ -38,7 +38,7 @@ class WeightNorm(RowConditioning):
         **options: Any,
     ) -> None:
         if not gain_lr_ratio >= 0:
-            raise UsageError(229, f"gain_lr_ratio = {gain_lr_ratio}", mend="give 0 or more")
+            raise UsageError(229, f"gain_lr_ratio = {gain_lr_ratio}", hint="give 0 or more")
         super().__init__(model, names, **options)
         self.ratio = gain_lr_ratio
         self.gains = {name: nn.Parameter(norms.clone()) for name, norms in self.norms.items()}

@@ -48,7 +48,7 @@ def hold_out(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[
     """Split at random, a pure function of the seed; at least one example on each side."""
     if len(examples) < 2:
         raise InputError(
-            388, f"{len(examples)} example cannot be split", mend="give more data or --eval-data"
+            388, f"{len(examples)} example cannot be split", hint="give more data or --eval-data"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     held = max(1, min(len(examples) - 1, round(fraction * len(examples))))
@@ -64,13 +64,13 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
         return AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers stumble over anything
         what = f"{checkpoint.name}: no tokenizer: {first_line(error)}"
-        raise InputError(389, what, mend="add or mend tokenizer.json") from None
+        raise InputError(389, what, hint="add or fix tokenizer.json") from None
 
 
 def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
     if len(tokenizer) > rows:
         what = f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows"
-        raise InputError(399, what, mend="use the tokenizer of this checkpoint")
+        raise InputError(399, what, hint="use the tokenizer of this checkpoint")
 
 
 def draws(seeds: list[int], kinds: int, each: int) -> Tensor:

@@ -87,7 +87,7 @@ def _is_large(files: list[Path]) -> bool:
 def _checked(tokens: Ids, length: int, data: str) -> Blocks:
     if len(tokens) < length:
         what = f"{data}: {len(tokens)} tokens are fewer than one block of {length}"
-        raise InputError(374, what, mend="give more text or a smaller --max-length")
+        raise InputError(374, what, hint="give more text or a smaller --max-length")
     return Blocks(tokens, length)
 
 
@@ -166,7 +166,7 @@ def _lines(path: Path) -> Iterator[str]:
             while line := file.readline(_PIECE):
                 yield line
     except UnicodeDecodeError as error:
-        raise InputError(375, f"{path}: not UTF-8: {error.reason}", mend="convert it to UTF-8") from None
+        raise InputError(375, f"{path}: not UTF-8: {error.reason}", hint="convert it to UTF-8") from None
 
 
 def block_length(step: FinetuneStep | EvalStep, model: Any, checkpoint: Checkpoint) -> int:
@@ -175,5 +175,5 @@ def block_length(step: FinetuneStep | EvalStep, model: Any, checkpoint: Checkpoi
     length = min(step.max_length, most) if isinstance(most, int) else step.max_length
     if length < 2:
         what = f"{checkpoint.name}: config.json: max_position_embeddings is {most}"
-        raise InputError(392, what, mend="mend config.json")
+        raise InputError(392, what, hint="fix config.json")
     return length

@@ -20,7 +20,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     loaded = load_transformer(checkpoint, AutoModelForCausalLM, {})
     if loaded.new:
         what = f"{checkpoint.name}: is no language model: it lacks {', '.join(loaded.new)}"
-        raise InputError(396, what, mend="check --task")
+        raise InputError(396, what, hint="check --task")
     model: Any = loaded.module
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], checkpoint.name)
     length = block_length(step, model, checkpoint)

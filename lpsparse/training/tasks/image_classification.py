@@ -25,7 +25,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     if step.model_fn is None and not in_folder:
         raise UsageError(
             243, "image-classification of a bare state dict needs --model-fn",
-            mend="give MODULE:CALLABLE or FILE.py:CALLABLE",
+            hint="give MODULE:CALLABLE or FILE.py:CALLABLE",
         )  # fmt: skip
     if step.model_fn is None:
         return _of_folder(step, checkpoint, train, held)
@@ -48,7 +48,7 @@ def _of_folder(
     loaded = load_transformer(checkpoint, AutoModelForImageClassification, changes)
     if isinstance(step, EvalStep) and loaded.new:
         what = f"{checkpoint.name}: has no head to measure ({', '.join(loaded.new)})"
-        raise InputError(399, what, mend="fine-tune it first")
+        raise InputError(399, what, hint="fine-tune it first")
     model: Any = loaded.module
     size: Any = getattr(model.config, "image_size", None)
     return _task(step, loaded, train, held, int(model.config.num_labels), size)
@@ -69,11 +69,11 @@ def _task(
                 f"{step.data}: label {y} of an image of {tuple(x.shape)} is outside the model's "
                 f"{classes} classes"
             )
-            raise InputError(349, what, mend="mend the labels")
+            raise InputError(349, what, hint="fix the labels")
     channels = train[0][0].shape[0] if train else held[0][0].shape[0]
     if len(step.mean) not in (1, channels):
         raise UsageError(
-            244, f"--mean has {len(step.mean)} values, images have {channels} channels", mend="one each"
+            244, f"--mean has {len(step.mean)} values, images have {channels} channels", hint="one each"
         )
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (step.mean, step.std))
 
@@ -119,7 +119,7 @@ def _classes(module: nn.Module, example: tuple[torch.Tensor, int]) -> int:
             return int(module(example[0][None].float()).shape[-1])
     except RuntimeError as error:
         what = f"the module does not take images of {tuple(example[0].shape)}: {str(error).splitlines()[0]}"
-        raise InputError(398, what, mend="check --model-fn and the data") from None
+        raise InputError(398, what, hint="check --model-fn and the data") from None
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

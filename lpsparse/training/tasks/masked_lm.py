@@ -28,11 +28,11 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     tokenizer = tokenizer_of(checkpoint)
     if tokenizer.mask_token_id is None:
         what = f"{checkpoint.name}: its tokenizer has no mask token"
-        raise InputError(389, what, mend="use --task causal-lm, or mend the tokenizer")
+        raise InputError(389, what, hint="use --task causal-lm, or fix the tokenizer")
     loaded = load_transformer(checkpoint, AutoModelForMaskedLM, {})
     if loaded.new:
         what = f"{checkpoint.name}: is no masked language model: it lacks {', '.join(loaded.new)}"
-        raise InputError(396, what, mend="check --task")
+        raise InputError(396, what, hint="check --task")
     model: Any = loaded.module
     rows = model.get_input_embeddings().weight.shape[0]
     check_vocabulary(tokenizer, rows, checkpoint.name)
@@ -41,7 +41,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     length = block_length(step, model, checkpoint) - len(marks)
     if length < 1:
         what = f"--max-length {step.max_length} leaves no token between the marks"
-        raise UsageError(253, what, mend="give a larger one")
+        raise UsageError(253, what, hint="give a larger one")
     train, held = make_blocks(step, tokenizer, length)
     frame = _frame(tokenizer)
 

@@ -38,7 +38,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     loaded = load_transformer(checkpoint, AutoModelForSequenceClassification, changes)
     if isinstance(step, EvalStep) and loaded.new:
         what = f"{checkpoint.name}: has no head to measure ({', '.join(loaded.new)})"
-        raise InputError(399, what, mend="fine-tune it first")
+        raise InputError(399, what, hint="fine-tune it first")
     model: Any = loaded.module
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], checkpoint.name)
     pad = model.config.pad_token_id = _padding(tokenizer, config, checkpoint)
@@ -76,7 +76,7 @@ def _labels(rows: list[Row], config: dict[str, Any], checkpoint: Checkpoint, *, 
         return seen
     bad = next(row for row in rows if row.label not in _ids(known))
     what = f"{bad.where}: label {bad.label!r} is outside the model's set ({', '.join(known[:8])})"
-    raise InputError(349, what, mend="mend the row, or start from a checkpoint without a head")
+    raise InputError(349, what, hint="fix the row, or start from a checkpoint without a head")
 
 
 def _known_labels(config: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
@@ -84,7 +84,7 @@ def _known_labels(config: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
     table = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     if not isinstance(table, dict) or set(table) != {str(i) for i in range(len(table))}:
         what = f"{checkpoint.name}: config.json: id2label is no table of ids from 0"
-        raise InputError(392, what, mend="mend config.json")
+        raise InputError(392, what, hint="fix config.json")
     return [str(table[str(i)]) for i in range(len(table))]
 
 
@@ -112,7 +112,7 @@ def _encoder(tokenizer: Any, labels: list[str], max_length: int) -> Any:
         for row in rows:
             if row.label not in ids:
                 what = f"{row.where}: label {row.label!r} is outside the set ({', '.join(labels[:8])})"
-                raise InputError(349, what, mend="mend or drop the row")
+                raise InputError(349, what, hint="fix or drop the row")
         texts = [row.text for row in rows]
         tokens = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
         return [(token_ids, ids[row.label]) for token_ids, row in zip(tokens, rows, strict=True)]
@@ -126,7 +126,7 @@ def _padding(tokenizer: Any, config: dict[str, Any], checkpoint: Checkpoint) -> 
         if isinstance(token, int) and 0 <= token < len(tokenizer):
             return token
     what = f"{checkpoint.name}: neither model nor tokenizer has a padding or end-of-text token"
-    raise InputError(389, what, mend="set pad_token_id in config.json")
+    raise InputError(389, what, hint="set pad_token_id in config.json")
 
 
 def _collate(pad: int) -> Any:
