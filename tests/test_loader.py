@@ -26,6 +26,7 @@ from transformers import (
     BitsAndBytesConfig,
     GptOssConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -37,6 +38,7 @@ import lpsparse
 from lpsparse.checkpoint.entry import parse_entry, quantization_entry, with_entry, without_entry
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.errors import InputError, UsageError
+from lpsparse.integrations.loader import LazyTensor, Reading
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -239,7 +241,8 @@ def test_a_folder_in_a_folder_and_in_the_cache_of_the_hub_are_opened(llama: Path
     (repo / "refs").mkdir()
     (repo / "refs" / "v2").write_text(commit)
     given = {"revision": "v2", "cache_dir": tmp_path / "cache", "local_files_only": True}
-    assert_same(AutoModelForCausalLM.from_pretrained("some/llama", **given), wanted)
+    for kind in (AutoModelForCausalLM, LlamaForCausalLM):
+        assert_same(kind.from_pretrained("some/llama", **given), wanted)
 
 
 # The guard
@@ -351,26 +354,122 @@ def test_a_model_of_which_nothing_was_packed_is_refused(llama: Path) -> None:
     config = BertConfig(
         **SIZES, quantization_config=json.loads((out / "config.json").read_text())["quantization_config"]
     )
-    with pytest.raises(InputError, match="has not got"):
+    with pytest.raises(InputError, match="did not get"):
         BertModel.from_pretrained(out, config=config)
 
 
-def test_another_quantisation_cannot_be_asked_for(llama: Path) -> None:
-    with pytest.raises(ValueError, match="LpsparseConfig"):
-        AutoModelForCausalLM.from_pretrained(
-            packed(llama), quantization_config=BitsAndBytesConfig(load_in_8bit=True)
-        )
+def test_another_quantisation_meets_what_it_meets_for_the_dense_model(llama: Path) -> None:
+    quantised = BitsAndBytesConfig(load_in_8bit=True)  # its package is not installed here
+    for each in (packed(llama), llama):
+        with pytest.raises(ImportError):
+            AutoModelForCausalLM.from_pretrained(each, quantization_config=quantised)
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "5.20.0", "6.0.0"])
-def test_another_transformers_is_refused_by_its_version(
-    version: str, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_is_not_left_out_in_silence(llama: Path) -> None:
     out = packed(llama)
-    monkeypatch.setattr("lpsparse.integrations.loader.transformers.__version__", version)
-    with pytest.raises(UsageError, match=version) as refused:
+    (out / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(llama)}))
+    with pytest.raises(UsageError, match="load_adapter"):
         AutoModelForCausalLM.from_pretrained(out)
-    assert "lpsparse unpack" in refused.value.hint
+
+
+# Equal to the dense model in more than its weights
+
+
+def without_paths(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+
+
+@pytest.mark.parametrize("own_file", [True, False])
+def test_generation_config_and_config_are_those_of_the_dense_model(own_file: bool, llama: Path) -> None:
+    (llama / "generation_config.json").unlink()
+    told = {"max_length": 77, "top_k": 13}
+    if own_file:
+        (llama / "generation_config.json").write_text(json.dumps(told))
+    else:  # as old models have it
+        table = json.loads((llama / "config.json").read_text()) | told
+        (llama / "config.json").write_text(json.dumps(table))
+    out = packed(llama)
+    for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained):
+        found, wanted = (load(each) for each in (out, llama))
+        assert found.generation_config.to_dict() == wanted.generation_config.to_dict()
+        assert found.generation_config.top_k == 13
+        assert without_paths(found.config) == without_paths(wanted.config)
+        assert (found.name_or_path, found.config.name_or_path) == (str(out), str(out))
+        assert type(found.name_or_path) is type(wanted.name_or_path)
+
+
+def test_arguments_reach_config_and_model_as_for_the_dense_model(llama: Path) -> None:
+    out = packed(llama)
+    given = {"output_attentions": True, "attn_implementation": "eager", "dtype": torch.float16}
+    for kind in (AutoModelForCausalLM, LlamaForCausalLM):
+        found, wanted = (kind.from_pretrained(each, **given) for each in (out, llama))
+        assert_same(found, wanted)
+        assert without_paths(found.config) == without_paths(wanted.config)
+        assert found.config.output_attentions
+    named = LlamaForCausalLM.from_pretrained(pretrained_model_name_or_path=out, config=str(llama))
+    assert_same(named, LlamaForCausalLM.from_pretrained(llama))
+
+
+def test_a_given_config_opens_a_packed_folder(llama: Path) -> None:
+    config = AutoConfig.from_pretrained(llama)
+    assert_same(*(LlamaForCausalLM.from_pretrained(each, config=config) for each in (packed(llama), llama)))
+    assert not hasattr(config, "quantization_config")
+
+
+def test_a_config_that_cannot_be_read_is_told_by_transformers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(OSError, match="JSON"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+# A transformers that reads in another way
+
+
+def asks_for_more(self: LazyTensor, index: Any) -> torch.Tensor:
+    return self.untyped_storage()
+
+
+def is_no_tensor(self: LazyTensor, index: Any) -> torch.Tensor:
+    raise TypeError("expected Tensor, got LazyTensor")
+
+
+@pytest.mark.parametrize("way", [asks_for_more, is_no_tensor, None])
+def test_where_lazy_tensors_are_not_read_the_model_is_unpacked_first(
+    way: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way is None:
+        monkeypatch.delattr(LazyTensor, "__getitem__")
+    else:
+        monkeypatch.setattr(LazyTensor, "__getitem__", way)
+    out = packed(llama)
+    with pytest.warns(RuntimeWarning, match="unpacked into memory"):
+        found, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    wanted, also = AutoModelForCausalLM.from_pretrained(llama, output_loading_info=True)
+    assert_same(found, wanted)
+    assert told == also
+    rewritten(out, drop)
+    with pytest.raises(InputError):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_an_error_that_is_not_about_lazy_tensors_is_not_tried_twice(llama: Path) -> None:
+    with pytest.raises(TypeError, match="nonsense"):
+        LlamaForCausalLM.from_pretrained(packed(llama), nonsense=3)
+
+
+def test_a_tensor_that_the_model_did_not_get_is_missed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a transformers that passes over what it does not know."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    into = Reading.into
+    monkeypatch.setattr(
+        Reading, "into", lambda self, load: into(self, lambda found: load(_without_name(found, name)))
+    )
+    with pytest.raises(InputError, match=name):
+        AutoModelForCausalLM.from_pretrained(packed(llama))
+
+
+def _without_name(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key != name}
 
 
 # Whichever is imported first

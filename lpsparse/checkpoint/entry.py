@@ -8,7 +8,7 @@ another sum.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.header import Entry, read_header, unique_json
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.stored import read_exactly, stored_names
-from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
+from lpsparse.checkpoint.tensors import BLOCK_BYTES
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import fsync
 from lpsparse.errors import InputError
@@ -72,39 +72,34 @@ def parse_entry(given: dict[str, Any]) -> LoaderEntry:
 
 def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entry for a packed checkpoint that has been written; reads its bytes."""
-    total = sum(parallel(lambda path: hash_file(path, set(stored_in(path))), checkpoint.files))
     floats = (t.dtype for t in checkpoint.tensors if DTYPES[t.dtype].is_float and DTYPES[t.dtype].bits > 8)
     return LoaderEntry(
         layout="bitmask" if checkpoint.layout == "bitmask" else "packed",
         sharded=len(checkpoint.files) > 1,
         dtype=next(floats, None),  # pyright: ignore[reportArgumentType]  # pydantic checks it
         tensors=len(checkpoint.tensors),
-        digest=f"{total % 2**64:016x}",
+        digest=digest_of(checkpoint),
     ).model_dump()
 
 
-def stored_in(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file, under the name of each part that is stored of them."""
-    return {part: tensor for tensor in open_checkpoint(path).tensors for part in stored_names(tensor)}
+def digest_of(checkpoint: Checkpoint) -> str:
+    """The digest of an opened checkpoint; reads all that it stores."""
+    total = sum(parallel(_hash_file, checkpoint.files))
+    return f"{total % 2**64:016x}"
 
 
-def hash_part(name: str, data: Any) -> int:
-    """64 bits of sha256 of a part's name and of its bytes, a buffer."""
-    return _hash(name, [data])
-
-
-def _hash(name: str, pieces: Iterable[Any]) -> int:
-    found = hashlib.sha256(name.encode() + b"\0")
-    for piece in pieces:
-        found.update(piece)
-    return int.from_bytes(found.digest()[:8], "little")
-
-
-def hash_file(path: Path, names: set[str]) -> int:
-    """The sum of `hash_part` of some parts of a weight file."""
+def _hash_file(path: Path) -> int:
+    """The sum, over the stored parts, of 64 bits of sha256 of a part's name and bytes."""
+    parts = {part for tensor in open_checkpoint(path).tensors for part in stored_names(tensor)}
+    total = 0
     with path.open("rb") as file:
-        entries = (entry for entry in read_header(path).entries if entry.name in names)
-        return sum(_hash(each.name, _bytes_of(file, each)) for each in entries)
+        for entry in read_header(path).entries:
+            if entry.name in parts:
+                found = hashlib.sha256(entry.name.encode() + b"\0")
+                for piece in _bytes_of(file, entry):
+                    found.update(piece)
+                total += int.from_bytes(found.digest()[:8], "little")
+    return total
 
 
 def _bytes_of(file: Any, entry: Entry) -> Iterator[Any]:

@@ -1,7 +1,7 @@
-"""Has transformers know our folders, whichever of the two is imported first. Standard library only.
+"""Has transformers open our folders, whichever of the two is imported first. Standard library only.
 
-What is watched for is the module that holds transformers' table of quantizers: `import transformers` alone
-does not import it, and what does import it needs torch anyway.
+What is waited for is the module of transformers that defines PreTrainedModel, by that public name:
+`import transformers` alone does not import it, and what does import it needs torch anyway.
 """
 
 import sys
@@ -10,26 +10,26 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_WATCHED = "transformers.quantizers.auto"
+_CLASS = "PreTrainedModel"
 
 
 class _Hook:
-    """A finder that finds one module as Python does, and has it registered in once it has been executed."""
+    """A finder that finds transformers' modules as Python does, and looks at each once it has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == _WATCHED else None
+        spec = PathFinder.find_spec(name, path, target) if name.startswith("transformers.") else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
-        def exec_and_register(module: ModuleType) -> None:
+        def exec_and_look(module: ModuleType) -> None:
             execute(module)
-            sys.meta_path.remove(_HOOK)
-            _register()
+            if _register(module):
+                sys.meta_path.remove(_HOOK)
 
-        spec.loader.exec_module = exec_and_register
+        spec.loader.exec_module = exec_and_look
         return spec
 
 
@@ -37,12 +37,16 @@ _HOOK = _Hook()
 
 
 def install() -> None:
-    """Register now if transformers is there already, else when it comes."""
-    if _WATCHED in sys.modules:
-        _register()
-    elif _HOOK not in sys.meta_path:
+    """Register now if transformers has the class already, else when it comes."""
+    loaded = [module for name, module in sys.modules.items() if name.startswith("transformers.")]
+    if not any(_register(module) for module in loaded) and _HOOK not in sys.meta_path:
         sys.meta_path.insert(0, _HOOK)
 
 
-def _register() -> None:
-    import_module("lpsparse.integrations.loader").register()
+def _register(module: ModuleType) -> bool:
+    """Whether the module defines the class, which then knows packed folders."""
+    found = vars(module).get(_CLASS)
+    if not isinstance(found, type) or found.__module__ != module.__name__:
+        return False
+    import_module("lpsparse.integrations.loader").register(found)
+    return True
