@@ -1,5 +1,5 @@
 """The tests of the loader and of the callback on other transformers than the installed one: by default the
-oldest and the newest that we support.
+newest release of each minor version that we support.
 
     python benchmarks/transformers_versions.py [VERSION ...]
 
@@ -18,7 +18,7 @@ TESTS = ("tests/test_loader.py", "tests/test_integrations.py")
 
 
 def supported() -> list[str]:
-    """Oldest and newest, as pyproject.toml and the index say."""
+    """The newest of each minor version that pyproject.toml allows and the index has, oldest first."""
     wanted = re.search(r'"transformers>=([\d.]+),<(\d+)"', (ROOT / "pyproject.toml").read_text())
     assert wanted is not None
     listed = subprocess.run(
@@ -27,12 +27,13 @@ def supported() -> list[str]:
     ).stdout  # fmt: skip
     found = re.search(r"Available versions: (.*)", listed)
     assert found is not None
-    least = [int(part) for part in wanted[1].split(".")]
-    ours = [
-        version for version in found[1].split(", ")
-        if [int(part) for part in version.split(".")] >= least and int(version.split(".")[0]) < int(wanted[2])
-    ]  # fmt: skip
-    return [ours[-1], ours[0]]
+    least = tuple(int(part) for part in wanted[1].split("."))
+    newest: dict[tuple[int, ...], str] = {}
+    for version in found[1].split(", "):  # the newest comes first
+        minor = tuple(int(part) for part in version.split(".")[:2])
+        if least <= minor < (int(wanted[2]),):
+            newest.setdefault(minor, version)
+    return [newest[minor] for minor in sorted(newest)]
 
 
 def main() -> None:

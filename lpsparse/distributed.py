@@ -8,6 +8,7 @@ import ctypes
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -19,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 
+from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.threads import Processes, among
 from lpsparse.errors import (
     ExitCode,
@@ -317,10 +319,14 @@ def launch(processes: int, arguments: list[str]) -> None:
     Raises LaunchError with the exit code of the process that failed first, and ResourceError for one that
     was killed.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    launcher = borrow("torch.distributed.launcher.api:elastic_launch")
+    if launcher is None:
+        _torchrun(processes, arguments)
+        return
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
 
     logs = Path(tempfile.mkdtemp(prefix="lpsparse-ranks-"))
     config = LaunchConfig(
@@ -330,9 +336,8 @@ def launch(processes: int, arguments: list[str]) -> None:
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", shutdown_timeout=_PATIENCE,
     )  # fmt: skip
     _quiet_elastic()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "lpsparse", *arguments)
+        launcher(config, sys.executable)("-u", "-m", "lpsparse", *arguments)
     except ChildFailedError as error:
         raise _first_failure(error.failures) from None
     except SignalException as error:
@@ -340,6 +345,13 @@ def launch(processes: int, arguments: list[str]) -> None:
         raise LaunchError(ExitCode.INTERRUPT if stop else ExitCode.RESUMABLE) from None
     finally:
         shutil.rmtree(logs, ignore_errors=True)
+
+
+def _torchrun(processes: int, arguments: list[str]) -> None:
+    """`launch` by torch's own command, which does not pass on the exit code of what failed."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "lpsparse"]
+    if subprocess.run([sys.executable, *words, *arguments], stdout=subprocess.DEVNULL).returncode:
+        raise LaunchError(ExitCode.RESOURCE)
 
 
 def end_with_launcher() -> None:

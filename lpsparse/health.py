@@ -22,6 +22,7 @@ import psutil
 
 from lpsparse import __version__
 from lpsparse.checkpoint.disk import try_disk
+from lpsparse.checkpoint.hub import setting
 from lpsparse.checkpoint.threads import cores
 from lpsparse.errors import ExitCode
 from lpsparse.reporting.text import clean, size
@@ -207,11 +208,11 @@ def _disk(folder: Path) -> Iterator[Check]:
 
 def _hub() -> Iterator[Check]:
     try:
-        from huggingface_hub import constants, get_token
+        from huggingface_hub import get_token
     except Exception as error:  # what it imports may be broken
         yield _check("hub", "client", type(error).__name__, "pip install --upgrade huggingface_hub")
         return
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = Path(setting("HF_HUB_CACHE"))
     place = next(each for each in (cache, *cache.parents) if each.exists())
     hint = "" if os.access(place, os.W_OK) else "set HF_HOME to a folder that can be written"
     new = "" if cache.exists() else ", not there yet"

@@ -369,9 +369,7 @@ class Fake:
 def test_a_tracker_gets_the_metrics_until_it_fails(
     faulty: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Fake)
+    monkeypatch.setattr("accelerate.tracking.TrackioTracker", Fake)
     said: list[str] = []
     finetune_step(resolve(FinetuneStep, {**faulty, "out": tmp_path / "out", "track": "trackio"}), said.append)
     assert Fake.seen[:2] == ["out", "start"] and [step for step, _ in Fake.seen[2:]] == [2, 4, 6]

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+from lpsparse.checkpoint.hub import http_error, setting
 from lpsparse.errors import (
     InputError,
     InterruptError,
@@ -34,7 +35,6 @@ _MENDS = {
 def calm(bars: bool, say: Callable[[str], None]) -> Generator[None]:
     """huggingface_hub without its log (which names signed addresses), with or without bars, its warnings said
     as ours are, and with a limit to its patience."""
-    from huggingface_hub import constants
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -44,7 +44,7 @@ def calm(bars: bool, say: Callable[[str], None]) -> Generator[None]:
     )
 
     verbosity, session = logging.get_verbosity(), get_session()
-    hide = not bars and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
+    hide = not bars and setting("HF_HUB_DISABLE_PROGRESS_BARS") is None and not are_progress_bars_disabled()
     logging.set_verbosity_error()
     session.timeout = _SILENCE
     if hide:
@@ -66,8 +66,6 @@ def calm(bars: bool, say: Callable[[str], None]) -> Generator[None]:
 @contextmanager
 def asking(repo: str, so_far: str) -> Generator[None]:
     """What goes wrong inside, as an error that says how far it came."""
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
     try:
         yield
     except LpsparseError:
@@ -76,7 +74,7 @@ def asking(repo: str, so_far: str) -> Generator[None]:
         raise ResumableError(754, f"{repo}: stopped by SIGTERM: {so_far}", hint=_AGAIN) from error
     except KeyboardInterrupt as error:
         raise InterruptError(755, f"{repo}: interrupted: {so_far}", hint=_AGAIN) from error
-    except (HTTPError, OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+    except (http_error(), OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         raise _explain(repo, so_far, error) from error
 
 

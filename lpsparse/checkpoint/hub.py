@@ -2,8 +2,11 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, find_weight_names
 from lpsparse.errors import RemoteError
 
@@ -33,11 +36,7 @@ def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder
 
     `kind` is model or dataset. HF_HUB_OFFLINE is honoured by huggingface_hub. Raises RemoteError (exit 8).
     """
-    # Imported here: huggingface_hub takes 0.2 s that local files need not pay.
-    from huggingface_hub.errors import (
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         try:
@@ -46,7 +45,7 @@ def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder
             folder = _snapshot(text, kind, local=False)
         if kind == "model" and not _has_weights(folder):  # another program may have fetched the config alone
             folder = _snapshot(text, kind, local=False)
-    except (HTTPError, OSError, ValueError) as error:
+    except (http_error(), OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"{text}: the {kind} is not in the local cache and the hub gave none ({reason[:120]})"
         raise RemoteError(801, what, hint=f"check id and network, or give {replace_with}") from error
@@ -56,13 +55,46 @@ def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder
     return folder, folder.name
 
 
-def is_cached(path: Path) -> bool:
-    """Whether a resolved path lies inside the hub's cache, which huggingface_hub finds in the same way."""
+def http_error() -> type[Exception]:
+    """What the hub's HTTP client raises, of which huggingface_hub's own errors are one kind."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    own = ("builtins", "huggingface_hub")
+    return [kind for kind in HfHubHTTPError.__mro__ if kind.__module__.partition(".")[0] not in own][-1]
+
+
+_SETTINGS: dict[str, Callable[[], Any]] = {  # of huggingface_hub, as its documentation has them
+    "ENDPOINT": lambda: os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"),
+    "HF_HUB_CACHE": lambda: str(_cache()),
+    "HF_HUB_DISABLE_PROGRESS_BARS": lambda: _switch("HF_HUB_DISABLE_PROGRESS_BARS"),
+    "HF_HUB_DOWNLOAD_TIMEOUT": lambda: int(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", 10)),
+    "HF_HUB_OFFLINE": lambda: bool(_switch("HF_HUB_OFFLINE")),
+}
+
+
+def setting(name: str) -> Any:
+    """A setting of huggingface_hub, one of _SETTINGS."""
+    found = getattr(borrow("huggingface_hub.constants"), name, _SETTINGS)
+    return _SETTINGS[name]() if found is _SETTINGS else found
+
+
+def _cache() -> Path:
+    """Without huggingface_hub, whose import takes 0.2 s that local files need not pay."""
     given = os.environ.get
     home = given("HF_HOME", f"{given('XDG_CACHE_HOME', '~/.cache')}/huggingface")
     cache = given("HF_HUB_CACHE", given("HUGGINGFACE_HUB_CACHE", f"{home}/hub"))
+    return Path(os.path.expandvars(cache)).expanduser()
+
+
+def _switch(name: str) -> bool | None:
+    value = os.environ.get(name)
+    return None if value is None else value.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a resolved path lies inside the hub's cache."""
     try:
-        folder = Path(os.path.expandvars(cache)).expanduser().resolve()
+        folder = _cache().resolve()
     except RuntimeError:  # there is no home
         return False
     return path == folder or folder in path.parents

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpsparse import __version__
 from lpsparse.checkpoint.asking import LOG_IN, UNSEEN, UNSURE, asking, calm
+from lpsparse.checkpoint.hub import setting
 from lpsparse.checkpoint.manifest import FileRecord, digest, read_manifest
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, is_hidden
 from lpsparse.checkpoint.writer import FOREIGN_WEIGHTS, MANIFEST
@@ -47,9 +48,9 @@ def choose_files(folder: Path) -> tuple[tuple[FileRecord, ...], tuple[str, ...]]
 
 def check_access() -> None:
     """Raises RemoteError where nothing can be sent: offline, or without a token."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import get_token
 
-    if constants.HF_HUB_OFFLINE:
+    if setting("HF_HUB_OFFLINE"):
         raise RemoteError(804, "HF_HUB_OFFLINE is set: nothing is sent", hint="unset it, or use --dry-run")
     if get_token() is None:
         raise RemoteError(
@@ -166,9 +167,7 @@ def _find(api: "HfApi", to: Target) -> "tuple[ModelInfo | None, bool]":
 
 
 def _timeout() -> float:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_DOWNLOAD_TIMEOUT
+    return setting("HF_HUB_DOWNLOAD_TIMEOUT")
 
 
 def _check_others(repo: str, others: list[str], say: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from lpsparse.checkpoint.finding import check_index, check_name, parse_index
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
-from lpsparse.checkpoint.hub import IGNORED
+from lpsparse.checkpoint.hub import IGNORED, http_error, setting
 from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import find_packed
@@ -83,13 +83,12 @@ def read_remote(text: str, weights: str | None = None) -> Remote:
 
 def _list(text: str) -> tuple[str, dict[str, int]]:
     """The commit of a revision, and the bytes of its files by name."""
-    from huggingface_hub import constants
     from huggingface_hub.utils import validate_repo_id
 
     name, _, revision = text.partition("@")
     try:
         validate_repo_id(name)
-        url = f"{constants.ENDPOINT}/api/models/{name}/revision/{quote(revision or 'main', safe='')}"
+        url = f"{setting('ENDPOINT')}/api/models/{name}/revision/{quote(revision or 'main', safe='')}"
         answer = _get(text, f"{url}?blobs=true", MAX_HEADER_BYTES, None)
         found = _Listing.model_validate_json(answer, strict=True)
     except ValidationError as error:
@@ -148,11 +147,9 @@ def _read_headers(root: Path, commit: str, weights: str, sizes: dict[str, int]) 
 
 def _get(where: str, url: str, cap: int, first: int | None) -> bytes:
     """At most `cap` bytes of an answer; from byte `first` of the file on, where it is not None."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
     from huggingface_hub.utils import build_hf_headers, get_session
 
-    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    seconds = setting("HF_HUB_DOWNLOAD_TIMEOUT")
     until = monotonic() + _PATIENCE * seconds
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if first is not None:
@@ -170,7 +167,7 @@ def _get(where: str, url: str, cap: int, first: int | None) -> bytes:
                     break
                 if monotonic() > until:
                     raise _refusal(where, f"{len(found)} bytes in {_PATIENCE * seconds} s")
-    except (HTTPError, OSError) as error:
+    except (http_error(), OSError) as error:
         raise _refusal(where, str(error).strip() or type(error).__name__) from error
     return bytes(found[skip : skip + cap])
 

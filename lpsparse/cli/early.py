@@ -7,6 +7,7 @@ garbage is collected meanwhile, since there is none: that is a tenth of the time
 import gc
 import os
 import signal
+from collections.abc import Callable
 
 
 def begin() -> None:
@@ -21,7 +22,7 @@ def end() -> None:
         _set(signal.default_int_handler)
 
 
-def _set(handler: "signal._HANDLER") -> None:  # pyright: ignore[reportPrivateUsage]
+def _set(handler: Callable[..., object]) -> None:
     try:
         signal.signal(signal.SIGINT, handler)
     except ValueError:

@@ -16,10 +16,10 @@ import typer
 
 from lpsparse import __version__
 from lpsparse.cli import interrupts
+from lpsparse.cli.app import App
 from lpsparse.cli.output import silence, tell, tell_runner_error
-from lpsparse.cli.panels import Command, Group
 from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
-from lpsparse.launch import is_first, is_one_of_several, name_as_launched, switched_on
+from lpsparse.launch import is_first, is_one_of_several, name_as_launched
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 
@@ -173,21 +173,13 @@ def _app(*, whole: bool = True) -> typer.Typer:
 
         modules += [first_lines]
     # Rich's boxes and its traceback are switched off: they wreck grep, and ours are two lines.
-    app = typer.Typer(
-        name="lpsparse", cls=Group, help=_HELP, epilog=_EXITS, no_args_is_help=True, add_completion=True,
-        pretty_exceptions_enable=False, rich_markup_mode=None,
+    app = App(
+        name="lpsparse", help=_HELP, epilog=_EXITS, add_completion=True, pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )  # fmt: skip
     app.callback()(_root)
     for module in modules:
         module.register(app)
-    defaults: dict[str, Any] = {"quiet": True} if switched_on("LPSPARSE_QUIET") else {}
-    if switched_on("LPSPARSE_JSON"):
-        defaults |= {"as_json": True, "json_file": "-"}  # report's is a file
-    groups = [app, *(each.typer_instance for each in app.registered_groups if each.typer_instance)]
-    for command in (each for group in groups for each in group.registered_commands):
-        command.cls = Command
-        command.context_settings = {"default_map": defaults}
     return app
 
 

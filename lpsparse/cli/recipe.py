@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lpsparse.cli.app import App
 from lpsparse.cli.output import print_json, print_result, width
-from lpsparse.cli.panels import Group
 from lpsparse.cli.run import overrides
 
 _HELP = """Check a recipe before it runs, or print the schema of recipes for an editor.
@@ -33,7 +33,7 @@ Examples:
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(cls=Group, help=_HELP, no_args_is_help=True, rich_markup_mode=None)
+    group = App(help=_HELP)
     group.command("check", help=_CHECK, no_args_is_help=True)(check)
     group.command("schema", help=_SCHEMA)(schema)
     app.add_typer(group, name="recipe")

@@ -37,7 +37,7 @@ _ADAPTER = "adapter_config.json"
 def register(base: Any) -> None:
     """Wrap `from_pretrained` of `base`, transformers' PreTrainedModel, once."""
     original = base.__dict__["from_pretrained"].__func__
-    if hasattr(original, "lpsparse"):
+    if getattr(original, "__module__", None) == __name__:
         return
 
     @wraps(original)
@@ -50,7 +50,7 @@ def register(base: Any) -> None:
             return load(path, *args, config=config, **given)
         return _load(found, load, str(path), args, config, given)
 
-    from_pretrained.lpsparse = True  # pyright: ignore[reportFunctionMemberAccess]
+    from_pretrained.__module__ = __name__
     base.from_pretrained = classmethod(from_pretrained)
 
 
@@ -61,7 +61,7 @@ def _packed(path: str, config: Any, given: dict[str, Any]) -> LoaderEntry | None
     settings = getattr(config, KEY, None)
     if not is_ours(settings) and (not isinstance(config, PreTrainedConfig) or Path(path).is_dir()):
         settings = _config_of(path, given).get(KEY)
-    return parse_entry(settings) if is_ours(settings) else None
+    return parse_entry(settings) if settings and is_ours(settings) else None
 
 
 def _config_of(path: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -111,22 +111,20 @@ def _folder(path: str, given: dict[str, Any]) -> Path:
 
 
 def _dense_config(path: str, config: Any, given: dict[str, Any], entry: LoaderEntry, into: Path) -> Any:
-    """What goes to transformers as `config`: the given one, or a folder with that of `path`, each as the dense
-    model has it. In a folder transformers applies the other arguments to it as to any other."""
-    dtype = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", None: None}[
-        entry.dtype
-    ]
+    """What goes to transformers as `config`: the given one, or a folder with that of `path`, each as the
+    dense model has it. To a folder's config transformers applies the other arguments itself."""
+    dtype = None if entry.dtype is None else _DTYPES[entry.dtype]
     if isinstance(config, PreTrainedConfig):
         config = deepcopy(config)
         if hasattr(config, KEY):
             delattr(config, KEY)
         if getattr(config, "dtype", None) is None and dtype:
-            config.dtype = getattr(torch, dtype)  # what transformers finds in the dense model's weights
+            config.dtype = dtype  # what transformers finds in the dense model's weights
         return config
     table = dict(_config_of(str(config or path), given))
     table.pop(KEY, None)
     if dtype and not {"dtype", "torch_dtype"} & table.keys():
-        table["dtype"] = dtype
+        table["dtype"] = str(dtype).removeprefix("torch.")
     (into / "config.json").write_text(json.dumps(table), encoding="utf-8")
     return str(into)
 

@@ -13,6 +13,8 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
+from lpsparse.borrowed import borrow
+
 FLUSH = 1e-30  # smaller magnitudes become +0
 
 
@@ -110,11 +112,12 @@ def _compiled(name: str, device: str, halves: int) -> Callable[..., None] | None
     # A code object of its own: torch counts what it compiled by code object, and gives up after a few.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     own.__kwdefaults__ = {"halves": halves} if scalars else None
-    kernel = torch.compile(own, fullgraph=True)
     # Of a usual size, and a size that may differ: so the loop is made for many threads and any length.
+    mark_dynamic = borrow("torch._dynamo:mark_dynamic")
+    kernel = torch.compile(own, fullgraph=True, dynamic=None if mark_dynamic else True)
     given = [torch.ones(1 << 18, dtype=kind, device=device) for kind in kinds]
-    for each in given:
-        torch._dynamo.mark_dynamic(each, 0)  # pyright: ignore[reportPrivateUsage]
+    for each in given if mark_dynamic else ():
+        mark_dynamic(each, 0)
     if scalars:
         given.append(torch.ones(scalars, device=device))
     try:

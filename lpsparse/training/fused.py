@@ -63,13 +63,22 @@ class LpAdamW(AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params, grads, exp_avgs, exp_avg_sqs, largest, steps = ([] for _ in range(6))
-            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, largest, steps)
-            rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True))
+            rows = [self._row(param) for param in group["params"] if param.grad is not None]
             decays = bool(group["lp_lambda"] and group["lr"])
             self._plain(group, [row for row in rows if row[0].ndim < 2 or not decays])
             self._decayed(group, [row for row in rows if row[0].ndim >= 2 and decays])
         return loss
+
+    def _row(self, param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The parameter, its gradient and what the state has for it, as AdamW begins it."""
+        grad, state = param.grad, self.state[param]
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError("LpAdamW does not support sparse gradients")  # as torch's AdamW
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        return param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
 
     def _decayed(self, group: dict[str, Any], rows: list[Any]) -> None:
         shared: dict[tuple[float, torch.device], Tensor] = {}  # the scalars of a step, moved once

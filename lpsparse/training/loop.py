@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lpsparse import distributed
+from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.launch import is_one_of_several
@@ -154,8 +154,9 @@ def train(
 
 def start(step: FinetuneStep) -> Accelerator:
     """Accelerate for this run; with it the processes know one another."""
-    # One process may train twice, with another precision each time; accelerate has no public name for this.
-    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
+    reset = borrow("accelerate.state:AcceleratorState._reset_state")
+    if reset is not None:
+        reset()
     accelerator = _accelerator(step)
     distributed.make_patient()
     return accelerator

@@ -204,7 +204,7 @@ def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> 
             buffer = torch.zeros(shape, dtype=dtype)
             for name in names:
                 parent, _, own = name.rpartition(".")
-                module.get_submodule(parent)._buffers[own] = buffer  # pyright: ignore[reportPrivateUsage]
+                setattr(module.get_submodule(parent), own, buffer)  # a buffer stays one
     found = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     if [_shared(each) for each in found] != [params, buffers]:
         what = f"process {distributed.rank()} builds another {type(module).__name__} than process 0"

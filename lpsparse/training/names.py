@@ -2,11 +2,15 @@
 legacy name, renamed, or as parts that transformers fuses.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError
 
@@ -63,9 +67,14 @@ def trace(
 
 def turned_back(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a transformers module by the names and in the shapes that its checkpoints have."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, tensors)
+    turn_back = borrow("transformers.core_model_loading:revert_weight_conversion")
+    if turn_back is not None:
+        return turn_back(model, tensors)
+    with TemporaryDirectory() as folder:
+        copies = {name: value.clone() for name, value in tensors.items()}  # a file has no expanded ones
+        model.save_pretrained(folder, state_dict=copies)
+        files = sorted(Path(folder).glob("*.safetensors"))
+        return {name: value for file in files for name, value in load_file(file).items()}
 
 
 def refuse_untraced(checkpoint: Checkpoint, model: nn.Module, known: set[str]) -> None:

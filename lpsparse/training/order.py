@@ -5,12 +5,14 @@ batch of a step is the same for any number of processes; they take parts of it.
 """
 
 import math
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from traceback import walk_tb
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
@@ -23,7 +25,8 @@ from lpsparse.training.stopping import ASKS
 from lpsparse.training.tasks.base import Batch, Task
 
 _POOL = 32  # batches whose examples are sorted by length together
-_TELLS_OF_SIGNALS = "torch.utils.data._utils.signal_handling"  # its handler calls C, which leaves no frame
+_LINGERS = 2.0  # seconds that the system may take to say that a process is gone
+_workers: list[BaseProcess] = []  # of the loader that is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,20 +110,25 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
         worker_init_fn=_in_worker if step.workers else None,
     )  # fmt: skip
     of_step: list[tuple[Part, Batch]] = []
-    for batch in loader:
+    before = multiprocessing.active_children()
+    read = iter(loader)  # which starts its processes
+    _workers[:] = [each for each in multiprocessing.active_children() if each not in before]
+    for batch in read:
         of_step.append((given.pop(0), batch))
         if len(of_step) == step.accumulate:
             yield of_step
             of_step = []
 
 
-def of_worker(error: Exception) -> bool:
-    """Whether it is how torch tells that one of a loader's processes is gone: while it waits for it, while it
-    fetches the memory of what that one had sent, or from a signal's handler at any moment."""
-    return any(
-        frame.f_code.co_name == "_try_get_data" or frame.f_globals.get("__name__") == _TELLS_OF_SIGNALS
-        for frame, _ in walk_tb(error.__traceback__)
-    )
+def worker_is_gone() -> bool:
+    """Whether a process of the loader has ended by itself, so that an error is about that: torch raises one
+    while it waits for it, while it fetches what that one had sent, or from a signal's handler at any
+    moment."""
+    gone: list[Any] = wait([each.sentinel for each in _workers], _LINGERS) if _workers else []
+    for worker in _workers:
+        if worker.sentinel in gone:
+            worker.join(_LINGERS)
+    return any(worker.exitcode for worker in _workers)
 
 
 def hear_no_more_of_workers() -> None:

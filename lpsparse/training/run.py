@@ -19,7 +19,7 @@ from lpsparse.recipe import FinetuneStep
 from lpsparse.training.distill import Teacher
 from lpsparse.training.loss import batch_loss
 from lpsparse.training.model import first_line
-from lpsparse.training.order import Part, batches, hear_no_more_of_workers, of_worker, seed_pass
+from lpsparse.training.order import Part, batches, hear_no_more_of_workers, seed_pass, worker_is_gone
 from lpsparse.training.quality import Measured
 from lpsparse.training.resume import States, moved
 from lpsparse.training.sparsity import Method
@@ -93,7 +93,7 @@ class Run:
             except (MemoryError, RuntimeError, OSError, EOFError) as error:
                 if is_out_of_memory(error):
                     raise self._out_of_memory(t) from error
-                if of_worker(error):
+                if worker_is_gone():
                     hear_no_more_of_workers()
                     what = f"a process that prepares batches is gone: {first_line(error)}"
                     raise ResourceError(606, what, hint="use fewer --workers, or 0") from error

@@ -17,11 +17,13 @@ from lpsparse.training.conditioning.base import Conditioning
 from lpsparse.training.model import Loaded
 from lpsparse.training.tasks.base import Task
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneStep:
     """`step` of `steps` optimizer steps with its auto replaced by what was best on models of this kind
     (docs/method.md). Raises UsageError for a fisher score that comes to nothing."""
-    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())  # pyright: ignore[reportPrivateUsage]
+    batch_norm = any(isinstance(part, BATCH_NORMS) for part in model.modules())
     knows = step.target_sparsity is None or round(step.decay_share * steps) >= 2 * SETTLED
     if step.score == "fisher" and not knows:
         what = f"--score fisher: the cut comes within {2 * SETTLED} steps, before gradients have an average"

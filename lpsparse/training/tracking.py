@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate import tracking
+
+_CLASSES = {"tensorboard": "TensorBoardTracker", "trackio": "TrackioTracker", "wandb": "WandBTracker"}
 
 
 class Tracker:
@@ -19,7 +21,7 @@ class Tracker:
 
     def _start(self, out: Path) -> None:
         options: dict[str, Any] = {"logging_dir": out.parent / "runs"} if self.name == "tensorboard" else {}
-        inner = LOGGER_TYPE_TO_CLASS[self.name](out.name, **options)
+        inner = getattr(tracking, _CLASSES[self.name])(out.name, **options)
         inner.start()
         self._inner = inner
 
