@@ -1,6 +1,7 @@
 """Is this machine fit for lpsparse: versions, memory, devices, processes, disk and hub. Never a secret.
 
-torch is imported in processes of its own alone, with a time limit: a broken driver hangs or crashes there.
+torch and transformers are imported in processes of their own alone, with a time limit: a broken driver
+hangs or crashes there.
 """
 
 import json
@@ -47,15 +48,32 @@ _DISK = {  # trial -> what to do where it fails, and whether we can do without
 }
 _DEVICES = """
 import json, torch
+from lpsparse.training.precision import has_bf16, slowdown
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-bf16 = bool(gpus) and torch.cuda.is_bf16_supported()
-print(json.dumps({"gpus": gpus, "bf16": bf16, "mps": torch.backends.mps.is_available()}))
+found = {"gpus": gpus, "mps": torch.backends.mps.is_available(), "slowdown": None}
+if not has_bf16() and not torch.accelerator.is_available():
+    found["slowdown"] = slowdown()
+print(json.dumps({**found, "bf16": has_bf16()}))
 """
 _MEET = """
 import lpsparse
 from lpsparse.checkpoint.threads import parallel
 with lpsparse.together():
     assert parallel(float, range(2)) == [0.0, 1.0]
+"""
+_OPEN = """
+import json, tempfile, warnings
+from pathlib import Path
+import lpsparse
+from transformers import BertConfig, BertModel
+sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as noted:
+    dense, packed = Path(folder, "dense"), Path(folder, "packed")
+    BertModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(dense)
+    lpsparse.pack(dense, packed)
+    found, wanted = (BertModel.from_pretrained(each).state_dict() for each in (packed, dense))
+assert found.keys() == wanted.keys() and all(found[name].equal(wanted[name]) for name in wanted)
+print(json.dumps(any(each.category.__name__ == "InMemoryWarning" for each in noted)))
 """
 Check = dict[str, str]
 
@@ -144,8 +162,13 @@ def _torch() -> Iterator[Check]:
     yield _check("devices", "torch", f"starts in {time.monotonic() - started:.1f} s")
     found = json.loads(out)
     gpus = ", ".join(f"{found['gpus'].count(name)} {name}" for name in dict.fromkeys(found["gpus"]))
-    gpus += " (bf16)" if found["bf16"] else ""
     yield _check("devices", "gpu", gpus or ("MPS" if found["mps"] else "none: CPU only"))
+    slower = found["slowdown"]
+    emulated = f"emulated: a linear layer takes {slower or 0:.1f} times as long as in fp32"
+    hint = "nothing is needed: --mixed-precision auto trains in fp32 here" if slower else ""
+    known = "this device has it" if found["bf16"] else "this device does not have it"
+    yield _check("devices", "bf16", emulated if slower else known, hint, "warn")
+    yield _opens()
     started = time.monotonic()
     failure = _meet()
     hint = "see that localhost reaches itself (firewall, /etc/hosts); without it one process works alone"
@@ -154,6 +177,21 @@ def _torch() -> Iterator[Check]:
     else:
         seconds = time.monotonic() - started
         yield _check("devices", "gloo", f"two processes met and shared work in {seconds:.1f} s")
+
+
+def _opens() -> Check:
+    """Whether transformers opens a toy model that is packed here, and how."""
+    started = time.monotonic()
+    out, failure = _ended(_start(_OPEN))
+    if failure:
+        hint = "`lpsparse unpack` makes an ordinary folder; report this with the versions above"
+        return _check("formats", "packed", f"transformers does not open a packed model: {failure}", hint)
+    seconds = f"{time.monotonic() - started:.1f} s"
+    if json.loads(out):
+        hint = "nothing is needed, where a whole unpacked model fits into memory"
+        found = f"transformers opens a packed model, unpacked into memory first ({seconds})"
+        return _check("formats", "packed", found, hint, "warn")
+    return _check("formats", "packed", f"transformers opens a packed model, tensor by tensor ({seconds})")
 
 
 def _start(code: str, **env: str) -> subprocess.Popen[str]:

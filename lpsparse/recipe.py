@@ -548,9 +548,10 @@ class FinetuneStep(_DataStep):
         0.0, ge=0,
         description="Ordinary decay of the tensors that L_p decay leaves alone.",
     )  # fmt: skip
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no",
-        description="Arithmetic of the forward pass; the weights stay in fp32 masters.",
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto",
+        description="Arithmetic of the forward pass; the weights stay in fp32 masters. auto: bf16 where the "
+        "device has it, else fp32.",
     )
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is no clipping.")
     freeze: Patterns = Field((), description="Glob over tensor names that are not trained; repeatable.")

@@ -78,8 +78,11 @@ def finetune_step(
         )
     if step.dry_run:
         from lpsparse.training.loop import plan_training, prepare
+        from lpsparse.training.precision import with_precision
 
-        say("dry run: nothing is written")
+        step, precision = with_precision(step)
+        for note in ("dry run: nothing is written", *precision):
+            say(note)
         needs = estimate(source, step.out, weight_bytes=source.dense_bytes)
         room = {"disk_bytes": needs.disk_bytes, "free_bytes": needs.free_bytes}
         return {"model": source.name, **plan_training(step, prepare(step, source)), **room}
@@ -96,15 +99,18 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     from lpsparse.training import job
     from lpsparse.training.loop import prepare, start, train
     from lpsparse.training.model import trained_checkpoint
+    from lpsparse.training.precision import with_precision
 
     distributed.end_with_launcher()
+    asked = step
+    step, precision = with_precision(asked)
     start(step)
     task = prepare(step, source, spread=False)
-    notes = (*task.loaded.notes, *_copied(step))
+    notes = (*precision, *task.loaded.notes, *_copied(step))
     for note in notes:
         say(note)
-    recipe = recorded(step)
-    of_run = job.made_by(step, source, recipe)
+    recipe = recorded(asked)
+    of_run = job.made_by(step, source, recorded(step))
     with job.training_folder(step) as folder:
         states = job.find_states(step, folder, of_run, say)
         with job.recording(step, states, on_step, say) as record:
@@ -130,7 +136,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         notes = (*notes, trained.facts)
         record = source_of(source)
         check_same(record, of_run["model"])
-        found = complete(step, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
+        found = complete(asked, source, record, folder, chosen, say, result, (quality,), task.sidecars, notes)
         alert = drained_of(found)
         if alert is not None:
             say(str(alert))

@@ -130,12 +130,17 @@ def tree_hash(folder: Path) -> dict[str, str]:
     }
 
 
+# Training is the same on every CPU, whether it has bf16 or not; tests of --mixed-precision ask for another.
+FP32 = {"LPSPARSE_MIXED_PRECISION": "no"}
+
+
 def cli_environment(**env: str | None) -> dict[str, str]:
     """This process's environment without settings of lpsparse, offline; a value of None removes a name."""
     names = {
         key: value for key, value in os.environ.items() if not key.startswith(("LPSPARSE_", "HF_", "GITHUB_"))
     }
     names |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    names |= FP32
     names |= {key: value for key, value in env.items() if value is not None}
     return {key: value for key, value in names.items() if env.get(key, "") is not None}
 
@@ -169,6 +174,8 @@ def _check_reports(args: list[str], ran: Ran) -> None:
 @pytest.fixture(autouse=True)
 def _no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests are those of a person at a terminal, also where a CI job or pytest-xdist runs them."""
+    for name, value in FP32.items():
+        monkeypatch.setenv(name, value)
     for key in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "COLUMNS"):
         monkeypatch.delenv(key, raising=False)
 
@@ -215,7 +222,7 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
     """A command in this process: the same as `run_cli`, without the half second to start."""
     from lpsparse.cli import main
 
-    for key in [key for key in os.environ if key.startswith("LPSPARSE_")]:
+    for key in [key for key in os.environ if key.startswith("LPSPARSE_") and key not in FP32]:
         monkeypatch.delenv(key)
 
     def call(*args: object) -> Ran:

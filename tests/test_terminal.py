@@ -212,6 +212,8 @@ def test_doctor_finds_this_machine_fit_and_leaves_nothing(tmp_path: Path) -> Non
     ran = run_cli(["doctor", tmp_path], **env)
     assert not re.search("^fail .* (gloo|rename|fsync|torch|gpu) ", ran.stdout, re.M), ran.stdout
     assert re.search(r"^ok +gloo +two processes met", ran.stdout, re.M) and "token" in ran.stdout
+    assert re.search(r"^ok +packed +transformers opens .* tensor by tensor", ran.stdout, re.M), ran.stdout
+    assert re.search(r"^(ok|warn) +bf16 ", ran.stdout, re.M)
     assert "secret" not in ran.stdout + ran.stderr and str(tmp_path) not in ran.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -224,6 +226,21 @@ def test_doctor_says_what_fails_with_a_hint_and_a_code(tmp_path: Path) -> None:
     assert (ran.rc, found["exit_code"], found["ok"]) == (6, 6, False)
     assert "libcuda is broken" in failed["torch"]["found"] and "No such file" in failed["folder"]["found"]
     assert all(check["hint"] for check in failed.values())
+
+
+UNREAD = "import lpsparse.integrations.loader as loader\ndel loader.LazyTensor.__getitem__\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "found"),
+    [(UNREAD, "warn", "into memory"), ("raise ImportError('broken')\n", "fail", "broken")],
+)
+def test_doctor_says_how_a_packed_model_opens(
+    before: str, status: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_OPEN", before + health._OPEN)
+    check = health._opens()
+    assert check["status"] == status and found in check["found"] and check["hint"]
 
 
 def test_the_disk_is_tried_in_a_folder_that_goes_again(tmp_path: Path) -> None:

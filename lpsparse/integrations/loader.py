@@ -34,6 +34,10 @@ _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _ADAPTER = "adapter_config.json"
 
 
+class InMemoryWarning(RuntimeWarning):
+    """A packed model was unpacked into memory before transformers got it."""
+
+
 def register(base: Any) -> None:
     """Wrap `from_pretrained` of `base`, transformers' PreTrainedModel, once."""
     original = base.__dict__["from_pretrained"].__func__
@@ -166,7 +170,7 @@ class Reading:
         warnings.warn(
             "this transformers does not read packed tensors one at a time (it wants "
             f"{', '.join(sorted(self.asked)) or 'tensors'}): the model is unpacked into memory first",
-            RuntimeWarning,
+            InMemoryWarning,
             stacklevel=4,
         )
         return load({tensor.name: self.read(tensor) for tensor in self.tensors})

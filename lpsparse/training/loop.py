@@ -165,7 +165,7 @@ def start(step: FinetuneStep) -> Accelerator:
 def _accelerator(step: FinetuneStep) -> Accelerator:
     has_gpu = torch.accelerator.is_available()
     if step.mixed_precision == "fp16" and not has_gpu:
-        raise UsageError(248, "--mixed-precision fp16: needs a GPU", hint="use bf16 or no")
+        raise UsageError(248, "--mixed-precision fp16: needs a GPU", hint="use auto, or no in a new process")
     # Left to itself, accelerate takes processes without a GPU for one process each.
     alone_on_cpu = is_one_of_several() and not has_gpu
     try:
@@ -173,8 +173,12 @@ def _accelerator(step: FinetuneStep) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=step.mixed_precision, cpu=alone_on_cpu, kwargs_handlers=[limit]
         )
-    except (ValueError, ImportError) as error:  # accelerate's own check of the device
+    except (ValueError, ImportError) as error:  # accelerate's own check of the device, or of its settings
+        if step.mixed_precision == "no":
+            what = f"accelerate does not start: {str(error).strip().splitlines()[0]}"
+            hint = "check the variables ACCELERATE_* and OMP_NUM_THREADS, and `accelerate env`"
+            raise UsageError(258, what, hint=hint) from None
         what = f"--mixed-precision {step.mixed_precision}: {str(error).strip().splitlines()[0]}"
-        raise UsageError(248, what, hint="use bf16 or no") from None
+        raise UsageError(248, what, hint="use auto, or no in a new process") from None
     assert accelerator.num_processes == distributed.ranks() or not is_one_of_several()
     return accelerator
