@@ -29,7 +29,7 @@ expect 0 lpsparse verify sparse trained
 
 expect 0 lpsparse report sparse trained --min-sparsity 0.8 --max-quality-drop 9 --junit budgets.xml --json report.json
 expect 1 lpsparse report sparse --min-sparsity 0.8 --max-quality-drop 0.01
-expect 1 lpsparse report report.json --max-bytes 1 # budgets on an old report, without its weights
+expect 1 lpsparse report report.json --max-bytes 1B # budgets on an old report, without its weights
 head -c 100 sparse/model.safetensors > broken.safetensors
 expect 3 lpsparse report broken.safetensors
 

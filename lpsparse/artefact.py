@@ -178,9 +178,10 @@ def recorded(step: Step) -> dict[str, Any]:
     """What the manifest says made OUT: the step's settings, and the hashes of the data that it read."""
     settings = step.recorded()
     if isinstance(step, FinetuneStep):
-        from lpsparse.training.data import digests
+        from lpsparse.training.data import digests, held_out_of
 
-        settings["data"] = digests(step.data, step.split)
-        if step.eval_data or step.eval_split:
-            settings["eval_data"] = digests(step.eval_data or step.data, step.eval_split or "validation")
+        settings["data"], held = digests(step.data, step.split), held_out_of(step)
+        if held is not None:
+            settings["eval_data"] = digests(*held)
+            settings["eval_split"] = step.eval_split or (None if step.eval_data else held[1])
     return {type(step).__name__.removesuffix("Step").lower(): settings}

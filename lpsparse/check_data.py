@@ -8,7 +8,7 @@ from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import check_apart, find
+from lpsparse.training.data import check_apart, find, held_out_of
 
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _KINDS = {
@@ -21,15 +21,19 @@ def check_data(step: FinetuneStep | EvalStep, source: Checkpoint) -> list[str]:
     """What could not be looked at. Raises what the step would raise for its files. Rows are not read."""
     _check_model(step, source)
     wanted = {step.data: [step.split]}
-    if isinstance(step, FinetuneStep) and (step.eval_data or step.eval_split):
-        wanted.setdefault(step.eval_data or step.data, []).append(step.eval_split or "validation")
+    held = None
+    if isinstance(step, FinetuneStep):
+        known = step.eval_data or step.eval_split or not is_remote(step.data, "dataset")
+        held = held_out_of(step) if known else None
+    if held is not None:
+        wanted.setdefault(held[0], []).append(held[1])
     far = [data for data in wanted if is_remote(data, "dataset")]
     for data in wanted.keys() - set(far):
         for split in wanted[data]:
             for path in find(data, split)[0]:
                 _check_file(step.task, path)
-    if not far and isinstance(step, FinetuneStep) and (step.eval_data or step.eval_split):
-        check_apart(step.data, step.split, step.eval_data or step.data, step.eval_split or "validation")
+    if not far and held is not None:
+        check_apart(step.data, step.split, *held)
     return [f"data {each}: not in the local cache; `run` downloads it" for each in far]
 
 

@@ -14,6 +14,9 @@ _UNITS = {"B": 1} | {
 }
 
 
+_SURELY_BYTES = 1000  # what is less and has no unit was hardly meant in bytes
+
+
 class Limit(NamedTuple):
     """A budget's limit, and what it is of."""
 
@@ -40,6 +43,9 @@ def limit_of(name: str, text: str) -> Limit:
         raise ValueError(f"--{name} {text}: not [GLOB=]LIMIT, such as {example}")
     if pattern and name == "max-quality-drop":
         raise ValueError(f"--{name} {text}: quality is of the whole model, it takes no GLOB")
+    if name == "max-bytes" and not unit and Decimal(found[1]) < _SURELY_BYTES:
+        asked = " or ".join(f"{found[1]}{each}" for each in ("MB", "kB", "B"))
+        raise ValueError(f"--{name} {text}: no unit; write {asked}")
     value = Decimal(found[1]) * _UNITS.get(unit, 1) / (100 if unit == "%" else 1)
     if name not in ("max-bytes", "max-quality-drop") and value > 1:
         raise ValueError(f"--{name} {text}: a fraction is 0..1, such as 0.8")

@@ -5,7 +5,7 @@ Light on purpose: this module is imported by `--help`.
 
 import re
 from collections.abc import Collection
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -33,6 +33,17 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, (int, float)) else value
+
+
+def fraction(value: Any) -> Any:
+    """80% is 0.8, where a fraction is wanted."""
+    text = str(value).strip()
+    if not text.endswith("%"):
+        return value
+    try:
+        return Decimal(text[:-1].strip()) / 100
+    except InvalidOperation:
+        return value
 
 
 def _optimizer(value: str) -> str:
@@ -101,6 +112,7 @@ Limits = Annotated[
     tuple[str, ...], BeforeValidator(_texts),
     WithJsonSchema({"type": "array", "items": {"type": ["number", "string"]}}),
 ]  # fmt: skip
+Fraction = Annotated[Decimal, BeforeValidator(fraction)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 _INCLUDE = Field(
     (),
@@ -133,6 +145,16 @@ _UNRECORDED = {
     "model_fn", "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track",
     "rank_timeout",
 }  # fmt: skip
+
+
+OTHER_NAMES = {  # what people call a setting -> the field, where a step has no such field of its own
+    "learning_rate": "lr", "sparsity": "target_sparsity",
+}  # fmt: skip
+
+
+def other_names(fields: Collection[str]) -> dict[str, str]:
+    """Of OTHER_NAMES those that a step with these fields takes."""
+    return {name: of for name, of in OTHER_NAMES.items() if of in fields and name not in fields}
 
 
 def flag(field: str) -> str:
@@ -182,7 +204,7 @@ class PruneStep(Step):
     model: str = MODEL
     weights: str | None = _WEIGHTS
     out: Path = _OUT
-    sparsity: Decimal | None = Field(
+    sparsity: Fraction | None = Field(
         None, ge=0, le=1,
         description="Fraction of the prunable weights that is zero afterwards, 0..1, met exactly within "
         "each scope.",
@@ -343,7 +365,7 @@ class ReportStep(Step):
         description="Earlier report.json, or a folder with one: sparsity, bytes and quality may be no "
         "worse than there.",
     )
-    max_regression: Decimal = Field(
+    max_regression: Fraction = Field(
         Decimal(0), ge=0, le=1, description="Share by which they may be worse than --baseline."
     )
     spectra: bool = Field(
@@ -426,7 +448,10 @@ class FinetuneStep(_DataStep):
     out: Path = _OUT
     data: str = Field(description="File or folder of data, or hub data set id.")
     eval_data: str | None = Field(None, description="Held-out data. Default: DATA.")
-    eval_split: str | None = Field(None, description="Held-out part. Default: a share of --split, set aside.")
+    eval_split: str | None = Field(
+        None,
+        description="Held-out part. Default: validation (or dev) if DATA has it, else a share of --split.",
+    )
     eval_fraction: float = Field(
         0.1, gt=0, lt=1,
         description="Share of --split set aside when no --eval-split.",
@@ -436,7 +461,7 @@ class FinetuneStep(_DataStep):
         description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning, one-shot with "
         "masked training, L1 prox, deep weight factorisation, RigL's regrowth; or not at all.",
     )
-    target_sparsity: Decimal | None = Field(
+    target_sparsity: Fraction | None = Field(
         None, ge=0, lt=1,
         description="Fraction of the prunable weights that is zero in OUT, exactly. Default: no cut.",
     )  # fmt: skip

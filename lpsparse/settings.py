@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from lpsparse.errors import LpsparseError, UsageError
 from lpsparse.launch import WORDS
-from lpsparse.recipe import STEPS, FinetuneStep, InspectStep, PushStep, Step, flag
+from lpsparse.recipe import POSITIONAL, STEPS, FinetuneStep, InspectStep, PushStep, Step, flag, other_names
 
 S = TypeVar("S", bound=BaseModel)
 _COMMANDS: dict[str, type[Step]] = {**STEPS, "inspect": InspectStep, "push": PushStep}
@@ -96,10 +96,16 @@ def _is_chosen(kind: type[BaseModel], name: str, value: Any) -> bool:
 def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as field names: YAML may say lambda or target-sparsity. A Path may stand for its text."""
     aliases = {info.alias: name for name, info in kind.model_fields.items() if info.alias}
-    return {
-        aliases.get(key, str(key).replace("-", "_")): str(value) if isinstance(value, Path) else value
-        for key, value in values.items()
-    }
+    aliases |= other_names(kind.model_fields) if issubclass(kind, Step) else {}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        name = aliases.get(name, name)
+        if name in found:
+            what = f"{key}: it is another name of {name}, which stands there too"
+            raise UsageError(202, what, hint=f"give {name} alone")
+        found[name] = str(value) if isinstance(value, Path) else value
+    return found
 
 
 def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> LpsparseError:
@@ -116,7 +122,9 @@ def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> Lpspa
         return UsageError(202, f"{prefix}unknown key {key!r}", hint=hint)
     shown = key if where else flag(key)
     if first["type"] == "missing":
-        return UsageError(203, f"{prefix}{shown} is needed", hint=f"give {shown}")
+        names = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing"]
+        listed = " and ".join(name if where else _label(name) for name in names)
+        return UsageError(203, f"{prefix}{listed} must be given", hint=_see(kind))
     if first["type"] == "value_error":
         what = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
         return UsageError(204, f"{prefix}{what}", hint=_see(kind))
@@ -128,6 +136,11 @@ def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> Lpspa
     hint = f"did you mean {near[0]}?" if near else _see(kind)
     hint = "fractions are 0..1, such as 0.8" if "sparsity" in key else hint
     return UsageError(201, f"{prefix}{shown} {first['input']!r}: {allowed}", hint=hint)
+
+
+def _label(field: str) -> str:
+    """The command line's name of a field: MODEL, or --data."""
+    return field.upper() if field in POSITIONAL else flag(field)
 
 
 def _see(kind: type[BaseModel]) -> str:

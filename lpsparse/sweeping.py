@@ -17,7 +17,7 @@ from lpsparse.errors import UsageError
 from lpsparse.kept import check_free, set_aside
 from lpsparse.launch import is_first
 from lpsparse.pipeline import Done, Say
-from lpsparse.recipe import EvalStep, FinetuneStep, PackStep, PruneStep, ReportStep, UnpackStep
+from lpsparse.recipe import EvalStep, FinetuneStep, PackStep, PruneStep, ReportStep, UnpackStep, fraction
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.curve import draw
 from lpsparse.reporting.records import Budget, Report
@@ -87,7 +87,7 @@ def _values(given: Iterable[Any]) -> list[Decimal]:
     values: list[Decimal] = []
     for each in given:
         try:
-            value = Decimal(str(each).strip())
+            value = Decimal(str(fraction(each)).strip())
         except InvalidOperation:
             value = Decimal(-1)
         if not value.is_finite() or not 0 <= value < 1 or value in values:

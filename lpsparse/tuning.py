@@ -106,7 +106,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     step, precision = with_precision(asked)
     start(step)
     task = prepare(step, source, spread=False)
-    notes = (*precision, *task.loaded.notes, *_copied(step))
+    notes = (*precision, *task.loaded.notes, *_about_held_out(step))
     for note in notes:
         say(note)
     recipe = recorded(asked)
@@ -125,7 +125,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         quality = Quality(
             metric=task.metric, before=trained.before.of(task.metric) if trained.before else None,
             after=trained.after.of(task.metric), higher_is_better=task.higher_is_better,
-            rows=trained.after.count, split=f"{step.eval_split or 'held-out'} {task.unit}",
+            rows=trained.after.count, split=f"{recipe['finetune']['eval_split'] or 'held-out'} {task.unit}",
             before_error=trained.before.error_of(task.metric) if trained.before else None,
             after_error=trained.after.error_of(task.metric),
             data_sha256=job.held_out_hash(step, recipe["finetune"]), of_cut=step.keep_zeros,
@@ -144,13 +144,21 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     return called_after(found, step.out)
 
 
-def _copied(step: FinetuneStep) -> list[str]:
-    from lpsparse.training.data import copies
+def _about_held_out(step: FinetuneStep) -> list[str]:
+    """What there is to say of the rows that a fine-tune selects on."""
+    from lpsparse.training.data import copies, find, held_out_of
 
-    if not (step.eval_data or step.eval_split):
+    held = held_out_of(step)
+    if held is None:
         return []
-    names = copies(step.data, step.split, step.eval_data or step.data, step.eval_split or "validation")
-    return [f"held-out {name} has the bytes of a training file: quality is of what trains" for name in names]
+    said = [
+        f"held-out {name} has the bytes of a training file: quality is of what trains"
+        for name in copies(step.data, step.split, *held)
+    ]
+    if not (step.eval_data or step.eval_split):
+        names = ", ".join(path.name for path in find(*held)[0])
+        said.append(f"selects on {names}; --eval-fraction sets a share of the training data aside instead")
+    return said
 
 
 def _launch(step: FinetuneStep, *, quiet: bool) -> Report:

@@ -69,7 +69,7 @@ def test_the_summary_is_appended_to_without_being_asked(sparse: Path, runner: Pa
 
 
 def test_no_summary_without_a_runner(sparse: Path, cli: Cli) -> None:
-    ran = cli("report", sparse, "--max-bytes", "1")
+    ran = cli("report", sparse, "--max-bytes", "1B")
     assert (ran.rc, ran.stderr) == (1, "")
 
 
@@ -101,7 +101,7 @@ def test_many_reports_in_one_step_stay_under_its_limit(sparse: Path, runner: Pat
 
 
 def test_failed_budgets_are_errors_and_warnings_warnings(sparse: Path, runner: Path, cli: Cli) -> None:
-    flags = ("--max-bytes", "100", "--min-sparsity", "0.9", "--warn", "min-sparsity", "--json", "-")
+    flags = ("--max-bytes", "100B", "--min-sparsity", "0.9", "--warn", "min-sparsity", "--json", "-")
     ran = cli("report", sparse, *flags)
     assert ran.rc == 1 and json.loads(ran.stdout)["budgets"]
     assert commands(ran.stderr) == [
@@ -205,7 +205,7 @@ def test_run_tells_the_runner_of_its_reports_and_keeps_them(
     sparse: Path, runner: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sparse.parent)
-    large, full = "{report: {max_bytes: 1}}", "{report: {min_sparsity: 0.5}}"
+    large, full = "{report: {max_bytes: 1B}}", "{report: {min_sparsity: 0.5}}"
     steps = f"[{large}, {{prune: {{sparsity: 0.5}}}}, {large}, {full}]"
     Path("r.yaml").write_text(f"{{model: dense, out: made, steps: {steps}}}")
     ran = cli("run", "r.yaml")
@@ -219,7 +219,7 @@ def test_run_tells_the_runner_of_its_reports_and_keeps_them(
 
 
 SWEEP = """{model: dense, out: made, steps: [{prune: {sparsity: 0.5}}, {report: {min_sparsity: 0.6,
-max_bytes: 1, warn: [max-bytes]}}]}"""
+max_bytes: 1B, warn: [max-bytes]}}]}"""
 
 
 @pytest.mark.parametrize(("values", "rc", "word"), [("0.25,0.5", 1, "FAILED"), ("0.5,0.75", 0, "passed")])
@@ -325,7 +325,7 @@ def steps(job: list[dict[str, Any]], cwd: Path, known: dict[str, str]) -> list[R
     return done
 
 
-@pytest.mark.parametrize(("limit", "code", "passed"), [("20MB", 0, "true"), ("7", 1, "false")])
+@pytest.mark.parametrize(("limit", "code", "passed"), [("20MB", 0, "true"), ("7B", 1, "false")])
 def test_the_github_example_runs(limit: str, code: int, passed: str, sparse: Path, tmp_path: Path) -> None:
     tools(tmp_path / "bin")
     job = yaml.safe_load(BLOCKS["GitHub Actions"].replace("20MB\n            warn max-bytes", limit))

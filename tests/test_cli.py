@@ -6,8 +6,8 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import lpsparse
 from lpsparse import ExitCode, pipeline, verify
 from lpsparse.cli import main
 from lpsparse.cli.output import ByteBar
+from lpsparse.errors import UsageError
 from lpsparse.recipe import STEPS, FinetuneStep
 from lpsparse.resolved import RESOLVED
 from lpsparse.settings import resolve
@@ -117,14 +118,60 @@ def test_an_unknown_command_names_the_nearest(cli: Cli) -> None:
     assert "prun\n" in said and "did you mean prune or run?" in said
 
 
-@pytest.mark.parametrize("command", ["prune", "pack", "unpack", "report", "verify", "inspect", "push", "run"])
-def test_a_command_without_its_model_shows_its_help_and_exits_2(command: str, cli: Cli) -> None:
-    ran = cli(command)
-    assert ran.rc == 2 and f"Usage: lpsparse {command}" in ran.stdout + ran.stderr
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("prune", "MODEL OUT"), ("pack", "MODEL OUT"), ("report", "MODEL"), ("push", "FOLDER REPO"),
+        ("run", "RECIPE"), ("recipe check", "RECIPE"), ("sweep", "RECIPE --sparsity"), ("prune m", "OUT"),
+        ("finetune", "MODEL OUT --task --data"), ("finetune m --data d", "OUT --task"),
+        ("finetune m o", "--task --data"), ("eval m", "--task --data"),
+    ],
+)  # fmt: skip
+def test_two_lines_say_all_that_is_missing(words: str, missing: str, cli: Cli) -> None:
+    first, second = failed(cli(*words.split()), 2).strip().splitlines()
+    named = re.findall(r"\b[A-Z]{3,}\b(?!\d)|--[a-z]+", first.partition("]: ")[2])
+    assert named == missing.split()
+    assert f"lpsparse {words.partition(' m')[0]} --help" in second
 
 
-def test_a_missing_out_is_named(tiny: Path, cli: Cli) -> None:
-    assert "OUT" in failed(cli("prune", tiny), 2)
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("compress", "prune"), ("diff", "report"), ("version", "--version"),
+        ("finetune m o --bf16", "--mixed-precision bf16"), ("prune m o --force", "--overwrite"),
+    ],
+)  # fmt: skip
+def test_what_other_tools_call_it_gets_the_name_of_here(words: str, meant: str, cli: Cli) -> None:
+    assert f"did you mean {meant}?" in failed(cli(*words.split()), 2)
+
+
+def test_a_bare_name_of_a_hub_model_is_told_what_an_id_is(tmp_path: Path, cli: Cli) -> None:
+    assert "org/gpt2" in failed(cli("inspect", "gpt2"), 3)
+
+
+def test_a_fraction_may_be_a_percentage(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    for i, text in enumerate(("0.5", "50%", "50 %")):
+        assert cli("prune", tiny, tmp_path / str(i), "--sparsity", text).rc == 0
+    hashes = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3)]
+    assert hashes[0] == hashes[1] == hashes[2]
+    for text in ("80", "800%", "%", "a%"):
+        assert "--sparsity" in failed(cli("prune", tiny, tmp_path / "x", "--sparsity", text), 2)
+
+
+@pytest.mark.parametrize("text", ["60", "700", "*.weight=60"])
+def test_a_small_number_of_bytes_needs_its_unit(text: str, tiny: Path, cli: Cli) -> None:
+    assert "unit" in failed(cli("report", tiny, "--max-bytes", text), 2)
+    assert cli("report", tiny, "--max-bytes", f"{text}MB").rc == 0
+
+
+def test_a_setting_goes_by_the_name_that_others_give_it(cli: Cli) -> None:
+    for given in ({"learning_rate": 0.5, "sparsity": "80%"}, {"learning-rate": 0.5, "sparsity": 0.8}):
+        step = resolve(FinetuneStep, {"model": "m", "out": "o", "data": "d", "task": "causal-lm", **given})
+        assert (step.lr, step.target_sparsity) == (0.5, Decimal("0.8"))
+    with pytest.raises(UsageError, match="another name of lr"):
+        resolve(FinetuneStep, {"lr": 1, "learning_rate": 2})
+    words = "finetune gone o --data d --task causal-lm --learning-rate 1e-3 --sparsity 0.8"
+    assert "gone" in failed(cli(*words.split()), 3)
 
 
 ERRORS: dict[str, tuple[tuple[str, ...], int]] = {
@@ -373,7 +420,7 @@ BROKEN: dict[str, tuple[str | bytes, list[str]]] = {
     "a setting twice": (RECIPE.replace("0.8", "0.8, sparsity: 0.2"), ["'sparsity' stands twice"]),
     "no steps": ("model: tiny", ["steps"]),
     "steps empty": ("model: tiny\nsteps: []", ["steps"]),
-    "no model": ("steps: [verify: {}]", ["model is needed"]),
+    "no model": ("steps: [verify: {}]", ["model must be given"]),
     "misspelt key": (RECIPE.replace("out: made", "uot: made"), ["'uot'", "did you mean out?"]),
     "misspelt setting": (RECIPE.replace("{sparsity", "{sparsty"), 
                           ["[0].prune", "'sparsty'", "did you mean sparsity?"]),
@@ -394,9 +441,7 @@ def test_a_broken_recipe_is_refused_by_file_and_key_before_any_step(
 ) -> None:
     recipe.write_bytes(text.encode() if isinstance(text, str) else text)
     before = tree_hash(recipe.parent)
-    started = time.perf_counter()
     said = failed(cli("run", "r.yaml"), 2)
-    assert time.perf_counter() - started < 2
     assert [word for word in ["r.yaml", *words] if word not in said] == []
     assert tree_hash(recipe.parent) == before
 

@@ -13,7 +13,16 @@ from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.manifest import Trained
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.settings import resolve
-from lpsparse.training.data import Row, check_apart, copies, digests, find, read_rows, trained_on
+from lpsparse.training.data import (
+    Row,
+    check_apart,
+    copies,
+    digests,
+    find,
+    held_out_of,
+    read_rows,
+    trained_on,
+)
 from lpsparse.training.images import read_images
 from lpsparse.training.tasks.text_classification import prepare
 
@@ -316,3 +325,55 @@ def test_a_single_file_is_called_by_its_name_and_an_empty_range_is_refused(table
     with pytest.raises(LpsparseError, match="is nothing") as caught:
         find(str(table), "train[5:3]")
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "held"),
+    [
+        (("train.tsv", "dev.tsv", "test.tsv"), {}, "validation"),
+        (("train.tsv", "validation.tsv"), {}, "validation"),
+        (("train-00000-of-00001.tsv", "validation-00000-of-00001.tsv"), {}, "validation"),
+        (("train.tsv", "test.tsv"), {}, None),  # a test set selects nothing
+        (("train.tsv", "dev.tsv"), {"eval_fraction": 0.2}, None),
+        (("train.tsv", "dev.tsv"), {"split": "dev"}, None),
+        (("dev.tsv",), {"split": "dev"}, None),
+    ],
+)
+def test_a_validation_file_beside_the_training_one_is_what_finetune_selects_on(
+    names: tuple[str, ...], given: dict[str, Any], held: str | None, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("text\tlabel\na\tb\n")
+    base = {"model": "m", "out": "o", "data": str(tmp_path), "task": "text-classification"}
+    found = held_out_of(resolve(FinetuneStep, base | given))
+    assert found == (None if held is None else (str(tmp_path), held))
+
+
+def test_a_folder_of_classes_has_no_validation_split_and_one_of_splits_has(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for kind in ("cat", "dev"):  # a class may be called anything
+            (tmp_path / "split" / split / kind).mkdir(parents=True)
+            (tmp_path / "plain" / kind).mkdir(parents=True, exist_ok=True)
+    base = {"model": "m", "out": "o", "task": "image-classification"}
+    whole, plain = (
+        resolve(FinetuneStep, {**base, "data": str(tmp_path / name)}) for name in ("split", "plain")
+    )
+    assert held_out_of(whole) == (str(tmp_path / "split"), "validation")
+    assert held_out_of(plain) is None
+
+
+def test_the_split_that_was_found_is_said_and_recorded(tiny_bert: Path, table: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = table.read_text()
+    (tmp_path / "data" / "train.jsonl").write_text(rows)
+    (tmp_path / "data" / "dev.jsonl").write_text("".join(rows.splitlines(keepends=True)[:5]))
+    given = {"task": "text-classification", "max_length": 8, "steps": 1, "batch_size": 4, "method": "dense"}
+    found = lpsparse.finetune(tiny_bert, tmp_path / "out", data=str(tmp_path / "data"), **given)
+    assert (found.quality[0].rows, found.quality[0].split) == (5, "validation rows")
+    manifest = json.loads((tmp_path / "out" / "lpsparse.json").read_text())
+    assert any("dev.jsonl" in note for note in manifest["notes"])
+    assert manifest["recipe"]["finetune"]["eval_split"] == "validation"
+    explicit = lpsparse.finetune(
+        tiny_bert, tmp_path / "asked", data=str(tmp_path / "data"), eval_split="validation", **given
+    )
+    assert explicit.quality == found.quality  # with the same hash of the data

@@ -465,3 +465,22 @@ def test_fp16_without_a_gpu_and_an_optimizer_of_no_name_are_refused(tmp_path: Pa
         with pytest.raises(LpsparseError, match=what) as caught:
             lpsparse.finetune(BUNDLED, tmp_path / "out", **SMALL, **options)
         assert caught.value.exit_code == ExitCode.USAGE and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("steps", "few"), [(8, True), (49, True), (50, False)])
+def test_too_few_steps_are_said_before_the_first(steps: int, few: bool, net: dict, tmp_path: Path) -> None:
+    said: list[str] = []
+    planned = {**net, "out": tmp_path / "out", "target_sparsity": "0.5", "steps": steps}
+    plan = finetune_step(resolve(FinetuneStep, {**planned, "dry_run": True}), said.append)
+    assert isinstance(plan, dict) and (plan["warning"] is not None) == few
+    if few:
+        assert f"{steps} steps" in plan["warning"] and "--steps 50" in plan["warning"]
+        finetune_step(resolve(FinetuneStep, planned), said.append)
+        warned = [text.startswith("warning: ") for text in said].index(True)
+        assert any("zero" in text or "target" in text for text in said[warned:])
+
+
+def test_a_run_without_a_cut_is_never_too_short(net: dict, tmp_path: Path) -> None:
+    for given in ({}, {"method": "dense"}, {"method": "one-shot", "target_sparsity": "0.5"}):
+        plan = lpsparse.finetune(out=tmp_path / "out", **net, **given, steps=2, dry_run=True)
+        assert plan["warning"] is None

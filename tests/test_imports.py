@@ -125,7 +125,8 @@ def modules_after(code: str, *argv: object) -> set[str]:
     """Top-level packages loaded after running `code` with `argv`, in a fresh interpreter."""
     tail = "import sys, json; sys.stderr.write('\\n' + json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{tail}", *map(str, argv)], env=cli_environment(),
+        [sys.executable, "-c", f"{code}\n{tail}", *map(str, argv)],
+        env=cli_environment(LPSPARSE_MIXED_PRECISION=None),  # settings of steps need pydantic
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     return {name.partition(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}

@@ -144,7 +144,7 @@ def test_json_into_a_folder_that_is_not_there_is_an_output_error(
     ("flags", "rc"),
     [
         (("--min-sparsity", "0.79"), 0), (("--min-sparsity", "0.81"), 1), (("--max-bytes", "10000000"), 0),
-        (("--max-bytes", "100"), 1), (("--min-sparsity", "0.5", "--max-bytes", "100"), 1),
+        (("--max-bytes", "100B"), 1), (("--min-sparsity", "0.5", "--max-bytes", "100B"), 1),
         (("--max-quality-drop", "1"), 1), (("--min-sparsity", "1.5"), 2), (("--max-bytes", "-1"), 2),
     ],
 )  # fmt: skip

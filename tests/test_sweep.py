@@ -86,7 +86,7 @@ def test_no_model_within_the_budgets_is_exit_1(here: Path, cli: Cli) -> None:
         ([{"prune": {"below": 0.1}}], "0.5", "cuts by below"), ([{"prune": {"gap": True}}], "0.5", "by gap"),
         ([{"prune": {"n_m": "2:4"}}], "0.5", "by n_m"), ([{"pack": {}}], "0.5", "no step has"),
         (STEPS, "0.5,1", "--sparsity 1"), (STEPS, "0.5,0.50", "stands twice"), (STEPS, ",", "no values"),
-        (STEPS, "80%", "80%"), (STEPS, "nan", "nan"),
+        (STEPS, "180%", "180%"), (STEPS, "nan", "nan"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_swept_is_exit_2(steps: Any, values: str, words: str, here: Path, cli: Cli) -> None:
@@ -113,7 +113,7 @@ NAMED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "budgets before a report without any": (
         [PRUNE, {"report": {"min_sparsity": 0.1}}, PACK, {"report": {}}], "cut"),
     "beside a budget of another model": (
-        [PRUNE, PACK, {"report": {"model": "tiny", "max_bytes": 1}}], "packed"),
+        [PRUNE, PACK, {"report": {"model": "tiny", "max_bytes": "1B"}}], "packed"),
 }  # fmt: skip
 
 

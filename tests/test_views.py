@@ -72,7 +72,7 @@ def named(name: str, folder: Path) -> Report:
 
 
 def test_markdown_has_the_verdict_first_and_failed_budgets_before_met_ones(sparse: Path) -> None:
-    text = markdown.render(report(sparse, min_sparsity="0.5", max_bytes="100"))
+    text = markdown.render(report(sparse, min_sparsity="0.5", max_bytes="100B"))
     lines = text.splitlines()
     assert lines[0] == "## lpsparse: FAILED"
     assert lines[2] == "`sparse`: **291 of 364 prunable weights are zero (79.95 %); 1 of 2 budgets failed**"
@@ -127,7 +127,7 @@ def test_no_name_becomes_markdown(name: str, tmp_path: Path) -> None:
 
 
 def test_junit_has_a_test_case_for_each_budget_and_check(sparse: Path, tmp_path: Path, cli: Cli) -> None:
-    flags = ("--min-sparsity", "0.9", "--max-bytes", "100", "--warn", "max-bytes", "--min-nm", "2:4=0.1")
+    flags = ("--min-sparsity", "0.9", "--max-bytes", "100B", "--warn", "max-bytes", "--min-nm", "2:4=0.1")
     assert cli("report", sparse, *flags, "--junit", tmp_path / "j.xml").rc == 1
     suite = next(iter(JUnitXml.fromfile(str(tmp_path / "j.xml"))))
     assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (5, 2, 0, 0)
@@ -229,7 +229,7 @@ def test_two_views_are_not_written_to_one_place(sparse: Path, tmp_path: Path, cl
 
 
 def test_a_view_is_written_when_a_budget_fails(sparse: Path, tmp_path: Path, cli: Cli) -> None:
-    assert cli("report", sparse, "--max-bytes", "1", "--markdown", tmp_path / "s.md").rc == 1
+    assert cli("report", sparse, "--max-bytes", "1B", "--markdown", tmp_path / "s.md").rc == 1
     assert (tmp_path / "s.md").read_text().startswith("## lpsparse: FAILED")
 
 
@@ -307,7 +307,7 @@ def test_a_drop_that_is_a_share_has_its_figures_in_percent() -> None:
 
 
 def test_a_warning_is_no_failure(sparse: Path, cli: Cli) -> None:
-    ran = cli("report", sparse, "--max-bytes", "100", "--warn", "max-bytes", "--min-sparsity", "0.7")
+    ran = cli("report", sparse, "--max-bytes", "100B", "--warn", "max-bytes", "--min-sparsity", "0.7")
     assert ran.rc == 0 and ran.stdout.splitlines()[0].endswith("; 1 of 2 budgets warns")
     row = next(line for line in ran.stdout.splitlines() if line.startswith("max-bytes"))
     assert row.split() == ["max-bytes", "100", "3,084", "-2,984", "warn"]
@@ -367,7 +367,7 @@ def test_nan_is_the_first_word_and_no_failure(tmp_path: Path, cli: Cli) -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 80, 100_000])
 def test_the_report_fits_its_width_at_twenty_thousand_tensors(width: int, sparse: Path, tiny: Path) -> None:
-    found = report(sparse, tiny, min_sparsity="0.5", max_bytes="1", max_layer_sparsity="*.mlp.*=0.1")
+    found = report(sparse, tiny, min_sparsity="0.5", max_bytes="1B", max_layer_sparsity="*.mlp.*=0.1")
     row = found.tensors[3]
     rows = [row.model_copy(update={"name": f"model.layers.{i}.self_attention.weight"}) for i in range(20_000)]
     text = table.render(found.model_copy(update={"tensors": tuple(rows)}), width)

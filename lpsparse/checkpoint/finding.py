@@ -4,6 +4,7 @@ Of names in JSON only bare ones are believed.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
             raise
         return folder, text.partition("@")[0], commit
     hint = "check the path (`run`: --set model=PATH)" if near is None else f"did you mean {near}?"
+    if near is None and re.fullmatch(r"[\w.-]+", text):
+        hint = f"check the path; a model of the hub has its owner's name before it: org/{text}"
     raise InputError(327, f"{text}: no such file or folder", hint=hint)
 
 

@@ -162,6 +162,7 @@ def _planned(found: dict[str, Any]) -> None:
     rows = [
         ("kept", found["kept"].partition("kept: ")[2]),
         ("training", f"{found['steps']:,} steps of {found['method']}"),
+        ("warning", found["warning"] or ""),
         ("examples", f"{found['examples']:,} to train on, {found['held_out']:,} held out"),
         ("new", ", ".join(found["fresh"])),
         ("would take", f"{disk} of disk ({free} are free)"),

@@ -18,6 +18,7 @@ from lpsparse import __version__
 from lpsparse.cli import interrupts
 from lpsparse.cli.app import App
 from lpsparse.cli.output import silence, tell, tell_runner_error
+from lpsparse.cli.suggestions import MEANT
 from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
 from lpsparse.launch import is_first, is_one_of_several, name_as_launched
 
@@ -121,12 +122,28 @@ def _usage(error: Exception, words: list[str]) -> int | None:
     context: Any = getattr(error, "ctx", None)
     where = getattr(context, "command_path", None) or " ".join(["lpsparse", *words[:1]])
     what, hint = " ".join(str(message()).split()), f"see `{where} --help`"
-    near: list[str] = sorted(getattr(error, "possibilities", None) or [])
-    if near:
-        what = f"no such option: {getattr(error, 'option_name', '')}"
-        hint = f"did you mean {' or '.join(near)}? {hint}"
+    given = str(getattr(error, "option_name", None) or "")
+    near = [MEANT[given]] if given in MEANT else sorted(getattr(error, "possibilities", None) or [])
+    missing = _missing(context) if type(error).__name__ == "MissingParameter" else ""
+    if missing:
+        what, hint = f"{where} needs {missing}", f"see `{where} --help`, which has examples"
+    elif given:
+        what = f"no such option: {given}"
+        hint = f"did you mean {' or '.join(near)}? {hint}" if near else hint
     _say_error("LPS200", what, hint)
     return ExitCode.USAGE
+
+
+def _missing(context: Any) -> str:
+    """All that a command needs and was not given, in words."""
+    params: list[Any] = getattr(getattr(context, "command", None), "params", [])
+    names = [
+        param.metavar or param.name.upper() if param.param_type_name == "argument" else param.opts[0]
+        for param in params
+        if (param.required or "[required]" in str(getattr(param, "help", "")))
+        and not context.params.get(param.name)
+    ]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _say_error(code: str, what: str, hint: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from lpsparse.recipe import POSITIONAL, REPEATED, Step, flag
+from lpsparse.recipe import POSITIONAL, REPEATED, Step, flag, other_names
 from lpsparse.settings import resolve
 
 _EPILOG = (
@@ -36,7 +36,11 @@ def add_command(
         given = {key: value for key, value in values.items() if value is not None and value != []}
         show(resolve(kind, given), asked, quiet)
 
-    parameters = [_parameter(key, info) for key, info in kind.model_fields.items()]
+    others = other_names(kind.model_fields)
+    parameters = [
+        _parameter(key, info, [flag(name) for name, of in others.items() if of == key])
+        for key, info in kind.model_fields.items()
+    ]
     parameters.sort(key=lambda item: POSITIONAL.index(item.name) if item.name in POSITIONAL else 9)
     if files is None:
         parameters += [_switch("as_json", "--json", "Print the result as one JSON object on stdout.")]
@@ -45,7 +49,7 @@ def add_command(
     body.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     body.__annotations__ = {item.name: item.annotation for item in parameters}
     body.__doc__ = f"{kind.__doc__}\n\n\b\nExamples:\n{examples}"
-    app.command(name, epilog=_EPILOG, no_args_is_help=True)(body)
+    app.command(name, epilog=_EPILOG)(body)
 
 
 def _switch(name: str, text: str, help_text: str) -> inspect.Parameter:
@@ -59,7 +63,7 @@ def _file(name: str, text: str) -> inspect.Parameter:
     return inspect.Parameter(f"{name}_file", kind, default=None, annotation=Annotated[str | None, option])
 
 
-def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
+def _parameter(key: str, info: FieldInfo, others: list[str]) -> inspect.Parameter:
     text, annotation = info.description or "", info.annotation
     if key in POSITIONAL:
         argument = typer.Argument(help=text, metavar=key.upper(), show_default=False)
@@ -83,7 +87,7 @@ def _parameter(key: str, info: FieldInfo) -> inspect.Parameter:
         choices = _choices(annotation)
         option, wanted = (
             typer.Option(
-                flag(key), help=text, metavar=_metavar(annotation), show_default=False,
+                flag(key), *others, help=text, metavar=_metavar(annotation), show_default=False,
                 autocompletion=(lambda: choices) if choices else None,
             ),
             str | None,

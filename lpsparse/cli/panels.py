@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from typer.core import TyperCommand, TyperGroup
 
+from lpsparse.cli.suggestions import MEANT
 from lpsparse.errors import UsageError
 from lpsparse.reporting.text import fitted
 
@@ -101,6 +102,7 @@ class Group(_Fitted, TyperGroup):
         name = args[0]
         if self.get_command(ctx, name) is None and not ctx.resilient_parsing:
             near = get_close_matches(name.lower(), self.list_commands(ctx), n=2)
+            near = [MEANT[name.lower()]] if name.lower() in MEANT else near
             hint = f"did you mean {' or '.join(near)}? `{ctx.command_path} --help` lists the commands"
             hint = hint if near else f"see `{ctx.command_path} --help`"
             raise UsageError(200, f"no such command: {name}", hint=hint)

@@ -34,7 +34,7 @@ Examples:
 
 def register(app: typer.Typer) -> None:
     group = App(help=_HELP)
-    group.command("check", help=_CHECK, no_args_is_help=True)(check)
+    group.command("check", help=_CHECK)(check)
     group.command("schema", help=_SCHEMA)(schema)
     app.add_typer(group, name="recipe")
 

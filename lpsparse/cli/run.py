@@ -20,7 +20,7 @@ Examples:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("run", help=_HELP, no_args_is_help=True)(run)
+    app.command("run", help=_HELP)(run)
 
 
 def run(

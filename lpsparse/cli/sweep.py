@@ -21,7 +21,7 @@ Examples:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("sweep", help=_HELP, no_args_is_help=True)(sweep)
+    app.command("sweep", help=_HELP)(sweep)
 
 
 def sweep(

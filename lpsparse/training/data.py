@@ -15,6 +15,7 @@ from typing import Any
 from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.checkpoint.manifest import Trained
 from lpsparse.errors import InputError, UsageError
+from lpsparse.recipe import FinetuneStep
 
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _SUFFIXES = (".txt", ".npz", *_TABLES)
@@ -107,6 +108,18 @@ def digests(data: str, split: str) -> dict[str, str]:
     return found
 
 
+def held_out_of(step: FinetuneStep) -> tuple[str, str] | None:
+    """Data and split that a fine-tune selects on: what is asked for, else a validation split that lies beside
+    the one that trains. None where a share of the training rows is to be set aside."""
+    if step.eval_data or step.eval_split:
+        return step.eval_data or step.data, step.eval_split or "validation"
+    path = _locate(step.data)
+    if not path.is_dir() or not step.at_default("eval_fraction"):
+        return None
+    train, held = _named(path, _parts(step.split)[0]), _named(path, "validation")
+    return (step.data, "validation") if train and held and train != held else None
+
+
 def _locate(data: str) -> Path:
     if data.startswith("bundled:"):
         folder = Path(__file__).parents[1] / "bundled"
@@ -131,7 +144,24 @@ def _check_suffix(path: Path) -> None:
 
 
 def _in_folder(folder: Path, name: str) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+    named, found = _named(folder, name), _files(folder)
+    if named:
+        return named
+    if len(found) == 1:
+        return found
+    if not found and any(path.is_dir() for path in folder.iterdir()):
+        return [folder]  # a folder of images, one folder a class
+    names = ", ".join(sorted({path.stem for path in found})[:8]) or "none"
+    raise InputError(373, f"{folder}: no split {name!r} (there are: {names})", hint="choose with --split")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    """The files of a split, or its folder of images, by its name or another that is usual for it."""
+    found = _files(folder)
     for alias in _ALSO.get(name, (name,)):
         files = [path for path in found if path.stem == alias or path.stem.startswith(f"{alias}-")]
         files = [path for path in files if path.suffix == files[0].suffix]
@@ -139,12 +169,7 @@ def _in_folder(folder: Path, name: str) -> list[Path]:
             return files
         if (folder / alias).is_dir():
             return [folder / alias]
-    if len(found) == 1:
-        return found
-    if not found and any(path.is_dir() for path in folder.iterdir()):
-        return [folder]  # a folder of images, one folder a class
-    names = ", ".join(sorted({path.stem for path in found})[:8]) or "none"
-    raise InputError(373, f"{folder}: no split {name!r} (there are: {names})", hint="choose with --split")
+    return []
 
 
 def read_text(files: list[Path], part: slice, text_field: str | None) -> str:

@@ -54,7 +54,7 @@ def held_out_hash(step: FinetuneStep, settings: dict[str, Any]) -> str:
     own = settings.get("eval_data") or (settings["data"], step.split, step.eval_fraction, step.seed)
     how = (
         step.task,
-        step.eval_split,
+        settings["eval_split"],
         step.max_length,
         step.text_field,
         step.label_field,

@@ -17,7 +17,7 @@ from lpsparse.launch import is_one_of_several
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.select import target_count
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import check_apart
+from lpsparse.training.data import check_apart, held_out_of
 from lpsparse.training.distill import blocks, make_teacher
 from lpsparse.training.loss import check_dropout
 from lpsparse.training.memory import estimate
@@ -28,6 +28,7 @@ from lpsparse.training.run import Progress, Run
 from lpsparse.training.setup import (
     check_shard,
     choose_weights,
+    in_short,
     leaves_unused,
     make_optimizer,
     prepare_module,
@@ -57,8 +58,9 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint, *, spread: bo
     All processes call it. Without `spread` only process 0 has the model's values (`distributed.spread`).
     """
     torch.manual_seed(step.seed)
-    if isinstance(step, FinetuneStep) and (step.eval_data or step.eval_split):
-        check_apart(step.data, step.split, step.eval_data or step.data, step.eval_split or "validation")
+    held = held_out_of(step) if isinstance(step, FinetuneStep) else None
+    if held is not None:
+        check_apart(step.data, step.split, *held)
     if isinstance(step, FinetuneStep) and step.augment not in ("none", AUGMENT.get(step.task)):
         what = f"--augment {step.augment} is not for --task {step.task}"
         raise UsageError(249, what, hint=f"use --augment {AUGMENT.get(step.task, 'none')}")
@@ -92,6 +94,7 @@ def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
         "held_out": len(task.held_out),
         "processes": step.processes or 1, "prunable_weights": size, "prunable_tensors": len(weights),
         "zeros": zeros, "kept": kept_in_words(prunable), "fresh": list(task.loaded.new),
+        "warning": in_short(step, steps_of(step, task)),
     }  # fmt: skip
 
 
@@ -110,6 +113,9 @@ def train(
     model = task.loaded.module
     steps = steps_of(step, task)
     step = resolve_auto(step, model, steps)
+    short = in_short(step, steps)
+    if short is not None:
+        say(f"warning: {short}")
     if step.shard:
         check_shard(step)
     check_dropout(step, model)

@@ -1,5 +1,6 @@
 """What a run is made of: its autos, the weights that may be cut, the optimizer, and conditioning."""
 
+import math
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,6 +16,7 @@ from lpsparse.training.allocation import SETTLED
 from lpsparse.training.conditioning import condition
 from lpsparse.training.conditioning.base import Conditioning
 from lpsparse.training.model import Loaded
+from lpsparse.training.phases import plan_phases
 from lpsparse.training.tasks.base import Task
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -38,6 +40,16 @@ def resolve_auto(step: FinetuneStep, model: nn.Module, steps: int) -> FinetuneSt
         "cut": "gradual" if step.method == "lp" and target and batch_norm else "end",
     }
     return step.model_copy(update={key: best for key, best in auto.items() if getattr(step, key) == "auto"})
+
+
+def in_short(step: FinetuneStep, steps: int) -> str | None:
+    """What to say, before it starts, of a run whose steps are too few for its phases; None where they do."""
+    least = math.ceil(2 * SETTLED / step.decay_share)
+    if step.target_sparsity is None or step.method in ("one-shot", "rigl") or steps >= least:
+        return None
+    cut_at = plan_phases(step, steps).cut_at
+    what = f"{steps} steps are few: the cut comes after {cut_at}, when gradients have no average yet"
+    return f"{what}; give --steps {least} or more"
 
 
 def check_shard(step: FinetuneStep) -> None:

@@ -21,7 +21,7 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import write_text
 from lpsparse.errors import InputError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import find, read_text
+from lpsparse.training.data import find, held_out_of, read_text
 
 LARGE = 32 * 2**20  # bytes
 CACHE = ".lpsparse-tokens"  # folder beside the data
@@ -60,12 +60,12 @@ def make_blocks(
     All processes call it: one of them makes what is to be kept. Raises InputError for less than a block."""
     if isinstance(step, EvalStep):
         return (), _checked(_tokens(step, step.data, step.split, tokenizer), length, step.data)
-    if step.eval_split is None and step.eval_data is None:
+    apart = held_out_of(step)
+    if apart is None:
         train, held = _divided(step, tokenizer)
     else:
-        train = _tokens(step, step.data, step.split, tokenizer)
-        held = _tokens(step, step.eval_data or step.data, step.eval_split or "validation", tokenizer)
-    return _checked(train, length, step.data), _checked(held, length, step.eval_data or step.data)
+        train, held = _tokens(step, step.data, step.split, tokenizer), _tokens(step, *apart, tokenizer)
+    return _checked(train, length, step.data), _checked(held, length, apart[0] if apart else step.data)
 
 
 def _divided(step: FinetuneStep, tokenizer: Any) -> tuple[Ids, Ids]:

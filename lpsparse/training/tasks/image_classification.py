@@ -11,7 +11,7 @@ from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import find
+from lpsparse.training.data import find, held_out_of
 from lpsparse.training.images import Images, read_images
 from lpsparse.training.model import Loaded, load_module, load_transformer, read_config
 from lpsparse.training.tasks.base import Batch, Task, draws, hold_out, write_head
@@ -107,9 +107,8 @@ def _examples(step: FinetuneStep | EvalStep) -> tuple[list[Any], list[Any]]:
     rows = read(step.data, step.split)
     if isinstance(step, EvalStep):
         return [], rows
-    if step.eval_split is None and step.eval_data is None:
-        return hold_out(rows, step.eval_fraction, step.seed)
-    return rows, read(step.eval_data or step.data, step.eval_split or "validation")
+    held = held_out_of(step)
+    return hold_out(rows, step.eval_fraction, step.seed) if held is None else (rows, read(*held))
 
 
 def _classes(module: nn.Module, example: tuple[torch.Tensor, int]) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import Row, find, read_rows
+from lpsparse.training.data import Row, find, held_out_of, read_rows
 from lpsparse.training.model import load_transformer, read_config
 from lpsparse.training.tasks.base import (
     Batch,
@@ -59,9 +59,8 @@ def _rows(step: FinetuneStep | EvalStep) -> tuple[list[Row], list[Row]]:
     rows = read(step.data, step.split)
     if isinstance(step, EvalStep):
         return [], rows
-    if step.eval_split is None and step.eval_data is None:
-        return hold_out(rows, step.eval_fraction, step.seed)
-    return rows, read(step.eval_data or step.data, step.eval_split or "validation")
+    held = held_out_of(step)
+    return hold_out(rows, step.eval_fraction, step.seed) if held is None else (rows, read(*held))
 
 
 def _labels(rows: list[Row], config: dict[str, Any], checkpoint: Checkpoint, *, training: bool) -> list[str]:
