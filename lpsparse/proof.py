@@ -14,6 +14,7 @@ from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
 from lpsparse.reporting.check import check_against, check_folder, check_weights
 from lpsparse.reporting.history import read_history
+from lpsparse.reporting.matching import left_behind, match
 from lpsparse.reporting.measure import (
     beside_base,
     compare,
@@ -87,13 +88,15 @@ def _compared(
         what = f"{model}: a report; BASE is the checkpoint that MODEL came from"
         raise UsageError(293, what, hint=f"did you mean --baseline {model}?")
     base = opened(model, say)
-    shapes = {tensor.name: tensor.shape for tensor in base.tensors}
-    if not any(shapes.get(tensor.name) == tensor.shape for tensor in checkpoint.tensors):
+    found_of = match(checkpoint, base)
+    names, ours = found_of.names, {row.name: row for row in found.tensors}
+    if not any(ours[names[each.name]].shape == each.shape for each in base.tensors if each.name in names):
         what = f"{base.name}: has no tensor of the names and shapes of {checkpoint.name}: not comparable"
         raise InputError(353, what, hint="give the checkpoint that MODEL was made from as BASE")
     # The same weights are counted of both.
-    counted = {row.name: (row.prunable, row.reason) for row in found.tensors if row.name in shapes}
-    beside = measure(base, prunable_of(base, step.include, step.exclude) | counted, patterns=False)
+    counted = {theirs: (ours[mine].prunable, ours[mine].reason) for theirs, mine in names.items()}
+    chosen = prunable_of(base, step.include, step.exclude, strict=False) | counted
+    beside = measure(base, chosen, patterns=False)
     check_weights(base, beside)
     manifest = own_manifest(checkpoint)
     made_of = manifest and (hash_of(manifest.source.files), manifest.source.base_sha256)
@@ -102,7 +105,8 @@ def _compared(
     known = own_manifest(base)
     quality = beside_base(found.quality, known.quality if known else (), base.name)
     found = found.model_copy(update={"quality": quality})
-    return compare(found, beside, changes(checkpoint, base), is_source=is_source), source.base_sha256
+    changed, left = changes(checkpoint, base, names), left_behind(checkpoint, base, found_of)
+    return compare(found, beside, changed, names, left, is_source=is_source), source.base_sha256
 
 
 @on_threads

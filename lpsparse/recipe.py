@@ -265,7 +265,8 @@ class VerifyStep(Step):
     model: str = Field(min_length=1, description="Folder that lpsparse wrote, with its lpsparse.json.")
     source: str | None = Field(
         None,
-        description="What it was cut from: names, shapes and dtypes must be its, every value its bits or 0.",
+        description="What it was cut from: names (but for one prefix), shapes and dtypes must be its, every "
+        "value its bits or 0.",
     )
     threads: int | None = _THREADS
 

@@ -12,6 +12,7 @@ from lpsparse.recipe import ReportStep
 from lpsparse.reporting.records import Budget, Report, TensorRow, groups
 
 Level = Literal["error", "warn"]
+FINITE = "finite"  # the name of what is checked wherever there is a budget
 
 
 def check_budgets(report: Report, step: ReportStep) -> Report:
@@ -26,9 +27,6 @@ def check_budgets(report: Report, step: ReportStep) -> Report:
             found.append(_CHECKS[name](report, limit_of(name, text)).model_copy(update={"level": level}))
     if (found or report.budgets) and report.nonfinite_tensors:
         found.append(_finite(report, "warn" if "finite" in step.warn else "error"))
-    lost = () if report.base is None else (*report.base.only_there, *report.base.other_form)
-    if (found or report.budgets) and lost:
-        found.append(_all_there(lost))
     return _with(report, found)
 
 
@@ -36,16 +34,7 @@ def _finite(report: Report, level: Level) -> Budget:
     """Nobody asks for it, and nobody who has budgets would pass a model of NaN."""
     count = sum(row.nonfinite for row in report.tensors)
     worst = report.nonfinite_tensors[0]
-    return Budget(name="finite", limit=0, value=count, margin=-count, level=level, passed=False, worst=worst)
-
-
-def _all_there(lost: tuple[str, ...]) -> Budget:
-    """It only warns: training for another task may leave a head behind on purpose."""
-    count = len(lost)
-    return Budget(
-        name="tensors lost of BASE", limit=0, value=count, margin=-count, level="warn", passed=False,
-        worst=lost[0],
-    )  # fmt: skip
+    return Budget(name=FINITE, limit=0, value=count, margin=-count, level=level, passed=False, worst=worst)
 
 
 def _with(report: Report, more: list[Budget]) -> Report:

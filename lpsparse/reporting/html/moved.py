@@ -51,6 +51,7 @@ def _alone(base: Base) -> tuple[Cell, ...]:
     groups = (
         ("Only in this checkpoint", base.only_here), ("Only in BASE", base.only_there),
         ("Of another shape", base.other_form),
+        ("Left behind, as heads and poolers that another class has no use for", base.left_behind),
     )  # fmt: skip
     return tuple(_said(words, names) for words, names in groups if names)
 
