@@ -63,6 +63,17 @@ def test_no_licence_is_invented(tiny: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_new_head_gives_the_card_its_own_task(tiny_bert: Path, table: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\npipeline_tag: sentence-similarity\n---\n")
+    prune(tmp_path / "base", tmp_path / "cut", sparsity=0.5)
+    assert card_of(tmp_path / "cut")["pipeline_tag"] == "sentence-similarity"
+    finetune(tmp_path / "base", tmp_path / "out", data=str(table), task="text-classification", steps=2)
+    pack(tmp_path / "out", tmp_path / "packed")  # and so in the steps after it
+    tags = [card_of(tmp_path / name)["pipeline_tag"] for name in ("out", "packed")]
+    assert tags == ["text-classification"] * 2
+
+
 def test_results_are_there_dense_and_sparse(trained: Path) -> None:
     found = json.loads((trained / "report.json").read_text())["quality"][0]
     results = ModelCard((trained / "README.md").read_text()).data.eval_results

@@ -20,8 +20,10 @@ from lpsparse.reporting.words import change_of, interval
 _LINK = re.compile(r"://|www\.|\S@\S+\.", re.IGNORECASE)  # with a dot behind it, @ makes an address
 Settings = dict[str, Any]
 _TEMPLATE = Path(__file__).with_suffix(".md.j2")
-# Tasks in the hub's words, where they are not ours (https://huggingface.co/tasks)
-_HUB_TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}
+_HUB_TASKS = {  # ours in the hub's words (https://huggingface.co/tasks)
+    "causal-lm": "text-generation", "masked-lm": "fill-mask", "text-classification": "text-classification",
+    "image-classification": "image-classification",
+}  # fmt: skip
 
 
 def render(
@@ -66,6 +68,8 @@ def _metadata(
     name = shorten(clean(source.base.rpartition("/")[2]), 100)
     results = [EvalResult(**each) for each in _results(report, quality, copied, trained)]
     more: Settings = {"base_model_relation": "finetune"} if on_hub else {}  # the hub has no word for "pruned"
+    task = _hub_task(trained, copied)
+    more |= {"pipeline_tag": task} if task else {}
     return ModelCardData(
         base_model=source.base.partition("@")[0] if on_hub else None, library_name="lpsparse",
         tags=["lpsparse", "sparse", "pruned"], eval_results=results or None,
@@ -78,8 +82,7 @@ def _results(
     report: Report, quality: tuple[Quality, ...], copied: Settings, trained: Settings
 ) -> list[dict[str, Any]]:
     """What the index of results has of each figure, dense and sparse; nothing where the task is not known."""
-    task = trained.get("task")
-    task = _HUB_TASKS.get(task, task) if isinstance(task, str) else copied.get("pipeline_tag")
+    task = _hub_task(trained, copied)
     if task is None:
         return []
     data: Any = trained.get("eval_data") or trained.get("data") or {}
@@ -97,6 +100,11 @@ def _results(
             found.append({**of, "metric_value": each.before, "metric_name": before})
         found.append({**of, "metric_value": each.after, "metric_name": f"{of['metric_type']}, {zeros}"})
     return found
+
+
+def _hub_task(trained: Settings, copied: Settings) -> str | None:
+    """What the model is for, in the hub's words: what it was trained for last, else what its base is for."""
+    return _HUB_TASKS.get(str(trained.get("task")), copied.get("pipeline_tag"))
 
 
 def _fenced(recipe: Settings | list[Settings]) -> str:
