@@ -1,13 +1,16 @@
 """report, verify and inspect: what is there, by the files alone."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lpsparse.artefact import Say, called_after
 from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, REPORT
+from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, write_beside
 from lpsparse.errors import InputError, UsageError
+from lpsparse.launch import is_first
 from lpsparse.opened import on_threads, opened, silent
 from lpsparse.recipe import InspectStep, ReportStep, VerifyStep, flag
 from lpsparse.reporting.budgets import check_baseline, check_budgets
@@ -27,6 +30,7 @@ from lpsparse.reporting.measure import (
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.reread import is_report, read_report
 from lpsparse.reporting.spectra import spectra
+from lpsparse.reporting.views import VIEWS
 
 _OF_FILES = ("base", "weights", "include", "exclude", "spectra")  # what a written report has no more
 
@@ -38,6 +42,31 @@ def report_step(step: ReportStep, say: Say = silent) -> Report:
     if step.baseline is not None:
         found = check_baseline(found, read_report(step.baseline), step)
     return check_budgets(found, step)
+
+
+def write_report(step: ReportStep, files: Mapping[str, Path], say: Say = silent) -> Report:
+    """`report_step`, with its views in these files. Raises UsageError and OutputError for files that cannot
+    all be written. Where there is no report, what an earlier run left in them gets `.old` behind its name."""
+    places = [path.resolve() for path in files.values()]
+    twice = [str(path) for path in files.values() if places.count(path.resolve()) > 1]
+    if twice:
+        raise UsageError(292, f"{twice[0]}: two views cannot go to one place", hint="give each its own FILE")
+    for path in files.values():
+        read = (step.model, step.base, None if step.baseline is None else str(step.baseline))
+        check_report_file(path, read)
+    left = list(files.values()) if is_first() else []
+    try:
+        found = report_step(step, say)
+        for view, path in files.items() if is_first() else ():
+            write_beside(path, VIEWS[view](found))
+            left.remove(path)
+    except BaseException:
+        for path in left:
+            with suppress(OSError):
+                if path.is_file():
+                    path.replace(path.with_name(path.name + ".old"))
+        raise
+    return found
 
 
 def _reread(step: ReportStep) -> Report:

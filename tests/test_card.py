@@ -108,6 +108,7 @@ def test_results_stay_however_many_steps_keep_the_weights(trained: Path, tmp_pat
 def test_a_manifest_with_another_recipe_does_not_stop_pack(made: Any, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "in")
     manifest = json.loads((trained / "lpsparse.json").read_text()) | {"recipe": {"finetune": made}}
+    manifest["quality"][0]["task"] = None
     (tmp_path / "in" / "lpsparse.json").write_text(json.dumps(manifest))
     pack(tmp_path / "in", tmp_path / "out")
     assert "model-index" not in card_of(tmp_path / "out")  # nobody knows the task

@@ -153,14 +153,20 @@ def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report
     zeros = Limit(Decimal(repr(baseline.prunable.sparsity)) * share)
     passed = report.prunable.zeros >= baseline.prunable.zeros * share  # of the same weights
     size = Limit(baseline.bytes.file_bytes * (1 + regression))
-    measured = {each.metric: each for each in report.quality}
+    measured = {(each.metric, each.data_sha256): each for each in report.quality}
+    shared = {each.metric for each in baseline.quality if (each.metric, each.data_sha256) in measured}
+    theirs = [
+        each for each in baseline.quality
+        if each.metric not in shared or (each.metric, each.data_sha256) in measured
+    ]  # fmt: skip
     limits = [
         (_at_least("sparsity of baseline", zeros, report.prunable.sparsity, passed=passed),
          baseline.prunable.sparsity),
         (_at_most("bytes of baseline", size, report.bytes.file_bytes), baseline.bytes.file_bytes),
-        *((_no_worse(measured.get(each.metric), each, regression), each.after) for each in baseline.quality),
+        *((_no_worse(measured.get((each.metric, each.data_sha256)), each, regression), each.after)
+          for each in theirs),
     ]  # fmt: skip
-    found = [each.model_copy(update={"level": level, "baseline": theirs}) for each, theirs in limits]
+    found = [each.model_copy(update={"level": level, "baseline": value}) for each, value in limits]
     said = (*report.not_measured, *unknown)
     return _with(report.model_copy(update={"baseline": name, "not_measured": said}), found)
 
@@ -190,10 +196,13 @@ def _check_alike(report: Report, baseline: Report, name: str) -> tuple[str, ...]
             f"it counted other tensors as prunable ({baseline.prunable.weights:,} weights, here "
             f"{report.prunable.weights:,})"
         )
-    measured = {each.metric: each.data_sha256 for each in baseline.quality}
-    for each in report.quality:
-        if each.metric in measured and measured[each.metric] != each.data_sha256:
-            why = why or f"its {each.metric} was measured on other data"
+    for metric in sorted({each.metric for each in report.quality}):
+        data, known = (
+            {each.data_sha256 for each in quality if each.metric == metric}
+            for quality in (report.quality, baseline.quality)
+        )
+        if known and data.isdisjoint(known):
+            why = why or f"its {metric} was measured on other data"
     if why is not None:
         what = f"{name}: not comparable with {report.model}: {why}"
         raise InputError(354, what, hint="make the baseline again, from the same base model and data")

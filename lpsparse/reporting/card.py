@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lpsparse import __version__
 from lpsparse.checkpoint.hub import is_hub_id
-from lpsparse.checkpoint.manifest import EarlierStep, Quality, Source
+from lpsparse.checkpoint.manifest import EarlierStep, Quality, Source, last_training
 from lpsparse.reporting.base_card import read_base_card
 from lpsparse.reporting.figure import FIGURE
 from lpsparse.reporting.markdown import code
@@ -39,7 +39,7 @@ def render(
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     copied = read_base_card(base_card)
     steps = (*earlier, EarlierStep(source=source.name, recipe=recipe))
-    training = next((each for each in reversed(steps) if isinstance(each.recipe.get("finetune"), dict)), None)
+    training = last_training(steps)
     trained: Settings = training.recipe["finetune"] if training else {}
     return template.render(
         metadata=_metadata(report, source, quality, copied, trained),
@@ -82,17 +82,17 @@ def _results(
     report: Report, quality: tuple[Quality, ...], copied: Settings, trained: Settings
 ) -> list[dict[str, Any]]:
     """What the index of results has of each figure, dense and sparse; nothing where the task is not known."""
-    task = _hub_task(trained, copied)
-    if task is None:
-        return []
     data: Any = trained.get("eval_data") or trained.get("data") or {}
     names = ", ".join(map(str, data)) if isinstance(data, dict) else ""  # pyright: ignore[reportUnknownArgumentType]
     found: list[dict[str, Any]] = []
     for each in quality:
+        task = _HUB_TASKS.get(str(each.task)) or _hub_task(trained, copied)
+        if task is None:  # the index takes none without
+            continue
         zeros = f"sparse ({percent(report.prunable.sparsity)} of the prunable weights are zero)"
         of = {
             "task_type": task, "dataset_type": "other",
-            "dataset_name": shorten(clean(names or each.split), 100),
+            "dataset_name": shorten(clean(each.data or names or each.split), 100),
             "dataset_split": shorten(clean(each.split), 100), "metric_type": shorten(clean(each.metric), 60),
         }  # fmt: skip
         if each.before is not None:

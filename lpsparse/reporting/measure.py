@@ -249,7 +249,7 @@ def not_measured(report: Report) -> tuple[str, ...]:
     """What this report does not tell, in words: nobody should read it out of the rest."""
     said = ["speed: zeros are faster only in a runtime that knows them, and none was timed"]
     if not report.quality:
-        said.append("quality: none is recorded of these weights (`finetune` records it, `eval` measures it)")
+        said.append("quality: none is recorded of these weights (`finetune` and `eval --save` record it)")
     elif any(each.of_cut for each in report.quality):
         said.append(
             "what the cut cost in quality: BASE has no record of the same data, before is the cut model's"
