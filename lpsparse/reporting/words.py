@@ -13,6 +13,7 @@ _ROOM = 0.05  # share of a limit from which on a margin is worth a word
 _DRAINED = 0.999  # zeros of a tensor that hardly says anything any more,
 _MODERATE = 0.95  # where of all prunable weights less than this is zero; else only one of zeros alone is told
 _MOST_NAMED = 4  # tensors in a warning
+LEFT_BEHIND = "a head or pooler of BASE that this model has no place for"
 CONFIDENCE = 1.96  # standard errors either way that hold 95 % of a normal distribution
 
 
@@ -28,7 +29,7 @@ def budgets_in_short(report: Report) -> str:
     failed, warned, of = budget_counts(report)
     text = f"{failed} of {of} budgets failed" if failed else "all budgets met" if of and not warned else ""
     warning = f"{warned} of {of} budgets warn{'s' * (warned == 1)}" if warned else ""
-    broken = "" if report.passed or failed else "failed, as not all weights are finite"
+    broken = "" if report.passed or failed else "but not all weights are finite: FAILED"
     return ", ".join(part for part in (text, warning, broken) if part)
 
 
@@ -80,10 +81,11 @@ def lost_of(report: Report) -> Alert | None:
 def apart_in_words(base: Base) -> list[tuple[str, str]]:
     """What only one of the two has and is no alarm, with the names of the first tensors."""
     found: list[tuple[str, str]] = []
-    for word, names in (("only here", base.only_here), ("left behind", base.left_behind)):
+    groups = (("only here", base.only_here, ""), ("left behind", base.left_behind, f" ({LEFT_BEHIND})"))
+    for word, names, remark in groups:
         more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
         shown = ", ".join(shorten(name, 160) for name in names[:_MOST_NAMED])
-        found += [(word, f"{shown}{more}")] if names else []
+        found += [(word, f"{shown}{more}{remark}")] if names else []
     return found
 
 
