@@ -88,7 +88,9 @@ def _linked(
     if kind is ReportStep and _can_be_base(origin, {**settings, **given}, before):
         settings.setdefault("base", origin)
     if kind is EvalStep:
-        settings = _trained(given["model"], before) | settings
+        trained = _trained(given["model"], before)
+        if {**settings, **given}.get("task") in (None, trained.get("task")):
+            settings = trained | settings
     if kind is RecoverStep and not {"include", "exclude"} & {*settings, *given}:
         settings |= _patterns(given["model"], before)
     called = ""

@@ -408,6 +408,10 @@ class _DataStep(Step):
         return self
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
 class EvalStep(_DataStep):
     """Measure a model's quality on data."""
 
@@ -418,7 +422,9 @@ class EvalStep(_DataStep):
 
     # `settings.as_trained` fills it in, or refuses.
     task: Task = Field(
-        cast("Any", None), description="What the model does. Default: what `finetune` trained MODEL for."
+        cast("Any", None),
+        json_schema_extra=_without_default,
+        description="What the model does. Default: what `finetune` trained MODEL for.",
     )
     data: str = Field(description="File or folder of data, or hub data set id.")
     split: str = Field(

@@ -13,7 +13,10 @@ from test_cli import failed
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
+from lpsparse.chain import planned
 from lpsparse.checkpoint.manifest import read_manifest
+from lpsparse.recipe import EvalStep
+from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.reread import read_report
 
 Cli = Callable[..., Ran]
@@ -240,6 +243,16 @@ def test_a_baseline_is_compared_on_the_data_that_both_have(half: Path) -> None:
     with pytest.raises(LpsparseError, match="measured on other data") as caught:
         lpsparse.report(half, baseline="main")
     assert caught.value.exit_code == ExitCode.INPUT
+
+
+def test_an_eval_for_another_task_takes_nothing_of_the_fine_tune_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    tune = "finetune: {task: text-classification, max_length: 16, text_field: words}"
+    steps = f"steps: [{tune}, eval: {{}}, eval: {{task: causal-lm}}]"
+    path.write_text(f"model: m\ndata: d\nout: o\n{steps}\n")
+    found = [link.step for link in planned(read_recipe(path, {}), {}, path)][1:]
+    told = [(step.task, step.max_length, step.text_field) for step in found if isinstance(step, EvalStep)]
+    assert told == [("text-classification", 16, "words"), ("causal-lm", 128, None)]
 
 
 RECIPE = """
