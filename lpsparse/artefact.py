@@ -12,7 +12,10 @@ from lpsparse.checkpoint.manifest import (
     Quality,
     Source,
     Trained,
+    digest,
+    file_record,
     own_manifest,
+    read_manifest,
     source_of,
     write_manifest,
 )
@@ -24,10 +27,13 @@ from lpsparse.checkpoint.threads import beside, of_one
 from lpsparse.checkpoint.writer import (
     BASE_CARD,
     CARD,
+    MANIFEST,
     METRICS,
     REPORT,
+    as_json,
     copy_sidecars,
     fsync,
+    replace_texts,
     write_json,
     write_text,
 )
@@ -36,6 +42,7 @@ from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card, figure
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.reread import read_report
 
 Say = Callable[[str], None]
 Chosen = dict[str, tuple[bool, str]]
@@ -140,6 +147,41 @@ def complete(
     )  # fmt: skip
     fsync(folder)
     return found
+
+
+def keep_quality(folder: Path, quality: Quality) -> None:
+    """Record a figure of the weights in `folder`, which lpsparse wrote: in its manifest, and in report and
+    card where these are as written. One of the same metric and data is replaced; a figure before that was
+    known stays where there is no new one."""
+    manifest = read_manifest(folder)
+    for old in manifest.quality:
+        if _same_data(old, quality) and quality.before is None:
+            kept = ("before", "before_error", "before_of", "of_cut")
+            quality = quality.model_copy(update={name: getattr(old, name) for name in kept})
+    others = tuple(old for old in manifest.quality if not _same_data(old, quality))
+    manifest = manifest.model_copy(update={"quality": (*others, quality)})
+    known = {record.name: record for record in manifest.files}
+    whole = {
+        name for name in (REPORT, CARD)
+        if (folder / name).is_file() and digest(folder / name, folder) == known.get(name)
+    }  # fmt: skip
+    texts: dict[str, str] = {}
+    if REPORT in whole:
+        found = read_report(folder).model_copy(update={"quality": manifest.quality})
+        texts[REPORT] = as_json(found.model_dump(mode="json"))
+        if CARD in whole:
+            drawn = f"]({figure.FIGURE})" in (folder / CARD).read_text(encoding="utf-8")
+            texts[CARD] = card.render(
+                found, manifest.source, manifest.quality, recipe=manifest.recipe, earlier=manifest.earlier,
+                base_card=folder / BASE_CARD, figure=drawn,
+            )  # fmt: skip
+    known |= {name: file_record(name, text) for name, text in texts.items()}
+    manifest = manifest.model_copy(update={"files": tuple(known.values())})
+    replace_texts(folder, {**texts, MANIFEST: as_json(manifest.model_dump(mode="json"))})
+
+
+def _same_data(one: Quality, other: Quality) -> bool:
+    return (one.metric, one.data_sha256) == (other.metric, other.data_sha256)
 
 
 def _keep_curves(step: Step, source: Checkpoint, folder: Path) -> None:

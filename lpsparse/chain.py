@@ -9,6 +9,7 @@ from lpsparse.checkpoint.names import is_report_name
 from lpsparse.errors import OutputError, UsageError
 from lpsparse.recipe import (
     STEPS,
+    EvalStep,
     FinetuneStep,
     PackStep,
     PruneStep,
@@ -21,7 +22,13 @@ from lpsparse.recipe_file import Recipe, overrides_of
 from lpsparse.settings import resolve
 
 WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
-TAKEN = ("model", "base", "source", "baseline")  # settings that may name what an earlier step makes
+TAKEN = (
+    "model",
+    "base",
+    "source",
+    "baseline",
+    "against",
+)  # that may name what a step before makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +55,9 @@ def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[Link
     """The steps of a recipe with every default, override and folder filled in. No model is looked for.
 
     A step takes what the last step before it that writes has made. `model` in a step names another model, or
-    the `out` of an earlier step, and the steps after it go on from its result; `base`, `source` and
-    `baseline` may name such an `out`, too. A report's `base` is the model that its own chain began with.
+    the `out` of an earlier step, and the steps after it go on from its result; `base`, `source`,
+    `baseline` and `against` may name such an `out`, too. An eval's task is that of the fine-tune
+    before it. A report's `base` is the model that its own chain began with.
     """
     if read.out.exists() and not read.out.is_dir():
         raise OutputError(401, f"{read.out}: is a file", hint="choose another --set out=FOLDER")
@@ -79,6 +87,10 @@ def _linked(
         settings.setdefault("data", read.data)
     if kind is ReportStep and _can_be_base(origin, {**settings, **given}, before):
         settings.setdefault("base", origin)
+    if kind is EvalStep:
+        trained = _trained(given["model"], before)
+        if {**settings, **given}.get("task") in (None, trained.get("task")):
+            settings = trained | settings
     if kind is RecoverStep and not {"include", "exclude"} & {*settings, *given}:
         settings |= _patterns(given["model"], before)
     called = ""
@@ -115,6 +127,16 @@ def _patterns(model: str, before: Sequence[Link]) -> dict[str, Any]:
     if isinstance(link.step, (FinetuneStep, PruneStep)):
         return {"include": link.step.include, "exclude": link.step.exclude}
     return _patterns(link.step.model, before) if isinstance(link.step, (PackStep, UnpackStep)) else {}
+
+
+def _trained(model: str, before: Sequence[Link]) -> dict[str, Any]:
+    """What the last fine-tune of the recipe that led to `model` was told of its task and data."""
+    link = next((link for link in before if str(link.out) == model), None)
+    if link is None:
+        return {}
+    if isinstance(link.step, FinetuneStep):
+        return {name: getattr(link.step, name) for name in EvalStep.inherited}
+    return _trained(link.model, before)
 
 
 def _check_place(where: str, link: Link, before: Sequence[Link]) -> None:

@@ -37,12 +37,12 @@ def check_patterns(
         given = (*step.include, *step.exclude, *freeze)
         unknown = [each for each in given if not any(fnmatchcase(name, each) for name in names)]
         notes += [f"{each}: {_NOT_YET}" for each in unknown]
-        known = {
+        there = {
             key: tuple(each for each in getattr(step, key) if each not in unknown)
             for key in ("include", "exclude")
         }
         freeze = tuple(each for each in freeze if each not in unknown)
-        step = step.model_copy(update=known)
+        step = step.model_copy(update=there)
     for pattern in freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise no_match("--freeze", pattern, names)

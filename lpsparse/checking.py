@@ -12,10 +12,10 @@ from lpsparse.chain import WRITES, Link, planned
 from lpsparse.check_data import check_data
 from lpsparse.check_patterns import Chosen, check_patterns
 from lpsparse.checkpoint.hub import is_remote
-from lpsparse.checkpoint.manifest import read_manifest
+from lpsparse.checkpoint.manifest import own_manifest, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import has_states, left_bytes, partial_of
-from lpsparse.checkpoint.preflight import check_place
+from lpsparse.checkpoint.preflight import check_keeps, check_place
 from lpsparse.checkpoint.remote import read_remote
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
@@ -29,6 +29,7 @@ from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.budgets import check_budgets
 from lpsparse.reporting.estimate import PROCESS_BYTES, estimate
 from lpsparse.reporting.reread import is_report, read_report
+from lpsparse.settings import as_trained
 from lpsparse.training import memory
 
 _SPARE = 1.05  # as preflight asks for
@@ -103,9 +104,11 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
     if isinstance(step, VerifyStep) and step.model not in look.made:
         read_manifest(Path(step.model))
     held = _take(link.model, getattr(step, "weights", None), look)
-    for name in (getattr(step, "base", None), getattr(step, "source", None)):
-        if name is not None:
-            _take(name, None, look)
+    for key in ("base", "source", "against"):
+        if getattr(step, key, None) is not None:
+            _take(getattr(step, key), None, look)
+    if isinstance(step, EvalStep):
+        step = _as_trained(step, held.checkpoint, made=step.model in look.made)
     if isinstance(step, ReportStep) and step.baseline is not None:
         _check_baseline(step.baseline, look)
     if isinstance(step, (FinetuneStep, PruneStep)) or held.checkpoint.layout in LAYOUTS:
@@ -128,6 +131,14 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         "state": state, "prunable_weights": prunable, "disk_bytes": disk, "memory_bytes": memory_bytes,
         "notes": [*notes, *more],
     }  # fmt: skip
+
+
+def _as_trained(step: EvalStep, source: Checkpoint, *, made: bool) -> EvalStep:
+    """What it will be when it runs. Of a model that a step before makes, the recipe has said all."""
+    manifest = None if made else own_manifest(source)
+    if step.save and not made:
+        check_keeps(source)
+    return as_trained(step, {} if manifest is None else manifest.training)
 
 
 def _reread(step: ReportStep, look: _Look) -> dict[str, Any]:

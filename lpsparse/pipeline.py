@@ -142,7 +142,7 @@ def execute(step: Step, say: Say, on_step: Callable[[Any], None]) -> Report | di
         if isinstance(step, VerifyStep):
             return verbs.verify_step(step, say)
         assert isinstance(step, ReportStep)
-        return verbs.report_step(step, say)
+        return verbs.write_report(step, {}, say)
 
 
 def passed(done: list[Done]) -> bool:

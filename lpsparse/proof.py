@@ -1,19 +1,23 @@
 """report, verify and inspect: what is there, by the files alone."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lpsparse.artefact import Say, called_after
 from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, REPORT
+from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, write_beside
 from lpsparse.errors import InputError, UsageError
+from lpsparse.launch import is_first
 from lpsparse.opened import on_threads, opened, silent
 from lpsparse.recipe import InspectStep, ReportStep, VerifyStep, flag
 from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
 from lpsparse.reporting.check import check_against, check_folder, check_weights
 from lpsparse.reporting.history import read_history
+from lpsparse.reporting.matching import left_behind, match
 from lpsparse.reporting.measure import (
     beside_base,
     compare,
@@ -26,6 +30,7 @@ from lpsparse.reporting.measure import (
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.reread import is_report, read_report
 from lpsparse.reporting.spectra import spectra
+from lpsparse.reporting.views import VIEWS
 
 _OF_FILES = ("base", "weights", "include", "exclude", "spectra")  # what a written report has no more
 
@@ -37,6 +42,31 @@ def report_step(step: ReportStep, say: Say = silent) -> Report:
     if step.baseline is not None:
         found = check_baseline(found, read_report(step.baseline), step)
     return check_budgets(found, step)
+
+
+def write_report(step: ReportStep, files: Mapping[str, Path], say: Say = silent) -> Report:
+    """`report_step`, with its views in these files. Raises UsageError and OutputError for files that cannot
+    all be written. Where there is no report, what an earlier run left in them gets `.old` behind its name."""
+    places = [path.resolve() for path in files.values()]
+    twice = [str(path) for path in files.values() if places.count(path.resolve()) > 1]
+    if twice:
+        raise UsageError(292, f"{twice[0]}: two views cannot go to one place", hint="give each its own FILE")
+    for path in files.values():
+        read = (step.model, step.base, None if step.baseline is None else str(step.baseline))
+        check_report_file(path, read)
+    left = list(files.values()) if is_first() else []
+    try:
+        found = report_step(step, say)
+        for view, path in files.items() if is_first() else ():
+            write_beside(path, VIEWS[view](found))
+            left.remove(path)
+    except BaseException:
+        for path in left:
+            with suppress(OSError):
+                if path.is_file():
+                    path.replace(path.with_name(path.name + ".old"))
+        raise
+    return found
 
 
 def _reread(step: ReportStep) -> Report:
@@ -87,13 +117,15 @@ def _compared(
         what = f"{model}: a report; BASE is the checkpoint that MODEL came from"
         raise UsageError(293, what, hint=f"did you mean --baseline {model}?")
     base = opened(model, say)
-    shapes = {tensor.name: tensor.shape for tensor in base.tensors}
-    if not any(shapes.get(tensor.name) == tensor.shape for tensor in checkpoint.tensors):
+    found_of = match(checkpoint, base)
+    names, ours = found_of.names, {row.name: row for row in found.tensors}
+    if not any(ours[names[each.name]].shape == each.shape for each in base.tensors if each.name in names):
         what = f"{base.name}: has no tensor of the names and shapes of {checkpoint.name}: not comparable"
         raise InputError(353, what, hint="give the checkpoint that MODEL was made from as BASE")
     # The same weights are counted of both.
-    counted = {row.name: (row.prunable, row.reason) for row in found.tensors if row.name in shapes}
-    beside = measure(base, prunable_of(base, step.include, step.exclude) | counted, patterns=False)
+    counted = {theirs: (ours[mine].prunable, ours[mine].reason) for theirs, mine in names.items()}
+    chosen = prunable_of(base, step.include, step.exclude, strict=False) | counted
+    beside = measure(base, chosen, patterns=False)
     check_weights(base, beside)
     manifest = own_manifest(checkpoint)
     made_of = manifest and (hash_of(manifest.source.files), manifest.source.base_sha256)
@@ -102,7 +134,8 @@ def _compared(
     known = own_manifest(base)
     quality = beside_base(found.quality, known.quality if known else (), base.name)
     found = found.model_copy(update={"quality": quality})
-    return compare(found, beside, changes(checkpoint, base), is_source=is_source), source.base_sha256
+    changed, left = changes(checkpoint, base, names), left_behind(checkpoint, base, found_of)
+    return compare(found, beside, changed, names, left, is_source=is_source), source.base_sha256
 
 
 @on_threads

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -287,7 +287,8 @@ class VerifyStep(Step):
     model: str = Field(min_length=1, description="Folder that lpsparse wrote, with its lpsparse.json.")
     source: str | None = Field(
         None,
-        description="What it was cut from: names, shapes and dtypes must be its, every value its bits or 0.",
+        description="What it was cut from: names (but for one prefix), shapes and dtypes must be its, every "
+        "value its bits or 0.",
     )
     threads: int | None = _THREADS
 
@@ -345,8 +346,8 @@ class ReportStep(Step):
     )
     max_quality_drop: Limits = Field(
         (),
-        description="Budget: most that the quality recorded by finetune may fall, in the metric's own unit, "
-        "or in % of what it was.",
+        description="Budget: most that the quality recorded by finetune or `eval --save` may fall, in the "
+        "metric's own unit, or in % of what it was.",
     )
     max_layer_sparsity: Limits = Field(
         (), description="Budget [GLOB=]FRACTION: most sparsity of any one prunable (or matching) tensor."
@@ -429,15 +430,45 @@ class _DataStep(Step):
         return self
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
 class EvalStep(_DataStep):
     """Measure a model's quality on data."""
 
+    # What a fine-tune of MODEL was told, and need not be said again.
+    inherited: ClassVar[tuple[str, ...]] = (
+        "task", "text_field", "label_field", "max_length", "model_fn", "mean", "std"
+    )  # fmt: skip
+
+    # `settings.as_trained` fills it in, or refuses.
+    task: Task = Field(
+        cast("Any", None),
+        json_schema_extra=_without_default,
+        description="What the model does. Default: what `finetune` trained MODEL for.",
+    )
     data: str = Field(description="File or folder of data, or hub data set id.")
     split: str = Field(
         "validation",
         description="Part of DATA to use: file stem or name, with an optional [from:to]; validation also "
         "finds dev.",
     )
+    against: str | None = Field(
+        None, description="Dense model to measure on the same rows: the quality before."
+    )
+    save: bool = Field(
+        False,
+        description="Record the result in MODEL, a folder that lpsparse wrote, for `report "
+        "--max-quality-drop`. One of the same data is replaced.",
+    )
+    dry_run: bool = Field(False, description="With --save: measure, and write nothing.")
+
+    @model_validator(mode="after")
+    def _saves(self) -> Self:
+        if self.dry_run and not self.save:
+            raise ValueError("--dry-run goes with --save: nothing else is written")
+        return self
 
 
 class FinetuneStep(_DataStep):

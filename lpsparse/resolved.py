@@ -15,7 +15,7 @@ from lpsparse.recipe import Step
 from lpsparse.recipe_file import Recipe
 
 RESOLVED = "recipe.resolved.yaml"
-_PATHS = ("data", "eval_data", "model_fn", "source", "base", "baseline")
+_PATHS = ("data", "eval_data", "model_fn", "source", "base", "baseline", "against")
 _LEFT = {  # settings that decide nothing about the bytes, and the two that the recipe itself says
     "model", "out", "overwrite", "dry_run", "threads", "processes", "shard", "workers", "resume",
     "save_every", "keep_last", "max_time", "track", "rank_timeout",

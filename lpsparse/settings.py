@@ -11,7 +11,17 @@ from pydantic import BaseModel, ValidationError
 
 from lpsparse.errors import LpsparseError, UsageError
 from lpsparse.launch import WORDS
-from lpsparse.recipe import POSITIONAL, STEPS, FinetuneStep, InspectStep, PushStep, Step, flag, other_names
+from lpsparse.recipe import (
+    POSITIONAL,
+    STEPS,
+    EvalStep,
+    FinetuneStep,
+    InspectStep,
+    PushStep,
+    Step,
+    flag,
+    other_names,
+)
 
 S = TypeVar("S", bound=BaseModel)
 _COMMANDS: dict[str, type[Step]] = {**STEPS, "inspect": InspectStep, "push": PushStep}
@@ -34,6 +44,19 @@ def as_launched(step: FinetuneStep) -> FinetuneStep:
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":
         return step.model_copy(update={"shard": True})
     return step
+
+
+def as_trained(step: EvalStep, training: Mapping[str, Any]) -> EvalStep:
+    """`step` with what it does not say itself from the settings of the fine-tune that made its model, unless
+    that was for another task. Raises UsageError where neither says a task."""
+    given = {name: getattr(step, name) for name in step.model_fields_set}
+    known = {name: training[name] for name in EvalStep.inherited if training.get(name) is not None}
+    if given.get("task") not in (None, known.get("task")):
+        return step
+    if not {"task"} & {*given, *known}:
+        what = f"--task is needed: {step.model} does not say what it was trained for"
+        raise UsageError(203, what, hint="give --task, such as --task text-classification")
+    return resolve(EvalStep, given, known, where=f"{step.model}: lpsparse.json")
 
 
 def variable(field: str) -> str:

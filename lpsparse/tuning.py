@@ -5,41 +5,87 @@ Torch is imported where that begins, nowhere else.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lpsparse.artefact import Say, called_after, check_same, complete, recorded
+from lpsparse.artefact import Say, called_after, check_same, complete, keep_quality, recorded
 from lpsparse.checkpoint.manifest import Quality, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.preflight import check_output
+from lpsparse.checkpoint.preflight import check_keeps, check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.checkpoint.threads import using
+from lpsparse.errors import InputError
 from lpsparse.launch import is_first, is_launched
 from lpsparse.opened import opened, silent
 from lpsparse.proof import report_step
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
+from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.estimate import estimate
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained_of
-from lpsparse.settings import as_launched, resolve
+from lpsparse.settings import as_launched, as_trained, resolve
+
+if TYPE_CHECKING:  # torch comes with it
+    from lpsparse.training.quality import Measured
 
 
 def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
+    """{"model", "task", "split", "trained_on", "loss", "loss_error", ...}: errors are standard errors of the
+    mean. With `against` the same of that model as "before_loss" and so on; with `save` the figure is recorded
+    in MODEL, whose path is "saved" then."""
     source = opened(step.model, say, step.weights)
+    manifest = own_manifest(source)
+    step = as_trained(step, {} if manifest is None else manifest.training)
+    place = check_keeps(source) if step.save else None
+    if place is not None:
+        check_weights(source)
     from lpsparse.training.data import find
+    from lpsparse.training.quality import held_of
+
+    unit, after = _measured(step, source)
+    known = _known_data(step, source, say)
+    split = find(step.data, step.split)[2]
+    found: dict[str, Any] = {"model": source.name, "task": step.task, "split": split, "trained_on": known}
+    found |= {**_figures(after), unit: after.count}
+    before = dense = None
+    if step.against is not None:
+        dense = opened(step.against, say)
+        before = _measured(step, dense)[1]
+        found |= {"against": dense.name, **{f"before_{key}": each for key, each in _figures(before).items()}}
+        if before.count != after.count:
+            what = f"{dense.name}: {before.count} {unit} were measured, of {source.name} {after.count}"
+            raise InputError(358, what, hint="give models with the same tokenizer and lengths")
+    if place is None:
+        return found
+    metric, held = "loss" if after.accuracy is None else "accuracy", held_of(step)
+    quality = Quality(
+        metric=metric, before=None if before is None else before.of(metric), after=after.of(metric),
+        higher_is_better=metric == "accuracy", rows=after.count, split=f"{split} {unit}",
+        before_error=None if before is None else before.error_of(metric), after_error=after.error_of(metric),
+        data_sha256=held.sha256, task=step.task, data=held.names,
+        before_of=None if dense is None else dense.name,
+    )  # fmt: skip
+    if step.dry_run:
+        say("dry run: nothing is written")
+    elif is_first():
+        keep_quality(place, quality)
+    return found | {"saved": None if step.dry_run else str(place)}
+
+
+def _measured(step: EvalStep, source: Checkpoint) -> "tuple[str, Measured]":
+    """What was counted (rows, images, tokens), and how good the model is on it."""
     from lpsparse.training.loop import prepare
-    from lpsparse.training.quality import evaluate as measure_quality
+    from lpsparse.training.quality import evaluate
 
     task = prepare(step, source)
-    known = _known_data(step, source, say)
-    measured = measure_quality(step, task)
-    split = find(step.data, step.split)[2]
-    found: dict[str, Any] = {
-        "model": source.name, "task": step.task, "split": split, "trained_on": known, "loss": measured.loss
-    }  # fmt: skip
+    return task.unit, evaluate(step, task)
+
+
+def _figures(measured: "Measured") -> dict[str, float]:
+    found = {"loss": measured.loss, "loss_error": measured.loss_error}
     if measured.accuracy is not None:
-        found["accuracy"] = measured.accuracy
-    return found | {task.unit: measured.count}
+        found |= {"accuracy": measured.accuracy, "accuracy_error": measured.error_of("accuracy")}
+    return found
 
 
 def _known_data(step: EvalStep, source: Checkpoint, say: Say) -> list[str] | None:
@@ -100,6 +146,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     from lpsparse.training.loop import prepare, start, train
     from lpsparse.training.model import trained_checkpoint
     from lpsparse.training.precision import with_precision
+    from lpsparse.training.quality import held_of
 
     distributed.end_with_launcher()
     asked = step
@@ -122,13 +169,14 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             return report_step(resolve(ReportStep, {"model": str(step.out)}))
         with using(1):  # a sharded tensor is gathered by all processes, one after another
             result = rewrite(written, folder, lambda _: None, "dense")
+        held = held_of(step)
         quality = Quality(
             metric=task.metric, before=trained.before.of(task.metric) if trained.before else None,
             after=trained.after.of(task.metric), higher_is_better=task.higher_is_better,
             rows=trained.after.count, split=f"{recipe['finetune']['eval_split'] or 'held-out'} {task.unit}",
             before_error=trained.before.error_of(task.metric) if trained.before else None,
             after_error=trained.after.error_of(task.metric),
-            data_sha256=job.held_out_hash(step, recipe["finetune"]), of_cut=step.keep_zeros,
+            data_sha256=held.sha256, of_cut=step.keep_zeros, task=step.task, data=held.names,
         )  # fmt: skip
         chosen = {
             t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors

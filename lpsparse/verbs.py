@@ -24,7 +24,7 @@ from lpsparse.dry_run import foretell, foretell_unread
 from lpsparse.errors import VerdictError
 from lpsparse.launch import is_one_of_several, name_as_launched
 from lpsparse.opened import on_threads, opened, silent
-from lpsparse.proof import inspect_step, report_step, verify_step
+from lpsparse.proof import inspect_step, verify_step, write_report
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
@@ -86,10 +86,19 @@ def finetune(model: str | Path, out: str | Path, **options: Any) -> Report:
     return cast("Report", finetune_step(resolve(FinetuneStep, {"model": str(model), "out": out, **options})))
 
 
-def report(model: str | Path, base: str | Path | None = None, **options: Any) -> Report:
-    """Measure `model`, and what it came from. Options: fields of recipe.ReportStep."""
+def report(
+    model: str | Path, base: str | Path | None = None, *, json: str | Path | None = None,
+    html: str | Path | None = None, markdown: str | Path | None = None, comment: str | Path | None = None,
+    junit: str | Path | None = None, csv: str | Path | None = None, **options: Any,
+) -> Report:  # fmt: skip
+    """Measure `model`, and what it came from; `json` to `csv` are files to write views of it to.
+    Options: fields of recipe.ReportStep."""
+    views = {
+        "json": json, "html": html, "markdown": markdown, "comment": comment, "junit": junit, "csv": csv
+    }  # fmt: skip
+    files = {view: Path(file) for view, file in views.items() if file is not None}
     given = {"model": str(model), "base": None if base is None else str(base), **options}
-    return report_step(resolve(ReportStep, given))
+    return write_report(resolve(ReportStep, given), files)
 
 
 def verify(model: str | Path, source: str | Path | None = None) -> dict[str, Any]:
@@ -180,7 +189,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         if quality and not same:
             say(
                 "quality recorded in MODEL is left out: the cut changed weights; measure again with "
-                "`lpsparse eval`"
+                "`lpsparse eval OUT --against MODEL --save`"
             )
         return finish(written, quality if same else ())
 

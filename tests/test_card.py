@@ -63,6 +63,17 @@ def test_no_licence_is_invented(tiny: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_new_head_gives_the_card_its_own_task(tiny_bert: Path, table: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\npipeline_tag: sentence-similarity\n---\n")
+    prune(tmp_path / "base", tmp_path / "cut", sparsity=0.5)
+    assert card_of(tmp_path / "cut")["pipeline_tag"] == "sentence-similarity"
+    finetune(tmp_path / "base", tmp_path / "out", data=str(table), task="text-classification", steps=2)
+    pack(tmp_path / "out", tmp_path / "packed")  # and so in the steps after it
+    tags = [card_of(tmp_path / name)["pipeline_tag"] for name in ("out", "packed")]
+    assert tags == ["text-classification"] * 2
+
+
 def test_results_are_there_dense_and_sparse(trained: Path) -> None:
     found = json.loads((trained / "report.json").read_text())["quality"][0]
     results = ModelCard((trained / "README.md").read_text()).data.eval_results
@@ -97,6 +108,7 @@ def test_results_stay_however_many_steps_keep_the_weights(trained: Path, tmp_pat
 def test_a_manifest_with_another_recipe_does_not_stop_pack(made: Any, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "in")
     manifest = json.loads((trained / "lpsparse.json").read_text()) | {"recipe": {"finetune": made}}
+    manifest["quality"][0]["task"] = None
     (tmp_path / "in" / "lpsparse.json").write_text(json.dumps(manifest))
     pack(tmp_path / "in", tmp_path / "out")
     assert "model-index" not in card_of(tmp_path / "out")  # nobody knows the task

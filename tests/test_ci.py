@@ -6,6 +6,7 @@ down what it was asked; `lpsparse` is that of this environment."""
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Given, Ran, cli_environment, f32, write_safetensors
+from conftest import BUNDLED, ROOT, Given, Ran, cli_environment, f32, tree_hash, write_safetensors
 from junitparser import JUnitXml
 from markdown_it import MarkdownIt
 
@@ -401,6 +402,43 @@ def test_the_shell_example_runs(
     ran = bash(BLOCKS["Any other"].replace(*change), tmp_path)
     assert ran.rc == code and said in ran.stdout.splitlines()[-1]
     assert (tmp_path / "report.json").exists() == (code < 2)
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Path:
+    """A dense model and held-out text, by the names that the page has."""
+    shutil.copytree(BUNDLED, tmp_path / "dense")
+    text = (BUNDLED.parent / "shakespeare" / "validation.txt").read_text()
+    (tmp_path / "dev.txt").write_text(text[:6000])
+    tools(tmp_path / "bin")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("limit", "code"), [("5%", 0), ("0.001", 1)])
+def test_a_job_that_cuts_measures_and_gates_quality(limit: str, code: int, language_model: Path) -> None:
+    before = tree_hash(language_model / "dense")
+    ran = bash(BLOCKS["Quality after a cut"].replace("5%", limit), language_model)
+    assert ran.rc == code and "max-quality-drop" in ran.stdout
+    assert ("FAILED" in ran.stdout, "not recorded" in ran.stdout) == (code == 1, False)
+    assert tree_hash(language_model / "dense") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "codes"),
+    [(("", ""), [0, 0]), (("5%", "0.001"), [0, 1]), (("dev.txt", "gone.txt"), [0, 3]),
+     (("task causal-lm", "task x"), [0, 2])],
+)  # fmt: skip
+def test_the_action_measures_before_it_reports(
+    change: tuple[str, str], codes: list[int], language_model: Path
+) -> None:
+    prune(language_model / "dense", language_model / "sparse", sparsity=0.2)
+    page = (ROOT / "docs" / "ci.md").read_text().partition("## Quality after a cut")[2]
+    (uses,) = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0].replace(*change))
+    known: dict[str, str] = {}
+    done = steps([{**uses, "id": "x"}], language_model, known)
+    assert [ran.rc for ran in done] == codes
+    assert known["steps.x.outputs.passed"] == ("true" if codes[-1] == 0 else "false")
+    assert bool(known["steps.x.outputs.report"]) == (codes[-1] < 2)
 
 
 def test_the_whole_job_passes_fails_and_finds_the_broken_file(tmp_path: Path) -> None:

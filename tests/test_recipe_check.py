@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from conftest import BUNDLED, PRUNABLE_WEIGHTS, Ran, tree_hash
+from conftest import BUNDLED, PRUNABLE_WEIGHTS, ROOT, Ran, built, tree_hash
 from test_cli import failed
 
 from lpsparse import check_recipe, pipeline
@@ -17,6 +18,7 @@ from lpsparse.reporting.records import Report
 
 Cli = Callable[..., Ran]
 TUNE = {"task": "causal-lm", "steps": 2, "max_length": 16}
+HEAD = {"task": "text-classification", "steps": 2, "target_sparsity": 0.5}
 
 
 def write(folder: Path, *steps: dict[str, Any], **top: Any) -> str:
@@ -195,3 +197,61 @@ def test_a_hub_id_is_not_downloaded_and_offline_it_is_exit_8(
     assert check_recipe("r.yaml")["steps"][0]["notes"] == [
         "data org/rows: not in the local cache; `run` downloads it"
     ]
+
+
+# Every recipe that is shipped, with small local models of its kind
+
+RECIPES = [*sorted((ROOT / "recipes").glob("*.yaml")), BUNDLED.parent / "demo.yaml"]
+
+
+@pytest.fixture
+def stand_ins(tiny_bert: Path, table: Path, tmp_path: Path) -> dict[str, dict[str, str]]:
+    """By recipe, a model and data to `--set`, of the kind that it is for."""
+    import torch
+
+    state = built(
+        tmp_path / "net.py", (ROOT / "recipes" / "resnet20.py").read_text() + "build = resnet20\n", seed=1
+    )
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "r.th")
+    (tmp_path / "images").mkdir()
+    for split in ("train", "test"):
+        pixels = np.zeros((20, 32, 32, 3), np.uint8)
+        np.savez(tmp_path / "images" / f"{split}.npz", x=pixels, y=np.arange(20) % 10)
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time. " * 400)
+    return {
+        "minilm-sst2.yaml": {"model": str(tiny_bert), "data": str(table)},
+        "resnet20-cifar10.yaml": {"model": str(tmp_path / "r.th"), "data": str(tmp_path / "images")},
+        "stories260k-shakespeare.yaml": {"data": str(text)},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_recipe_checks_with_local_models(
+    recipe: Path, stand_ins: dict[str, dict[str, str]], tmp_path: Path, cli: Cli
+) -> None:
+    given = stand_ins.get(recipe.name, {}) | {"out": str(tmp_path / "made")}
+    words = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+    ran = cli("recipe", "check", recipe, *words)
+    assert (ran.rc, ran.stderr) == (0, "") and f"{recipe.name}: ok" in ran.stdout
+    assert not (tmp_path / "made").exists()
+
+
+HEADED: dict[str, tuple[dict[str, Any], ...]] = {
+    "report": ({"report": {"min_sparsity": 0.5}},),
+    "report with patterns": ({"report": {"exclude": ["classifier.*"], "min_sparsity": "bert.*.weight=0.1"}},),
+    "prune and recover": (
+        {"prune": {"sparsity": 0.5, "exclude": ["classifier.*"]}}, {"recover": {"task": HEAD["task"]}},
+        {"pack": {}}, {"report": {"base": "tuned"}}, {"verify": {}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", HEADED.values(), ids=HEADED.keys())
+def test_steps_after_one_that_adds_a_head_count_what_the_step_before_them_chose(
+    steps: tuple[dict[str, Any], ...], tiny_bert: Path, table: Path, here: Path
+) -> None:
+    tune = {"finetune": {**HEAD, "out": "tuned"}}
+    write(here, tune, *steps, model=str(tiny_bert), data=str(table))
+    found = [each["prunable_weights"] for each in check_recipe("r.yaml")["steps"]]
+    assert {number for number in found if number is not None} == {found[0]} and found[0] > 1000

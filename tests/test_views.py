@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import PRUNABLE, ROOT, Given, Ran, f32, tiny_arrays, write_safetensors
+from conftest import PRUNABLE, ROOT, Given, Ran, f32, tiny_arrays, tree_hash, write_safetensors
 from html_reports import full, tensor
 from junitparser import JUnitXml
 from safetensors.numpy import save_file
 
-from lpsparse import prune, report
+from lpsparse import LpsparseError, prune, report
 from lpsparse.checkpoint.manifest import Quality, Source
 from lpsparse.reporting import card, junit, markdown, spreadsheet, table, words
 from lpsparse.reporting.html.page import render as render_page
@@ -376,3 +376,43 @@ def test_the_report_fits_its_width_at_twenty_thousand_tensors(width: int, sparse
     assert "... and 19960 smaller tensors" in " ".join(text.split())
     if width >= 40:
         assert max(map(len, lines)) <= width
+
+
+# The same files from Python
+
+
+def test_python_writes_every_view_as_the_command_line_does(sparse: Path, tmp_path: Path, cli: Cli) -> None:
+    names = ("json", "html", "markdown", "comment", "junit", "csv")
+    files = {view: tmp_path / f"python.{view}" for view in names}
+    found = report(sparse, tmp_path / "tiny", max_bytes="1", **files)
+    words = [word for view in names for word in (f"--{view}", tmp_path / f"cli.{view}")]
+    assert cli("report", sparse, tmp_path / "tiny", "--max-bytes", "1", *words).rc == 1 and not found.passed
+    for view, path in files.items():
+        assert path.read_bytes() == (tmp_path / f"cli.{view}").read_bytes(), view
+
+
+def test_a_report_that_fails_in_python_leaves_no_earlier_file_under_its_name(
+    sparse: Path, tmp_path: Path
+) -> None:
+    report(sparse, html=tmp_path / "r.html")
+    with pytest.raises(LpsparseError):
+        report(tmp_path / "gone", html=tmp_path / "r.html")
+    assert (tmp_path / "r.html.old").is_file() and not (tmp_path / "r.html").exists()
+
+
+WRONG_FILES: dict[str, tuple[dict[str, str], str]] = {
+    "one place": ({"json": "x", "html": "x"}, "LPS292"), "in the model": ({"csv": "sparse/x.csv"}, "LPS405"),
+    "its weights": ({"junit": "sparse/model.safetensors"}, "LPS405"),
+    "no folder": ({"html": "gone/x"}, "LPS409"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "code"), WRONG_FILES.values(), ids=WRONG_FILES.keys())
+def test_files_that_cannot_be_written_are_refused_in_python_too(
+    files: dict[str, str], code: str, sparse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sparse.parent)
+    before = tree_hash(sparse.parent)
+    with pytest.raises(LpsparseError) as caught:
+        report(sparse, **files)
+    assert caught.value.code == code and tree_hash(sparse.parent) == before

@@ -1,6 +1,7 @@
 """The manifest `lpsparse.json`: what OUT should be, so that anyone can check that it is. Written last."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,8 @@ class TensorRecord(_Record):
 
 
 class Quality(_Record):
-    """One figure measured by `finetune`, before (as loaded) and after (as written)."""
+    """One figure of the weights: by `finetune`, before (as loaded) and after (as written), or by
+    `eval --save`, before being that of the model that `--against` names."""
 
     metric: str
     before: float | None  # None: the checkpoint had no head for the task yet
@@ -50,6 +52,9 @@ class Quality(_Record):
     after_error: float | None = None
     data_sha256: str | None = None  # of the held-out data, and of the settings that decide what is measured
     of_cut: bool = False  # before is of a model that was cut already, and tells nothing of what that cost
+    task: str | None = None
+    data: str | None = None  # names of the files that were read
+    before_of: str | None = None  # the model that --against named
     of_base: str | None = None  # BASE of a report, where before is what was recorded of it, on the same data
 
 
@@ -92,6 +97,16 @@ class Manifest(_Record):
     def as_earlier(self) -> EarlierStep:
         return EarlierStep(source=self.source.name, recipe=self.recipe)
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of the last fine-tune that led here; empty where none did."""
+        last = last_training((*self.earlier, self.as_earlier()))
+        return {} if last is None else last.recipe["finetune"]
+
+
+def last_training(steps: Sequence[EarlierStep]) -> EarlierStep | None:
+    return next((each for each in reversed(steps) if isinstance(each.recipe.get("finetune"), dict)), None)
+
 
 def digest(path: Path, root: Path) -> FileRecord:
     sha256, held = hashlib.sha256(), memoryview(bytearray(_READ_BYTES))
@@ -101,6 +116,12 @@ def digest(path: Path, root: Path) -> FileRecord:
             sha256.update(held[:count])
     name = path.relative_to(root).as_posix()
     return FileRecord(name=name, size=path.stat().st_size, sha256=sha256.hexdigest())
+
+
+def file_record(name: str, text: str) -> FileRecord:
+    """`digest` of a file of this text, before it is written."""
+    data = text.encode("utf-8")
+    return FileRecord(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def source_of(checkpoint: Checkpoint) -> Source:

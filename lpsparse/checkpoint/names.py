@@ -1,4 +1,4 @@
-"""Which of the names in a folder, on disk or on the hub, are its weights."""
+"""Which of the names in a folder, on disk or on the hub, are its weights; old names of tensors."""
 
 from collections.abc import Collection
 
@@ -8,6 +8,7 @@ FOLDER_ORDER = (
     "lpsparse.safetensors.index.json", "lpsparse.safetensors",
     "model.safetensors.index.json", "model.safetensors",
 )  # fmt: skip
+LEGACY_NORMS = {".weight": ".gamma", ".bias": ".beta"}  # of LayerNorm in BERT's first checkpoints
 _TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 

@@ -34,6 +34,22 @@ def check_output(
         raise OutputError(406, what, hint="free some space or choose another disk")
 
 
+def check_keeps(source: Checkpoint) -> Path:
+    """The folder of a checkpoint, in which a figure of it can be recorded. Raises OutputError where lpsparse
+    did not write it, and where nothing can be written."""
+    folder = source.root
+    if folder is None or not (folder / MANIFEST).is_file():
+        what = f"{source.name}: lpsparse did not write it, and an input is never written to"
+        hint = "save in the sparse folder: `lpsparse eval SPARSE --data DATA --against MODEL --save`"
+        raise OutputError(415, what, hint=hint)
+    if source.revision is not None or is_cached(folder.resolve()):
+        what = f"{source.name}: lies inside the hub's cache, which is never written to"
+        raise OutputError(415, what, hint="download it to a folder of your own, and give that")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(404, f"{folder}: no permission to write here", hint="save in a copy of it")
+    return folder
+
+
 def _check_name(out: Path, *, overwrite: bool) -> None:
     """Whether something stands there that is not to be replaced, and whether the name can be."""
     if out.name in ("", ".."):

@@ -5,7 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,25 @@ def write_beside(path: Path, text: str) -> None:
         raise OutputError(409, f"{path}: {error.strerror}", hint="choose another file") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files of a folder anew: all beside the old ones first, then renamed in this order. Raises
+    OutputError."""
+    partial = {name: folder / f".{name}.{os.getpid()}.partial" for name in texts}
+    try:
+        for name, text in texts.items():
+            write_text(partial[name], text)
+        for name, path in partial.items():
+            path.replace(folder / name)
+        fsync(folder)
+    except OSError as error:
+        what = f"{error.filename or folder}: {error.strerror}"
+        raise OutputError(404, what, hint="make the folder writable, or save in a copy of it") from error
+    finally:
+        for path in partial.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -57,7 +57,8 @@ _PUSH = """\
   lpsparse push packed org/name --revision packed
   lpsparse inspect org/name@packed"""
 _EVAL = """\
-  lpsparse eval sparse --data dev.tsv --task text-classification
+  lpsparse eval sparse --data dev.tsv
+  lpsparse eval sparse --data dev.tsv --task text-classification --against dense --save
   lpsparse eval sparse --data held-out.txt --task causal-lm --json"""
 
 
@@ -79,10 +80,12 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
     print_result((table.render if step.dry_run else table.summary)(report, width()))
     if not step.dry_run:
         base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
-        places = [str(step.out), *base]
-        ends = ["--"] if any(place.startswith("-") for place in places) else []  # of the options
-        following = shlex.join(["lpsparse", "report", *ends, *places])
-        teller(quiet)(f"wrote {step.out}; next: {following}")
+        teller(quiet)(f"wrote {step.out}; next: {_report_command([str(step.out), *base])}")
+
+
+def _report_command(places: list[str]) -> str:
+    ends = ["--"] if any(place.startswith("-") for place in places) else []  # of the options
+    return shlex.join(["lpsparse", "report", *ends, *places])
 
 
 def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:
@@ -257,6 +260,18 @@ def _eval(step: recipe.EvalStep, as_json: bool, quiet: bool) -> None:
     from lpsparse.verbs import evaluate_step
 
     found = evaluate_step(step, teller(quiet))
-    if not as_json and not found["trained_on"]:
+    if as_json:
+        print_json(found)
+        return
+    from lpsparse.reporting.words import interval
+
+    if not found["trained_on"]:
         del found["trained_on"]  # nothing is known of it, or nothing is to be said
-    _facts(found, as_json=as_json)
+    errors = {key: found.pop(key) for key in list(found) if key.endswith("_error")}
+    names = {key: key.removesuffix("_error") for key in errors}
+    shown = {name: f"{interval(found[name], errors[key])} (95 %)" for key, name in names.items()}
+    _facts(found | shown, as_json=False)
+    if found.get("saved"):
+        gate = "" if step.against is None else " --max-quality-drop 1%"
+        places = [step.model, *([] if step.against is None else [step.against])]
+        teller(quiet)(f"recorded in {step.model}; next: {_report_command(places)}{gate}")

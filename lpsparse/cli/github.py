@@ -76,13 +76,16 @@ def _append(text: Callable[[int], str]) -> str | None:
 
 
 def annotations(report: "Report") -> list[str]:
-    """An error for each failed budget, a warning for each that warns, ten of each at most."""
-    from lpsparse.reporting.words import budget_row, nonfinite, state
+    """An error for each failed budget, a warning for each that warns and each alarm; ten of each at most."""
+    from lpsparse.reporting.words import budget_row, lost_of, nonfinite, state
 
     found: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
     alarm = nonfinite(report)
     if alarm:
         found["warning"].append(("lpsparse: not finite", f"{alarm}: {report.nonfinite_tensors[0]}"))
+    lost = lost_of(report)
+    if lost is not None:
+        found["warning"].append(("lpsparse: tensors of BASE", f"{report.model}: {lost}"))
     for budget in report.budgets:
         name, limit, value, margin, _ = budget_row(budget)
         worst = "" if budget.worst is None else f", worst {shorten(budget.worst, 200)}"

@@ -68,15 +68,16 @@ def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def choose(
-    tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...], *, needed: bool = True
-) -> dict[str, tuple[bool, str]]:
+    tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...], *, needed: bool = True,
+    strict: bool = True,
+) -> dict[str, tuple[bool, str]]:  # fmt: skip
     """`prunable` of every tensor that is not part of a quantised one. Raises UsageError for a pattern that
-    matches nothing, and when nothing is left although something is `needed`."""
+    matches nothing, where it is `strict`, and when nothing is left although something is `needed`."""
     named = list(tensors)
     table = {name: prunable(name, dtype, shape, include, exclude) for name, dtype, shape in named}
     table |= {name: (False, f"quantised ({method})") for name, method in quantised(named).items()}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
-        for pattern in patterns:
+        for pattern in patterns if strict else ():
             if not any(_matches(name, name.removeprefix("module."), (pattern,)) for name in table):
                 raise no_match(flag, pattern, table)
     if needed and not any(yes for yes, _ in table.values()):

@@ -12,6 +12,7 @@ from lpsparse.recipe import ReportStep
 from lpsparse.reporting.records import Budget, Report, TensorRow, groups
 
 Level = Literal["error", "warn"]
+FINITE = "finite"  # the name of what is checked wherever there is a budget
 
 
 def check_budgets(report: Report, step: ReportStep) -> Report:
@@ -26,9 +27,6 @@ def check_budgets(report: Report, step: ReportStep) -> Report:
             found.append(_CHECKS[name](report, limit_of(name, text)).model_copy(update={"level": level}))
     if (found or report.budgets) and report.nonfinite_tensors:
         found.append(_finite(report, "warn" if "finite" in step.warn else "error"))
-    lost = () if report.base is None else (*report.base.only_there, *report.base.other_form)
-    if (found or report.budgets) and lost:
-        found.append(_all_there(lost))
     return _with(report, found)
 
 
@@ -36,16 +34,7 @@ def _finite(report: Report, level: Level) -> Budget:
     """Nobody asks for it, and nobody who has budgets would pass a model of NaN."""
     count = sum(row.nonfinite for row in report.tensors)
     worst = report.nonfinite_tensors[0]
-    return Budget(name="finite", limit=0, value=count, margin=-count, level=level, passed=False, worst=worst)
-
-
-def _all_there(lost: tuple[str, ...]) -> Budget:
-    """It only warns: training for another task may leave a head behind on purpose."""
-    count = len(lost)
-    return Budget(
-        name="tensors lost of BASE", limit=0, value=count, margin=-count, level="warn", passed=False,
-        worst=lost[0],
-    )  # fmt: skip
+    return Budget(name=FINITE, limit=0, value=count, margin=-count, level=level, passed=False, worst=worst)
 
 
 def _with(report: Report, more: list[Budget]) -> Report:
@@ -164,14 +153,20 @@ def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report
     zeros = Limit(Decimal(repr(baseline.prunable.sparsity)) * share)
     passed = report.prunable.zeros >= baseline.prunable.zeros * share  # of the same weights
     size = Limit(baseline.bytes.file_bytes * (1 + regression))
-    measured = {each.metric: each for each in report.quality}
+    measured = {(each.metric, each.data_sha256): each for each in report.quality}
+    shared = {each.metric for each in baseline.quality if (each.metric, each.data_sha256) in measured}
+    theirs = [
+        each for each in baseline.quality
+        if each.metric not in shared or (each.metric, each.data_sha256) in measured
+    ]  # fmt: skip
     limits = [
         (_at_least("sparsity of baseline", zeros, report.prunable.sparsity, passed=passed),
          baseline.prunable.sparsity),
         (_at_most("bytes of baseline", size, report.bytes.file_bytes), baseline.bytes.file_bytes),
-        *((_no_worse(measured.get(each.metric), each, regression), each.after) for each in baseline.quality),
+        *((_no_worse(measured.get((each.metric, each.data_sha256)), each, regression), each.after)
+          for each in theirs),
     ]  # fmt: skip
-    found = [each.model_copy(update={"level": level, "baseline": theirs}) for each, theirs in limits]
+    found = [each.model_copy(update={"level": level, "baseline": value}) for each, value in limits]
     said = (*report.not_measured, *unknown)
     return _with(report.model_copy(update={"baseline": name, "not_measured": said}), found)
 
@@ -201,10 +196,13 @@ def _check_alike(report: Report, baseline: Report, name: str) -> tuple[str, ...]
             f"it counted other tensors as prunable ({baseline.prunable.weights:,} weights, here "
             f"{report.prunable.weights:,})"
         )
-    measured = {each.metric: each.data_sha256 for each in baseline.quality}
-    for each in report.quality:
-        if each.metric in measured and measured[each.metric] != each.data_sha256:
-            why = why or f"its {each.metric} was measured on other data"
+    for metric in sorted({each.metric for each in report.quality}):
+        data, known = (
+            {each.data_sha256 for each in quality if each.metric == metric}
+            for quality in (report.quality, baseline.quality)
+        )
+        if known and data.isdisjoint(known):
+            why = why or f"its {metric} was measured on other data"
     if why is not None:
         what = f"{name}: not comparable with {report.model}: {why}"
         raise InputError(354, what, hint="make the baseline again, from the same base model and data")

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lpsparse import __version__
 from lpsparse.checkpoint.hub import is_hub_id
-from lpsparse.checkpoint.manifest import EarlierStep, Quality, Source
+from lpsparse.checkpoint.manifest import EarlierStep, Quality, Source, last_training
 from lpsparse.reporting.base_card import read_base_card
 from lpsparse.reporting.figure import FIGURE
 from lpsparse.reporting.markdown import code
@@ -20,8 +20,10 @@ from lpsparse.reporting.words import change_of, interval
 _LINK = re.compile(r"://|www\.|\S@\S+\.", re.IGNORECASE)  # with a dot behind it, @ makes an address
 Settings = dict[str, Any]
 _TEMPLATE = Path(__file__).with_suffix(".md.j2")
-# Tasks in the hub's words, where they are not ours (https://huggingface.co/tasks)
-_HUB_TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}
+_HUB_TASKS = {  # ours in the hub's words (https://huggingface.co/tasks)
+    "causal-lm": "text-generation", "masked-lm": "fill-mask", "text-classification": "text-classification",
+    "image-classification": "image-classification",
+}  # fmt: skip
 
 
 def render(
@@ -37,7 +39,7 @@ def render(
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     copied = read_base_card(base_card)
     steps = (*earlier, EarlierStep(source=source.name, recipe=recipe))
-    training = next((each for each in reversed(steps) if isinstance(each.recipe.get("finetune"), dict)), None)
+    training = last_training(steps)
     trained: Settings = training.recipe["finetune"] if training else {}
     return template.render(
         metadata=_metadata(report, source, quality, copied, trained),
@@ -66,6 +68,8 @@ def _metadata(
     name = shorten(clean(source.base.rpartition("/")[2]), 100)
     results = [EvalResult(**each) for each in _results(report, quality, copied, trained)]
     more: Settings = {"base_model_relation": "finetune"} if on_hub else {}  # the hub has no word for "pruned"
+    task = _hub_task(trained, copied)
+    more |= {"pipeline_tag": task} if task else {}
     return ModelCardData(
         base_model=source.base.partition("@")[0] if on_hub else None, library_name="lpsparse",
         tags=["lpsparse", "sparse", "pruned"], eval_results=results or None,
@@ -78,18 +82,17 @@ def _results(
     report: Report, quality: tuple[Quality, ...], copied: Settings, trained: Settings
 ) -> list[dict[str, Any]]:
     """What the index of results has of each figure, dense and sparse; nothing where the task is not known."""
-    task = trained.get("task")
-    task = _HUB_TASKS.get(task, task) if isinstance(task, str) else copied.get("pipeline_tag")
-    if task is None:
-        return []
     data: Any = trained.get("eval_data") or trained.get("data") or {}
     names = ", ".join(map(str, data)) if isinstance(data, dict) else ""  # pyright: ignore[reportUnknownArgumentType]
     found: list[dict[str, Any]] = []
     for each in quality:
+        task = _HUB_TASKS.get(str(each.task)) or _hub_task(trained, copied)
+        if task is None:  # the index takes none without
+            continue
         zeros = f"sparse ({percent(report.prunable.sparsity)} of the prunable weights are zero)"
         of = {
             "task_type": task, "dataset_type": "other",
-            "dataset_name": shorten(clean(names or each.split), 100),
+            "dataset_name": shorten(clean(each.data or names or each.split), 100),
             "dataset_split": shorten(clean(each.split), 100), "metric_type": shorten(clean(each.metric), 60),
         }  # fmt: skip
         if each.before is not None:
@@ -97,6 +100,11 @@ def _results(
             found.append({**of, "metric_value": each.before, "metric_name": before})
         found.append({**of, "metric_value": each.after, "metric_name": f"{of['metric_type']}, {zeros}"})
     return found
+
+
+def _hub_task(trained: Settings, copied: Settings) -> str | None:
+    """What the model is for, in the hub's words: what it was trained for last, else what its base is for."""
+    return _HUB_TASKS.get(str(trained.get("task")), copied.get("pipeline_tag"))
 
 
 def _fenced(recipe: Settings | list[Settings]) -> str:

@@ -2,7 +2,7 @@
 came back, and what changed most."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,9 +33,10 @@ class _Sums:
     square: float = 0.0  # and of BASE's squares
 
 
-def changes(checkpoint: Checkpoint, base: Checkpoint) -> dict[str, Change]:
-    """Of each tensor of floats that both have in the same shape. Where dtypes differ, values are compared."""
-    theirs = {tensor.name: tensor for tensor in base.tensors}
+def changes(checkpoint: Checkpoint, base: Checkpoint, names: Mapping[str, str]) -> dict[str, Change]:
+    """By name here, of each tensor of floats that both have in the same shape. `names` are BASE's -> ours.
+    Where dtypes differ, values are compared."""
+    theirs = {names[tensor.name]: tensor for tensor in base.tensors if tensor.name in names}
     pairs = [(tensor, theirs[tensor.name]) for tensor in checkpoint.tensors if tensor.name in theirs]
     pairs = [(ours, other) for ours, other in pairs if _alike(ours, other)]
     tasks = [(ours, other, *lines) for ours, other in pairs for lines in _tasks(ours, other)]

@@ -16,6 +16,7 @@ from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError
+from lpsparse.reporting.matching import match
 from lpsparse.reporting.records import Report
 
 
@@ -67,14 +68,16 @@ def check_weights(checkpoint: Checkpoint, found: Report | None = None) -> None:
 
 
 def check_against(checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
-    """Where `checkpoint` is more than `source` with zeros: names, shapes, dtypes, and values that are neither
-    the source's bits nor +0."""
-    theirs = {tensor.name: tensor for tensor in source.tensors}
+    """Where `checkpoint` is more than `source` with zeros: names (but for one prefix), shapes, dtypes, and
+    values that are neither the source's bits nor +0."""
+    names = match(checkpoint, source).names
+    theirs = {names[tensor.name]: tensor for tensor in source.tensors if tensor.name in names}
     ours = {tensor.name: tensor for tensor in checkpoint.tensors}
+    lost = {tensor.name for tensor in source.tensors} - set(names)
     yield from (f"{name}: not in {source.name}" for name in sorted(set(ours) - set(theirs)))
-    yield from (f"{name}: missing, {source.name} has it" for name in sorted(set(theirs) - set(ours)))
+    yield from (f"{name}: missing, {source.name} has it" for name in sorted(lost))
     tasks: list[tuple[Tensor, Tensor, int, int]] = []
-    for name in sorted(set(ours) & set(theirs)):
+    for name in sorted(theirs):
         mine, base = ours[name], theirs[name]
         if (mine.dtype, mine.shape) != (base.dtype, base.shape):
             yield f"{name}: {mine.dtype} {mine.shape}, {source.name} has {base.dtype} {base.shape}"

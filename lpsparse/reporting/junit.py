@@ -2,12 +2,13 @@
 
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
+from lpsparse.reporting.budgets import FINITE
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.text import clean, harmless, shorten
-from lpsparse.reporting.words import budget_name, budget_row, nonfinite, state, verdict
+from lpsparse.reporting.words import budget_name, budget_row, lost_of, nonfinite, state, verdict
 
 _NAME = 200
-_FINITE = "finite"  # the budget that no weight is NaN or Inf
+_ALERT = 1000
 _MOST_NAMES = 20
 
 
@@ -15,7 +16,7 @@ def render(report: Report) -> str:
     """A test suite that fails where the report does, and nowhere else."""
     suite = Element("testsuite", name=f"lpsparse {_text(report.model)}")
     for budget in report.budgets:
-        if budget.name == _FINITE:
+        if budget.name == FINITE:
             continue  # it is the check below
         case = SubElement(suite, "testcase", classname="lpsparse.budgets", name=_text(budget_name(budget)))
         _, limit, value, margin, said = budget_row(budget)
@@ -26,6 +27,7 @@ def render(report: Report) -> str:
         else:
             SubElement(case, "system-out").text = text if said == "ok" else f"warning: {text}"
     _finite(report, suite)
+    _all_there(report, suite)
     _manifest(report, suite)
     failed = len(suite.findall("testcase/failure"))
     skipped = len(suite.findall("testcase/skipped"))
@@ -43,10 +45,19 @@ def _finite(report: Report, suite: Element) -> None:
     case = SubElement(suite, "testcase", classname="lpsparse.checks", name="weights are finite")
     alarm = nonfinite(report)
     names = "\n".join(_text(name) for name in report.nonfinite_tensors[:_MOST_NAMES])
-    if any(budget.name == _FINITE and state(budget) == "FAILED" for budget in report.budgets):
+    if any(budget.name == FINITE and state(budget) == "FAILED" for budget in report.budgets):
         SubElement(case, "failure", type="finite", message=alarm or "NaN or Inf").text = names
     elif alarm:
         SubElement(case, "system-out").text = f"warning: {alarm}:\n{names}"
+
+
+def _all_there(report: Report, suite: Element) -> None:
+    if report.base is None:
+        return
+    case = SubElement(suite, "testcase", classname="lpsparse.checks", name="tensors of BASE are here")
+    alert = lost_of(report)
+    if alert is not None:
+        SubElement(case, "system-out").text = _text(f"warning: {alert}", _ALERT)
 
 
 def _manifest(report: Report, suite: Element) -> None:
@@ -58,6 +69,6 @@ def _manifest(report: Report, suite: Element) -> None:
         SubElement(case, "skipped", message="no lpsparse.json is beside this model")
 
 
-def _text(text: str) -> str:
+def _text(text: str, most: int = _NAME) -> str:
     """XML allows no control characters, however they are escaped. A line may begin with it."""
-    return harmless(shorten(clean(text), _NAME))
+    return harmless(shorten(clean(text), most))

@@ -9,6 +9,7 @@ from lpsparse.reporting.records import Report, TensorRow
 from lpsparse.reporting.text import clean, percent, shorten, size
 from lpsparse.reporting.words import (
     alerts,
+    apart_in_words,
     budget_name,
     budget_row,
     change_of,
@@ -128,6 +129,8 @@ def _totals(report: Report) -> Iterator[str]:
         rows += [("changes", in_figures(sums)), *([("cut", at)] if at else [])]
         if sums.moved is not None:
             rows.append(("largest change", f"{largest_change(sums.moved)} of {code(sums.moved.name)}"))
+    if report.base is not None:
+        rows += [(name, code(names)) for name, names in apart_in_words(report.base)]
     rows += [(name, f"{plain(value)} of {code(tensor)}") for name, value, tensor in singular(report)]
     yield from table(("", ""), rows)
     yield from ("", f"Counted: {plain(report.rule)}.")

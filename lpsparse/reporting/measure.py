@@ -99,16 +99,18 @@ def _opens_with(checkpoint: Checkpoint) -> str:
 
 
 def prunable_of(
-    checkpoint: Checkpoint, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
-) -> dict[str, tuple[bool, str]]:
-    """What the manifest says is prunable, when lpsparse wrote
-    the folder and no pattern is given; else the rule."""
+    checkpoint: Checkpoint, include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), *,
+    strict: bool = True,
+) -> dict[str, tuple[bool, str]]:  # fmt: skip
+    """What the manifest says is prunable, when lpsparse wrote the folder and no pattern is given; else the
+    rule. A `strict` one raises UsageError for a pattern that matches nothing."""
     manifest = own_manifest(checkpoint)
     if manifest is not None and not include and not exclude:
         known = {record.name: (record.prunable, record.reason) for record in manifest.tensors}
         if all(tensor.name in known for tensor in checkpoint.tensors):
             return known
-    return choose(((t.name, t.dtype, t.shape) for t in checkpoint.tensors), include, exclude, needed=False)
+    named = ((tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors)
+    return choose(named, include, exclude, needed=False, strict=strict)
 
 
 def _row(tensor: Tensor, counted: Count, detail: Detail | None, prunable: bool, reason: str) -> TensorRow:
@@ -200,17 +202,21 @@ def _packed_tensor(row: TensorRow) -> int:
     return size if packed.pays(size, row.dense_bytes, len(row.shape)) else row.dense_bytes
 
 
-def compare(report: Report, base: Report, changed: dict[str, Change], *, is_source: bool) -> Report:
-    """`report` with the figures of another checkpoint beside it."""
+def compare(
+    report: Report, base: Report, changed: dict[str, Change], names: dict[str, str],
+    left_behind: tuple[str, ...], *, is_source: bool,
+) -> Report:  # fmt: skip
+    """`report` with the figures of another checkpoint beside it. `names` are BASE's -> ours, of what both
+    have."""
     ours = {row.name: row.shape for row in report.tensors}
-    theirs = {row.name: row.shape for row in base.tensors}
-    both = set(ours) & set(theirs)
+    alone = (row.name for row in base.tensors if row.name not in names)
+    other = (row.name for row in base.tensors if row.name in names and ours[names[row.name]] != row.shape)
     beside = Base(
         name=base.model, is_source=is_source, prunable=base.prunable, file_bytes=base.bytes.file_bytes,
         dense_bytes=base.bytes.dense_bytes,
         bytes_ratio=_ratio(report.bytes.file_bytes, base.bytes.file_bytes), histogram=base.histogram,
-        only_here=tuple(sorted(set(ours) - both)), only_there=tuple(sorted(set(theirs) - both)),
-        other_form=tuple(sorted(name for name in both if ours[name] != theirs[name])),
+        only_here=tuple(sorted(ours.keys() - names.values())), only_there=tuple(sorted(alone)),
+        other_form=tuple(sorted(other)), left_behind=left_behind,
     )  # fmt: skip
     rows = tuple(row.model_copy(update={"change": changed.get(row.name)}) for row in report.tensors)
     return report.model_copy(update={"base": beside, "tensors": rows})
@@ -243,7 +249,7 @@ def not_measured(report: Report) -> tuple[str, ...]:
     """What this report does not tell, in words: nobody should read it out of the rest."""
     said = ["speed: zeros are faster only in a runtime that knows them, and none was timed"]
     if not report.quality:
-        said.append("quality: none is recorded of these weights (`finetune` records it, `eval` measures it)")
+        said.append("quality: none is recorded of these weights (`finetune` and `eval --save` record it)")
     elif any(each.of_cut for each in report.quality):
         said.append(
             "what the cut cost in quality: BASE has no record of the same data, before is the cut model's"

@@ -140,8 +140,9 @@ class Base(Record):
     bytes_ratio: float  # ours / theirs
     histogram: Histogram | None  # of the prunable weights
     only_here: tuple[str, ...]  # names of tensors
-    only_there: tuple[str, ...]
-    other_form: tuple[str, ...]  # of another shape
+    only_there: tuple[str, ...]  # as BASE has them
+    other_form: tuple[str, ...]  # of another shape, likewise
+    left_behind: tuple[str, ...] = ()  # of these two: heads that another class has no place for
 
 
 class Budget(Record):

@@ -288,22 +288,26 @@ def _none_of(kept: Flags, size: int) -> tuple[int, int]:
 
 def _head_size(checkpoint: Checkpoint) -> int | None:
     """Rows of an attention head, as config.json tells; None where it does not."""
-    path = checkpoint.root / "config.json" if checkpoint.root is not None else None
-    if path is None or not path.is_file() or path.stat().st_size > 10_000_000:
-        return None
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return None  # nothing here needs it
-    config = config.get("text_config", config) if isinstance(config, dict) else None
-    if not isinstance(config, dict):
-        return None
-    table = cast("dict[str, Any]", config)
+    config = read_config(checkpoint)
+    text = config.get("text_config")
+    table = cast("dict[str, Any]", text) if isinstance(text, dict) else config
     heads, width = (
         _whole(table, *names) for names in (("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
     )
     given = _whole(table, "head_dim")
     return given or (width // heads if heads and width and width % heads == 0 else None)
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json beside the weights; empty where none can be read: nothing here needs it."""
+    path = checkpoint.root / "config.json" if checkpoint.root is not None else None
+    if path is None or not path.is_file() or path.stat().st_size > 10_000_000:
+        return {}
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, Any]", config) if isinstance(config, dict) else {}
 
 
 def _whole(table: dict[str, Any], *names: str) -> int | None:

@@ -4,6 +4,7 @@ from lpsparse.reporting.records import Estimate, Report
 from lpsparse.reporting.text import clean, columns, fitted, percent, size
 from lpsparse.reporting.words import (
     alerts,
+    apart_in_words,
     budget_row,
     change_of,
     changes,
@@ -103,9 +104,7 @@ def _base(report: Report) -> list[Line]:
     lines += [("cut", at)] if at else []
     if sums.moved is not None:
         lines.append(("largest change", f"{largest_change(sums.moved)} of {sums.moved.name}"))
-    if base.only_here:
-        lines.append(("only here", f"{len(base.only_here):,} tensors"))
-    return lines
+    return lines + apart_in_words(base)
 
 
 def _line(line: Line, width: int) -> list[str]:

@@ -5,14 +5,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lpsparse.checkpoint.manifest import Quality
-from lpsparse.reporting.budgets import quality_drop
-from lpsparse.reporting.records import Budget, Report, TensorRow
+from lpsparse.reporting.budgets import FINITE, quality_drop
+from lpsparse.reporting.records import Base, Budget, Report, TensorRow
 from lpsparse.reporting.text import percent, shorten, size
 
 _ROOM = 0.05  # share of a limit from which on a margin is worth a word
 _DRAINED = 0.999  # zeros of a tensor that hardly says anything any more,
 _MODERATE = 0.95  # where of all prunable weights less than this is zero; else only one of zeros alone is told
 _MOST_NAMED = 4  # tensors in a warning
+LEFT_BEHIND = "a head or pooler of BASE that this model has no place for"
 CONFIDENCE = 1.96  # standard errors either way that hold 95 % of a normal distribution
 
 
@@ -25,11 +26,18 @@ def verdict(report: Report) -> str:
 
 
 def budgets_in_short(report: Report) -> str:
-    states = [state(budget) for budget in report.budgets]
-    failed, warned, of = states.count("FAILED"), states.count("warn"), len(states)
-    text = f"{failed} of {of} budgets failed" if failed else "all budgets met" if not warned else ""
+    failed, warned, of = budget_counts(report)
+    text = f"{failed} of {of} budgets failed" if failed else "all budgets met" if of and not warned else ""
     warning = f"{warned} of {of} budgets warn{'s' * (warned == 1)}" if warned else ""
-    return ", ".join(part for part in (text, warning) if part)
+    broken = "" if report.passed or failed else "but not all weights are finite: FAILED"
+    return ", ".join(part for part in (text, warning, broken) if part)
+
+
+def budget_counts(report: Report) -> tuple[int, int, int]:
+    """How many budgets failed, how many warn, and of how many. That weights are finite is no budget that was
+    given: it is told beside them."""
+    states = [state(budget) for budget in report.budgets if budget.name != FINITE]
+    return states.count("FAILED"), states.count("warn"), len(states)
 
 
 def nonfinite(report: Report) -> str | None:
@@ -56,14 +64,29 @@ def alerts(report: Report) -> tuple[Alert, ...]:
 
 
 def lost_of(report: Report) -> Alert | None:
-    """Tensors of BASE that are not here as they are there; None where all are, or no BASE was given."""
+    """Tensors of BASE that are missed here; None where none is, or no BASE was given. A head that another
+    class has no place for is not missed."""
     base = report.base
-    if base is None or not (base.only_there or base.other_form):
+    if base is None:
         return None
-    names = [(name, "") for name in base.only_there] + [(name, " (other shape)") for name in base.other_form]
+    names = [(name, "") for name in base.only_there if name not in base.left_behind]
+    names += [(name, " (other shape)") for name in base.other_form if name not in base.left_behind]
+    if not names:
+        return None
     many = f" ({len(names):,} tensors)" if len(names) > 1 else ""
     hint = f"{many}; what loads this model may put random values there"
     return Alert("not here as BASE has it:", tuple(names[:_MOST_NAMED]), hint)
+
+
+def apart_in_words(base: Base) -> list[tuple[str, str]]:
+    """What only one of the two has and is no alarm, with the names of the first tensors."""
+    found: list[tuple[str, str]] = []
+    groups = (("only here", base.only_here, ""), ("left behind", base.left_behind, f" ({LEFT_BEHIND})"))
+    for word, names, remark in groups:
+        more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+        shown = ", ".join(shorten(name, 160) for name in names[:_MOST_NAMED])
+        found += [(word, f"{shown}{more}{remark}")] if names else []
+    return found
 
 
 def drained(tensors: Iterable[tuple[str, int, int]]) -> Alert | None:

@@ -48,22 +48,6 @@ def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> d
     return found
 
 
-def held_out_hash(step: FinetuneStep, settings: dict[str, Any]) -> str:
-    """What the quality of two runs must share to be compared: the held-out data, and how they are read.
-    `settings` are those recorded of the step."""
-    own = settings.get("eval_data") or (settings["data"], step.split, step.eval_fraction, step.seed)
-    how = (
-        step.task,
-        settings["eval_split"],
-        step.max_length,
-        step.text_field,
-        step.label_field,
-        step.mean,
-        step.std,
-    )
-    return hashlib.sha256(json.dumps([own, how], sort_keys=True).encode()).hexdigest()
-
-
 def _code(spec: str | None) -> str | None:
     """What code that a person named is: its file by its hash, else by its name."""
     file = Path((spec or "").rpartition(":")[0])

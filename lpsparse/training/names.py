@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpsparse.borrowed import borrow
+from lpsparse.checkpoint.names import LEGACY_NORMS
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError
-
-_LEGACY = {".weight": ".gamma", ".bias": ".beta"}  # BERT's first checkpoints name their LayerNorm so
 
 
 def sources_of(model: nn.Module, source: set[str]) -> dict[str, str]:
@@ -25,7 +24,7 @@ def sources_of(model: nn.Module, source: set[str]) -> dict[str, str]:
     used: set[str] = set()
     for name in model.state_dict():
         near = [name, name.removeprefix(prefix), prefix + name]
-        for new, old in _LEGACY.items():
+        for new, old in LEGACY_NORMS.items():
             near += [key.removesuffix(new) + old for key in near[:3] if key.endswith(f"LayerNorm{new}")]
         key = next((key for key in near if key in source), None)
         if key is not None and key not in used:

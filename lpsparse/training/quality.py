@@ -1,5 +1,7 @@
 """How good a model is on the held-out examples."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from torch import nn
 from lpsparse import distributed
 from lpsparse.errors import NumericError
 from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.training.data import digests, find, held_out_of
 from lpsparse.training.tasks.base import Task
 
 
@@ -28,6 +31,28 @@ class Measured:
         if metric == "loss" or self.accuracy is None:
             return self.loss_error
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What quality is measured on."""
+
+    names: str  # of files
+    sha256: str  # of the examples, and of how they are read: what two figures must share to be compared
+
+
+def held_of(step: FinetuneStep | EvalStep) -> Held:
+    """Equal where `finetune` and `eval` measure the same rows in the same way."""
+    (data, split), apart = (step.data, step.split), None
+    if isinstance(step, FinetuneStep):
+        held = held_out_of(step)
+        data, split = held or (data, split)
+        apart = None if held else (step.eval_fraction, step.seed)  # which share is set aside
+    how = (step.task, step.max_length, step.text_field, step.label_field, step.mean, step.std)
+    files, part, _ = find(data, split)
+    own = (digests(data, split), (part.start or 0, part.stop), apart, how)
+    names = ", ".join(path.name for path in files)
+    return Held(names, hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest())
 
 
 def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:

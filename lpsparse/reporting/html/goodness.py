@@ -21,7 +21,7 @@ def view(report: Report) -> View:
     if not report.quality:
         return View(
             "quality", title,
-            (coded("No quality is recorded of these weights: `finetune` records it, `eval` measures it."),),
+            (coded("No quality is recorded of these weights: `finetune` and `eval --save` record it."),),
         )  # fmt: skip
     words = (
         "Upright lines are 95 % intervals: 1.96 standard errors to either side, examples (tokens) taken as "

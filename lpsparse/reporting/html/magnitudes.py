@@ -5,9 +5,9 @@ import math
 from markupsafe import Markup
 
 from lpsparse.reporting.html import svg
-from lpsparse.reporting.html.parts import Figure, Table, View, brief, count, exponent, number
+from lpsparse.reporting.html.parts import Figure, Table, View, brief, count, exponent, number, plural
 from lpsparse.reporting.records import Histogram, Report
-from lpsparse.reporting.words import changes, one_threshold
+from lpsparse.reporting.words import Sums, changes, one_threshold
 
 _HEIGHT = 220
 _Counts = dict[int, int]  # power of two -> weights
@@ -27,9 +27,18 @@ def view(report: Report) -> View:
     cut, kept = (None, None) if sums is None else (sums.cut_to, sums.kept_from)
     if sums is not None and cut is not None and kept is not None:
         words.append(_gap(cut, kept, bool(one_threshold(sums))))
-    elif report.base is not None and cut is None:
-        words.append("No finite weight was cut, so no threshold is drawn.")
+    elif sums is not None and cut is None:
+        words.append(f"{_no_cut(sums)}, so no threshold is drawn.")
     return View("magnitudes", title, (" ".join(words),), (_figure(ours, theirs, cut, kept),))
+
+
+def _no_cut(sums: Sums) -> str:
+    """Why there is no magnitude at which weights were cut."""
+    if not sums.tensors:
+        return "No tensor was compared with BASE"
+    if not sums.cut:
+        return "No weight that is not zero in BASE is zero here"
+    return f"{plural(sums.cut, 'weight')} cut, none of them prunable and finite in BASE"
 
 
 def _counts(histogram: Histogram | None) -> _Counts:

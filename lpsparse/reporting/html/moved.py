@@ -17,6 +17,7 @@ from lpsparse.reporting.html.parts import (
     plural,
 )
 from lpsparse.reporting.records import Base, Change, Report, TensorRow
+from lpsparse.reporting.words import LEFT_BEHIND
 
 _MOST = 10
 _Pair = tuple[TensorRow, Change]
@@ -52,7 +53,13 @@ def _alone(base: Base) -> tuple[Cell, ...]:
         ("Only in this checkpoint", base.only_here), ("Only in BASE", base.only_there),
         ("Of another shape", base.other_form),
     )  # fmt: skip
-    return tuple(_said(words, names) for words, names in groups if names)
+    missed = [(words, _without(names, base.left_behind)) for words, names in groups]
+    left = (f"Left behind ({LEFT_BEHIND})", base.left_behind)
+    return tuple(_said(words, names) for words, names in (*missed, left) if names)
+
+
+def _without(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in others)
 
 
 def _said(words: str, names: tuple[str, ...]) -> Cell:

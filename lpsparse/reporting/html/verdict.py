@@ -21,7 +21,7 @@ from lpsparse.reporting.html.parts import (
     typeset,
 )
 from lpsparse.reporting.records import Budget, Report
-from lpsparse.reporting.words import apart, budget_row, change_of, hint, nonfinite, spread, state
+from lpsparse.reporting.words import apart, budget_row, change_of, hint, nonfinite, spread
 
 _LEVELS = {"ok": "passed", "FAILED": "failed", "warn": "warning"}
 _SIGNS = {"passed": "✓", "failed": "✕", "warning": "!", "none": "–"}
@@ -36,14 +36,13 @@ class Card:
 
 def status(report: Report) -> tuple[str, str]:
     """The class of the verdict, and its words."""
-    states = [state(each) for each in report.budgets]
-    failed, warned, of = states.count("FAILED"), states.count("warn"), len(states)
+    failed, warned, of = words.budget_counts(report)
     alarm = nonfinite(report)
     if failed:
         return "failed", f"Failed: {count(failed)} of {plural(of, 'budget')}"
     if alarm:
         return "failed", f"Not finite: {typeset(alarm)}"
-    if not states:
+    if not of:
         return "none", "No budgets were set"
     if warned:
         return "warning", f"Passed, with {plural(warned, 'warning')}"
