@@ -25,6 +25,7 @@ from lpsparse.settings import as_launched, resolve
 
 
 def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
+    say(f"loading {step.model}")  # torch too, which takes seconds
     source = opened(step.model, say, step.weights)
     from lpsparse.training.data import find
     from lpsparse.training.loop import prepare
@@ -77,9 +78,10 @@ def finetune_step(
             step.out, source, 2 * source.dense_bytes, overwrite=step.overwrite, reads=_data_files(step)
         )
     if step.dry_run:
+        say("dry run: nothing is written")
+        say(f"loading {step.model}")
         from lpsparse.training.loop import plan_training, prepare
 
-        say("dry run: nothing is written")
         needs = estimate(source, step.out, weight_bytes=source.dense_bytes)
         room = {"disk_bytes": needs.disk_bytes, "free_bytes": needs.free_bytes}
         return {"model": source.name, **plan_training(step, prepare(step, source)), **room}
@@ -92,6 +94,7 @@ def finetune_step(
 
 
 def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
+    say(f"loading {step.model}")  # torch and the data too, which takes seconds
     from lpsparse import distributed
     from lpsparse.training import job
     from lpsparse.training.loop import prepare, start, train
@@ -114,6 +117,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             follow(written)
             distributed.wait()
             return report_step(resolve(ReportStep, {"model": str(step.out)}))
+        say(f"writing {step.out}")
         with using(1):  # a sharded tensor is gathered by all processes, one after another
             result = rewrite(written, folder, lambda _: None, "dense")
         quality = Quality(

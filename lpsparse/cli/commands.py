@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from lpsparse import recipe
+from lpsparse.cli.bar import showing, working
 from lpsparse.cli.options import add_command
 from lpsparse.cli.output import (
-    TrainingBar,
+    Voice,
     has_color,
     has_terminal,
     print_json,
     print_result,
-    teller,
     width,
-    working,
 )
 from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
@@ -70,7 +69,7 @@ def show_report(report: "Report", *, as_json: bool) -> None:
         print_result(table.render(report, width(), color=has_color()))
 
 
-def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
+def _wrote(step: Any, report: "Report", *, as_json: bool, voice: Voice) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
@@ -82,18 +81,18 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
         places = [str(step.out), *base]
         ends = ["--"] if any(place.startswith("-") for place in places) else []  # of the options
         following = shlex.join(["lpsparse", "report", *ends, *places])
-        teller(quiet)(f"wrote {step.out}; next: {following}")
+        voice.say(f"wrote {step.out}; next: {following}")
 
 
-def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:
+def _prune(step: recipe.PruneStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import prune_step
 
-    with working(quiet):
-        found = prune_step(step, teller(quiet))
+    with working(voice):
+        found = prune_step(step, voice.say)
     if isinstance(found, dict):
         _foretold(found, as_json=as_json)
     else:
-        _wrote(step, found, as_json=as_json, quiet=quiet)
+        _wrote(step, found, as_json=as_json, voice=voice)
 
 
 def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
@@ -126,21 +125,21 @@ def _known(zeros: int | None) -> str:
     return "not known" if zeros is None else f"{zeros:,} or more"
 
 
-def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, quiet: bool) -> None:
+def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import pack_step
 
-    with working(quiet):
-        found = pack_step(step, teller(quiet))
-    _wrote(step, found, as_json=as_json, quiet=quiet)
+    with working(voice):
+        found = pack_step(step, voice.say)
+    _wrote(step, found, as_json=as_json, voice=voice)
 
 
-def _finetune(step: recipe.FinetuneStep, as_json: bool, quiet: bool) -> None:
+def _finetune(step: recipe.FinetuneStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import finetune_step, silent
 
-    with TrainingBar(quiet) as bar:
-        found = finetune_step(step, silent if quiet else teller(quiet), bar.update)
+    with showing(voice):
+        found = finetune_step(step, silent if voice.quiet else voice.say)
     if not isinstance(found, dict):
-        _wrote(step, found, as_json=as_json, quiet=quiet)
+        _wrote(step, found, as_json=as_json, voice=voice)
     elif as_json:
         print_json(found)
     else:
@@ -160,7 +159,7 @@ def _planned(found: dict[str, Any]) -> None:
     )
     of = f" in each of {found['processes']} processes" if found["processes"] > 1 else ""
     rows = [
-        ("kept", found["kept"].partition("kept: ")[2]),
+        ("kept", found["kept"].partition("Kept dense: ")[2]),
         ("training", f"{found['steps']:,} steps of {found['method']}"),
         ("examples", f"{found['examples']:,} to train on, {found['held_out']:,} held out"),
         ("new", ", ".join(found["fresh"])),
@@ -188,11 +187,11 @@ def _facts(found: dict[str, Any], *, as_json: bool) -> None:
         print_result(f"{key.replace('_', ' '):<18} {text.clean(str(shown))}")
 
 
-def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
+def _verify(step: recipe.VerifyStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import verify_step
 
-    with working(quiet):
-        found = verify_step(step, teller(quiet))
+    with working(voice):
+        found = verify_step(step, voice.say)
     if as_json:
         print_json(found)
     elif found["ok"]:
@@ -210,10 +209,10 @@ def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
         raise typer.Exit(ExitCode.VERDICT)
 
 
-def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
+def _inspect(step: recipe.InspectStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import inspect_step
 
-    found = inspect_step(step, teller(quiet))
+    found = inspect_step(step, voice.say)
     if as_json:
         print_json(found)
         return
@@ -237,25 +236,25 @@ def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
     print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())))
 
 
-def _push(step: recipe.PushStep, as_json: bool, quiet: bool) -> None:
+def _push(step: recipe.PushStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import push_step
 
-    say = teller(quiet)
-    found = push_step(step, say, bars=not quiet and has_terminal())
+    found = push_step(step, voice.say, bars=not voice.quiet and has_terminal())
     if as_json:
         print_json(found)
     elif step.dry_run:
         body = [(text.clean(each["name"]), text.size(each["bytes"])) for each in found["names"]]
         print_result("\n".join(text.columns(("file", "bytes"), body, width())))
     else:
-        say("names, sizes and hashes there are those of FOLDER")
+        voice.say("names, sizes and hashes there are those of FOLDER")
         print_result(text.clean(found["pull_request"] or found["url"]))
 
 
-def _eval(step: recipe.EvalStep, as_json: bool, quiet: bool) -> None:
+def _eval(step: recipe.EvalStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import evaluate_step
 
-    found = evaluate_step(step, teller(quiet))
+    with showing(voice):
+        found = evaluate_step(step, voice.say)
     if not as_json and not found["trained_on"]:
         del found["trained_on"]  # nothing is known of it, or nothing is to be said
     _facts(found, as_json=as_json)

@@ -181,7 +181,8 @@ def _app(*, whole: bool = True) -> typer.Typer:
     app.callback()(_root)
     for module in modules:
         module.register(app)
-    defaults: dict[str, Any] = {"quiet": True} if switched_on("LPSPARSE_QUIET") else {}
+    switches = ("quiet", "verbose", "full")
+    defaults: dict[str, Any] = {name: True for name in switches if switched_on(f"LPSPARSE_{name.upper()}")}
     if switched_on("LPSPARSE_JSON"):
         defaults |= {"as_json": True, "json_file": "-"}  # report's is a file
     groups = [app, *(each.typer_instance for each in app.registered_groups if each.typer_instance)]
@@ -194,7 +195,9 @@ def _app(*, whole: bool = True) -> typer.Typer:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda v: _version(v)),
+        typer.Option(
+            "--version", "-V", help="Print the version.", is_eager=True, callback=lambda v: _version(v)
+        ),
     ] = False,
 ) -> None:
     pass

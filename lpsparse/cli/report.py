@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from lpsparse.cli.bar import working
 from lpsparse.cli.commands import show_report
 from lpsparse.cli.options import add_command
-from lpsparse.cli.output import as_data, print_file, tell_runner, teller, working
+from lpsparse.cli.output import Voice, as_data, print_file, tell_runner
 from lpsparse.errors import ExitCode, UsageError
 from lpsparse.launch import is_first
 from lpsparse.recipe import ReportStep
@@ -78,7 +79,7 @@ def register(app: typer.Typer) -> None:
     add_command(app, "report", ReportStep, _report, examples=_EXAMPLES, files=_FILES)
 
 
-def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None:
+def _report(step: ReportStep, files: dict[str, str | None], voice: Voice) -> None:
     from lpsparse.checkpoint.writer import check_report_file, write_beside
     from lpsparse.verbs import report_step
 
@@ -90,8 +91,8 @@ def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None
             check_report_file(Path(file), read)
     left = [Path(file) for file in asked.values() if file != "-"]
     with _no_earlier(left):
-        with working(quiet):
-            found = report_step(step, teller(quiet))
+        with working(voice):
+            found = report_step(step, voice.say)
         for view, file in asked.items():
             text = _VIEWS[view](found)
             if file == "-":

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from torch import nn
 
 from lpsparse import distributed
+from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.errors import NumericError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.tasks.base import Task
@@ -30,9 +31,15 @@ class Measured:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.count)
 
 
-def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
+def evaluate(step: FinetuneStep | EvalStep, task: Task, when: str = "") -> Measured:
     """Mean loss and accuracy over the held-out examples, in eval mode and in float32 whatever training uses.
-    All processes call it and share the examples."""
+    All processes call it and share the examples. Its progress is called measuring, and `when`."""
+    unit = "blocks" if task.unit == "tokens" else task.unit
+    with phase(f"measuring {when}".rstrip(), len(task.held_out), unit):
+        return _evaluated(step, task, unit)
+
+
+def _evaluated(step: FinetuneStep | EvalStep, task: Task, unit: str) -> Measured:
     device = PartialState().device
     model = task.loaded.module.to(device).eval()
     # Examples of like length together: less padding. The sums do not depend on the order.
@@ -53,6 +60,7 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
                 square += float(losses.double().square().sum())
                 count += len(labels)
                 correct += int((logits.argmax(-1) == labels).sum())
+            advance(min(step.batch_size, len(examples) - first), unit)
     distributed.share_again(model)
     loss, square, count, correct = distributed.sums([loss, square, count, correct])
     if not math.isfinite(loss):
