@@ -130,7 +130,7 @@ def test_options_are_shown_in_panels(cli: Cli) -> None:
 
 def test_every_option_in_a_panel_is_one() -> None:
     fields = {name for step in (*STEPS.values(), PushStep) for name in step.model_fields}
-    fields |= {"as_json", "quiet", "set_", *_PANELS["Other"]}
+    fields |= {"as_json", "quiet", "verbose", "full", "set_", *_PANELS["Other"]}
     fields |= {f"{view}_file" for view in ("json", "html", "markdown", "comment", "junit", "csv")}
     assert {name for names in _PANELS.values() for name in names} <= fields
 
