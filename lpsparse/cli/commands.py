@@ -20,6 +20,7 @@ from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
 
 if TYPE_CHECKING:  # numpy comes with it, which --help can do without
+    from lpsparse.reporting.fold import Fold
     from lpsparse.reporting.records import Report
 
 
@@ -35,7 +36,14 @@ def register(app: typer.Typer) -> None:
         _verify,
         examples="  lpsparse verify sparse\n  lpsparse verify sparse MODEL",
     )
-    add_command(app, "inspect", recipe.InspectStep, _inspect, examples="  lpsparse inspect org/name@main")
+    add_command(
+        app,
+        "inspect",
+        recipe.InspectStep,
+        _inspect,
+        examples="  lpsparse inspect org/name@main",
+        full=True,
+    )
     add_command(app, "push", recipe.PushStep, _push, examples=_PUSH)
     add_command(app, "eval", recipe.EvalStep, _eval, examples=_EVAL)
 
@@ -60,13 +68,10 @@ _EVAL = """\
   lpsparse eval sparse --data held-out.txt --task causal-lm --json"""
 
 
-def show_report(report: "Report", *, as_json: bool) -> None:
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        from lpsparse.reporting import table
+def show_report(report: "Report", voice: Voice) -> None:
+    from lpsparse.reporting import table
 
-        print_result(table.render(report, width(), color=has_color()))
+    print_result(table.render(report, width(), color=has_color(), full=voice.full))
 
 
 def _wrote(step: Any, report: "Report", *, as_json: bool, voice: Voice) -> None:
@@ -75,13 +80,17 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, voice: Voice) -> None:
         return
     from lpsparse.reporting import table
 
-    print_result((table.render if step.dry_run else table.summary)(report, width()))
+    print_result((table.render if step.dry_run else table.summary)(report, width(), color=has_color()))
     if not step.dry_run:
+        voice.say(f"wrote {step.out}")
         base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
-        places = [str(step.out), *base]
-        ends = ["--"] if any(place.startswith("-") for place in places) else []  # of the options
-        following = shlex.join(["lpsparse", "report", *ends, *places])
-        voice.say(f"wrote {step.out}; next: {following}")
+        following = [["report", str(step.out), *base]]
+        if report.layout == "dense" and not isinstance(step, recipe.UnpackStep):
+            following.append(["pack", str(step.out), f"{step.out}-packed"])
+        for i, (command, *places) in enumerate(following):
+            ends = ["--"] if any(place.startswith("-") for place in places) else []  # of the options
+            line = shlex.join(["lpsparse", command, *ends, *places])
+            voice.say(f"{'      ' if i else 'next: '}{line}", fit=False)  # to be pasted
 
 
 def _prune(step: recipe.PruneStep, as_json: bool, voice: Voice) -> None:
@@ -99,6 +108,7 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
+    from lpsparse.pruning.prunable import in_short
     from lpsparse.reporting import table
     from lpsparse.reporting.records import Estimate
 
@@ -113,7 +123,7 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
             text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])),
             text.size(each["bytes"]),
             _known(each["zeros_at_least"]) if each["prunable"] else "",
-            "prunable" if each["prunable"] else each["reason"],
+            "prunable" if each["prunable"] else in_short(each["reason"]),
         )
         for each in found["tensors"]
     ]  # fmt: skip
@@ -210,6 +220,7 @@ def _verify(step: recipe.VerifyStep, as_json: bool, voice: Voice) -> None:
 
 
 def _inspect(step: recipe.InspectStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.pruning.prunable import in_short
     from lpsparse.verbs import inspect_step
 
     found = inspect_step(step, voice.say)
@@ -218,12 +229,13 @@ def _inspect(step: recipe.InspectStep, as_json: bool, voice: Voice) -> None:
         return
     body = [
         (
-            text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])),
-            text.size(each["bytes"]),
-            "prunable" if each["prunable"] else each["reason"],
+            text.clean(fold.name), each["dtype"], _shape(each["shape"], len(fold.rows)),
+            text.size(sum(row["bytes"] for row in fold.rows)),
+            "prunable" if each["prunable"] else in_short(each["reason"]),
         )
-        for each in found["tensors"]
+        for fold in _folds(found["tensors"], voice) for each in fold.rows[:1]
     ]  # fmt: skip
+    print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())) + "\n")
     names = ", ".join(text.clean(file["name"]) for file in found["files"])
     files = names if len(found["files"]) == 1 else f"{len(found['files'])} files"
     size = text.size(sum(file["bytes"] for file in found["files"]))
@@ -231,9 +243,23 @@ def _inspect(step: recipe.InspectStep, as_json: bool, voice: Voice) -> None:
     prunable = sum(each["prunable"] for each in found["tensors"])
     print_result(
         f"{found['weights']:,} values in {len(found['tensors']):,} tensors, {found['prunable_weights']:,} of "
-        f"them prunable weights in {prunable:,}\n"
+        f"them prunable weights in {prunable:,}"
     )
-    print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())))
+
+
+def _folds(tensors: list[dict[str, Any]], voice: Voice) -> "list[Fold[dict[str, Any]]]":
+    """The tensors, of layers that are alike as one."""
+    from lpsparse.reporting.fold import Fold, folded
+
+    if voice.full:
+        return [Fold(each["name"], (each,)) for each in tensors]
+    return folded(
+        tensors, lambda each: each["name"], lambda each: (*each["shape"], each["dtype"], each["reason"])
+    )
+
+
+def _shape(shape: list[int], count: int) -> str:
+    return (f"{count} x " if count > 1 else "") + "x".join(map(str, shape))
 
 
 def _push(step: recipe.PushStep, as_json: bool, voice: Voice) -> None:

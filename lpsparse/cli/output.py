@@ -117,12 +117,12 @@ class Voice:
     verbose: bool = False  # messages in full
     full: bool = False  # every tensor
 
-    def say(self, text: str) -> None:
-        """Say one message on stderr."""
+    def say(self, text: str, *, fit: bool = True) -> None:
+        """Say one message on stderr. On a terminal it is made to `fit`, with no word broken."""
         if not self.quiet and is_first():
             text = clean(getattr(text, "full", text) if self.verbose else text)  # of a progress.Brief
-            # Elsewhere a line is a message; on a terminal no word is broken.
-            tell(fitted(text, shutil.get_terminal_size((100, 24)).columns) if has_terminal() else text)
+            fit = fit and has_terminal()
+            tell(fitted(text, shutil.get_terminal_size((100, 24)).columns) if fit else text)
 
 
 def width() -> int:

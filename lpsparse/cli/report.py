@@ -76,7 +76,7 @@ _VIEWS: dict[str, Callable[["Report"], str]] = {
 
 
 def register(app: typer.Typer) -> None:
-    add_command(app, "report", ReportStep, _report, examples=_EXAMPLES, files=_FILES)
+    add_command(app, "report", ReportStep, _report, examples=_EXAMPLES, files=_FILES, full=True)
 
 
 def _report(step: ReportStep, files: dict[str, str | None], voice: Voice) -> None:
@@ -101,7 +101,7 @@ def _report(step: ReportStep, files: dict[str, str | None], voice: Voice) -> Non
                 write_beside(Path(file), text)
                 left.remove(Path(file))
     if "-" not in asked.values():
-        show_report(found, as_json=False)
+        show_report(found, voice)
     tell_runner(found)
     if not found.passed:
         raise typer.Exit(ExitCode.VERDICT)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lpsparse.cli.output import Quiet, Verbose, Voice, print_json, print_result, tell_runner, width
+from lpsparse.cli.output import Quiet, Verbose, Voice, has_color, print_json, print_result, tell_runner, width
 from lpsparse.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def summary(name: str, result: "Report | dict[str, Any]") -> str:
     if not isinstance(result, dict):
         from lpsparse.reporting import table
 
-        text = table.render(result, width())
-        return text if name == "report" else f"{name}: {text.splitlines()[0]}"
+        if name == "report":
+            return table.render(result, width(), color=has_color())
+        return f"{name}: {table.headline(result)}"
     facts = (
         f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
         for key, value in result.items()

@@ -114,12 +114,13 @@ def kept_in_words(table: dict[str, tuple[bool, str]]) -> Brief:
             names.setdefault(why, []).append(name)
     count = sum(yes for yes, _ in table.values())
     head = f"{count} tensor{'' if count == 1 else 's'} can be pruned"
-    short = ", ".join(f"{len(some)} {_in_short(why, len(some))}" for why, some in sorted(names.items()))
+    short = ", ".join(f"{len(some)} {in_short(why, len(some))}" for why, some in sorted(names.items()))
     full = "; ".join(f"{why}: {', '.join(some)}" for why, some in sorted(names.items()))
     return Brief(f"{head}. Kept dense: {short or 'none'}.", f"{head}. Kept dense: {full or 'none'}.")
 
 
-def _in_short(why: str, count: int) -> str:
+def in_short(why: str, count: int = 1) -> str:
+    """What tensors that are kept for this reason are called."""
     one, more = _IN_SHORT.get(why, (why, why))
     if why.endswith(_NOT_FLOAT):
         one, more = "buffer without floats", "buffers without floats"
