@@ -171,7 +171,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     with process.stdout, process.stderr:
-        assert process.stdout.readline().startswith(b"m.safetensors: dense")
+        assert process.stdout.readline().startswith(b"tensor ")
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 0
@@ -231,7 +231,7 @@ def test_json_is_one_object_alone_on_stdout(
 def test_quiet_says_nothing_but_the_result(tiny: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5", "--quiet")
     assert (ran.rc, ran.stderr) == (0, "")
-    assert ran.stdout.startswith("out: 182 of 364")
+    assert "\nout: 50.00 % of prunable weights are zero (182 of 364)\n" in ran.stdout
 
 
 def test_every_summary_is_headed_with_the_name_of_out(
@@ -240,11 +240,12 @@ def test_every_summary_is_headed_with_the_name_of_out(
     monkeypatch.chdir(tiny.parent)
     made = (("prune", "tiny", "a", "--sparsity", "0.5"), ("pack", "a", "b"), ("unpack", "b", "tiny/../c"))
     for command, model, out, *flags in made:
-        assert cli(command, model, out, "--dry-run", *flags).stdout.startswith(f"{Path(out).name}: ")
-        assert cli(command, model, out, *flags).stdout.startswith(f"{Path(out).name}: 182 of 364")
-    assert cli("report", "b/report.json").stdout.startswith("b: 182 of 364")
+        headed = f"\n{Path(out).name}: 50.00 % of prunable weights "
+        assert headed in cli(command, model, out, "--dry-run", *flags).stdout
+        assert headed in cli(command, model, out, *flags).stdout
+    assert "\nb: 50.00 %" in cli("report", "b/report.json").stdout
     monkeypatch.chdir(tiny.parent / "b")
-    assert cli("report", "report.json").stdout.startswith("b: 182 of 364")
+    assert "\nb: 50.00 %" in cli("report", "report.json").stdout
 
 
 @pytest.mark.parametrize(
@@ -343,7 +344,7 @@ def recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("time", ["first", "again"])
 def test_run_names_each_step_with_what_it_made(time: str, recipe: Path, cli: Cli) -> None:
     said = [cli("run", recipe).stdout for _ in ("first", "again")][time == "again"]
-    assert "prune: sparse: 291 of 364" in said and "pack: packed: 291 of 364" in said
+    assert "prune: sparse: 79.95 %" in said and "pack: packed: 79.95 %" in said
 
 
 BROKEN: dict[str, tuple[str | bytes, list[str]]] = {

@@ -85,7 +85,8 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, voice: Voice) -> None:
         voice.say(f"wrote {step.out}")
         base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
         following = [["report", str(step.out), *base]]
-        if report.layout == "dense" and not isinstance(step, recipe.UnpackStep):
+        packed, held = report.bytes.packed_bytes, report.bytes.file_bytes
+        if packed is not None and packed < held and not isinstance(step, recipe.UnpackStep):
             following.append(["pack", str(step.out), f"{step.out}-packed"])
         for i, (command, *places) in enumerate(following):
             ends = ["--"] if any(place.startswith("-") for place in places) else []  # of the options

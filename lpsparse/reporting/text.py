@@ -70,9 +70,9 @@ def shorten(name: str, width: int) -> str:
 def fitted(text: str, width: int, hang: int = 2) -> str:
     """Each line in `width` columns, broken between words alone; what goes on is indented by `hang` more."""
     lines = text.split("\n")
-    return "\n".join(
-        _fitted(line, width, hang) if len(_COLOR.sub("", line)) > width else line for line in lines
-    )
+    long = [len(_COLOR.sub("", line)) > width for line in lines]
+    each = zip(lines, long, strict=True)
+    return "\n".join(_fitted(line, width, hang) if over else line for line, over in each)
 
 
 def _fitted(line: str, width: int, hang: int) -> str:
@@ -109,7 +109,7 @@ def _widths(rows: list[tuple[str, ...]], width: int) -> list[int] | None:
     if sum(widths) + 2 * (len(widths) - 1) <= width:
         return widths
     over = sum(widths) + 2 * (len(widths) - 1) - width
-    remark = 14 if rows[0][-1] == "" else widths[-1]  # numbers are shown whole or not at all
+    remark = 9 if rows[0][-1] == "" else widths[-1]  # numbers are shown whole or not at all
     for i, least in ((-1, remark), (0, _least_name(row[0] for row in rows))):
         less = max(0, min(over, widths[i] - least))
         widths[i], over = widths[i] - less, over - less

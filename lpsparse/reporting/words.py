@@ -13,6 +13,7 @@ _ROOM = 0.05  # share of a limit from which on a margin is worth a word
 _DRAINED = 0.999  # zeros of a tensor that hardly says anything any more,
 _MODERATE = 0.95  # where of all prunable weights less than this is zero; else only one of zeros alone is told
 _MOST_NAMED = 4  # tensors in a warning
+_MANY = 10  # times a limit: so many times, no more percent
 CONFIDENCE = 1.96  # standard errors either way that hold 95 % of a normal distribution
 
 
@@ -142,7 +143,12 @@ def _excess(budget: Budget) -> str:
     if _unit(budget) == "share":
         points = f"{100 * abs(budget.margin):.3g}"
         return f"{how} {points} point{'' if points == '1' else 's'}"
-    return f"{how} {100 * abs(budget.margin / budget.limit):.2g} %" if budget.limit else ""
+    if not budget.limit:
+        return ""
+    share = abs(budget.margin / budget.limit)
+    if share >= _MANY:
+        return f"{abs(budget.value / budget.limit):,.0f} times the limit"
+    return f"{how} {100 * share:.0f} %" if share >= 0.1 else f"{how} {100 * share:.2g} %"
 
 
 def _unit(budget: Budget) -> str:
