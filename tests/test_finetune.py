@@ -350,7 +350,7 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
     with pytest.raises(SystemExit) as left:
         main([*words, "--eval-split", "validation[:3000]"])
     assert not left.value.code
-    assert "by fisher" in capsys.readouterr().err
+    assert "Fisher score" in capsys.readouterr().err
 
 
 def test_a_norm_or_bias_that_is_included_is_cut_and_decays_with_the_rest(tmp_path: Path) -> None:

@@ -31,8 +31,10 @@ def sampled_bytes(tensor: Tensor, counted: Count) -> int:
     largest values of the sample stand for what is kept."""
     lines, width = tensor.grid
     _, mantissa = FIELDS[tensor.dtype]
-    some = max(1, min(lines // _PLACES, _VALUES // max(width, 1)))
-    starts = sorted({place * (lines - some) // max(_PLACES - 1, 1) for place in range(_PLACES)})
+    some = max(1, _VALUES // max(width, 1))
+    starts = sorted({place * (lines - some) // (_PLACES - 1) for place in range(_PLACES)})
+    if lines <= some * _PLACES:
+        some, starts = lines, [0]
     blocks = [block.reshape(-1) for first in starts for _, block in tensor.blocks(first, first + some)]
     codes = np.sort(ordered(np.concatenate(blocks), tensor.dtype))
     kept = tensor.size - counted.zeros
