@@ -134,8 +134,9 @@ class Bar:
         tail, room = "", width - 1 - cells(head) - least
         for words in self._words(time.monotonic()):
             more = f"{tail}  {words}" if tail else words
-            if cells(more) <= room:
-                tail = more
+            if cells(more) > room:
+                break
+            tail = more
         self._tail = tail
         self._cells.bar_width = max(1, min(_BAR[1], width - 1 - cells(head) - cells(tail) - 2))
         return head

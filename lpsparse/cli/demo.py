@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lpsparse.cli import interrupts
-from lpsparse.cli.output import Quiet, Verbose, Voice, print_json, print_result, width
+from lpsparse.cli.output import Quiet, Verbose, Voice, has_color, print_json, print_result, width
 from lpsparse.errors import ExitCode, OutputError
 from lpsparse.reporting.text import columns, percent, size
 
@@ -114,29 +114,28 @@ def _row(name: str, report: "Report") -> dict[str, Any]:
     return {
         "model": name, quality.metric: quality.after, "zeros": report.prunable.zeros,
         "sparsity": report.prunable.sparsity, "dense_bytes": report.bytes.dense_bytes,
-        "bitmask_bytes": report.bytes.bitmask_bytes,
+        "packed_bytes": report.bytes.packed_bytes,
     }  # fmt: skip
 
 
 def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
+    from lpsparse.reporting import table
+
     body = [
         (
             row["model"], f"{row['loss']:.4f}", f"{row['zeros']:,} ({percent(row['sparsity'])})",
-            size(row["dense_bytes"]), size(row["bitmask_bytes"]),
+            size(row["dense_bytes"]), size(row["packed_bytes"]),
         )
         for row in rows
     ]  # fmt: skip
     print_result("")
-    print_result("\n".join(columns(("", "loss", "zeros of prunable", "dense", "bitmask"), body, width())))
+    print_result(
+        "\n".join(columns(("", "loss", "zeros of prunable", "dense", "packed, about"), body, width()))
+    )
     print_result(
         "loss: nats a token on held-out Shakespeare, lower is better; magnitude and lpsparse had equal steps"
     )
-    for budget in final.budgets:
-        print_result(
-            f"{budget.name}: {budget.value:.4g}, limit {budget.limit:g}: "
-            f"{'ok' if budget.passed else 'FAILED'}"
-        )
     print_result(f"report: {folder / 'sparse' / 'report.json'}")
-    print_result(
-        f"next: lpsparse report {folder / 'sparse'}; lpsparse pack {folder / 'sparse'} {folder / 'packed'}"
-    )
+    print_result(f"next: lpsparse report {folder / 'sparse'}")
+    print_result(f"      lpsparse pack {folder / 'sparse'} {folder / 'packed'}")
+    print_result("\n".join(table.budget_lines(final, width(), color=has_color())))

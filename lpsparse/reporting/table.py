@@ -61,12 +61,18 @@ def headline(report: Report) -> str:
 
 
 def _verdict(report: Report, width: int, color: bool) -> list[str]:
-    """What it is, what it costs, and each budget; those that failed are nearest to the end."""
+    """What it is, what it costs, and the budgets; those that failed are nearest to the end."""
     lines: list[str] = [fitted(clean(f"{report.model}: {zeros(report)}"), width, hang=2)]
     small = shrinks(report)
     facts: list[Line] = [("size", small)] if small else []
     for line in (*facts, *costs(report)):
         lines += _line(line, width)
+    return lines + budget_lines(report, width, color=color)
+
+
+def budget_lines(report: Report, width: int, *, color: bool) -> list[str]:
+    """Each budget, and what becomes of all of them."""
+    lines: list[str] = []
     for budget in reversed(report.budgets):
         lines += _colored(_line((state(budget), budget_line(budget)), width), state(budget), color)
     lines += [fitted(clean(text), width, hang=0) for each in report.budgets if (text := hint(each))]

@@ -72,13 +72,17 @@ class Run:
     def loop(self, on_step: Callable[[Progress], None]) -> None:
         """Train to the end. Each step advances a phase of `checkpoint.progress`; `on_step` hears of every
         `log_every`-th, since counting zeros takes time."""
-        control = self.method.control
         self.model.train()
-        with phase(control.phases.name(self.done), len(control.rates), "steps", done=self.done):
+        with phase(self._doing(), len(self.method.control.rates), "steps", done=self.done):
             self._steps(on_step)
 
+    def _doing(self) -> str:
+        control = self.method.control
+        name = "train" if self.step.method == "dense" else control.phases.name(self.done)
+        return "settle" if name == "recover" and control.target is None else name
+
     def _steps(self, on_step: Callable[[Progress], None]) -> None:
-        rates, phases = self.method.control.rates, self.method.control.phases
+        rates = self.method.control.rates
         given = batches(self.step, self.task, self.done, len(rates))
         while self.done < len(rates):
             # Twice: torch tells of a dead worker by a signal, which may come while the first reads an error.
@@ -88,7 +92,7 @@ class Run:
                 if self.done % self.step.log_every == 0 or self.done == len(rates):
                     self._log(self._progress(parts[0][0].epoch), on_step)
                 facts = (f"loss {self._recent[-1]:.4f}", *self._logged)
-                advance(1, "steps", what=phases.name(self.done), facts=facts)
+                advance(1, "steps", what=self._doing(), facts=facts)
                 if asked or due:
                     self.states.save(self.done, self.state())
                     self._saved = time.monotonic()
