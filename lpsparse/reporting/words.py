@@ -108,6 +108,8 @@ def budget_row(budget: Budget) -> tuple[str, str, str, str, str]:
     """Name, limit, value, margin and state of a budget."""
     limit, value = _limit_and_value(budget)
     margin = "" if budget.margin is None else _in_unit(budget, budget.margin)
+    if budget.margin is not None and _unit(budget) == "metric" and abs(budget.margin) < 1000:
+        margin = f"{budget.margin:.3g}"
     if budget.margin is not None and budget.margin > 0:
         margin = f"+{margin}" if margin[0].isdigit() else margin  # "under 0.01 %" has no sign
     if _unit(budget) == "bytes" and (excess := _excess(budget)):
@@ -127,9 +129,12 @@ def budget_line(budget: Budget) -> str:
 
 
 def _limit_and_value(budget: Budget) -> tuple[str, str]:
-    """In as many digits as tell one from the other."""
+    """In three digits, or as many as tell one from the other."""
     limit = _in_unit(budget, budget.limit)
     value = "not recorded" if budget.value is None else _in_unit(budget, budget.value)
+    if _unit(budget) == "metric" and budget.value is not None and abs(budget.value) < 1000:
+        short = f"{budget.value:.3g}"
+        value = short if float(short) != budget.limit or budget.value == budget.limit else value
     if limit == value and budget.value != budget.limit and _unit(budget) == "bytes":
         return f"{budget.limit:,.0f} bytes", f"{budget.value:,.0f} bytes"
     return limit, value
