@@ -14,7 +14,7 @@ class Position:
     """Where a phase is."""
 
     what: str  # is done
-    unit: str  # of `done` and `total`: bytes, steps, rows
+    unit: str  # of `done` and `total`: bytes, steps, rows; HASHED are bytes that are hashed beside other work
     done: int
     total: int
     facts: tuple[str, ...] = ()  # what else is known, what matters most first
@@ -31,6 +31,7 @@ class Brief(str):
         return found
 
 
+HASHED = "bytes hashed"
 Listener = Callable[[Position | None], None]  # None: the phase is over
 
 _lock = threading.Lock()
@@ -57,7 +58,7 @@ def phase(what: str, total: int, unit: str = "bytes", *, done: int = 0) -> Gener
     if _now is not None:
         yield
         return
-    _now = Position(what, unit, done, share_of(total) if unit == "bytes" else total)
+    _now = Position(what, unit, done, share_of(total) if unit.startswith("bytes") else total)
     advance(0, unit)
     try:
         yield

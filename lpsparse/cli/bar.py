@@ -73,7 +73,7 @@ class Bar:
         self._at = at
         if begins:
             self._pace, self._drawn = Pace(at.done, at.total, now), 0.0
-            if at.unit not in ("bytes", "steps"):
+            if at.unit != "steps" and not at.unit.startswith("bytes"):
                 tell(f"{clean(at.what)}: {at.total:,} {at.unit}")
         else:
             self._pace.move(at.done, now)
@@ -152,12 +152,12 @@ class Bar:
         words += facts[:1]
         if rate is not None:
             unit = "it" if self._at.unit == "steps" else self._at.unit
-            words.append(f"{size(rate)}/s" if unit == "bytes" else f"{rate:.3g} {unit}/s")
+            words.append(f"{size(rate)}/s" if unit.startswith("bytes") else f"{rate:.3g} {unit}/s")
         return [*words, f"{_clock(now - self._pace.began)} so far", *facts[1:]]
 
 
 def _count(at: Position) -> str:
-    if at.unit == "bytes":
+    if at.unit.startswith("bytes"):
         return f"{size(at.done)} of {size(at.total)}"
     return f"{at.done:,} of {at.total:,} {at.unit}"
 

@@ -266,7 +266,8 @@ def _shape(shape: list[int], count: int) -> str:
 def _push(step: recipe.PushStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import push_step
 
-    found = push_step(step, voice.say, bars=not voice.quiet and has_terminal())
+    with showing(voice):
+        found = push_step(step, voice.say, bars=not voice.quiet and has_terminal())
     if as_json:
         print_json(found)
     elif step.dry_run:
