@@ -12,6 +12,7 @@ from lpsparse.chain import WRITES, Link, planned, trained_from
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.progress import Brief
 from lpsparse.checkpoint.writer import MANIFEST, as_json, write_beside
 from lpsparse.errors import InputError, OutputError
 from lpsparse.kept import check_free, earlier_reports, report_file, set_aside
@@ -32,6 +33,10 @@ from lpsparse.reporting.records import Report
 from lpsparse.resolved import write_resolved
 
 Say = Callable[[str], None]
+_TOLD = (
+    "target_sparsity", "method", "epochs", "steps", "sparsity", "below", "gap", "n_m", "min_sparsity",
+    "max_bytes", "max_quality_drop",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,8 @@ def run_links(
     among = among or links
     for link in links:
         step = link.step
-        say(f"[{link.index + 1}/{len(among)}] {command_line(link.name, step)}")
+        head = f"[{link.index + 1}/{len(among)}] "
+        say(Brief(head + in_short(link.name, step), head + command_line(link.name, step)))
         if isinstance(step, ReportStep) and step.base is not None:
             beside = trained_from(link, among)
             quality = f", quality too if it was measured on the same data, else with {beside}"
@@ -172,6 +178,13 @@ def is_finished(step: Any) -> bool:
 def _same_source(manifest: Manifest, step: Any) -> bool:
     opened: Checkpoint = open_checkpoint(step.model, step.weights)
     return tuple(digest(path, path.parent) for path in opened.files) == manifest.source.files
+
+
+def in_short(name: str, step: Step) -> str:
+    """A step on one line: what it makes, or reads, and the options that say how much."""
+    where = f"-> {step.out}" if isinstance(step, WRITES) else getattr(step, "model", "")
+    told = " ".join(step.options(_TOLD)).replace(" --", ", --")
+    return f"{name} {where}{f' ({told})' if told else ''}"
 
 
 def command_line(name: str, step: Step) -> str:

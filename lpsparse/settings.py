@@ -25,7 +25,12 @@ from lpsparse.recipe import (
 
 S = TypeVar("S", bound=BaseModel)
 _COMMANDS: dict[str, type[Step]] = {**STEPS, "inspect": InspectStep, "push": PushStep}
-_SWITCHES = ("LPSPARSE_JSON", "LPSPARSE_QUIET")  # of every command, of no step
+_SWITCHES = (
+    "LPSPARSE_JSON",
+    "LPSPARSE_QUIET",
+    "LPSPARSE_VERBOSE",
+    "LPSPARSE_FULL",
+)  # of commands, of no step
 _NO_FLAGS = ("LPSPARSE_MAX_TENSORS",)  # of checkpoint.header
 
 

@@ -33,6 +33,7 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     """{"model", "task", "split", "trained_on", "loss", "loss_error", ...}: errors are standard errors of the
     mean. With `against` the same of that model as "before_loss" and so on; with `save` the figure is recorded
     in MODEL, whose path is "saved" then."""
+    say(f"loading {step.model}")  # torch too, which takes seconds
     source = opened(step.model, say, step.weights)
     manifest = own_manifest(source)
     step = as_trained(step, {} if manifest is None else manifest.training)
@@ -123,11 +124,13 @@ def finetune_step(
             step.out, source, 2 * source.dense_bytes, overwrite=step.overwrite, reads=_data_files(step)
         )
     if step.dry_run:
+        say("dry run: nothing is written")
+        say(f"loading {step.model}")
         from lpsparse.training.loop import plan_training, prepare
         from lpsparse.training.precision import with_precision
 
         step, precision = with_precision(step)
-        for note in ("dry run: nothing is written", *precision):
+        for note in precision:
             say(note)
         needs = estimate(source, step.out, weight_bytes=source.dense_bytes)
         room = {"disk_bytes": needs.disk_bytes, "free_bytes": needs.free_bytes}
@@ -141,6 +144,7 @@ def finetune_step(
 
 
 def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
+    say(f"loading {step.model}")  # torch and the data too, which takes seconds
     from lpsparse import distributed
     from lpsparse.training import job
     from lpsparse.training.loop import prepare, start, train
@@ -167,6 +171,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             follow(written)
             distributed.wait()
             return report_step(resolve(ReportStep, {"model": str(step.out)}))
+        say(f"writing {step.out}")
         with using(1):  # a sharded tensor is gathered by all processes, one after another
             result = rewrite(written, folder, lambda _: None, "dense")
         held = held_of(step)

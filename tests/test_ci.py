@@ -106,8 +106,12 @@ def test_failed_budgets_are_errors_and_warnings_warnings(sparse: Path, runner: P
     ran = cli("report", sparse, *flags)
     assert ran.rc == 1 and json.loads(ran.stdout)["budgets"]
     assert commands(ran.stderr) == [
-        ("error", "lpsparse: max-bytes failed", "sparse: limit 100, value 3,084, margin -2,984"),
-        ("warning", "lpsparse: min-sparsity failed", "sparse: limit 0.9, value 0.799451, margin -0.100549"),
+        (
+            "error",
+            "lpsparse: max-bytes failed",
+            "sparse: limit 100 B, value 3.08 kB, margin -2.98 kB (31 times the limit)",
+        ),
+        ("warning", "lpsparse: min-sparsity failed", "sparse: limit 90.00 %, value 79.95 %, margin -10.05 %"),
     ]
 
 
@@ -237,7 +241,7 @@ def test_a_sweep_tells_the_runner_its_verdict_and_table(
     assert lines[2].endswith("**no model meets the budgets**" if rc else "budgets**: `s0.75/1-prune`")
     verdicts = [line.split("|")[-2].strip() for line in lines[6:9]]
     assert verdicts == ["", "`min-sparsity`", "`min-sparsity`" if rc else "ok"]
-    why = ["0.25: min-sparsity: 0.25, limit 0.6", "0.5: min-sparsity: 0.5, limit 0.6"]
+    why = ["0.25: min-sparsity: 25.00 %, limit 60.00 %", "0.5: min-sparsity: 50.00 %, limit 60.00 %"]
     assert lines[9:] == (["", *(f"- `{each}`" for each in why)] if rc else ["", f"- `{why[1]}`"])
     assert "--json" in flags or f"failed at {why[1]}\n" in ran.stdout
     text = "\n".join(["r.yaml: no model meets the budgets", *(f"sparsity {each}" for each in why)])

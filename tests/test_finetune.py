@@ -209,7 +209,7 @@ def test_dry_run_says_zeros_disk_and_memory_in_words(tmp_path: Path, cli: Any) -
     words = ["finetune", "bundled:stories260k", tmp_path / "out", *options, "--dry-run"]
     shown = cli(*words, "--target-sparsity", "0.7").stdout
     assert "158,592 of 226,560 prunable weights would be zero (70.00 %)" in shown
-    assert "12 steps of lp" in shown and "1 embedding, 11 fewer than 2 dimensions" in shown
+    assert "12 steps of lp" in shown and "1 embedding, 11 biases/norms" in shown
     assert re.search(
         r"would take +1\.\d\d MB of disk \(.+ are free\)\n +5\.29 MB of memory, 8\.01 MB at", shown
     )
@@ -350,7 +350,7 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
     with pytest.raises(SystemExit) as left:
         main([*words, "--eval-split", "validation[:3000]"])
     assert not left.value.code
-    assert "by fisher" in capsys.readouterr().err
+    assert "Fisher score" in capsys.readouterr().err
 
 
 def test_a_norm_or_bias_that_is_included_is_cut_and_decays_with_the_rest(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_the_verdict_is_in_words(budget: Budget, words: str) -> None:
 @pytest.mark.parametrize(("value", "hint"), [(8_000_000, True), (9_600_000, False), (10_000_000, False)])
 def test_a_budget_with_room_asks_to_be_tightened(value: int, hint: bool) -> None:
     budget = Budget(name="max-bytes", limit=1e7, value=value, margin=1e7 - value, passed=True)
-    assert ("tighten it?" in render(bare(tensors(7), budgets=(budget,)))) == hint
+    assert ("to spare" in render(bare(tensors(7), budgets=(budget,)))) == hint
 
 
 def test_nan_tensors_are_named_at_the_top() -> None:

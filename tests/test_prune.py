@@ -128,8 +128,8 @@ def test_the_command_line_says_what_it_keeps_and_what_comes_next(
 ) -> None:
     ran = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5")
     assert ran.rc == 0
-    assert ran.stdout.startswith("out: 182 of 364 prunable weights are zero (50.00 %)")
-    assert "4 tensors prunable; kept: " in ran.stderr and "1 embedding" in ran.stderr
+    assert "\nout: 50.00 % of prunable weights are zero (182 of 364)\n" in ran.stdout
+    assert "4 tensors can be pruned" in ran.stderr and "1 embedding" in ran.stderr
     assert f"next: lpsparse report {tmp_path / 'out'} {tiny}" in ran.stderr
 
 
@@ -565,7 +565,7 @@ def test_a_tensor_of_which_nothing_is_left_is_named(tiny: Path, tmp_path: Path, 
     arrays = tiny_arrays() | {PRUNABLE[1]: tiny_arrays()[PRUNABLE[1]] * 1e-6}
     save_torch({name: torch.from_numpy(array) for name, array in arrays.items()}, tiny / "model.safetensors")
     said = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5").stderr
-    assert f"nothing is left of {PRUNABLE[1]}; `--exclude`" in said and PRUNABLE[0] not in said
+    assert f"100 % zero: {PRUNABLE[1]}. Keep it with `--exclude`" in said and PRUNABLE[0] not in said
 
 
 def test_a_tensor_of_which_next_to_nothing_is_left_is_named_in_every_view(tmp_path: Path, cli: Cli) -> None:
@@ -573,22 +573,22 @@ def test_a_tensor_of_which_next_to_nothing_is_left_is_named_in_every_view(tmp_pa
     small, large = (draw.standard_normal((53, 48)).astype("f4") * scale for scale in (1e-3, 1))
     small[3, 5] = 9
     save_file({"pooler.dense.weight": small, "a.weight": large}, tmp_path / "m.safetensors")
-    told = "next to nothing is left of pooler.dense.weight (1 of 2,544 weights); `--exclude` keeps it,"
+    told = "nearly 100 % zero: pooler.dense.weight (1 of 2,544 weights left). Keep it with `--exclude`, or"
     ran = cli("prune", tmp_path / "m.safetensors", tmp_path / "out", "--sparsity", "0.6")
-    assert f"\n{told} `prune --scope tensor`" in ran.stderr and "nothing" not in ran.stdout
+    assert f"\n{told} spread the cut with `prune --scope" in ran.stderr and "100 %" not in ran.stdout
     shown = cli("report", tmp_path / "out", "--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     assert f"\nwarning: {told}" in shown.stdout
-    assert "Warning: next to nothing is left of `pooler.dense.weight`" in (tmp_path / "r.md").read_text()
-    assert "Next to nothing is left of <bdi>pooler.dense.weight</bdi>" in (tmp_path / "r.html").read_text()
+    assert "Warning: nearly 100 % zero: `pooler.dense.weight`" in (tmp_path / "r.md").read_text()
+    assert "Nearly 100 % zero: <bdi>pooler.dense.weight</bdi>" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("zeros", "told"),
     [
-        ((998, 0), None), ((999, 0), "next to nothing is left of a (1 of 1,000 weights); "),
-        ((1000, 0), "nothing is left of a; "), ((999, 999), None), ((999, 901), None),
-        ((1000, 1000), "nothing is left of a, b (2 tensors); "), ((1000, 901), "nothing is left of a; "),
-        ((1000, 999), "nothing is left of a; "),
+        ((998, 0), None), ((999, 0), "nearly 100 % zero: a (1 of 1,000 weights left). "),
+        ((1000, 0), "now 100 % zero: a. "), ((999, 999), None), ((999, 901), None),
+        ((1000, 1000), "now 100 % zero: a, b (2 tensors). "), ((1000, 901), "now 100 % zero: a. "),
+        ((1000, 999), "now 100 % zero: a. "),
     ],
 )  # fmt: skip
 def test_next_to_nothing_is_told_where_less_is_cut(zeros: tuple[int, int], told: str | None) -> None:
@@ -706,7 +706,7 @@ def test_an_empty_tensor_of_a_torch_file_is_like_its_source(tmp_path: Path) -> N
 
 def test_a_source_that_is_gone_when_all_is_written_is_refused(tiny: Path, tmp_path: Path) -> None:
     def say(text: str) -> None:
-        if text.startswith("nothing is left"):  # said when all is written
+        if "100 % zero" in text:  # said when all is written
             (tiny / "model.safetensors").unlink()
 
     step = resolve(PruneStep, {"model": str(tiny), "out": tmp_path / "out", "sparsity": 1})

@@ -58,7 +58,7 @@ def test_the_three_denominators_are_kept_apart(tmp_path: Path, cli: Cli) -> None
     assert found.bytes.file_bytes == (tmp_path / "m.safetensors").stat().st_size
     assert "; all weights are the values of all tensors, integers and statistics too; " in found.rule
     shown = cli("inspect", tmp_path / "m.safetensors").stdout
-    assert shown.splitlines()[1] == "195 values in 3 tensors, 91 of them prunable weights in 1"
+    assert shown.splitlines()[-1] == "195 values in 3 tensors, 91 of them prunable weights in 1"
 
 
 def test_zeros_of_either_sign_count(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_a_foreign_file_is_reported_and_compared_with_its_base(tiny: Path, tmp_p
     save_file(arrays, tmp_path / "theirs.safetensors")
     ran = cli("report", tmp_path / "theirs.safetensors", tiny)
     assert ran.rc == 0
-    assert ran.stdout.startswith("theirs.safetensors: 91 of 364 prunable weights are zero (25.00 %)")
-    assert "compared with  tiny: " in ran.stdout and "sparsity 0.00 %" in ran.stdout
+    assert "\ntheirs.safetensors: 25.00 % of prunable weights are zero (91 of 364)\n" in ran.stdout
+    assert "compared with  tiny, " in ran.stdout and "0.00 % zeros" in ran.stdout
 
 
 def test_the_report_on_a_folder_uses_the_choice_of_its_manifest(tiny: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_report_on_a_folder_uses_the_choice_of_its_manifest(tiny: Path, tmp_
 def test_a_model_with_nothing_to_cut_is_still_reported_inspected_and_packed(tmp_path: Path, cli: Cli) -> None:
     save_file({"norm.weight": np.ones(7, np.float32)}, tmp_path / "m.safetensors")
     assert cli("inspect", tmp_path / "m.safetensors").rc == 0
-    assert cli("report", tmp_path / "m.safetensors").stdout.startswith("m.safetensors: 0 of 0 prunable")
+    assert "\nm.safetensors: 0.00 % of prunable" in cli("report", tmp_path / "m.safetensors").stdout
     assert cli("pack", tmp_path / "m.safetensors", tmp_path / "packed").rc == 0
 
 
@@ -390,23 +390,62 @@ def test_at_80_columns_every_line_of_the_tensor_table_fits(tmp_path: Path) -> No
     }
     write_safetensors(tmp_path / "m.safetensors", given)
     ran = run_cli(["report", tmp_path / "m.safetensors"], COLUMNS="80")
-    table = ran.stdout.split("\n\n")[-1].splitlines()
+    table = ran.stdout.split("\n\n")[0].splitlines()
     assert len(table) == 14
     assert max(map(len, table)) <= 80
     assert {len(line) for line in table[1:]} == {max(map(len, table))}
 
 
-def test_a_long_table_shows_the_largest_tensors_and_says_how_many_more(tmp_path: Path) -> None:
+def test_a_long_table_shows_fifteen_tensors_and_says_how_many_more(tmp_path: Path) -> None:
     given = {f"t{i:02d}.weight": f32(7, i) for i in range(1, 60)}
     write_safetensors(tmp_path / "m.safetensors", given)
-    lines = render(report(tmp_path / "m.safetensors"), 80).splitlines()
-    assert lines[-1] == "... and 19 smaller tensors (all are in --json)"
-    assert [line.split()[0] for line in lines[-41:-1]] == [f"t{i:02d}.weight" for i in range(20, 60)]
+    found = report(tmp_path / "m.safetensors")
+    lines = render(found, 80).split("\n\n")[0].splitlines()
+    assert lines[-1] == "... and 44 more tensors (--full shows all)"
+    assert [line.split()[0] for line in lines[1:-1]] == [f"t{i:02d}.weight" for i in range(45, 60)]
+    assert len(render(found, 80, full=True).split("\n\n")[0].splitlines()) == 60
+
+
+def test_tensors_far_from_the_mean_come_before_large_ones(tmp_path: Path) -> None:
+    given = {f"t{i:02d}.weight": f32(31, 13) for i in range(30)}
+    given["odd.weight"] = ("F32", [7, 13], bytes(4 * 91))
+    write_safetensors(tmp_path / "m.safetensors", given)
+    assert "\nodd.weight" in render(report(tmp_path / "m.safetensors"), 80).split("\n\n")[0]
+
+
+def test_layers_that_are_alike_are_one_row(tmp_path: Path, cli: Cli) -> None:
+    given = {f"layer.{i}.{part}.dense.weight": f32(7, 13) for i in (0, 1, 2, 5) for part in ("one", "two")}
+    given["layer.1.one.dense.weight"] = ("F32", [7, 13], bytes(4 * 91))
+    write_safetensors(tmp_path / "m.safetensors", given | {"layer.6.one.dense.weight": f32(13, 7)})
+    lines = cli("report", tmp_path / "m.safetensors").stdout.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["layer.{0..2,5}.one.dense.weight", "x4"],
+        ["layer.{0..2,5}.two.dense.weight", "x4"],
+        ["layer.6.one.dense.weight", "F32"],
+    ]
+    assert "0.00..100.00 %" in lines[1] and "  364  " in lines[1]
+    shown = cli("inspect", tmp_path / "m.safetensors").stdout.splitlines()
+    assert len(shown) == 7 and shown[1].split()[2:5] == ["4", "x", "7x13"]
+    assert len(cli("inspect", tmp_path / "m.safetensors", "--full").stdout.splitlines()) == 13
+
+
+@pytest.mark.parametrize("width", [80, 60, 40, 20])
+def test_no_two_names_become_one_in_a_narrow_terminal(width: int) -> None:
+    names = [f"encoder.layer.2.{part}output.dense.{kind}" for part in ("", "attention.") for kind in "ab"]
+    lines = columns(("tensor", "zero"), [(name, "50.00 %") for name in names], width)
+    assert len({line.split()[0] for line in lines if line.startswith("enc")}) == 4
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (90_868_376, "90.87 MB"), (2.5e12, "2.50 TB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (90_868_376, "90.9 MB"),
+        (999_500, "1 MB"),
+        (2.5e12, "2.5 TB"),
+    ],
 )
 def test_sizes_are_decimal_and_name_their_unit(count: float, text: str) -> None:
     assert size(count) == text

@@ -40,7 +40,7 @@ def test_each_sparsity_has_its_folder_and_the_rest_is_made_once(here: Path, cli:
     made = [path.relative_to("made-sweep").as_posix() for path in Path("made-sweep").glob("*/*")]
     assert sorted(made) == ["s0.50/cut", "s0.50/packed", "s0.75/cut", "s0.75/packed", "s0.955/cut",
                             "s0.955/packed", "shared/before"]  # fmt: skip
-    assert ran.stderr.count("lpsparse pack tiny") == 1 and not Path("made").exists()
+    assert ran.stderr.count("] pack -> made-sweep/shared") == 1 and not Path("made").exists()
     assert ran.stdout.splitlines()[-1] == "made-sweep/s0.955/packed"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LISTENING, ROOT, SMALL, Ran, cli_environment, run_cli, tree_hash
+from html_reports import bare, tensors
 
 import lpsparse
 from lpsparse import ExitCode, errors, health
@@ -22,6 +23,8 @@ from lpsparse.cli.panels import _PANELS
 from lpsparse.cli.topics import read_topics
 from lpsparse.errors import MEANINGS, LpsparseError
 from lpsparse.recipe import STEPS, PushStep
+from lpsparse.reporting.records import Budget
+from lpsparse.reporting.table import render
 from lpsparse.reporting.text import columns, fitted
 
 Cli = Callable[..., Ran]
@@ -130,7 +133,7 @@ def test_options_are_shown_in_panels(cli: Cli) -> None:
 
 def test_every_option_in_a_panel_is_one() -> None:
     fields = {name for step in (*STEPS.values(), PushStep) for name in step.model_fields}
-    fields |= {"as_json", "quiet", "set_", *_PANELS["Other"]}
+    fields |= {"as_json", "quiet", "verbose", "full", "set_", *_PANELS["Other"]}
     fields |= {f"{view}_file" for view in ("json", "html", "markdown", "comment", "junit", "csv")}
     assert {name for names in _PANELS.values() for name in names} <= fields
 
@@ -259,6 +262,8 @@ def test_doctor_is_a_function_too() -> None:
 
 STOPPED = """
 import os, signal, sys, threading
+from html_reports import bare, tensors
+
 import lpsparse
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background has it switched off
 threading.Timer(float(sys.argv.pop(1)), os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -449,3 +454,34 @@ def test_ctrl_c_in_several_processes_ends_all_of_them(times: int, tmp_path: Path
     assert process.returncode == 130 and b"Traceback" not in err
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+# How much is said
+
+
+def test_verbose_says_in_full_what_else_is_folded_to_a_line(tiny: Path, cli: Cli, tmp_path: Path) -> None:
+    short = cli("prune", tiny, tmp_path / "a", "--sparsity", "0.5").stderr
+    assert "4 tensors can be pruned. Kept dense: " in short and "embed_tokens.weight" not in short
+    assert "embed_tokens.weight" in cli("prune", tiny, tmp_path / "b", "--sparsity", "0.5", "-v").stderr
+
+
+def test_the_next_commands_can_be_pasted(minilm: Path, tmp_path: Path, cli: Cli) -> None:
+    said = cli("prune", minilm, tmp_path / "out", "--sparsity", "0.7").stderr.splitlines()[-2:]
+    lines = [line[6:].split() for line in said]
+    assert [line[1] for line in lines] == ["report", "pack"]
+    assert [cli(*line[1:]).rc for line in lines] == [0, 0]
+
+
+def test_prune_tells_the_packed_size_without_reading_every_exponent(minilm: Path, tmp_path: Path) -> None:
+    told = lpsparse.prune(minilm, tmp_path / "out", sparsity=0.7).bytes.packed_bytes
+    real = lpsparse.pack(tmp_path / "out", tmp_path / "packed").bytes.file_bytes
+    assert told is not None and abs(told - real) < 0.03 * real
+
+
+def test_only_a_terminal_gets_colours() -> None:
+    row = {"limit": 1.0, "value": 2.0, "margin": -1.0, "passed": False}
+    found = bare(tensors(7), budgets=(Budget(name="max-bytes", **row),))
+    assert "\x1b" not in render(found)
+    colored = render(found, color=True)
+    assert colored.splitlines()[-1].startswith("\x1b[31mFAILED\x1b[0m: 1 of 1")
+    assert re.sub(r"\x1b\[\d*m", "", colored) == render(found)

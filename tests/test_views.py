@@ -75,11 +75,12 @@ def test_markdown_has_the_verdict_first_and_failed_budgets_before_met_ones(spars
     text = markdown.render(report(sparse, min_sparsity="0.5", max_bytes="100B"))
     lines = text.splitlines()
     assert lines[0] == "## lpsparse: FAILED"
-    assert lines[2] == "`sparse`: **291 of 364 prunable weights are zero (79.95 %); 1 of 2 budgets failed**"
-    assert text.index("| `max-bytes` | 100 | 3,084 | -2,984 | **FAILED** |") < text.index(
-        "| `min-sparsity` |"
+    assert (
+        lines[2] == "`sparse`: **79.95 % of prunable weights are zero (291 of 364); 1 of 2 budgets failed**"
     )
-    assert "you beat `min-sparsity` by 0.299451: tighten it?" in text
+    row = "| `max-bytes` | 100 B | 3.08 kB | -2.98 kB (31 times the limit) | **FAILED** |"
+    assert text.index(row) < text.index("| `min-sparsity` |")
+    assert "`min-sparsity` has 29.95 % to spare" in text
     assert "speed: zeros are faster only" in text.partition("### Not measured")[2]
 
 
@@ -132,7 +133,7 @@ def test_junit_has_a_test_case_for_each_budget_and_check(sparse: Path, tmp_path:
     suite = next(iter(JUnitXml.fromfile(str(tmp_path / "j.xml"))))
     assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (5, 2, 0, 0)
     cases = {case.name: case for case in suite if case.classname}
-    assert cases["min-sparsity"].result[0].message == "limit 0.9, value 0.799451, margin -0.100549"
+    assert cases["min-sparsity"].result[0].message == "limit 90.00 %, value 79.95 %, margin -10.05 %"
     assert cases["max-bytes"].result == [] and "warning: limit 100" in cases["max-bytes"].system_out
     assert cases["weights are those of the manifest"].result == []
 
@@ -263,7 +264,7 @@ def test_all_views_ask_to_tighten_the_same_budgets(sparse: Path) -> None:
     for given in ((tight, base), (loose, base)):
         found = report(sparse).model_copy(update={"budgets": given})
         for text in (table.render(found), markdown.render(found), render_page(found)):
-            assert text.count("tighten it?") == (given[0] is loose) and "take this report" not in text
+            assert text.count("to spare") == (given[0] is loose) and "take this report" not in text
 
 
 def test_no_view_says_100_percent_with_a_weight_left() -> None:
@@ -300,7 +301,31 @@ def test_a_drop_that_is_a_share_has_its_figures_in_percent() -> None:
     drop = drop.model_copy(update={"relative": True})
     assert words.budget_row(drop) == ("max-quality-drop", "1.00 %", "1.25 %", "-0.25 %", "FAILED")
     met = drop.model_copy(update={"value": 0.004, "margin": 0.006, "passed": True})
-    assert words.budget_row(met)[3] == "+0.60 %" and "by 0.60 %" in str(words.hint(met))
+    assert words.budget_row(met)[3] == "+0.60 %" and " 0.60 %" in str(words.hint(met))
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "value", "said"),
+    [
+        ("max-bytes", 60e6, 90.9e6, "max-bytes: 90.9 MB > 60 MB (over by 52 %)"),
+        ("max-bytes", 60e6, 60e6 + 1, "max-bytes: 60,000,001 bytes > 60,000,000 bytes (over by 1.7e-06 %)"),
+        ("max-bytes", 60e6, 50e6, "max-bytes: 50 MB < 60 MB"),
+        ("max-bytes", 1.0, 364.0, "max-bytes: 364 B > 1 B (364 times the limit)"),
+        ("min-sparsity", 0.7, 0.6, "min-sparsity: 60.00 % < 70.00 % (short by 10 points)"),
+        ("min-sparsity", 0.7, 0.7, "min-sparsity: 70.00 % = 70.00 %"),
+        ("max-quality-drop", 0.01, 0.0125, "max-quality-drop: 0.0125 > 0.01 (over by 25 %)"),
+        ("max-quality-drop", 0.0, 0.5, "max-quality-drop: 0.5 > 0"),
+        ("max-quality-drop", 0.01, None, "max-quality-drop: not recorded, limit 0.01"),
+    ],
+)
+def test_a_budget_is_one_line_with_its_excess(
+    name: str, limit: float, value: float | None, said: str
+) -> None:
+    least = name.startswith("min")
+    margin = None if value is None else value - limit if least else limit - value
+    passed = margin is not None and margin >= 0
+    given = Budget(name=name, limit=limit, value=value, margin=margin, passed=passed)
+    assert words.budget_line(given) == said
 
 
 # The terminal
@@ -308,9 +333,9 @@ def test_a_drop_that_is_a_share_has_its_figures_in_percent() -> None:
 
 def test_a_warning_is_no_failure(sparse: Path, cli: Cli) -> None:
     ran = cli("report", sparse, "--max-bytes", "100B", "--warn", "max-bytes", "--min-sparsity", "0.7")
-    assert ran.rc == 0 and ran.stdout.splitlines()[0].endswith("; 1 of 2 budgets warns")
-    row = next(line for line in ran.stdout.splitlines() if line.startswith("max-bytes"))
-    assert row.split() == ["max-bytes", "100", "3,084", "-2,984", "warn"]
+    assert ran.rc == 0 and ran.stdout.splitlines()[-1] == "warn: 1 of 2 budgets warns"
+    row = next(line for line in ran.stdout.splitlines() if "max-bytes: " in line)
+    assert row.split()[:5] == ["warn", "max-bytes:", "3.08", "kB", ">"]
 
 
 @pytest.mark.parametrize(
@@ -329,14 +354,14 @@ def test_only_a_budget_that_is_met_with_room_is_to_be_tightened(fields: dict[str
 
 def test_the_changes_beside_the_source_are_told(sparse: Path, tiny: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("report", sparse, tiny)
-    assert "  came from      tiny: " in ran.stdout
-    assert "  changes        291 cut, 0 revived, 0 of another value\n" in ran.stdout
+    assert "  base           tiny, " in ran.stdout
+    assert "  vs base        291 set to zero, 0 revived, 0 other weights changed\n" in ran.stdout
     assert re.search(r"  cut            magnitudes up to 1\.28\d+; smallest kept 1\.28\d+\n", ran.stdout)
     arrays = tiny_arrays()
     arrays[PRUNABLE[0]][0, 3] += 2
     save_file(arrays, tmp_path / "other.safetensors")
     ran = cli("report", tmp_path / "other.safetensors", tiny)
-    assert "  compared with  tiny: " in ran.stdout and "0 cut, 0 revived, 1 of another value" in ran.stdout
+    assert "  compared with  tiny, " in ran.stdout and "0 set to zero, 0 revived, 1 other" in ran.stdout
     assert re.search(
         rf"largest change 2 of what is zero in neither, .* at\s+value 3 of\s+{PRUNABLE[0]}\n", ran.stdout
     )
@@ -346,34 +371,37 @@ def test_oddities_are_told_where_they_are_and_nowhere_else(tmp_path: Path, spars
     array = np.ones((8, 8), np.float32)
     array[0], array[1, 0], array[1, 1] = -0.0, 1e-40, 1e-4
     save_file({"a.weight": array}, tmp_path / "m.safetensors")
-    ran = cli("report", tmp_path / "m.safetensors")
+    ran = cli("report", tmp_path / "m.safetensors", "--full")
+    assert "subnormal" not in cli("report", tmp_path / "m.safetensors").stdout
     for line in (
         "-0.0           8 zeros",
         "subnormal      1 values under",
         "nearly zero    2 values that are not zero,",
     ):
         assert f"  {line}" in ran.stdout
-    assert "  empty rows     1 of 8 (12.50 %)\n" in ran.stdout
-    assert not re.search("-0.0 |subnormal|nearly|heads|largest change", cli("report", sparse).stdout)
+    assert "  all-zero rows  1 of 8 (12.50 %)\n" in ran.stdout
+    assert not re.search(
+        "-0.0 |subnormal|nearly|heads|largest change", cli("report", sparse, "--full").stdout
+    )
 
 
-def test_nan_is_the_first_word_and_no_failure(tmp_path: Path, cli: Cli) -> None:
+def test_nan_is_the_last_word_and_no_failure(tmp_path: Path, cli: Cli) -> None:
     save_file({"a.weight": np.full((7, 13), np.nan, np.float32)}, tmp_path / "m.safetensors")
     ran = cli("report", tmp_path / "m.safetensors")
-    assert (ran.rc, ran.stdout.splitlines()[0]) == (0, "NOT FINITE: NaN or Inf in 1 of 1 tensors")
+    assert (ran.rc, ran.stdout.splitlines()[-1]) == (0, "NOT FINITE: NaN or Inf in 1 of 1 tensors")
     found = report(tmp_path / "m.safetensors")
-    assert table.render(found, color=True).startswith("\x1b[31mNOT FINITE: ")
+    assert table.render(found, color=True).splitlines()[-1].startswith("\x1b[31mNOT FINITE\x1b[0m: ")
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 100_000])
 def test_the_report_fits_its_width_at_twenty_thousand_tensors(width: int, sparse: Path, tiny: Path) -> None:
     found = report(sparse, tiny, min_sparsity="0.5", max_bytes="1B", max_layer_sparsity="*.mlp.*=0.1")
     row = found.tensors[3]
-    rows = [row.model_copy(update={"name": f"model.layers.{i}.self_attention.weight"}) for i in range(20_000)]
+    rows = [row.model_copy(update={"name": f"model.layers_{i}.self_attention.weight"}) for i in range(20_000)]
     text = table.render(found.model_copy(update={"tensors": tuple(rows)}), width)
     lines = text.splitlines()
     assert len(lines) < 90 + 8000 // width
-    assert "... and 19960 smaller tensors" in " ".join(text.split())
+    assert "... and 19,985 more tensors" in " ".join(text.split())
     if width >= 40:
         assert max(map(len, lines)) <= width
 
@@ -384,9 +412,9 @@ def test_the_report_fits_its_width_at_twenty_thousand_tensors(width: int, sparse
 def test_python_writes_every_view_as_the_command_line_does(sparse: Path, tmp_path: Path, cli: Cli) -> None:
     names = ("json", "html", "markdown", "comment", "junit", "csv")
     files = {view: tmp_path / f"python.{view}" for view in names}
-    found = report(sparse, tmp_path / "tiny", max_bytes="1", **files)
+    found = report(sparse, tmp_path / "tiny", max_bytes="1B", **files)
     words = [word for view in names for word in (f"--{view}", tmp_path / f"cli.{view}")]
-    assert cli("report", sparse, tmp_path / "tiny", "--max-bytes", "1", *words).rc == 1 and not found.passed
+    assert cli("report", sparse, tmp_path / "tiny", "--max-bytes", "1B", *words).rc == 1 and not found.passed
     for view, path in files.items():
         assert path.read_bytes() == (tmp_path / f"cli.{view}").read_bytes(), view
 

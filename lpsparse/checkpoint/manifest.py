@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lpsparse import __version__
 from lpsparse.checkpoint.header import unique_json
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.progress import HASHED, advance
 from lpsparse.checkpoint.threads import check_going_on, parallel
 from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_json
 from lpsparse.errors import InputError
@@ -114,6 +115,7 @@ def digest(path: Path, root: Path) -> FileRecord:
         while count := file.readinto(held):
             check_going_on()
             sha256.update(held[:count])
+            advance(count, HASHED)
     name = path.relative_to(root).as_posix()
     return FileRecord(name=name, size=path.stat().st_size, sha256=sha256.hexdigest())
 

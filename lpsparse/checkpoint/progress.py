@@ -1,18 +1,42 @@
-"""How far the work on a checkpoint is, in bytes, told to whoever listens. A process has one listener, its
-command line."""
+"""How far the work is, told to whoever listens: phases of bytes, steps or rows. A process has one listener:
+its command line."""
 
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from lpsparse.checkpoint.threads import share_of
 
-Listener = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a phase is."""
+
+    what: str  # is done
+    unit: str  # of `done` and `total`: bytes, steps, rows; HASHED are bytes that are hashed beside other work
+    done: int
+    total: int
+    facts: tuple[str, ...] = ()  # what else is known, what matters most first
+
+
+class Brief(str):
+    """A message in one line, and what `--verbose` says in its place."""
+
+    full: str
+
+    def __new__(cls, text: str, full: str) -> "Brief":
+        found = super().__new__(cls, text)
+        found.full = full
+        return found
+
+
+HASHED = "bytes hashed"
+Listener = Callable[[Position | None], None]  # None: the phase is over
 
 _lock = threading.Lock()
 _listener: Listener | None = None
-_phase: tuple[str, int] | None = None  # what, and bytes in all
-_done = 0
+_now: Position | None = None
 
 
 @contextmanager
@@ -27,24 +51,35 @@ def told_to(listener: Listener) -> Generator[None]:
 
 
 @contextmanager
-def phase(what: str, nbytes: int) -> Generator[None]:
-    """Work on so many bytes; within another phase it is a part of that one."""
-    global _phase, _done
-    if _phase is not None:
+def phase(what: str, total: int, unit: str = "bytes", *, done: int = 0) -> Generator[None]:
+    """Work on `total` units, of which `done` were done before; within another phase it is a part of that one.
+    Bytes are divided among the processes of a job."""
+    global _now
+    if _now is not None:
         yield
         return
-    _phase, _done = (what, share_of(nbytes)), 0
-    advance(0)
+    _now = Position(what, unit, done, share_of(total) if unit.startswith("bytes") else total)
+    advance(0, unit)
     try:
         yield
     finally:
-        _phase = None
+        with _lock:
+            _now = None
+            if _listener is not None:
+                _listener(None)
 
 
-def advance(nbytes: int) -> None:
-    """So many more bytes of the phase are done."""
-    global _done
+def advance(
+    amount: int, unit: str = "bytes", *, what: str | None = None, facts: tuple[str, ...] | None = None
+) -> None:
+    """`amount` more units are done; a phase in other units is not moved. `what` and `facts` replace the
+    phase's."""
+    global _now
     with _lock:
-        _done += nbytes
-        if _listener is not None and _phase is not None:
-            _listener(_phase[0], min(_done, _phase[1]), _phase[1])
+        if _now is None or _now.unit != unit:
+            return
+        done = min(_now.done + amount, _now.total)
+        facts = _now.facts if facts is None else facts
+        _now = replace(_now, what=what or _now.what, done=done, facts=facts)
+        if _listener is not None:
+            _listener(_now)

@@ -22,6 +22,7 @@ class App(typer.Typer):
 
 def _defaults() -> dict[str, Any]:
     """What the environment asks of every command."""
-    quiet: dict[str, Any] = {"quiet": True} if switched_on("LPSPARSE_QUIET") else {}
+    switches = ("quiet", "verbose", "full")
+    asked: dict[str, Any] = {name: True for name in switches if switched_on(f"LPSPARSE_{name.upper()}")}
     # Of report, --json is a file.
-    return quiet | ({"as_json": True, "json_file": "-"} if switched_on("LPSPARSE_JSON") else {})
+    return asked | ({"as_json": True, "json_file": "-"} if switched_on("LPSPARSE_JSON") else {})

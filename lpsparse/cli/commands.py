@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from lpsparse import recipe
+from lpsparse.cli.bar import showing, working
 from lpsparse.cli.options import add_command
 from lpsparse.cli.output import (
-    TrainingBar,
+    Voice,
     has_color,
     has_terminal,
     print_json,
     print_result,
-    teller,
     width,
-    working,
 )
 from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
 
 if TYPE_CHECKING:  # numpy comes with it, which --help can do without
+    from lpsparse.reporting.fold import Fold
     from lpsparse.reporting.records import Report
 
 
@@ -36,7 +36,14 @@ def register(app: typer.Typer) -> None:
         _verify,
         examples="  lpsparse verify sparse\n  lpsparse verify sparse MODEL",
     )
-    add_command(app, "inspect", recipe.InspectStep, _inspect, examples="  lpsparse inspect org/name@main")
+    add_command(
+        app,
+        "inspect",
+        recipe.InspectStep,
+        _inspect,
+        examples="  lpsparse inspect org/name@main",
+        full=True,
+    )
     add_command(app, "push", recipe.PushStep, _push, examples=_PUSH)
     add_command(app, "eval", recipe.EvalStep, _eval, examples=_EVAL)
 
@@ -62,47 +69,53 @@ _EVAL = """\
   lpsparse eval sparse --data held-out.txt --task causal-lm --json"""
 
 
-def show_report(report: "Report", *, as_json: bool) -> None:
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        from lpsparse.reporting import table
+def show_report(report: "Report", voice: Voice) -> None:
+    from lpsparse.reporting import table
 
-        print_result(table.render(report, width(), color=has_color()))
+    print_result(table.render(report, width(), color=has_color(), full=voice.full))
 
 
-def _wrote(step: Any, report: "Report", *, as_json: bool, quiet: bool) -> None:
+def _wrote(step: Any, report: "Report", *, as_json: bool, voice: Voice) -> None:
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
     from lpsparse.reporting import table
 
-    print_result((table.render if step.dry_run else table.summary)(report, width()))
+    print_result((table.render if step.dry_run else table.summary)(report, width(), color=has_color()))
     if not step.dry_run:
+        voice.say(f"wrote {step.out}")
         base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
-        teller(quiet)(f"wrote {step.out}; next: {_report_command([str(step.out), *base])}")
+        following = [["report", str(step.out), *base]]
+        packed, held = report.bytes.packed_bytes, report.bytes.file_bytes
+        if packed is not None and packed < held and not isinstance(step, recipe.UnpackStep):
+            following.append(["pack", str(step.out), f"{step.out}-packed"])
+        for i, words in enumerate(following):
+            voice.say(f"{'      ' if i else 'next: '}{_command(words)}", fit=False)  # to be pasted
 
 
-def _report_command(places: list[str]) -> str:
-    ends = ["--"] if any(place.startswith("-") for place in places) else []  # of the options
-    return shlex.join(["lpsparse", "report", *ends, *places])
+def _command(words: list[str]) -> str:
+    """A command to paste; a path that begins with a dash is no option."""
+    name, *places = words
+    ends = ["--"] if any(place.startswith("-") for place in places) else []
+    return shlex.join(["lpsparse", name, *ends, *places])
 
 
-def _prune(step: recipe.PruneStep, as_json: bool, quiet: bool) -> None:
+def _prune(step: recipe.PruneStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import prune_step
 
-    with working(quiet):
-        found = prune_step(step, teller(quiet))
+    with working(voice):
+        found = prune_step(step, voice.say)
     if isinstance(found, dict):
         _foretold(found, as_json=as_json)
     else:
-        _wrote(step, found, as_json=as_json, quiet=quiet)
+        _wrote(step, found, as_json=as_json, voice=voice)
 
 
 def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
+    from lpsparse.pruning.prunable import in_short
     from lpsparse.reporting import table
     from lpsparse.reporting.records import Estimate
 
@@ -117,7 +130,7 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
             text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])),
             text.size(each["bytes"]),
             _known(each["zeros_at_least"]) if each["prunable"] else "",
-            "prunable" if each["prunable"] else each["reason"],
+            "prunable" if each["prunable"] else in_short(each["reason"]),
         )
         for each in found["tensors"]
     ]  # fmt: skip
@@ -129,21 +142,21 @@ def _known(zeros: int | None) -> str:
     return "not known" if zeros is None else f"{zeros:,} or more"
 
 
-def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, quiet: bool) -> None:
+def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import pack_step
 
-    with working(quiet):
-        found = pack_step(step, teller(quiet))
-    _wrote(step, found, as_json=as_json, quiet=quiet)
+    with working(voice):
+        found = pack_step(step, voice.say)
+    _wrote(step, found, as_json=as_json, voice=voice)
 
 
-def _finetune(step: recipe.FinetuneStep, as_json: bool, quiet: bool) -> None:
+def _finetune(step: recipe.FinetuneStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import finetune_step, silent
 
-    with TrainingBar(quiet) as bar:
-        found = finetune_step(step, silent if quiet else teller(quiet), bar.update)
+    with showing(voice):
+        found = finetune_step(step, silent if voice.quiet else voice.say)
     if not isinstance(found, dict):
-        _wrote(step, found, as_json=as_json, quiet=quiet)
+        _wrote(step, found, as_json=as_json, voice=voice)
     elif as_json:
         print_json(found)
     else:
@@ -163,7 +176,7 @@ def _planned(found: dict[str, Any]) -> None:
     )
     of = f" in each of {found['processes']} processes" if found["processes"] > 1 else ""
     rows = [
-        ("kept", found["kept"].partition("kept: ")[2]),
+        ("kept", found["kept"].partition("Kept dense: ")[2]),
         ("training", f"{found['steps']:,} steps of {found['method']}"),
         ("warning", found["warning"] or ""),
         ("examples", f"{found['examples']:,} to train on, {found['held_out']:,} held out"),
@@ -192,11 +205,11 @@ def _facts(found: dict[str, Any], *, as_json: bool) -> None:
         print_result(f"{key.replace('_', ' '):<18} {text.clean(str(shown))}")
 
 
-def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
+def _verify(step: recipe.VerifyStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import verify_step
 
-    with working(quiet):
-        found = verify_step(step, teller(quiet))
+    with working(voice):
+        found = verify_step(step, voice.say)
     if as_json:
         print_json(found)
     elif found["ok"]:
@@ -214,21 +227,23 @@ def _verify(step: recipe.VerifyStep, as_json: bool, quiet: bool) -> None:
         raise typer.Exit(ExitCode.VERDICT)
 
 
-def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
+def _inspect(step: recipe.InspectStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.pruning.prunable import in_short
     from lpsparse.verbs import inspect_step
 
-    found = inspect_step(step, teller(quiet))
+    found = inspect_step(step, voice.say)
     if as_json:
         print_json(found)
         return
     body = [
         (
-            text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])),
-            text.size(each["bytes"]),
-            "prunable" if each["prunable"] else each["reason"],
+            text.clean(fold.name), each["dtype"], _shape(each["shape"], len(fold.rows)),
+            text.size(sum(row["bytes"] for row in fold.rows)),
+            "prunable" if each["prunable"] else in_short(each["reason"]),
         )
-        for each in found["tensors"]
+        for fold in _folds(found["tensors"], voice) for each in fold.rows[:1]
     ]  # fmt: skip
+    print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())) + "\n")
     names = ", ".join(text.clean(file["name"]) for file in found["files"])
     files = names if len(found["files"]) == 1 else f"{len(found['files'])} files"
     size = text.size(sum(file["bytes"] for file in found["files"]))
@@ -236,30 +251,45 @@ def _inspect(step: recipe.InspectStep, as_json: bool, quiet: bool) -> None:
     prunable = sum(each["prunable"] for each in found["tensors"])
     print_result(
         f"{found['weights']:,} values in {len(found['tensors']):,} tensors, {found['prunable_weights']:,} of "
-        f"them prunable weights in {prunable:,}\n"
+        f"them prunable weights in {prunable:,}"
     )
-    print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())))
 
 
-def _push(step: recipe.PushStep, as_json: bool, quiet: bool) -> None:
+def _folds(tensors: list[dict[str, Any]], voice: Voice) -> "list[Fold[dict[str, Any]]]":
+    """The tensors, of layers that are alike as one."""
+    from lpsparse.reporting.fold import Fold, folded
+
+    if voice.full:
+        return [Fold(each["name"], (each,)) for each in tensors]
+    return folded(
+        tensors, lambda each: each["name"], lambda each: (*each["shape"], each["dtype"], each["reason"])
+    )
+
+
+def _shape(shape: list[int], count: int) -> str:
+    return (f"{count} x " if count > 1 else "") + "x".join(map(str, shape))
+
+
+def _push(step: recipe.PushStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import push_step
 
-    say = teller(quiet)
-    found = push_step(step, say, bars=not quiet and has_terminal())
+    with showing(voice):
+        found = push_step(step, voice.say, bars=not voice.quiet and has_terminal())
     if as_json:
         print_json(found)
     elif step.dry_run:
         body = [(text.clean(each["name"]), text.size(each["bytes"])) for each in found["names"]]
         print_result("\n".join(text.columns(("file", "bytes"), body, width())))
     else:
-        say("names, sizes and hashes there are those of FOLDER")
+        voice.say("names, sizes and hashes there are those of FOLDER")
         print_result(text.clean(found["pull_request"] or found["url"]))
 
 
-def _eval(step: recipe.EvalStep, as_json: bool, quiet: bool) -> None:
+def _eval(step: recipe.EvalStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import evaluate_step
 
-    found = evaluate_step(step, teller(quiet))
+    with showing(voice):
+        found = evaluate_step(step, voice.say)
     if as_json:
         print_json(found)
         return
@@ -274,4 +304,5 @@ def _eval(step: recipe.EvalStep, as_json: bool, quiet: bool) -> None:
     if found.get("saved"):
         gate = "" if step.against is None else " --max-quality-drop 1%"
         places = [step.model, *([] if step.against is None else [step.against])]
-        teller(quiet)(f"recorded in {step.model}; next: {_report_command(places)}{gate}")
+        voice.say(f"recorded in {step.model}")
+        voice.say(f"next: {_command(['report', *places])}{gate}", fit=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lpsparse.cli import interrupts
-from lpsparse.cli.output import TrainingBar, print_json, print_result, teller, width
+from lpsparse.cli.output import Quiet, Verbose, Voice, has_color, print_json, print_result, width
 from lpsparse.errors import ExitCode, OutputError
 from lpsparse.reporting.text import columns, percent, size
 
@@ -36,27 +36,32 @@ def register(app: typer.Typer) -> None:
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder to make.")] = Path("lpsparse-demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages and no progress.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     from lpsparse import pipeline, verbs
     from lpsparse.chain import planned
+    from lpsparse.checkpoint.progress import Brief
+    from lpsparse.cli.bar import showing
     from lpsparse.recipe_file import read_recipe
 
     if folder.exists() and not any(folder.glob("*.partial")):  # of one that was interrupted
         raise OutputError(401, f"{folder}: exists already", hint="remove it, or give another DIR")
-    say = teller(quiet)
+    say = Voice(quiet, verbose).say
     changes = {"out": str(folder)}
     rival = _rival([link.step for link in planned(read_recipe(RECIPE, changes), changes, RECIPE)])
     command = pipeline.command_line("finetune", rival)
     done: list[pipeline.Done] = []
-    with TrainingBar(quiet) as bar, _children() as children:
-        for each in pipeline.run_each(RECIPE, changes, say, bar.update):
+    with showing(Voice(quiet)), _children() as children:
+        for each in pipeline.run_each(RECIPE, changes, say):
             done.append(each)
             # Each trains on one thread: two fill two cores.
             if str(getattr(each.step, "out", "")) == rival.model:
-                say(f"[the rival, beside] {command}")
+                say(Brief(f"[beside] {pipeline.in_short('finetune', rival)}", f"[beside] {command}"))
                 words = [sys.executable, "-m", *shlex.split(command), "--quiet", "--json"]
                 children.append(subprocess.Popen(words, stdout=subprocess.DEVNULL))
+        if children:
+            say("waiting for the magnitude run")
         for child in children:
             if child.wait() != 0:  # it has said why, on the same stderr
                 raise typer.Exit(child.returncode)
@@ -109,29 +114,28 @@ def _row(name: str, report: "Report") -> dict[str, Any]:
     return {
         "model": name, quality.metric: quality.after, "zeros": report.prunable.zeros,
         "sparsity": report.prunable.sparsity, "dense_bytes": report.bytes.dense_bytes,
-        "bitmask_bytes": report.bytes.bitmask_bytes,
+        "packed_bytes": report.bytes.packed_bytes,
     }  # fmt: skip
 
 
 def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
+    from lpsparse.reporting import table
+
     body = [
         (
             row["model"], f"{row['loss']:.4f}", f"{row['zeros']:,} ({percent(row['sparsity'])})",
-            size(row["dense_bytes"]), size(row["bitmask_bytes"]),
+            size(row["dense_bytes"]), size(row["packed_bytes"]),
         )
         for row in rows
     ]  # fmt: skip
     print_result("")
-    print_result("\n".join(columns(("", "loss", "zeros of prunable", "dense", "bitmask"), body, width())))
+    print_result(
+        "\n".join(columns(("", "loss", "zeros of prunable", "dense", "packed, about"), body, width()))
+    )
     print_result(
         "loss: nats a token on held-out Shakespeare, lower is better; magnitude and lpsparse had equal steps"
     )
-    for budget in final.budgets:
-        print_result(
-            f"{budget.name}: {budget.value:.4g}, limit {budget.limit:g}: "
-            f"{'ok' if budget.passed else 'FAILED'}"
-        )
     print_result(f"report: {folder / 'sparse' / 'report.json'}")
-    print_result(
-        f"next: lpsparse report {folder / 'sparse'}; lpsparse pack {folder / 'sparse'} {folder / 'packed'}"
-    )
+    print_result(f"next: lpsparse report {folder / 'sparse'}")
+    print_result(f"      lpsparse pack {folder / 'sparse'} {folder / 'packed'}")
+    print_result("\n".join(table.budget_lines(final, width(), color=has_color())))

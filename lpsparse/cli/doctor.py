@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lpsparse.cli.output import print_json, print_result, teller
+from lpsparse.cli.output import Voice, print_json, print_result
 
 _HELP = """Check versions, memory, devices, processes, the disk and the hub.
 
@@ -24,11 +24,11 @@ def register(app: typer.Typer) -> None:
 def doctor(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where OUT would be written.")] = Path("."),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages.")] = False,
 ) -> None:
     from lpsparse import health
 
-    teller(quiet)("looking; torch and two processes take some seconds to start")
+    Voice(quiet).say("looking; torch and two processes take some seconds to start")
     found = health.doctor(folder)
     if as_json:
         print_json(found)

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 def explain(
     code: Annotated[str | None, typer.Argument(metavar="CODE", help="LPS312, lps312 or 312.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages; there are none.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages; there are none.")] = False,
 ) -> None:
     texts = read_texts()
     if code is not None:

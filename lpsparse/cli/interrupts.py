@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 asked: list[int] = []  # signals that have asked this process to end
 started: "list[Popen[bytes]]" = []  # processes that are not to outlive this one
+_SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar has hidden
 _LEFT = (
     b"\ninterrupted twice: left at once; the input is untouched, OUT is as it was or whole; OUT.partial may "
     b"be left, which the same command takes up\n"
@@ -67,7 +68,7 @@ def _leave(text: bytes) -> None:
         with suppress(OSError):
             child.send_signal(signal.SIGINT)
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, text)
+        os.write(2, (_SHOW_CURSOR if os.isatty(2) else b"") + text)
     os._exit(ExitCode.INTERRUPT)
 
 

@@ -203,7 +203,9 @@ def _app(*, whole: bool = True) -> typer.Typer:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda v: _version(v)),
+        typer.Option(
+            "--version", "-V", help="Print the version.", is_eager=True, callback=lambda v: _version(v)
+        ),
     ] = False,
 ) -> None:
     pass

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from lpsparse.cli.output import QUIET, VERBOSE, Voice
 from lpsparse.recipe import POSITIONAL, REPEATED, Step, flag, other_names
 from lpsparse.settings import resolve
 
@@ -16,7 +17,7 @@ _EPILOG = (
     "Each option can also be set as LPSPARSE_NAME, such as LPSPARSE_JSON=1; a flag wins (`lpsparse help "
     "environment`)."
 )
-Show = Callable[[Any, Any, bool], None]  # (step, as JSON or the files asked for, quiet)
+Show = Callable[[Any, Any, Voice], None]  # (step, as JSON or the files asked for, what is said)
 _METAVARS = {
     "min_sparsity": "LIMIT", "max_bytes": "LIMIT", "max_quality_drop": "LIMIT", "max_layer_sparsity": "LIMIT",
     "min_nm": "LIMIT", "warn": "BUDGET",
@@ -25,16 +26,17 @@ _METAVARS = {
 
 def add_command(
     app: typer.Typer, name: str, kind: type[Step], show: Show, *, examples: str,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None, full: bool = False,
 ) -> None:  # fmt: skip
     """Register `name`, which builds a step of `kind` from its options and gives it to `show`. `files` are the
-    names and help of options that each take a FILE to write; without them `--json` is a switch."""
+    names and help of options that each take a FILE to write; without them `--json` is a switch. `full`: it
+    has `--full`."""
 
     def body(**values: Any) -> None:
-        quiet = values.pop("quiet")
+        voice = Voice(values.pop("quiet"), values.pop("verbose"), values.pop("full", False))
         asked = {each: values.pop(f"{each}_file") for each in files} if files else values.pop("as_json")
         given = {key: value for key, value in values.items() if value is not None and value != []}
-        show(resolve(kind, given), asked, quiet)
+        show(resolve(kind, given), asked, voice)
 
     others = other_names(kind.model_fields)
     parameters = [
@@ -45,15 +47,18 @@ def add_command(
     if files is None:
         parameters += [_switch("as_json", "--json", "Print the result as one JSON object on stdout.")]
     parameters += [_file(each, text) for each, text in (files or {}).items()]
-    parameters += [_switch("quiet", "--quiet", "Print no messages and no progress.")]
+    if full:
+        parameters += [_switch("full", "--full", "Show every tensor, and patterns of zeros.")]
+    parameters += [_switch("quiet", *QUIET), _switch("verbose", *VERBOSE)]
     body.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     body.__annotations__ = {item.name: item.annotation for item in parameters}
     body.__doc__ = f"{kind.__doc__}\n\n\b\nExamples:\n{examples}"
     app.command(name, epilog=_EPILOG)(body)
 
 
-def _switch(name: str, text: str, help_text: str) -> inspect.Parameter:
-    annotation = Annotated[bool, typer.Option(text, help=help_text)]
+def _switch(name: str, *words: str) -> inspect.Parameter:
+    """A flag; its names and, last, its help are `words`."""
+    annotation = Annotated[bool, typer.Option(*words[:-1], help=words[-1])]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
 
 

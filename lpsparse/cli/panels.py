@@ -36,7 +36,7 @@ _PANELS = {  # of a command's options, by field; what is not here is of the meth
     ),
     "Reporting": (
         "as_json", "json_file", "html_file", "markdown_file", "comment_file", "junit_file", "csv_file",
-        "quiet", "log_every", "track", "spectra",
+        "full", "quiet", "verbose", "log_every", "track", "spectra",
     ),
     "Other": ("help", "version", "install_completion", "show_completion"),
 }  # fmt: skip

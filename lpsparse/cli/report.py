@@ -4,9 +4,10 @@ from pathlib import Path
 
 import typer
 
+from lpsparse.cli.bar import working
 from lpsparse.cli.commands import show_report
 from lpsparse.cli.options import add_command
-from lpsparse.cli.output import print_file, tell_runner, teller, working
+from lpsparse.cli.output import Voice, print_file, tell_runner
 from lpsparse.errors import ExitCode, UsageError
 from lpsparse.recipe import ReportStep
 
@@ -29,23 +30,23 @@ _FILES = {
 
 
 def register(app: typer.Typer) -> None:
-    add_command(app, "report", ReportStep, _report, examples=_EXAMPLES, files=_FILES)
+    add_command(app, "report", ReportStep, _report, examples=_EXAMPLES, files=_FILES, full=True)
 
 
-def _report(step: ReportStep, files: dict[str, str | None], quiet: bool) -> None:
+def _report(step: ReportStep, files: dict[str, str | None], voice: Voice) -> None:
     from lpsparse.reporting.views import VIEWS
     from lpsparse.verbs import write_report
 
     asked = {view: file for view, file in files.items() if file is not None}
     _check(asked)
-    with working(quiet):
+    with working(voice):
         written = {view: Path(file) for view, file in asked.items() if file != "-"}
-        found = write_report(step, written, teller(quiet))
+        found = write_report(step, written, voice.say)
     for view, file in asked.items():
         if file == "-":
             print_file(VIEWS[view](found))
     if "-" not in asked.values():
-        show_report(found, as_json=False)
+        show_report(found, voice)
     tell_runner(found)
     if not found.passed:
         raise typer.Exit(ExitCode.VERDICT)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lpsparse.cli.output import TrainingBar, print_json, print_result, tell_runner, teller, width
+from lpsparse.cli.output import Quiet, Verbose, Voice, has_color, print_json, print_result, tell_runner, width
 from lpsparse.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -30,13 +30,16 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override model, data, out or STEP.KEY."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages and no progress.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     from lpsparse import pipeline
+    from lpsparse.cli.bar import showing
 
-    with TrainingBar(quiet) as bar:
+    voice = Voice(quiet, verbose)
+    with showing(voice):
         done: list[pipeline.Done] = []
-        for each in pipeline.run_each(recipe, overrides(set_ or []), teller(quiet), bar.update):
+        for each in pipeline.run_each(recipe, overrides(set_ or []), voice.say):
             done.append(each)
             if each.name == "report" and not isinstance(each.result, dict):
                 tell_runner(each.result)
@@ -66,8 +69,9 @@ def summary(name: str, result: "Report | dict[str, Any]") -> str:
     if not isinstance(result, dict):
         from lpsparse.reporting import table
 
-        text = table.render(result, width())
-        return text if name == "report" else f"{name}: {text.splitlines()[0]}"
+        if name == "report":
+            return table.render(result, width(), color=has_color())
+        return f"{name}: {table.headline(result)}"
     facts = (
         f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
         for key, value in result.items()

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lpsparse.cli.output import TrainingBar, print_json, print_result, tell_runner_of_sweep, teller, width
+from lpsparse.cli.output import Quiet, Verbose, Voice, print_json, print_result, tell_runner_of_sweep, width
 from lpsparse.cli.run import overrides
 from lpsparse.errors import ExitCode
 
@@ -39,17 +39,20 @@ def sweep(
         typer.Option("--set", metavar="KEY=VALUE", help="Override model, data or STEP.KEY."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages and no progress.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:  # fmt: skip
     from lpsparse import sweeping
+    from lpsparse.cli.bar import showing
 
-    with TrainingBar(quiet) as bar:
+    voice = Voice(quiet, verbose)
+    with showing(voice):
         parts = [part for part in sparsity.split(",") if part.strip()]
-        found = sweeping.sweep(recipe, parts, out, overrides(set_ or []), teller(quiet), bar.update)
+        found = sweeping.sweep(recipe, parts, out, overrides(set_ or []), voice.say)
     if as_json:
         print_json(found)
     else:
-        _print(found, teller(quiet))
+        _print(found, voice.say)
     tell_runner_of_sweep(found)
     if found["smallest"] is None:
         raise typer.Exit(ExitCode.VERDICT)

@@ -29,7 +29,7 @@ def help_(
     ctx: typer.Context,
     topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="A topic or a command.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a topic as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print no messages; there are none.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages; there are none.")] = False,
 ) -> None:
     texts = read_topics()
     group: Any = ctx.find_root().command

@@ -7,6 +7,7 @@ from fnmatch import translate
 from functools import cache
 
 from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.progress import Brief
 from lpsparse.checkpoint.weights import Named
 from lpsparse.errors import UsageError
 from lpsparse.pruning.quantised import quantised
@@ -22,6 +23,13 @@ _HEADS = (
     "model.fc.*", "linear.weight", "cls.*", "qa_outputs.*", "embed_out.*", "output.weight", "proj_out.weight",
     "output_layer.weight", "*.output_layer.weight", "*vocab_projector.*",
 )  # fmt: skip
+_NOT_FLOAT = " is not a float that can be pruned"
+_IN_SHORT = {  # reasons, as what such tensors are called, by ones and more
+    "embedding": ("embedding", "embeddings"), "normalisation": ("norm", "norms"),
+    "output head": ("tensor of the output head", "tensors of the output head"),
+    "fewer than 2 dimensions": ("bias/norm", "biases/norms"), "empty": ("empty tensor", "empty tensors"),
+    "--exclude": ("by --exclude", "by --exclude"), "not in --include": ("not in --include",) * 2,
+}  # fmt: skip
 KEPT = {"embedding": _EMBEDDINGS, "normalisation": _NORMS, "output head": _HEADS}
 
 
@@ -39,7 +47,7 @@ def prunable(
     """
     bare = name.removeprefix("module.")
     if not DTYPES[dtype].is_float:
-        return False, f"{dtype} is not a float that can be pruned"
+        return False, f"{dtype}{_NOT_FLOAT}"
     if 0 in shape:
         return False, "empty"
     if _matches(name, bare, exclude):
@@ -99,11 +107,24 @@ def no_match(flag: str, pattern: str, names: Iterable[str]) -> UsageError:
     return UsageError(210, f"{flag} {pattern}: matches no tensor", hint=hint)
 
 
-def kept_in_words(table: dict[str, tuple[bool, str]]) -> str:
-    """One line that says what is kept and why, for the person at the terminal."""
-    reasons: dict[str, int] = {}
-    for yes, why in table.values():
+def kept_in_words(table: dict[str, tuple[bool, str]]) -> Brief:
+    """One line that says how much is kept and why, for the person at the terminal; in full with the names."""
+    names: dict[str, list[str]] = {}
+    for name, (yes, why) in table.items():
         if not yes:
-            reasons[why] = reasons.get(why, 0) + 1
-    kept = ", ".join(f"{n} {why}" for why, n in sorted(reasons.items())) or "none"
-    return f"{sum(yes for yes, _ in table.values())} tensors prunable; kept: {kept}"
+            names.setdefault(why, []).append(name)
+    count = sum(yes for yes, _ in table.values())
+    head = f"{count} tensor{'' if count == 1 else 's'} can be pruned"
+    short = ", ".join(f"{len(some)} {in_short(why, len(some))}" for why, some in sorted(names.items()))
+    full = "; ".join(f"{why}: {', '.join(some)}" for why, some in sorted(names.items()))
+    return Brief(f"{head}. Kept dense: {short or 'none'}.", f"{head}. Kept dense: {full or 'none'}.")
+
+
+def in_short(why: str, count: int = 1) -> str:
+    """What tensors that are kept for this reason are called."""
+    one, more = _IN_SHORT.get(why, (why, why))
+    if why.endswith(_NOT_FLOAT):
+        one, more = "buffer without floats", "buffers without floats"
+        if re.match("[IU][0-9]", why):
+            one, more = "integer buffer", "integer buffers"
+    return one if count == 1 else more

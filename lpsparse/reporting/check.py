@@ -11,7 +11,7 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, own_manifest, read_manifest
 from lpsparse.checkpoint.names import is_hidden
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.progress import advance, phase
+from lpsparse.checkpoint.progress import HASHED, advance, phase
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import MANIFEST
@@ -36,7 +36,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
     extra = [name for name in set(present) - set(listed) if name[0] != "."]  # .git, .cache: a download's own
     problems += [f"{name}: not in the manifest" for name in sorted(extra)]
     both = sorted(set(listed) & set(present))
-    for name, found in zip(both, parallel(lambda name: digest(present[name], folder), both), strict=True):
+    with phase("hashing", sum(present[name].stat().st_size for name in both), HASHED):
+        digests = parallel(lambda name: digest(present[name], folder), both)
+    for name, found in zip(both, digests, strict=True):
         if found != listed[name]:
             problems.append(f"{name}: {found.size} bytes, sha256 {found.sha256[:12]}, the manifest has "
                             f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
@@ -53,7 +55,8 @@ def check_weights(checkpoint: Checkpoint, found: Report | None = None) -> None:
     files = {record.name: record for record in manifest.files}
     zeros = {record.name: record.zeros for record in manifest.tensors}
     rows = {row.name: row for row in found.tensors} if found else {}
-    digests = parallel(lambda path: digest(path, root), checkpoint.files)
+    with phase("hashing", checkpoint.file_bytes, HASHED):
+        digests = parallel(lambda path: digest(path, root), checkpoint.files)
     for path, read in zip(checkpoint.files, digests, strict=True):
         if read != files.get(path.name):
             others = [

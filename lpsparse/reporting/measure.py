@@ -16,6 +16,7 @@ from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.limits import REPORTED_N_M
 from lpsparse.pruning.prunable import choose
+from lpsparse.reporting.bound import sampled_bytes
 from lpsparse.reporting.kinds import KINDS, kind_of
 from lpsparse.reporting.records import (
     Base,
@@ -86,7 +87,7 @@ def measure(
         model=name or checkpoint.name, layout=checkpoint.layout, opens_with=_opens_with(checkpoint),
         rule=rule + "a tied tensor counts once, as it is stored",
         prunable=_share("prunable weights", prunable), all=_share("all weights", rows),
-        bytes=_bytes(checkpoint, rows, bitmask_bytes), tensors=tuple(rows), kinds=_kinds(rows),
+        bytes=_bytes(checkpoint, rows, counts, bitmask_bytes), tensors=tuple(rows), kinds=_kinds(rows),
         n_m=_together([_n_m(row) for row in prunable if row.detail and row.weights]),
         empty=_together([row.detail.empty for row in prunable if row.detail]), histogram=_histogram(prunable),
         nonfinite_tensors=tuple(row.name for row in rows if row.nonfinite), quality=quality,
@@ -174,31 +175,38 @@ def _histogram(rows: list[TensorRow]) -> Histogram | None:
     return Histogram(first=first, counts=tuple(counts))
 
 
-def _bytes(checkpoint: Checkpoint, rows: list[TensorRow], bitmask_bytes: int) -> Bytes:
+def _bytes(
+    checkpoint: Checkpoint, rows: list[TensorRow], counts: dict[str, Count], bitmask_bytes: int
+) -> Bytes:
     dense = sum(row.dense_bytes for row in rows)
     zero = sum(row.zeros * DTYPES[row.dtype].bits // 8 for row in rows)
     return Bytes(
         file_bytes=checkpoint.file_bytes, dense_bytes=dense, zero_bytes=zero,
-        zero_share=_ratio(zero, dense), bitmask_bytes=bitmask_bytes, packed_bytes=_packed(checkpoint, rows),
+        zero_share=_ratio(zero, dense), bitmask_bytes=bitmask_bytes,
+        packed_bytes=_packed(checkpoint, rows, counts),
     )  # fmt: skip
 
 
-def _packed(checkpoint: Checkpoint, rows: list[TensorRow]) -> int | None:
+def _packed(checkpoint: Checkpoint, rows: list[TensorRow], counts: dict[str, Count]) -> int | None:
+    """About the bytes of the weight files that `pack` would write; None where that would have to be read out
+    of another layout."""
     if checkpoint.layout == "packed":
         return checkpoint.file_bytes
-    if not any(row.detail for row in rows):
+    if checkpoint.layout != "dense" and not any(row.detail for row in rows):
         return None
     by_file: dict[str, list[Tensor]] = {path.name: [] for path in checkpoint.files}
     for tensor in checkpoint.tensors:
         by_file[tensor.file].append(tensor)
     headers = sum(room(tensors, metadata_of(checkpoint, file, "packed")) for file, tensors in by_file.items())
-    return headers + sum(_packed_tensor(row) for row in rows)
+    both = zip(rows, checkpoint.tensors, strict=True)
+    return headers + sum(_packed_tensor(row, tensor, counts[row.name]) for row, tensor in both)
 
 
-def _packed_tensor(row: TensorRow) -> int:
-    if row.detail is None:
+def _packed_tensor(row: TensorRow, tensor: Tensor, counted: Count) -> int:
+    if not row.weights or not DTYPES[row.dtype].is_float:
         return row.dense_bytes
-    size = row.detail.bound_bytes + _HEAD_BYTES + _CHUNK_BYTES * -(-row.dense_bytes // BLOCK_BYTES)
+    bound = sampled_bytes(tensor, counted) if row.detail is None else row.detail.bound_bytes
+    size = bound + _HEAD_BYTES + _CHUNK_BYTES * -(-row.dense_bytes // BLOCK_BYTES)
     return size if packed.pays(size, row.dense_bytes, len(row.shape)) else row.dense_bytes
 
 

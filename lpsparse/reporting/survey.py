@@ -2,7 +2,6 @@
 patterns of zeros (N:M, rows, columns, heads, blocks) happen to be there."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -17,6 +16,7 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.checkpoint.threads import parallel
+from lpsparse.reporting.bound import bound_bytes
 from lpsparse.reporting.kinds import ATTENTION_ROWS, kind_of
 from lpsparse.reporting.records import Detail, Histogram
 
@@ -225,7 +225,7 @@ def _detail(tensor: Tensor, found: Found, head_size: int | None, patterns: bool)
         histogram=Histogram(first=first - bias, counts=tuple(binades[first : last + 1].tolist())),
         n_m=_groups(tensor, found) if patterns else {},
         empty=_empty(tensor, found, head_size) if patterns else {},
-        bound_bytes=math.ceil(_bound_bits(tensor.size, kept, binades[used], 1 + mantissa) / 8),
+        bound_bytes=bound_bytes(tensor.size, kept, binades[used].tolist(), mantissa),
     )  # fmt: skip
 
 
@@ -233,16 +233,6 @@ def _values(codes: list[int], dtype: str) -> list[float]:
     """Magnitudes of integers of `ordered`."""
     bits = magnitudes(np.array(codes, DTYPES[dtype].storage), dtype, wide=True)
     return [float(value) for value in bits.view(np.float64)]
-
-
-def _bound_bits(size: int, kept: int, binades: Counts, rest: int) -> float:
-    """Bits by the order-0 entropy of where the kept values are and of their exponents."""
-
-    def entropy(counts: list[int]) -> float:
-        total = sum(counts)
-        return sum(count * math.log2(total / count) for count in counts if count)
-
-    return entropy([kept, size - kept]) + kept * rest + entropy(binades.tolist())
 
 
 def _groups(tensor: Tensor, found: Found) -> dict[str, tuple[int, int]]:

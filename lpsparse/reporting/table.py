@@ -1,84 +1,107 @@
-"""The report on a terminal: for 80 columns, and whole in a pipe; it says what each figure is of."""
+"""The report on a terminal: for 80 columns, and whole in a pipe; it says what each figure is of. The verdict
+comes last, where a person looks first."""
 
-from lpsparse.reporting.records import Estimate, Report
+from lpsparse.reporting.fold import Fold, folded
+from lpsparse.reporting.records import Estimate, Report, TensorRow
 from lpsparse.reporting.text import clean, columns, fitted, percent, size
 from lpsparse.reporting.words import (
     alerts,
     apart_in_words,
-    budget_row,
-    change_of,
+    beside,
+    budget_line,
+    budgets_in_short,
     changes,
+    costs,
     cut_at,
     hint,
     in_figures,
-    interval,
     largest_change,
     neighbours,
     nonfinite,
     oddities,
+    shrinks,
     singular,
+    state,
     stores,
     verdict,
+    zeros,
 )
 
-MOST_ROWS = 40
+MOST_ROWS = 15
+_LARGE = 0.01  # of all weights: a tensor that is kept is shown from here on
 _MOST_NAMES = 5
 _INDENT = 17  # where the figures of the totals stand
-_RED, _PLAIN = "\x1b[31m", "\x1b[0m"
+_COLORS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "FAILED": "\x1b[31m", "NOT FINITE": "\x1b[31m"}
+_PLAIN = "\x1b[0m"
 Line = tuple[str, str]
 
 
-def render(report: Report, width: int = 80, *, color: bool = False) -> str:
-    """Verdict first, then totals, budgets, layer types, then the tensors with the most weights."""
-    head = _head(report, width, color)
-    head += [fitted(clean(f"warning: {alert}"), width) for alert in alerts(report)]
-    return _joined([head, *_middle(report, width), _tensors(report, width)])
+def render(report: Report, width: int = 80, *, color: bool = False, full: bool = False) -> str:
+    """Tensors, layer types, totals, then the verdict. `full`: every tensor, and the patterns of zeros."""
+    warned = [fitted(clean(f"warning: {alert}"), width) for alert in alerts(report)]
+    return _joined(
+        [_tensors(report, width, full), *_middle(report, width, full), warned, _verdict(report, width, color)]
+    )
 
 
-def summary(report: Report, width: int = 80) -> str:
+def summary(report: Report, width: int = 80, *, color: bool = False) -> str:
     """The same without the tensors, and without what the run has said already."""
-    return _joined([_head(report, width, False), *_middle(report, width)])
+    return _joined([*_middle(report, width, False), _verdict(report, width, color)])
 
 
 def _joined(parts: list[list[str]]) -> str:
-    return "\n\n".join("\n".join(part) for part in parts)
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def _middle(report: Report, width: int) -> list[list[str]]:
-    parts = [_totals(report, width)]
-    if report.budgets:
-        parts.append(_budgets(report, width))
-    if len(report.kinds) > 1:
-        parts.append(_kinds(report, width))
-    return parts
+def _middle(report: Report, width: int, full: bool) -> list[list[str]]:
+    return [_kinds(report, width) if len(report.kinds) > 1 else [], _totals(report, width, full)]
 
 
-def _head(report: Report, width: int, color: bool) -> list[str]:
-    lines = [fitted(f"{clean(report.model)}: {verdict(report)}", width, hang=0)]
+def headline(report: Report) -> str:
+    return f"{clean(report.model)}: {verdict(report)}"
+
+
+def _verdict(report: Report, width: int, color: bool) -> list[str]:
+    """What it is, what it costs, and the budgets; those that failed are nearest to the end."""
+    lines: list[str] = [fitted(clean(f"{report.model}: {zeros(report)}"), width, hang=2)]
+    small = shrinks(report)
+    facts: list[Line] = [("size", small)] if small else []
+    for line in (*facts, *costs(report)):
+        lines += _line(line, width)
+    return lines + budget_lines(report, width, color=color)
+
+
+def budget_lines(report: Report, width: int, *, color: bool) -> list[str]:
+    """Each budget, and what becomes of all of them."""
+    lines: list[str] = []
+    for budget in reversed(report.budgets):
+        lines += _colored(_line((state(budget), budget_line(budget)), width), state(budget), color)
+    lines += [fitted(clean(text), width, hang=0) for each in report.budgets if (text := hint(each))]
     alarm = nonfinite(report)
-    if alarm is None:
-        return lines
-    alarm = f"NOT FINITE: {alarm}"
-    return [f"{_RED}{alarm}{_PLAIN}" if color else alarm, *lines]
+    if alarm is not None:
+        lines += _colored([fitted(f"NOT FINITE: {alarm}", width)], "NOT FINITE", color)
+    if report.budgets:
+        failed = not report.passed
+        word = "FAILED" if failed else "ok" if all(each.passed for each in report.budgets) else "warn"
+        lines += _colored([fitted(f"{word}: {budgets_in_short(report)}", width)], word, color)
+    return lines
 
 
-def _totals(report: Report, width: int) -> list[str]:
+def _colored(lines: list[str], word: str, color: bool) -> list[str]:
+    """The lines, of which the first begins with `word`."""
+    return [lines[0].replace(word, f"{_COLORS[word]}{word}{_PLAIN}", 1), *lines[1:]] if color else lines
+
+
+def _totals(report: Report, width: int, full: bool) -> list[str]:
     every = report.all
     lines: list[Line] = [
         ("all weights", f"{every.zeros:,} of {every.weights:,} zero ({percent(every.sparsity)})"),
-        *stores(report),
+        *stores(report)[:1],  # the verdict has the others
         ("opens with", report.opens_with),
         *_base(report),
-        *neighbours(report),
-        *oddities(report),
+        *((*neighbours(report), *oddities(report)) if full else ()),
         *((name, f"{value} of {tensor}") for name, value, tensor in singular(report)),
     ]
-    for quality in report.quality:
-        before = interval(quality.before, quality.before_error)
-        after = interval(quality.after, quality.after_error)
-        change = change_of(quality)
-        worse = f" ({change})" if change else ""
-        lines.append((quality.metric, f"{before} -> {after}{worse}, {quality.rows:,} of {quality.split}"))
     if report.baseline is not None:
         lines.append(("baseline", report.baseline))
     if report.nonfinite_tensors:
@@ -93,13 +116,9 @@ def _base(report: Report) -> list[Line]:
     base, sums = report.base, changes(report)
     if base is None or sums is None:
         return []
-    lines = [(
-        "came from" if base.is_source else "compared with",
-        f"{base.name}: {size(base.file_bytes)}, sparsity {percent(base.prunable.sparsity)}; "
-        f"the files are now {base.bytes_ratio:.3f} of that",
-    )]  # fmt: skip
+    lines = [beside(base)]
     if sums.tensors:
-        lines.append(("changes", in_figures(sums)))
+        lines.append(("vs base", in_figures(sums)))
     at = cut_at(sums)
     lines += [("cut", at)] if at else []
     if sums.moved is not None:
@@ -125,16 +144,6 @@ def estimate_lines(needs: Estimate) -> list[str]:
     ]
 
 
-def _budgets(report: Report, width: int) -> list[str]:
-    body = [tuple(clean(cell) for cell in budget_row(budget)) for budget in report.budgets]
-    lines = columns(("budget", "limit", "value", "margin", "verdict"), body, width)
-    for budget in report.budgets:
-        if not budget.passed and budget.worst is not None:
-            lines.append(fitted(clean(f"{budget.name}: worst is {budget.worst}"), width, hang=0))
-    hints = [text for budget in report.budgets if (text := hint(budget))]
-    return lines + [fitted(clean(text), width, hang=0) for text in hints]
-
-
 def _kinds(report: Report, width: int) -> list[str]:
     body = [
         (
@@ -146,18 +155,38 @@ def _kinds(report: Report, width: int) -> list[str]:
     return columns(("layer type", "tensors", "prunable", "weights", "of all", "zero", "bytes"), body, width)
 
 
-def _tensors(report: Report, width: int) -> list[str]:
-    largest = sorted(range(len(report.tensors)), key=lambda i: -report.tensors[i].weights)[:MOST_ROWS]
-    body = [
-        (
-            clean(row.name), row.dtype, f"{row.weights:,}", percent(row.sparsity),
-            size(row.stored_bytes),
-            "prunable" if row.prunable else "kept",
-        )
-        for row in (report.tensors[i] for i in sorted(largest))
-    ]  # fmt: skip
+def _tensors(report: Report, width: int, full: bool) -> list[str]:
+    """Those that differ most from the mean, by how many weights that is, then the largest."""
+    if full:
+        rows = [Fold(row.name, (row,)) for row in report.tensors]
+    else:
+        rows = folded(report.tensors, lambda row: row.name, lambda row: (row.shape, row.dtype, row.prunable))
+    mean = report.prunable.sparsity
+
+    def matters(place: int) -> tuple[float, int]:
+        some = rows[place].rows
+        apart = sum(abs(row.zeros - mean * row.weights) for row in some if row.prunable)
+        return -round(apart), -sum(row.weights for row in some)
+
+    chosen = list(range(len(rows)))
+    if not full:
+        large = _LARGE * report.all.weights
+        some = [i for i in chosen if any(row.prunable or row.weights > large for row in rows[i].rows)]
+        chosen = sorted(sorted(some or chosen, key=matters)[:MOST_ROWS])
+    body = [_cells(rows[place]) for place in chosen]
     lines = columns(("tensor", "dtype", "weights", "zero", "bytes", ""), body, width)
-    if len(report.tensors) > len(largest):
-        more = f"... and {len(report.tensors) - len(largest)} smaller tensors (all are in --json)"
-        lines.append(fitted(more, width, hang=0))
+    left = len(report.tensors) - sum(len(rows[place].rows) for place in chosen)
+    if left:
+        lines.append(fitted(f"... and {left:,} more tensors (--full shows all)", width, hang=0))
     return lines
+
+
+def _cells(fold: Fold[TensorRow]) -> tuple[str, ...]:
+    some, first = fold.rows, next(iter(fold.rows))
+    low, high = min(row.sparsity for row in some), max(row.sparsity for row in some)
+    return (
+        clean(fold.name) + (f"  x{len(some)}" if len(some) > 1 else ""), first.dtype,
+        f"{sum(row.weights for row in some):,}",
+        percent(low) if low == high else f"{percent(low).removesuffix(' %')}..{percent(high)}",
+        size(sum(row.stored_bytes for row in some)), "prunable" if first.prunable else "kept",
+    )  # fmt: skip

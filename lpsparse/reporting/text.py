@@ -2,8 +2,10 @@
 Standard library only, so that an error message costs nothing."""
 
 import re
+from collections.abc import Iterable
 from unicodedata import combining, east_asian_width
 
+_COLOR = re.compile(r"\x1b\[[0-9]*m")  # which takes no room
 IN_JSON = "##\\u005b"  # for `##[`: the same string
 
 
@@ -24,12 +26,12 @@ def without_order(text: str, order: str) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person reads them."""
+    """Bytes as a person reads them, in three digits."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        if count < (1000 if unit == "B" else 999.5):
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.2f} TB"
+    return f"{count:.3g} TB"
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -67,7 +69,10 @@ def shorten(name: str, width: int) -> str:
 
 def fitted(text: str, width: int, hang: int = 2) -> str:
     """Each line in `width` columns, broken between words alone; what goes on is indented by `hang` more."""
-    return "\n".join(_fitted(line, width, hang) if len(line) > width else line for line in text.split("\n"))
+    lines = text.split("\n")
+    long = [len(_COLOR.sub("", line)) > width for line in lines]
+    each = zip(lines, long, strict=True)
+    return "\n".join(_fitted(line, width, hang) if over else line for line, over in each)
 
 
 def _fitted(line: str, width: int, hang: int) -> str:
@@ -94,18 +99,34 @@ def columns(head: tuple[str, ...], body: list[tuple[str, ...]], width: int) -> l
         widths = _widths(rows, width)
         if widths is not None and len(kept) > 1:
             return [_row(row, widths) for row in rows]
-    return [f"{head[0]}:", *(line for row in body for line in _stacked(head, row, width))]
+    name = max(width, 2, _least_name(row[0] for row in body) if len(body) > 1 else 0)
+    return [f"{head[0]}:", *(line for row in body for line in _stacked(head, row, width, name))]
 
 
 def _widths(rows: list[tuple[str, ...]], width: int) -> list[int] | None:
     """Of each column; None where they cannot share `width`."""
     widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) <= width:
+        return widths
     over = sum(widths) + 2 * (len(widths) - 1) - width
-    remark = 8 if rows[0][-1] == "" else widths[-1]  # numbers are shown whole or not at all
-    for i, least in ((-1, remark), (0, _LEAST_NAME)):
+    remark = 9 if rows[0][-1] == "" else widths[-1]  # numbers are shown whole or not at all
+    for i, least in ((-1, remark), (0, _least_name(row[0] for row in rows))):
         less = max(0, min(over, widths[i] - least))
         widths[i], over = widths[i] - less, over - less
     return widths if over <= 0 else None
+
+
+def _least_name(names: Iterable[str]) -> int:
+    """The fewest columns, from _LEAST_NAME on, in which no two names become one."""
+    alike, width = set(names), _LEAST_NAME
+    while True:
+        shown: dict[str, list[str]] = {}
+        for name in alike:
+            shown.setdefault(shorten(name, width), []).append(name)
+        alike = {name for some in shown.values() if len(some) > 1 for name in some}
+        if not alike:
+            return width
+        width += 1
 
 
 def _row(row: tuple[str, ...], widths: list[int]) -> str:
@@ -114,11 +135,11 @@ def _row(row: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([name + " " * (widths[0] - cells(name)), *others]).rstrip()
 
 
-def _stacked(head: tuple[str, ...], row: tuple[str, ...], width: int) -> list[str]:
+def _stacked(head: tuple[str, ...], row: tuple[str, ...], width: int, name: int) -> list[str]:
     room = max(map(len, head[1:]))
     cells = [(word, cell) for word, cell in zip(head[1:], row[1:], strict=True) if cell]
     lines = (f"  {word:<{room}}  {cell}" if word else f"  {cell}" for word, cell in cells)
     return [
-        shorten(row[0], max(width, 2)),
+        shorten(row[0], name),
         *(part for line in lines for part in fitted(line, width).split("\n")),
     ]

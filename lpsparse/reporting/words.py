@@ -14,15 +14,19 @@ _DRAINED = 0.999  # zeros of a tensor that hardly says anything any more,
 _MODERATE = 0.95  # where of all prunable weights less than this is zero; else only one of zeros alone is told
 _MOST_NAMED = 4  # tensors in a warning
 LEFT_BEHIND = "a head or pooler of BASE that this model has no place for"
+_MANY = 10  # times a limit: so many times, no more percent
 CONFIDENCE = 1.96  # standard errors either way that hold 95 % of a normal distribution
 
 
 def verdict(report: Report) -> str:
     """How much is zero, and how many budgets failed. A budget that only warns is told apart."""
+    return "; ".join([zeros(report), *([budgets_in_short(report)] if report.budgets else [])])
+
+
+def zeros(report: Report) -> str:
     share = report.prunable
     be = "are" if report.estimate is None else "would be"
-    text = f"{share.zeros:,} of {share.weights:,} prunable weights {be} zero ({percent(share.sparsity)})"
-    return "; ".join([text, *([budgets_in_short(report)] if report.budgets else [])])
+    return f"{percent(share.sparsity)} of prunable weights {be} zero ({share.zeros:,} of {share.weights:,})"
 
 
 def budgets_in_short(report: Report) -> str:
@@ -100,12 +104,14 @@ def drained(tensors: Iterable[tuple[str, int, int]]) -> Alert | None:
         return None
     whole = all(zeros == weights for _, zeros, weights in found)
     named = tuple(
-        (name, f" ({weights - zeros:,} of {weights:,} weights)" if zeros < weights else "")
+        (name, f" ({weights - zeros:,} of {weights:,} weights left)" if zeros < weights else "")
         for name, zeros, weights in found[:_MOST_NAMED]
     )
     many = f" ({len(found):,} tensors)" if len(found) > 1 else ""
-    hint = "`--exclude` keeps it, `prune --scope tensor` or `finetune --allocation lamp` spreads the cut"
-    return Alert(f"{'' if whole else 'next to '}nothing is left of", named, f"{many}; {hint}")
+    it = "it" if len(found) == 1 else "them"
+    hint = f"Keep {it} with `--exclude`, or spread the cut with `prune --scope tensor` or "
+    hint += "`finetune --allocation lamp`"
+    return Alert(f"{'now' if whole else 'nearly'} 100 % zero:", named, f"{many}. {hint}")
 
 
 def drained_of(report: Report) -> Alert | None:
@@ -123,16 +129,69 @@ def budget_name(budget: Budget) -> str:
 
 def budget_row(budget: Budget) -> tuple[str, str, str, str, str]:
     """Name, limit, value, margin and state of a budget."""
-    value = "not recorded" if budget.value is None else _in_unit(budget, budget.value)
+    limit, value = _limit_and_value(budget)
     margin = "" if budget.margin is None else _in_unit(budget, budget.margin)
+    if budget.margin is not None and _unit(budget) == "metric" and abs(budget.margin) < 1000:
+        margin = f"{budget.margin:.3g}"
     if budget.margin is not None and budget.margin > 0:
         margin = f"+{margin}" if margin[0].isdigit() else margin  # "under 0.01 %" has no sign
-    return budget_name(budget), _in_unit(budget, budget.limit), value, margin, state(budget)
+    if _unit(budget) == "bytes" and (excess := _excess(budget)):
+        margin = f"{margin} ({excess})"
+    return budget_name(budget), limit, value, margin, state(budget)
+
+
+def budget_line(budget: Budget) -> str:
+    """A budget as it is met or not: max-bytes: 90.9 MB > 60 MB (over by 51 %)."""
+    limit, value = _limit_and_value(budget)
+    if budget.value is None:
+        return f"{budget_name(budget)}: {value}, limit {limit}"
+    sign = "=" if limit == value else ">" if budget.value > budget.limit else "<"
+    excess = _excess(budget)
+    worst = f"; worst: {budget.worst}" if budget.worst is not None and not budget.passed else ""
+    return f"{budget_name(budget)}: {value} {sign} {limit}{f' ({excess})' if excess else ''}{worst}"
+
+
+def _limit_and_value(budget: Budget) -> tuple[str, str]:
+    """In three digits, or as many as tell one from the other."""
+    limit = _in_unit(budget, budget.limit)
+    value = "not recorded" if budget.value is None else _in_unit(budget, budget.value)
+    if _unit(budget) == "metric" and budget.value is not None and abs(budget.value) < 1000:
+        short = f"{budget.value:.3g}"
+        value = short if float(short) != budget.limit or budget.value == budget.limit else value
+    if limit == value and budget.value != budget.limit and _unit(budget) == "bytes":
+        return f"{budget.limit:,.0f} bytes", f"{budget.value:,.0f} bytes"
+    return limit, value
+
+
+def _excess(budget: Budget) -> str:
+    """By how much a budget is not met; empty where it is, or where that is its margin's to say."""
+    if budget.passed or not budget.margin or budget.value is None:
+        return ""
+    how = "over by" if budget.value > budget.limit else "short by"
+    if _unit(budget) == "share":
+        points = f"{100 * abs(budget.margin):.3g}"
+        return f"{how} {points} point{'' if points == '1' else 's'}"
+    if not budget.limit:
+        return ""
+    share = abs(budget.margin / budget.limit)
+    if share >= _MANY:
+        return f"{abs(budget.value / budget.limit):,.0f} times the limit"
+    return f"{how} {100 * share:.0f} %" if share >= 0.1 else f"{how} {100 * share:.2g} %"
+
+
+def _unit(budget: Budget) -> str:
+    """Of its limit, value and margin: bytes, share or metric."""
+    if budget.name in ("max-bytes", "bytes of baseline"):
+        return "bytes"
+    share = budget.relative or "sparsity" in budget.name or budget.name.startswith("min-nm")
+    return "share" if share else "metric"
 
 
 def _in_unit(budget: Budget, value: float) -> str:
-    """A quality that may drop by a share of itself has a limit in percent."""
-    return percent(value) if budget.relative else figure(value)
+    unit = _unit(budget)
+    if unit == "bytes":
+        return f"-{size(-value)}" if value < 0 else size(value)
+    return percent(value) if unit == "share" else figure(value)
 
 
 def hint(budget: Budget, name: str | None = None) -> str | None:
@@ -141,7 +200,8 @@ def hint(budget: Budget, name: str | None = None) -> str | None:
         return None
     if budget.margin <= _ROOM * abs(budget.limit):
         return None
-    return f"you beat {name or budget_name(budget)} by {_in_unit(budget, budget.margin)}: tighten it?"
+    spare = f"{budget.margin:.2g}" if _unit(budget) == "metric" else _in_unit(budget, budget.margin)
+    return f"{name or budget_name(budget)} has {spare} to spare; consider tightening it."
 
 
 def figure(value: float) -> str:
@@ -213,7 +273,8 @@ def _magnitudes(given: Iterable[float | None]) -> list[float]:
 
 def in_figures(sums: Sums) -> str:
     """What was cut, came back and has another value."""
-    return f"{sums.cut:,} cut, {sums.revived:,} revived, {sums.changed:,} of another value"
+    cut, revived, changed = sums.cut, sums.revived, sums.changed
+    return f"{cut:,} set to zero, {revived:,} revived, {changed:,} other weights changed"
 
 
 def cut_at(sums: Sums) -> str | None:
@@ -249,8 +310,8 @@ def neighbours(report: Report) -> list[tuple[str, str]]:
             lines.append((name, f"{part:,} of {whole:,} groups ({percent(part / whole)})"))
     for name, (part, whole) in report.empty.items():
         if part and whole:
-            ones = " whole ones" if name.startswith("blocks") else ""
-            lines.append((f"empty {name}", f"{part:,} of {whole:,}{ones} ({percent(part / whole)})"))
+            what = f"{name.removeprefix('blocks ')} blocks" if name.startswith("blocks") else name
+            lines.append((f"all-zero {what}", f"{part:,} of {whole:,} ({percent(part / whole)})"))
     return lines
 
 
@@ -280,13 +341,55 @@ def oddities(report: Report) -> list[tuple[str, str]]:
 
 
 def stores(report: Report) -> list[tuple[str, str]]:
-    """Bytes of the weight files as they are, and in the layouts that `pack` writes."""
+    """Bytes of the weight files as they are, and as `pack` would write them."""
     held = report.bytes
     lines = [
         ("weight files", f"{size(held.file_bytes)} ({held.file_bytes:,} bytes, {report.layout}); "
                          f"{percent(held.zero_share)} of the dense bytes are zeros"),
-        ("as bitmask", size(held.bitmask_bytes)),
     ]  # fmt: skip
     if held.packed_bytes is not None and report.layout != "packed":
         lines.append(("packed", f"about {size(held.packed_bytes)}"))
+    return lines
+
+
+def shrinks(report: Report) -> str | None:
+    """From what to what the files go: 90.9 MB -> about 51.3 MB packed, 1.77x smaller. None: not known."""
+    held, base = report.bytes, report.base
+    now = held.file_bytes if report.layout != "dense" else held.packed_bytes
+    if now is None:
+        return None
+    before = base.file_bytes if base else held.dense_bytes if report.layout != "dense" else held.file_bytes
+    about = "about " if report.layout == "dense" else ""
+    layout = "packed" if report.layout == "dense" else report.layout
+    return f"{size(before)} -> {about}{size(now)} {layout}, {times(before, now)}"
+
+
+def times(before: float, now: float) -> str:
+    """How much smaller or larger."""
+    if not now or not before or round(before / now, 2) == 1:
+        return "as large as before"
+    return f"{before / now:.3g}x smaller" if now < before else f"{now / before:.3g}x larger"
+
+
+def beside(base: Base) -> tuple[str, str]:
+    """What BASE is to the model, and how the files compare."""
+    ratio = base.bytes_ratio
+    change = f" ({'+' if ratio > 1 else '-'}{100 * abs(ratio - 1):.0f} %)" if round(ratio, 2) != 1 else ""
+    now = base.file_bytes * ratio
+    return (
+        "base" if base.is_source else "compared with",
+        f"{base.name}, {size(base.file_bytes)}, {percent(base.prunable.sparsity)} zeros. Now {size(now)}: "
+        f"{times(base.file_bytes, now)}{change}",
+    )
+
+
+def costs(report: Report) -> list[tuple[str, str]]:
+    """Each quality before and after, with its error."""
+    lines: list[tuple[str, str]] = []
+    for quality in report.quality:
+        before = interval(quality.before, quality.before_error)
+        after = interval(quality.after, quality.after_error)
+        change = change_of(quality)
+        worse = f" ({change})" if change else ""
+        lines.append((quality.metric, f"{before} -> {after}{worse}, {quality.rows:,} of {quality.split}"))
     return lines

@@ -126,7 +126,7 @@ def train(
     prunable, weights = choose_weights(step, task.loaded)  # sharding has put others in their place
     say(kept_in_words(prunable))
     found = states.read()
-    before = None if task.loaded.new or found is not None else evaluate(step, task)
+    before = None if task.loaded.new or found is not None else evaluate(step, task, "before")
     prepare_module(step, model)
     optimizer = make_optimizer(step, model, weights)
     # Sharding is torch's own: accelerate's does not know processes without a GPU.
@@ -146,8 +146,9 @@ def train(
         teacher.open()
     with listening(run.stop):
         run.loop(on_step)
+    made = facts.full
     if run.skipped:
-        facts += f"; {run.skipped} steps left out, whose gradients overflowed in fp16"
+        made += f"; {run.skipped} steps left out, whose gradients overflowed in fp16"
     method.finish()
     if teacher is not None:
         teacher.close()
@@ -155,7 +156,7 @@ def train(
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # or it would be measured under autocast
     distributed.share_buffers(model)
     task.loaded.round_to_storage()
-    return Trained(task, prunable, run.before, evaluate(step, task), facts)
+    return Trained(task, prunable, run.before, evaluate(step, task, "after"), made)
 
 
 def start(step: FinetuneStep) -> Accelerator:

@@ -52,13 +52,17 @@ class Phases:
         done, of = t - self.warmup, self.steps - self.warmup
         return 1 - done / max(1, of) if self.schedule == "linear" else _cosine(done, of)
 
+    def name(self, t: int) -> str:
+        """What happens after t steps: warm up, decay or recover."""
+        return "warm up" if t < self.start else "decay" if t < self.cut_at else "recover"
+
     def in_words(self) -> str:
         parts = (
-            ("warm up", self.start),
+            ("warm-up", self.start),
             ("decay", self.cut_at - self.start),
-            ("recover", self.steps - self.cut_at),
+            ("recovery", self.steps - self.cut_at),
         )
-        return ", ".join(f"{name} {count}" for name, count in parts if count > 0)
+        return ", ".join(f"{count} {name}" for name, count in parts if count > 0)
 
 
 def _cosine(done: int, of: int) -> float:

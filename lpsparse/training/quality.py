@@ -10,6 +10,7 @@ from accelerate import PartialState
 from torch import nn
 
 from lpsparse import distributed
+from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.errors import NumericError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import digests, find, held_out_of
@@ -55,9 +56,15 @@ def held_of(step: FinetuneStep | EvalStep) -> Held:
     return Held(names, hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest())
 
 
-def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
+def evaluate(step: FinetuneStep | EvalStep, task: Task, when: str = "") -> Measured:
     """Mean loss and accuracy over the held-out examples, in eval mode and in float32 whatever training uses.
-    All processes call it and share the examples."""
+    All processes call it and share the examples. Its progress is called measuring, and `when`."""
+    unit = "blocks" if task.unit == "tokens" else task.unit
+    with phase(f"measuring {when}".rstrip(), len(task.held_out), unit):
+        return _evaluated(step, task, unit)
+
+
+def _evaluated(step: FinetuneStep | EvalStep, task: Task, unit: str) -> Measured:
     device = PartialState().device
     model = task.loaded.module.to(device).eval()
     # Examples of like length together: less padding. The sums do not depend on the order.
@@ -78,6 +85,7 @@ def evaluate(step: FinetuneStep | EvalStep, task: Task) -> Measured:
                 square += float(losses.double().square().sum())
                 count += len(labels)
                 correct += int((logits.argmax(-1) == labels).sum())
+            advance(min(step.batch_size, len(examples) - first), unit)
     distributed.share_again(model)
     loss, square, count, correct = distributed.sums([loss, square, count, correct])
     if not math.isfinite(loss):

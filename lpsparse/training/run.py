@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lpsparse import distributed
+from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.errors import InterruptError, NumericError, ResourceError, ResumableError, is_out_of_memory
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training.distill import Teacher
@@ -61,6 +62,7 @@ class Run:
         self.stop = Stop(step.max_time)
         self._saved = time.monotonic()
         self._recent: deque[float] = deque(maxlen=20)
+        self._logged: tuple[str, ...] = ()  # what the last line of the log said
 
     @property
     def done(self) -> int:
@@ -68,8 +70,19 @@ class Run:
         return self.method.done
 
     def loop(self, on_step: Callable[[Progress], None]) -> None:
-        rates = self.method.control.rates
+        """Train to the end. Each step advances a phase of `checkpoint.progress`; `on_step` hears of every
+        `log_every`-th, since counting zeros takes time."""
         self.model.train()
+        with phase(self._doing(), len(self.method.control.rates), "steps", done=self.done):
+            self._steps(on_step)
+
+    def _doing(self) -> str:
+        control = self.method.control
+        name = "train" if self.step.method == "dense" else control.phases.name(self.done)
+        return "settle" if name == "recover" and control.target is None else name
+
+    def _steps(self, on_step: Callable[[Progress], None]) -> None:
+        rates = self.method.control.rates
         given = batches(self.step, self.task, self.done, len(rates))
         while self.done < len(rates):
             # Twice: torch tells of a dead worker by a signal, which may come while the first reads an error.
@@ -77,12 +90,22 @@ class Run:
                 parts = next(given)
                 asked, due = self._step(self.done, parts)
                 if self.done % self.step.log_every == 0 or self.done == len(rates):
-                    on_step(self._progress(parts[0][0].epoch))
+                    self._log(self._progress(parts[0][0].epoch), on_step)
+                facts = (f"loss {self._recent[-1]:.4f}", *self._logged)
+                advance(1, "steps", what=self._doing(), facts=facts)
                 if asked or due:
                     self.states.save(self.done, self.state())
                     self._saved = time.monotonic()
             if asked:
                 self._leave(len(rates), asked)
+
+    def _log(self, progress: Progress, on_step: Callable[[Progress], None]) -> None:
+        on_step(progress)
+        self._logged = (
+            f"zero {100 * progress.sparsity:.2f} %",
+            f"lr {progress.lr:.1e}",
+            f"lambda {progress.lambda_p:.1e}",
+        )
 
     @contextmanager
     def _guarded(self, t: int) -> Generator[None]:

@@ -1,5 +1,6 @@
 """A run in words: what it is about to do, for the person at the terminal and for the manifest."""
 
+from lpsparse.checkpoint.progress import Brief
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training.control import SparsityControl
 
@@ -9,7 +10,33 @@ _SAID = (  # beside what is said in words
 )  # fmt: skip
 
 
-def in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
+_METHODS = {"lp": "L_p decay", "l1": "L_1 decay", "dwf": "deep weight factorisation", "rigl": "RigL"}
+_UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def in_words(step: FinetuneStep, control: SparsityControl, steps: int) -> Brief:
+    """One line, and all that decides the run."""
+    return Brief(_in_short(step, control, steps), _in_full(step, control, steps))
+
+
+def _in_short(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
+    target = control.target
+    phased = target is not None and step.method not in ("one-shot", "rigl")
+    text = f"{steps} steps{f': {control.phases.in_words()}' if phased else ''}. Method: "
+    text += _METHODS.get(step.method, step.method)
+    if control.decay is not None:
+        text += f" (p {control.p:g}, lambda {control.base_lambda:.3g})"
+    if step.method == "dense":
+        return f"{text}, nothing is pruned."
+    size = next((f"{control.size / one:.3g} {unit}" for one, unit in _UNITS if control.size >= one), "")
+    of = f"of {size or control.size} weights"
+    if target is None:
+        return f"{text}, no target: weights under about {control.w_kill:.3g} {of} go to zero."
+    score = f"{step.score.capitalize()} score" if step.score == "fisher" else f"by {step.score}"
+    return f"{text}, {score}, target {100 * float(target):.4g} % {of}."
+
+
+def _in_full(step: FinetuneStep, control: SparsityControl, steps: int) -> str:
     text = f"{steps} steps, method {step.method}, {len(control.weights)} tensors of {control.size:,} weights"
     if step.condition != "none":
         text += f", conditioned by {step.condition}"

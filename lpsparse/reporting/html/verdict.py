@@ -77,14 +77,23 @@ def cards(report: Report) -> tuple[Card, ...]:
     ratio = "no BASE was given" if base is None else f"{percent(base.bytes_ratio)} of before"
     zero = percent(held.zero_share)
     disk = _arrow(None if base is None else size(base.file_bytes), size(held.file_bytes))
-    dense = _arrow(None if base is None else size(base.dense_bytes), size(held.dense_bytes))
     return (
         Card("Sparsity", percent(share.sparsity), (zeros, every, *before)),
         Card("On disk", disk, (f"weight files, in the {report.layout} layout", ratio)),
-        Card("Dense equivalent", dense, ("the same tensors, stored densely", f"{zero} are bytes of zeros")),
+        _packed(report, f"{zero} of {size(held.dense_bytes)} stored densely are zeros"),
         *(_quality(each) for each in report.quality),
         *([] if report.quality else [Card("Quality", "–", ("not recorded of these weights",))]),
     )  # fmt: skip
+
+
+def _packed(report: Report, zeros: str) -> Card:
+    """What `pack` makes of the dense bytes, or has made."""
+    packed, dense = report.bytes.packed_bytes, report.bytes.dense_bytes
+    if packed is None:
+        return Card("Packed", "–", ("not known: only zeros were counted", zeros))
+    change = typeset(f"{100 * (packed / dense - 1):+.0f} %") if dense else "–"
+    how = "as it is" if report.layout == "packed" else coded("about what `lpsparse pack` writes")
+    return Card("Packed", f"{size(packed)}, {change}", (how, zeros))
 
 
 def _arrow(before: str | None, after: str) -> Cell:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.writer import write_text
 from lpsparse.errors import InputError
 from lpsparse.recipe import EvalStep, FinetuneStep
@@ -92,7 +93,8 @@ def _checked(tokens: Ids, length: int, data: str) -> Blocks:
 
 
 def _encode(tokenizer: Any, text: str) -> Ids:
-    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+    with phase("tokenising", len(text), "characters"):
+        return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
 
 
 def _tokens(step: FinetuneStep | EvalStep, data: str, split: str, tokenizer: Any) -> Ids:
@@ -101,7 +103,9 @@ def _tokens(step: FinetuneStep | EvalStep, data: str, split: str, tokenizer: Any
         return _encode(tokenizer, read_text(files, part, step.text_field))
     path = _kept(files, part, tokenizer)
     if distributed.rank() == 0 and not _is_whole(path):
-        _write(path, _pieces(files, part), tokenizer)
+        size = sum(path.stat().st_size for path in files)
+        size = max(0, min(size, part.stop or size) - (part.start or 0))
+        _write(path, _pieces(files, part), tokenizer, size)
     distributed.wait()
     return np.memmap(path, np.uint32, mode="r")
 
@@ -128,17 +132,19 @@ def _kept(files: list[Path], part: slice, tokenizer: Any) -> Path:
     return folder / f"{made_of.hexdigest()}.u32"
 
 
-def _write(path: Path, pieces: Iterator[str], tokenizer: Any) -> None:
+def _write(path: Path, pieces: Iterator[str], tokenizer: Any, size: int) -> None:
+    """`size`: about how many characters there are, for the progress."""
     path.parent.mkdir(exist_ok=True, parents=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     written = hashlib.sha256()
     try:
-        with partial.open("wb") as file:
+        with partial.open("wb") as file, phase("tokenising", size, "characters"):
             while lines := list(islice(pieces, _LINES)):
                 for ids in tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]:
                     raw = np.array(ids, np.uint32).tobytes()
                     written.update(raw)
                     file.write(raw)
+                advance(sum(map(len, lines)), "characters")
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

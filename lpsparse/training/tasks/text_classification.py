@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.errors import InputError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import Row, find, held_out_of, read_rows
@@ -22,6 +23,7 @@ from lpsparse.training.tasks.base import (
     write_head,
 )
 
+_AT_ONCE = 1000  # rows that are tokenised between two signs of progress
 NOISE = 0.15  # share of the tokens that --augment noise replaces
 
 
@@ -43,8 +45,10 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], checkpoint.name)
     pad = model.config.pad_token_id = _padding(tokenizer, config, checkpoint)
     encode = _encoder(tokenizer, labels, step.max_length)
+    with phase("tokenising", len(train) + len(held), "rows"):
+        train, held = encode(train), encode(held)
     return Task(
-        loaded, encode(train), encode(held), _collate(pad), _predict, metric="accuracy", unit="rows",
+        loaded, train, held, _collate(pad), _predict, metric="accuracy", unit="rows",
         length=lambda example: len(example[0]),
         sidecars=lambda folder: write_head(folder, model, pad_token_id=pad),
         augment=_noise(tokenizer) if isinstance(step, FinetuneStep) and step.augment == "noise" else None,
@@ -112,9 +116,15 @@ def _encoder(tokenizer: Any, labels: list[str], max_length: int) -> Any:
             if row.label not in ids:
                 what = f"{row.where}: label {row.label!r} is outside the set ({', '.join(labels[:8])})"
                 raise InputError(349, what, hint="fix or drop the row")
-        texts = [row.text for row in rows]
-        tokens = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
-        return [(token_ids, ids[row.label]) for token_ids, row in zip(tokens, rows, strict=True)]
+        found: list[tuple[list[int], int]] = []
+        for first in range(0, len(rows), _AT_ONCE):
+            some = rows[first : first + _AT_ONCE]
+            tokens = tokenizer([row.text for row in some], truncation=True, max_length=max_length)[
+                "input_ids"
+            ]
+            found += [(token_ids, ids[row.label]) for token_ids, row in zip(tokens, some, strict=True)]
+            advance(len(some), "rows")
+        return found
 
     return encode
 
