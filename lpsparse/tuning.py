@@ -33,13 +33,13 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     """{"model", "task", "split", "trained_on", "loss", "loss_error", ...}: errors are standard errors of the
     mean. With `against` the same of that model as "before_loss" and so on; with `save` the figure is recorded
     in MODEL, whose path is "saved" then."""
-    say(f"loading {step.model}")  # torch too, which takes seconds
     source = opened(step.model, say, step.weights)
     manifest = own_manifest(source)
     step = as_trained(step, {} if manifest is None else manifest.training)
     place = check_keeps(source) if step.save else None
     if place is not None:
         check_weights(source)
+    say(f"loading {step.model}")  # torch too, which takes seconds
     from lpsparse.training.data import find
     from lpsparse.training.quality import held_of
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import BUNDLED, Ran, tree_hash
-from test_cli import failed
+from test_cli import ERROR, failed
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
@@ -105,6 +105,14 @@ def test_eval_and_finetune_know_the_same_data_by_one_hash(
     assert beside[0].of_base == "base"
 
 
+def failed_late(ran: Ran, rc: int) -> str:
+    """The two lines of an error that comes after the first stages were told."""
+    assert ran.rc == rc and ran.stdout == "", ran.stderr
+    *stages, first, second = ran.stderr.splitlines(keepends=True)
+    assert ERROR.fullmatch(first + second) and not any("error" in line for line in stages), ran.stderr
+    return first + second
+
+
 def test_task_and_fields_come_from_the_manifest_and_flags_win(
     classifier: Path, tmp_path: Path, cli: Cli
 ) -> None:
@@ -114,8 +122,8 @@ def test_task_and_fields_come_from_the_manifest_and_flags_win(
     lpsparse.prune(model, tmp_path / "cut", sparsity=0.5, exclude=["*pooler*"])  # and through later steps
     lpsparse.pack(tmp_path / "cut", tmp_path / "packed")
     assert cli("eval", tmp_path / "packed", "--data", data).rc == 0
-    assert "no field 'text'" in failed(cli("eval", model, "--data", data, "--text-field", "text"), 3)
-    assert failed(cli("eval", model, "--data", data, "--task", "causal-lm"), 3)
+    assert "no field 'text'" in failed_late(cli("eval", model, "--data", data, "--text-field", "text"), 3)
+    assert failed_late(cli("eval", model, "--data", data, "--task", "causal-lm"), 3)
 
 
 @pytest.mark.parametrize("model", [LM, "half"])
@@ -189,7 +197,7 @@ def test_a_disk_that_fails_while_it_is_recorded_leaves_the_folder_as_it_was(
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("lpsparse.checkpoint.writer.write_text", full)
-    assert "No space left" in failed(cli("eval", half, *WORDS, "--save"), 4)
+    assert "No space left" in failed_late(cli("eval", half, *WORDS, "--save"), 4)
     assert tree_hash(half) == before
 
 

@@ -139,7 +139,7 @@ def test_what_a_model_needs_and_has_not_is_an_alarm_in_every_view_and_no_budget(
     found = report(model, other, max_bytes="1GB")
     (alert,) = alerts(found)
     assert {name for name, _ in alert.tensors} == lost and ran.rc == 0
-    assert "1 of 2 budgets warns" in ran.stdout and "not here as BASE has it" in ran.stdout
+    assert "1 of 2 budgets warns" in ran.stdout and "of BASE" in ran.stdout
     text = {view: path.read_text() for view, path in views.items()}
     assert (
         all(min(lost) in shown for shown in text.values()) and len(json.loads(text["json"])["budgets"]) == 2
@@ -294,7 +294,7 @@ def test_the_command_that_is_printed_as_next_ends_without_a_warning(
         then = following(cli(*command))
         ran = cli(*then)
         assert ran.rc == 0 and "warning" not in ran.stdout.lower() + ran.stderr.lower(), then
-        assert "  changes  " in ran.stdout and then[0] == "report" and len(then) == 3
+        assert "  vs base  " in ran.stdout and then[0] == "report" and len(then) == 3
     for first in ("tuned", "cut"):  # and beside the model that all began with
         ran = cli("report", first, model)
         assert "warning" not in ran.stdout and "  cut  " in ran.stdout

@@ -541,9 +541,9 @@ def test_what_base_has_and_the_model_has_not_is_told_in_every_view(
     assert ran.rc == 0
     shown = [ran.stdout, *(path.read_text() for path in views.values())]
     assert all(gone in text and other in text for text in shown if "<testsuites>" not in text)
-    assert "all budgets met" in ran.stdout and f"as BASE has it: {gone}" in views["junit"].read_text()
+    assert "all budgets met" in ran.stdout and f"of another shape: {gone}" in views["junit"].read_text()
     assert len(json.loads(views["json"].read_text())["budgets"]) == 1  # a warning is no budget
-    assert "may put random values there" in views["comment"].read_text()
+    assert "random values" in views["comment"].read_text()
     whole = cli("report", tiny, tiny, "--max-bytes", "1GB")
     assert "random values" not in whole.stdout and "all budgets met" in whole.stdout
 
@@ -551,9 +551,9 @@ def test_what_base_has_and_the_model_has_not_is_told_in_every_view(
 @pytest.mark.parametrize(
     ("flags", "rc", "said"),
     [
-        (["--max-bytes", "1GB"], 1, "; all budgets met, but not all weights are finite: FAILED"),
-        (["--max-bytes", "1GB", "--warn", "finite"], 0, "; all budgets met"),
-        (["--max-bytes", "1", "--min-sparsity", "0"], 1, "; 1 of 2 budgets failed"),
+        (["--max-bytes", "1GB"], 1, "FAILED: all budgets met, but not all weights are finite"),
+        (["--max-bytes", "1GB", "--warn", "finite"], 0, "all budgets met"),
+        (["--max-bytes", "1B", "--min-sparsity", "0"], 1, "1 of 2 budgets failed"),
     ],
 )
 def test_what_is_counted_as_budgets_is_what_was_given(
@@ -562,7 +562,7 @@ def test_what_is_counted_as_budgets_is_what_was_given(
     nan = np.full((7, 13), np.nan, np.float32)
     save_file({"a.weight": nan}, tmp_path / "m.safetensors")
     ran = cli("report", tmp_path / "m.safetensors", *flags, "--html", tmp_path / "r.html")
-    assert ran.rc == rc and ran.stdout.splitlines()[1].endswith(said)
+    assert ran.rc == rc and ran.stdout.splitlines()[-1].endswith(said)
     assert "3 budgets" not in (tmp_path / "r.html").read_text()
 
 

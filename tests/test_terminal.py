@@ -262,7 +262,6 @@ def test_doctor_is_a_function_too() -> None:
 
 STOPPED = """
 import os, signal, sys, threading
-from html_reports import bare, tensors
 
 import lpsparse
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background has it switched off

@@ -56,9 +56,12 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 
 def _again(before: Callable[[Any], object], lost: Any) -> None:
-    """Where Python could only have shown a Ctrl-C and gone on (in a callback of its own), it comes again."""
+    """Where Python could only have shown a Ctrl-C and gone on (in a callback of its own), it comes again; so
+    does what torch's launcher makes of one."""
     if isinstance(lost.exc_value, KeyboardInterrupt) and asked:
         threading.Timer(0.01, _thread.interrupt_main, (asked.pop(),)).start()
+    elif isinstance(number := getattr(lost.exc_value, "sigval", None), signal.Signals):
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
     else:
         before(lost)
 

@@ -33,7 +33,7 @@ def budgets_in_short(report: Report) -> str:
     failed, warned, of = budget_counts(report)
     text = f"{failed} of {of} budgets failed" if failed else "all budgets met" if of and not warned else ""
     warning = f"{warned} of {of} budgets warn{'s' * (warned == 1)}" if warned else ""
-    broken = "" if report.passed or failed else "but not all weights are finite: FAILED"
+    broken = "" if report.passed or failed else "but not all weights are finite"
     return ", ".join(part for part in (text, warning, broken) if part)
 
 
@@ -77,9 +77,9 @@ def lost_of(report: Report) -> Alert | None:
     names += [(name, " (other shape)") for name in base.other_form if name not in base.left_behind]
     if not names:
         return None
-    many = f" ({len(names):,} tensors)" if len(names) > 1 else ""
-    hint = f"{many}; what loads this model may put random values there"
-    return Alert("not here as BASE has it:", tuple(names[:_MOST_NAMED]), hint)
+    many = f"{len(names):,} tensors of BASE are missing or of another shape:" if len(names) > 1 else ""
+    what = many or "a tensor of BASE is missing or of another shape:"
+    return Alert(what, tuple(names[:_MOST_NAMED]), ". A loader may fill them with random values")
 
 
 def apart_in_words(base: Base) -> list[tuple[str, str]]:
