@@ -132,6 +132,7 @@ def tree_hash(folder: Path) -> dict[str, str]:
 
 # Training is the same on every CPU, whether it has bf16 or not; tests of --mixed-precision ask for another.
 FP32 = {"LPSPARSE_MIXED_PRECISION": "no"}
+os.environ.update(FP32)
 
 
 def cli_environment(**env: str | None) -> dict[str, str]:
@@ -174,8 +175,6 @@ def _check_reports(args: list[str], ran: Ran) -> None:
 @pytest.fixture(autouse=True)
 def _no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests are those of a person at a terminal, also where a CI job or pytest-xdist runs them."""
-    for name, value in FP32.items():
-        monkeypatch.setenv(name, value)
     for key in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "COLUMNS"):
         monkeypatch.delenv(key, raising=False)
 
