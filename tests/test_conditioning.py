@@ -463,7 +463,7 @@ def test_norms_hold_through_training_and_fold_leaves_an_ordinary_model() -> None
     names = list(model.state_dict())
     norms = [model[0].weight.flatten(1).norm(dim=1), model[4].weight.norm(dim=1)]
     conditioning = condition(model)
-    optimizer = LpAdamW(model.parameters(), lr=1e-2, p=0.8, lambda_p=0.1)
+    optimizer = LpAdamW(model.parameters(), lr=1e-2, p=0.8, lambda_p=0.1, one_pass=False)
     for _ in range(30):
         optimizer.zero_grad()
         model(x).square().mean().backward()
@@ -484,7 +484,7 @@ def test_decay_keeps_conditioned_rows_alive_where_raw_decay_would_collapse_them(
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
     nn.init.constant_(model[0].weight, 0.25)
     conditioning = condition(model)
-    optimizer = LpAdamW(model.parameters(), lr=1e-2, p=0.8, lambda_p=0.1)
+    optimizer = LpAdamW(model.parameters(), lr=1e-2, p=0.8, lambda_p=0.1, one_pass=False)
     for _ in range(500):
         optimizer.zero_grad()
         (model(x) - x[:, :1] * 3).square().mean().backward()

@@ -65,81 +65,114 @@ def plain(faulty: Options) -> Options:
     return {**faulty, "target_sparsity": "0.6"}
 
 
-@pytest.mark.parametrize("way", [{}, {"shard": True}, {"accumulate": 2}], ids=["DDP", "FSDP2", "two parts"])
-def test_two_processes_train_as_one_does(way: Options, plain: Options, tmp_path: Path) -> None:
+def _train(rank: int, given: Options, runs: list[tuple[str, str, Options]], told: str) -> None:
+    """Runs of one job after another, each with its OUT, fault and changes (under OTHER those of process 1
+    alone); what process 0 says of each. One job for many runs, since torch takes seconds to start."""
+    found: list[Ran] = []
+    for out, fault, more in runs:
+        os.environ["TEST_FAULT"] = fault
+        said: list[str] = []
+        own = {**given, **more, "out": out}
+        other = own.pop(OTHER, {})
+        try:
+            finetune_step(resolve(FinetuneStep, own | (other if rank == 1 else {})), said.append)
+            found.append(Ran(0, "", "\n".join(said)))
+        except LpsparseError as error:
+            found.append(Ran(int(error.exit_code), "", "\n".join([*said, error.what])))
+            assert not Path(out).exists()
+    if rank == 0:
+        Path(told).write_text(json.dumps(found))
+
+
+OTHER = "of process 1"
+WAYS: dict[str, Options] = {"DDP": {}, "FSDP2": {"shard": True}, "two parts": {"accumulate": 2}}
+REFUSED: dict[str, tuple[str, Options, ExitCode, str]] = {  # fault, changes, exit code, words
+    "nan": ("1:5:nan", {"save_every": 2}, ExitCode.NUMERIC, "the state of step 4 is whole"),
+    "lamp": ("", {"shard": True, "allocation": "lamp"}, ExitCode.USAGE, "lamp needs whole tensors"),
+    "seed": ("", {OTHER: {"seed": 1}}, ExitCode.STATE, "process 1 has other options, another model or other"),
+}
+
+
+def test_two_processes_train_as_one_does_and_stop_together(plain: Options, tmp_path: Path) -> None:
     lpsparse.finetune(out=tmp_path / "one", **plain)
-    ran = run(plain, tmp_path / "two", processes=2, **way)
-    assert ran.rc == 0, ran.stderr
-    assert ran.stderr.count("wrote") == ran.stdout.count("prunable weights are zero") == 1
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
-        assert torch.equal(two[name] == 0, weight == 0)
-
-
-def _finetune(rank: int, out: str, given: Options) -> None:
-    lpsparse.finetune(out=out, **given)
-    assert torch.distributed.get_world_size() == 2
+    runs = [(str(tmp_path / name), "", way) for name, way in WAYS.items()]
+    runs += [(str(tmp_path / name), fault, more) for name, (fault, more, *_) in REFUSED.items()]
+    on_two_ranks(_train, plain, runs, str(tmp_path / "told.json"))
+    told = [Ran(*each) for each in json.loads((tmp_path / "told.json").read_text())]
+    one = weights(tmp_path / "one")
+    for name in WAYS:
+        two = weights(tmp_path / name)
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=1e-5)
+            assert torch.equal(two[key] == 0, weight == 0)
+    assert [each.rc for each in told[: len(WAYS)]] == [0] * len(WAYS)
+    for (_, _, code, words), ran in zip(REFUSED.values(), told[len(WAYS) :], strict=True):
+        assert ran.rc == code and words in ran.stderr, ran.stderr
 
 
 TEXT = "The quick brown fox jumps over the lazy dog and says that it is a fine day. " * 60
+MODELS: dict[str, tuple[Options, Callable[[Path], Path]]] = {
+    "gpt2": ({}, gpt2), "gemma": ({}, gemma), "llama": ({"shard": True}, llama),
+    "experts": ({"shard": True}, experts),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("way", "make"), [({}, gpt2), ({}, gemma), ({"shard": True}, llama), ({"shard": True}, experts)]
-)
-def test_two_processes_train_a_transformer_as_one_does(
-    way: Options, make: Callable[[Path], Path], tmp_path: Path
-) -> None:
+def test_two_processes_train_transformers_as_one_does(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     given = {
-        "model": str(make(tmp_path / "model")), "data": str(tmp_path / "text.txt"), "task": "causal-lm",
-        "steps": 8, "batch_size": 4, "max_length": 16, "lr": 1e-3, "target_sparsity": "0.6", "threads": 1,
-        "distill": 0.5,
+        "data": str(tmp_path / "text.txt"), "task": "causal-lm", "steps": 8, "batch_size": 4,
+        "max_length": 16, "lr": 1e-3, "target_sparsity": "0.6", "threads": 1, "distill": 0.5,
     }  # fmt: skip
-    alone = lpsparse.finetune(out=tmp_path / "one", **given)
-    on_two_ranks(_finetune, str(tmp_path / "two"), {**given, **way})
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, weight in one.items():
-        # A gradient near zero is noise, which AdamW makes as large as any; gemma is rounded to bfloat16.
-        torch.testing.assert_close(two[name], weight, rtol=1e-2, atol=3e-4)
-    found = lpsparse.report(tmp_path / "two")
-    assert found.prunable.zeros == alone.prunable.zeros
-    assert found.quality[0].before == pytest.approx(alone.quality[0].before, abs=1e-5)
-    assert found.quality[0].after == pytest.approx(alone.quality[0].after, abs=1e-3)
+    runs: list[tuple[str, str, Options]] = []
+    for name, (way, make) in MODELS.items():
+        model = {"model": str(make(tmp_path / f"{name}-model"))}
+        lpsparse.finetune(out=tmp_path / f"{name}-one", **given, **model)
+        runs.append((str(tmp_path / f"{name}-two"), "", {**model, **way}))
+    on_two_ranks(_train, given, runs, str(tmp_path / "told.json"))
+    assert all(rc == 0 for rc, *_ in json.loads((tmp_path / "told.json").read_text()))
+    for name in MODELS:
+        one, two = (weights(tmp_path / f"{name}-{many}") for many in ("one", "two"))
+        for key, weight in one.items():
+            # A gradient near zero is noise, which AdamW makes as large as any; gemma is rounded to bfloat16.
+            torch.testing.assert_close(two[key], weight, rtol=1e-2, atol=3e-4)
+        alone, found = (lpsparse.report(tmp_path / f"{name}-{many}") for many in ("one", "two"))
+        assert found.prunable.zeros == alone.prunable.zeros
+        assert found.quality[0].before == pytest.approx(alone.quality[0].before, abs=1e-5)
+        assert found.quality[0].after == pytest.approx(alone.quality[0].after, abs=1e-3)
 
 
 def _unreadable(*_: Any) -> Any:
     raise AssertionError("only process 0 reads the weights")
 
 
-def _load(rank: int, folder: str, shard: bool) -> None:
+def _load(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo")
     checkpoint = open_checkpoint(BUNDLED)
     if rank > 0:
         tensors = tuple(replace(tensor, blocks=_unreadable) for tensor in checkpoint.tensors)
         checkpoint = replace(checkpoint, tensors=tensors)
-    model: Any = load_transformer(checkpoint, AutoModelForCausalLM, {}).module
-    assert all(param.is_meta == (rank > 0) for param in model.parameters())
-    distributed.spread(model, torch.device("cpu"), blocks(model), shard=shard, bf16=False)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    parts = [distributed.local(param).numel() for param in model.parameters()]
-    whole = {name: distributed.whole(value) for name, value in model.state_dict().items()}
-    torch.save((parts, whole, dict(model.named_buffers())), f"{folder}/{rank}.pt")
+    for shard in (False, True):
+        model: Any = load_transformer(checkpoint, AutoModelForCausalLM, {}).module
+        assert all(param.is_meta == (rank > 0) for param in model.parameters())
+        distributed.spread(model, torch.device("cpu"), blocks(model), shard=shard, bf16=False)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        parts = [distributed.local(param).numel() for param in model.parameters()]
+        whole = {name: distributed.whole(value) for name, value in model.state_dict().items()}
+        torch.save((parts, whole, dict(model.named_buffers())), f"{folder}/{shard}-{rank}.pt")
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_the_weights_are_read_once_and_spread(shard: bool, tmp_path: Path) -> None:
-    on_two_ranks(_load, str(tmp_path), shard)
+def test_the_weights_are_read_once_and_spread(tmp_path: Path) -> None:
+    on_two_ranks(_load, str(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(BUNDLED)
-    (mine, *first), (theirs, *second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     own = [model.state_dict(), dict(model.named_buffers())]
-    for tables in (first, second):
-        for found, given in zip(tables, own, strict=True):
-            assert found.keys() == given.keys()
-            assert all(torch.equal(found[name], given[name]) for name in given)
     sizes = [param.numel() for param in model.parameters()]
-    assert [a + b for a, b in zip(mine, theirs, strict=True)] == [(2 - shard) * size for size in sizes]
+    for shard in (False, True):
+        (mine, *first), (theirs, *second) = (torch.load(tmp_path / f"{shard}-{rank}.pt") for rank in (0, 1))
+        for tables in (first, second):
+            for found, given in zip(tables, own, strict=True):
+                assert found.keys() == given.keys()
+                assert all(torch.equal(found[name], given[name]) for name in given)
+        assert [a + b for a, b in zip(mine, theirs, strict=True)] == [(2 - shard) * size for size in sizes]
 
 
 def test_what_process_0_finds_in_the_checkpoint_all_are_told(tmp_path: Path) -> None:
@@ -153,42 +186,33 @@ def test_what_process_0_finds_in_the_checkpoint_all_are_told(tmp_path: Path) -> 
     assert "Traceback" not in ran.stderr and not list(tmp_path.glob("out*"))
 
 
-def _train(rank: int, given: Options, runs: list[tuple[str, str, Options]], told: str) -> None:
-    """Runs of one job after another, each with its OUT, fault and changes; what process 0 says of each."""
-    found: list[Ran] = []
-    for out, fault, more in runs:
-        os.environ["TEST_FAULT"] = fault
-        said: list[str] = []
-        try:
-            finetune_step(resolve(FinetuneStep, {**given, **more, "out": out}), said.append)
-            found.append(Ran(0, "", "\n".join(said)))
-        except LpsparseError as error:
-            found.append(Ran(int(error.exit_code), "", "\n".join([*said, error.what])))
-            assert not Path(out).exists()
-    if rank == 0:
-        Path(told).write_text(json.dumps(found))
-
-
 # After the first step, the end of an epoch, between two lines of the metrics, the last one.
-@pytest.mark.parametrize(
-    ("way", "stops"), [({}, (1, 4, 2, 8)), ({"shard": True}, (7, 8))], ids=["DDP", "FSDP2"]
-)
+STOPS: dict[str, tuple[Options, tuple[int, ...]]] = {
+    "DDP": ({}, (1, 4, 2, 8)),
+    "FSDP2": ({"shard": True}, (7, 8)),
+}
+
+
 def test_two_processes_that_were_stopped_end_in_the_bits_of_two_that_were_not(
-    way: Options, stops: tuple[int, ...], plain: Options, tmp_path: Path
+    plain: Options, tmp_path: Path
 ) -> None:
-    given, out, told = {**plain, **way, "processes": 2}, str(tmp_path / "out"), tmp_path / "told.json"
-    stopped = run(given, tmp_path / "out", f"1:{stops[0]}:SIGTERM")
-    assert not (tmp_path / "out").exists()
-    others = [(out, f"1:{steps}:SIGTERM", way) for steps in stops[1:]]  # one is asked, and both stop
-    runs = [*others, (out, "", {"shard": not way}), (str(tmp_path / "whole"), "", way)]
+    told = tmp_path / "told.json"
+    runs: list[tuple[str, str, Options]] = []
+    for name, (way, stops) in STOPS.items():
+        out = str(tmp_path / name)
+        runs += [(out, f"1:{steps}:SIGTERM", way) for steps in stops]  # one is asked, and both stop
+        runs += [(out, "", {"shard": not way}), (str(tmp_path / f"{name} whole"), "", way)]
     on_two_ranks(_train, plain, runs, str(told))
-    *all_stopped, other, whole = [Ran(*found) for found in json.loads(told.read_text())]
-    for each, done in zip([stopped, *all_stopped], accumulate(stops), strict=True):
-        assert each.rc == ExitCode.RESUMABLE and f"after step {done} of 15" in each.stderr, each.stderr
-    assert other.rc == ExitCode.STATE and f"shard was {bool(way)}, is {not way}" in other.stderr
-    resumed = run(given, tmp_path / "out")
-    assert whole.rc == resumed.rc == 0 and "goes on after step 15" in resumed.stderr
-    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
+    found = iter([Ran(*each) for each in json.loads(told.read_text())])
+    for name, (way, stops) in STOPS.items():
+        for done in accumulate(stops):
+            stopped = next(found)
+            assert stopped.rc == ExitCode.RESUMABLE and f"after step {done} of 15" in stopped.stderr
+        other, whole = next(found), next(found)
+        assert other.rc == ExitCode.STATE and f"shard was {bool(way)}, is {not way}" in other.stderr
+        resumed = run({**plain, **way, "processes": 2}, tmp_path / name)  # by other processes
+        assert whole.rc == resumed.rc == 0 and "goes on after step 15" in resumed.stderr
+        assert tree_hash(tmp_path / name) == tree_hash(tmp_path / f"{name} whole")
 
 
 def test_quiet_processes_say_nothing(plain: Options, tmp_path: Path) -> None:
@@ -251,12 +275,6 @@ def test_a_frozen_process_ends_the_run_when_the_others_have_waited_long_enough(
     ran = run({**plain, "processes": 2, "rank_timeout": 4.0}, tmp_path / "out", "1:5:SIGSTOP")
     assert ran.rc == ExitCode.RESOURCE and "process 0: step 5" in ran.stderr, ran.stderr
     assert "Traceback" not in ran.stderr and not (tmp_path / "out").exists()
-
-
-def test_nan_on_one_process_stops_all_before_the_step(plain: Options, tmp_path: Path) -> None:
-    ran = run({**plain, "processes": 2, "save_every": 2}, tmp_path / "out", "1:5:nan")
-    assert ran.rc == ExitCode.NUMERIC and "step 5 of 15" in ran.stderr, ran.stderr
-    assert "the state of step 4 is whole" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_a_parameter_without_a_gradient_is_no_lost_process_and_quality_is_that_of_the_files(
@@ -337,13 +355,10 @@ def test_the_exit_code_and_the_two_lines_of_a_failing_process_are_kept(
     assert ran.stderr.count("error[LPS") == 1 and ran.stderr.count("hint:") == 1, ran.stderr
 
 
-@pytest.mark.parametrize("differs", ["seed", "data"])
-def test_processes_that_differ_are_refused_before_the_first_step(
-    differs: str, plain: Options, tmp_path: Path
-) -> None:
+def test_processes_that_differ_are_refused_before_the_first_step(plain: Options, tmp_path: Path) -> None:
     other = tmp_path / "other.npz"
     other.write_bytes(Path(str(plain["data"])).read_bytes())
-    changes: list[Options] = [{}, {"seed": 1} if differs == "seed" else {"data": str(other)}]
+    changes: list[Options] = [{}, {"data": str(other)}]
     ran = [end(process) for process in by_hand(plain, tmp_path / "out", changes, 29611)]
     assert ran[0].rc == ExitCode.STATE, ran[0].stderr
     assert "process 1 has other options, another model or other data" in ran[0].stderr
@@ -406,11 +421,10 @@ def test_another_launcher_starts_the_same_run(plain: Options, tmp_path: Path) ->
     assert refused.rc == ExitCode.USAGE and "DeepSpeed" in refused.stderr and "--shard" in refused.stderr
 
 
-def test_sharding_refuses_what_needs_whole_tensors(plain: Options, tmp_path: Path) -> None:
-    alone = run({**plain, "shard": True}, tmp_path / "out")
-    assert alone.rc == ExitCode.USAGE and "--processes 2 or more" in alone.stderr
-    ran = run({**plain, "shard": True, "processes": 2, "allocation": "lamp"}, tmp_path / "out")
-    assert ran.rc == ExitCode.USAGE and "--allocation lamp needs whole tensors" in ran.stderr
+def test_sharding_needs_more_than_one_process(plain: Options, tmp_path: Path) -> None:
+    with pytest.raises(LpsparseError, match="one process") as refused:
+        lpsparse.finetune(out=tmp_path / "out", **plain, shard=True)
+    assert refused.value.exit_code == ExitCode.USAGE and "--processes 2 or more" in refused.value.hint
     assert not list(tmp_path.glob("out*"))
 
 

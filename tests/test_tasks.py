@@ -420,21 +420,26 @@ def build():
 """
 
 
-def test_checkpointing_and_compiling_change_the_time_alone(text: Path, tmp_path: Path) -> None:
-    text.write_text(TEXT[:3600])  # 12 blocks are held out: another size of batch would be compiled once more
+def test_checkpointing_changes_the_time_alone(text: Path, tmp_path: Path) -> None:
     source = llama(tmp_path / "model", layers=1)
     given = {**RUN, "data": str(text), "task": "causal-lm"}
     for name, more in {"plain": {}, "again": {"checkpointing": True}}.items():
-        report = lpsparse.finetune(source, tmp_path / name, **given, **more)
-        assert report.quality[0].rows == 12 * 15  # tokens
-    words = resolve(FinetuneStep, {**given, "compile": True, "model": str(source), "out": "o"}).options()
-    ran = run_cli(["finetune", source, tmp_path / "compiled", *words])
+        lpsparse.finetune(source, tmp_path / name, **given, **more)
+    plain, again = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again"))
+    assert all(torch.equal(again[name], weight) for name, weight in plain.items())
+
+
+def test_compiling_changes_the_time_alone(net: dict[str, Any], tmp_path: Path) -> None:
+    """On a model of few operations, since compiling takes seconds for each."""
+    given = {**net, "steps": 4, "target_sparsity": "0.5", "augment": "none"}
+    lpsparse.finetune(out=tmp_path / "plain", **given)
+    words = resolve(FinetuneStep, {**given, "compile": True, "out": "o"}).options()
+    ran = run_cli(["finetune", given["model"], tmp_path / "compiled", *words])
     assert ran.rc == 0, ran.stderr
-    plain, again, compiled = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again", "compiled")
+    plain, compiled = (
+        load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("plain", "compiled")
     )
     for name, weight in plain.items():
-        assert torch.equal(again[name], weight)
         torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)
 
 
