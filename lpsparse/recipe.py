@@ -112,7 +112,13 @@ Limits = Annotated[
     tuple[str, ...], BeforeValidator(_texts),
     WithJsonSchema({"type": "array", "items": {"type": ["number", "string"]}}),
 ]  # fmt: skip
-Fraction = Annotated[Decimal, BeforeValidator(fraction)]
+Fraction = Annotated[
+    Decimal, BeforeValidator(fraction),
+    WithJsonSchema({"anyOf": [
+        {"type": "number", "minimum": 0, "maximum": 1},
+        {"type": "string", "pattern": r"^\s*(0*(\.\d*)?|0*1(\.0*)?|\d+(\.\d*)? *%)\s*$"},
+    ]}),
+]  # fmt: skip
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 _INCLUDE = Field(
     (),

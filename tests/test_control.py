@@ -255,7 +255,7 @@ def test_phases_follow_one_another_and_the_target_rises_cubically() -> None:
     rise = [phases.rise(t) for t in range(101)]
     assert rise[:11] == [0.0] * 11 and rise[40:] == [1.0] * 61
     assert rise[25] == pytest.approx(1 - 0.5**3)
-    assert phases.in_words() == "warm up 10, decay 30, recover 60"
+    assert phases.in_words() == "10 warm-up, 30 decay, 60 recovery"
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "restart"])

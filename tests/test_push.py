@@ -362,7 +362,7 @@ def test_a_folder_that_is_not_ours_or_is_damaged_is_refused_before_anything_goes
     ("words", "named"),
     [
         ("name", "your user name goes before it"), ("org/name@x", "--revision"), ("a/b/c", "not org/name"),
-        ("org/na--me", "not org/name"), ("org/x.git", "not org/name"), ("-x/y", "No such option"),
+        ("org/na--me", "not org/name"), ("org/x.git", "not org/name"), ("-x/y", "no such option"),
         ("org/n --revision " + "a" * 40, "a commit"), ("org/n --revision x --create-pr", "leave --revision"),
         ("org/n --revision ../x", "not the name of a branch"), ("https://hf.co/a/b", "not org/name"),
     ],

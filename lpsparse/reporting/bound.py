@@ -35,7 +35,10 @@ def sampled_bytes(tensor: Tensor, counted: Count) -> int:
     starts = sorted({place * (lines - some) // (_PLACES - 1) for place in range(_PLACES)})
     if lines <= some * _PLACES:
         some, starts = lines, [0]
-    blocks = [block.reshape(-1) for first in starts for _, block in tensor.blocks(first, first + some)]
+    most = _VALUES * _PLACES  # of a line that is longer, its begin: a copy, so that the rest is not held
+    blocks = [
+        block.reshape(-1)[:most].copy() for first in starts for _, block in tensor.blocks(first, first + some)
+    ]
     codes = np.sort(ordered(np.concatenate(blocks), tensor.dtype))
     kept = tensor.size - counted.zeros
     few = min(int(np.count_nonzero(codes)), math.ceil(codes.size * kept / tensor.size))
