@@ -175,17 +175,6 @@ def test_the_weights_are_read_once_and_spread(tmp_path: Path) -> None:
         assert [a + b for a, b in zip(mine, theirs, strict=True)] == [(2 - shard) * size for size in sizes]
 
 
-def test_what_process_0_finds_in_the_checkpoint_all_are_told(tmp_path: Path) -> None:
-    tensors = safetensors.torch.load_file(BUNDLED / "model.safetensors")
-    del tensors["model.norm.weight"]
-    shutil.copytree(BUNDLED, tmp_path / "model")
-    safetensors.torch.save_file(tensors, tmp_path / "model" / "model.safetensors")
-    given = {"model": str(tmp_path / "model"), "data": "bundled:shakespeare", "task": "causal-lm"}
-    ran = run(given, tmp_path / "out", processes=2)
-    assert ran.rc == ExitCode.INPUT and ran.stderr.count("error[LPS396]") == 1, ran.stderr
-    assert "Traceback" not in ran.stderr and not list(tmp_path.glob("out*"))
-
-
 # After the first step, the end of an epoch, between two lines of the metrics, the last one.
 STOPS: dict[str, tuple[Options, tuple[int, ...]]] = {
     "DDP": ({}, (1, 4, 2, 8)),
@@ -287,8 +276,19 @@ def test_a_parameter_without_a_gradient_is_no_lost_process_and_quality_is_that_o
     build: dict[str, Any] = {}
     exec(code.read_text(), build)
     torch.save(build["build"]().state_dict(), str(plain["model"]))
-    ran = run({**plain, "processes": 2, "epochs": 6}, tmp_path / "out")
+    tensors = safetensors.torch.load_file(BUNDLED / "model.safetensors")
+    del tensors["model.norm.weight"]
+    shutil.copytree(BUNDLED, tmp_path / "broken")
+    safetensors.torch.save_file(tensors, tmp_path / "broken" / "model.safetensors")
+    text = {"model": str(tmp_path / "broken"), "data": "bundled:shakespeare", "task": "causal-lm"}
+    runs: list[tuple[str, str, Options]] = [
+        (str(tmp_path / "out"), "", {"epochs": 6}),
+        (str(tmp_path / "none"), "", {**text, "model_fn": None}),  # what process 0 finds all are told
+    ]
+    on_two_ranks(_train, plain, runs, str(tmp_path / "told.json"))
+    ran, broken = (Ran(*each) for each in json.loads((tmp_path / "told.json").read_text()))
     assert ran.rc == 0, ran.stderr
+    assert broken.rc == ExitCode.INPUT and "model.norm.weight" in broken.stderr
     manifest = json.loads((tmp_path / "out" / "lpsparse.json").read_text())
     options = {key: plain[key] for key in ("task", "data", "model_fn", "batch_size")}
     found = lpsparse.evaluate(tmp_path / "out", split="train", **options)
