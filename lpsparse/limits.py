@@ -36,7 +36,7 @@ def limit_of(name: str, text: str) -> Limit:
             raise ValueError(f"--min-nm {text}: N:M=FRACTION, N:M one of {', '.join(REPORTED_N_M)}")
     found = _LIMIT.fullmatch(limit.strip())
     unit = found[2] if found else ""
-    if not found or (unit and (name, unit == "%") not in (("max-bytes", False), ("max-quality-drop", True))):
+    if not found or (unit and (name == "max-bytes") == (unit == "%")):
         example = {"max-bytes": "20MB", "max-quality-drop": "0.01 or 2%", "min-nm": "2:4=1.0"}.get(
             name, "0.8"
         )
@@ -49,4 +49,4 @@ def limit_of(name: str, text: str) -> Limit:
     value = Decimal(found[1]) * _UNITS.get(unit, 1) / (100 if unit == "%" else 1)
     if name not in ("max-bytes", "max-quality-drop") and value > 1:
         raise ValueError(f"--{name} {text}: a fraction is 0..1, such as 0.8")
-    return Limit(value, pattern or None, n_m, unit == "%")
+    return Limit(value, pattern or None, n_m, name == "max-quality-drop" and unit == "%")

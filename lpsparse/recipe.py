@@ -5,7 +5,7 @@ Light on purpose: this module is imported by `--help`.
 
 import re
 from collections.abc import Collection
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -41,9 +41,10 @@ def fraction(value: Any) -> Any:
     if not text.endswith("%"):
         return value
     try:
-        return Decimal(text[:-1].strip()) / 100
-    except InvalidOperation:
+        found = Decimal(text[:-1].strip()) / 100
+    except ArithmeticError:  # no number, or one of a million digits
         return value
+    return found if found.is_finite() else value
 
 
 def _optimizer(value: str) -> str:

@@ -49,8 +49,12 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     found: dict[str, Any] = {"model": source.name, "task": step.task, "split": split, "trained_on": known}
     found |= {**_figures(after), unit: after.count}
     before = dense = None
+    cut = False
     if step.against is not None:
         dense = opened(step.against, say)
+        cut = _is_cut(dense)
+        if cut:
+            say(f"{dense.name} was cut already: what that cost is not in this figure, and no budget takes it")
         before = _measured(step, dense)[1]
         found |= {"against": dense.name, **{f"before_{key}": each for key, each in _figures(before).items()}}
         if before.count != after.count:
@@ -64,13 +68,21 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
         higher_is_better=metric == "accuracy", rows=after.count, split=f"{split} {unit}",
         before_error=None if before is None else before.error_of(metric), after_error=after.error_of(metric),
         data_sha256=held.sha256, task=step.task, data=held.names,
-        before_of=None if dense is None else dense.name,
+        before_of=None if dense is None else dense.name, of_cut=cut,
     )  # fmt: skip
     if step.dry_run:
         say("dry run: nothing is written")
     elif is_first():
         keep_quality(place, quality)
     return found | {"saved": None if step.dry_run else str(place)}
+
+
+def _is_cut(checkpoint: Checkpoint) -> bool:
+    """Whether a step of lpsparse has cut it, as its manifest tells."""
+    manifest = own_manifest(checkpoint)
+    steps = [] if manifest is None else [each.recipe for each in (*manifest.earlier, manifest.as_earlier())]
+    trained = [each["finetune"] for each in steps if isinstance(each.get("finetune"), dict)]
+    return any("prune" in each for each in steps) or any(each.get("method") != "dense" for each in trained)
 
 
 def _measured(step: EvalStep, source: Checkpoint) -> "tuple[str, Measured]":

@@ -189,7 +189,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         if quality and not same:
             say(
                 "quality recorded in MODEL is left out: the cut changed weights; measure again with "
-                "`lpsparse eval OUT --against MODEL --save`"
+                "`lpsparse eval OUT --against DENSE --save`, DENSE being the model before any cut"
             )
         return finish(written, quality if same else ())
 

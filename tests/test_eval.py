@@ -294,3 +294,13 @@ def test_a_recipe_saves_and_gates_and_is_finished_when_it_runs_again(
     assert "LPS415" in failed(cli("recipe", "check", "s.yaml", "--set", f"model={tiny_bert}"), 4)
     Path("s.yaml").write_text(f"model: {tiny_bert}\ndata: dev.csv\nout: b\nsteps: [eval: {{}}]\n")
     assert "--task is needed" in failed(cli("recipe", "check", "s.yaml"), 2)
+
+
+def test_a_figure_beside_a_model_that_was_cut_gates_nothing(half: Path, cli: Cli) -> None:
+    lpsparse.prune("half", "more", sparsity=0.6)
+    ran = cli("eval", "more", *WORDS, "--against", "half", "--save")
+    assert ran.rc == 0 and "half was cut already" in ran.stderr
+    gated = lpsparse.report("more", max_quality_drop="90%")
+    assert not gated.passed and gated.budgets[0].value is None
+    assert cli("eval", "more", *WORDS, "--against", LM, "--save").rc == 0
+    assert lpsparse.report("more", max_quality_drop="90%").budgets[0].value is not None

@@ -162,10 +162,6 @@ def test_a_pooler_that_the_class_has_no_place_for_is_told_by_config_json(tmp_pat
     lacks = without(heads, "pooler")
     for name, classes, told in (("a", ["BertForMaskedLM"], 0), ("b", ["BertForPreTraining"], 1)):
         assert len(alerts(report(saved(tmp_path / name, lacks, architectures=classes), base))) == told
-    tied = saved(
-        tmp_path / "c", without(heads, "cls"), architectures=["BertForPreTraining"], tie_word_embeddings=True
-    )
-    assert alerts(report(tied, base)) == ()  # what is tied is stored once
 
 
 MLP: Arrays = {"mlp.weight": body()["encoder.layer.0.mlp.weight"]}
@@ -303,3 +299,26 @@ def test_the_command_that_is_printed_as_next_ends_without_a_warning(
 def test_tiny_arrays_are_not_taken_for_a_prefix(tmp_path: Path) -> None:
     found = beside(tmp_path, tiny_arrays(1), tiny_arrays())
     assert found.base is not None and found.base.only_here == found.base.only_there == ()
+
+
+def test_a_head_that_is_lost_of_the_same_class_is_an_alarm_also_where_a_config_says_tied(
+    tmp_path: Path,
+) -> None:
+    """transformers writes tie_word_embeddings into the config of classifiers, too."""
+    head = {"classifier.weight": np.ones((3, 7), np.float32), "classifier.bias": np.ones(3, np.float32)}
+    config = {
+        "architectures": ["BertForSequenceClassification"],
+        "tie_word_embeddings": True,
+        "vocab_size": 29,
+    }
+    base = saved(tmp_path / "base", prefixed(body()) | head, **config)
+    (alert,) = alerts(report(saved(tmp_path / "lost", prefixed(body()), **config), base))
+    assert {name for name, _ in alert.tensors} == set(head)
+
+
+def test_a_projection_that_is_tied_to_the_embedding_is_not_missed(tmp_path: Path) -> None:
+    words = {"embed.weight": np.ones((29, 7), np.float32), "layers.0.weight": np.ones((7, 7), np.float32)}
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "vocab_size": 29}
+    base = saved(tmp_path / "base", words | {"lm_head.weight": words["embed.weight"]}, **config)
+    found = report(saved(tmp_path / "tied", words, **config), base)
+    assert alerts(found) == () and found.base is not None and found.base.left_behind == ("lm_head.weight",)

@@ -293,7 +293,7 @@ def test_a_budget_has_a_value_a_margin_and_a_verdict(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"min_sparsity": "1.5"}, "fraction is 0..1"), ({"min_sparsity": "80%"}, r"not \[GLOB=\]LIMIT"),
+        ({"min_sparsity": "1.5"}, "fraction is 0..1"), ({"min_sparsity": "180%"}, "fraction is 0..1"),
         ({"max_bytes": "-1"}, r"not \[GLOB=\]LIMIT"), ({"max_bytes": "2 parsecs"}, r"not \[GLOB=\]LIMIT"),
         ({"max_quality_drop": "x=1"}, "takes no GLOB"), ({"min_nm": "3:5=1"}, "N:M one of"),
         ({"min_nm": "2:4"}, "N:M one of"), ({"warn": "min-sparsty"}, "did you mean min-sparsity"),

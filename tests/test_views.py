@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from lpsparse import LpsparseError, prune, report
 from lpsparse.checkpoint.manifest import Quality, Source
 from lpsparse.reporting import card, junit, markdown, spreadsheet, table, words
+from lpsparse.reporting.fold import folded
 from lpsparse.reporting.html.page import render as render_page
 from lpsparse.reporting.records import Budget, KindRow, Report, Share, schema
 from lpsparse.reporting.text import percent
@@ -444,3 +445,28 @@ def test_files_that_cannot_be_written_are_refused_in_python_too(
     with pytest.raises(LpsparseError) as caught:
         report(sparse, **files)
     assert caught.value.code == code and tree_hash(sparse.parent) == before
+
+
+def test_rows_are_folded_where_one_name_stands_for_them_alone() -> None:
+    def names(*given: str, alike: Any = lambda name: 0) -> list[str]:
+        return [each.name for each in folded(given, str, alike)]
+
+    assert names("a.0.w", "a.1.w", "a.2.w") == ["a.{0..2}.w"]
+    assert names("a.0.b.0.w", "a.0.b.1.w", "a.1.b.0.w", "a.1.b.1.w") == ["a.{0..1}.b.{0..1}.w"]
+    odd = ("a.0.b.0.w", "a.1.b.1.w", "a.0.b.1.w", "a.1.b.0.w")  # two of one shape, two of another
+    found = names(*odd, alike=lambda name: name[2] == name[6])
+    assert sorted(found) == sorted(odd)
+    assert names("layer.01.w", "layer.1.w") == ["layer.01.w", "layer.1.w"]
+    assert names("layers." + "9" * 5000 + ".w") == ["layers." + "9" * 5000 + ".w"]
+
+
+def test_a_budget_that_fails_never_reads_as_equal() -> None:
+    given = {"name": "min-sparsity", "limit": 0.7, "value": 0.69999, "margin": -1e-5, "passed": False}
+    line = words.budget_line(Budget(**given))
+    assert line.startswith("min-sparsity: 69.999 % < 70.000 %")
+
+
+@pytest.mark.parametrize("words", [("--min-sparsity", "79%"), ("--min-sparsity", "*.mlp.*=50 %")])
+def test_a_budget_takes_a_percentage_too(words: tuple[str, str], sparse: Path, cli: Cli) -> None:
+    assert cli("report", sparse, *words).rc == 0
+    assert cli("report", sparse, "--max-bytes", "50%").rc == 2

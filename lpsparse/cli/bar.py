@@ -97,9 +97,15 @@ class Bar:
         self._drawn = now
         try:
             self._shown = self._shown or self._start()
-            self._shown.update(0, completed=self._at.done, total=max(self._at.total, 1), refresh=True)
+            total = None if self._is_one_piece() else max(self._at.total, 1)  # None: a bar that pulses
+            self._shown.update(0, completed=self._at.done, total=total, refresh=True)
         except OSError:  # the terminal has gone: the work goes on
             self.quiet = True
+
+    def _is_one_piece(self) -> bool:
+        """Whether nothing is done that could be counted: some work ends all at once."""
+        at = self._at
+        return at is not None and not at.done and at.unit != "steps" and not at.unit.startswith("bytes")
 
     def _start(self) -> Any:
         from rich.console import Console
@@ -129,6 +135,7 @@ class Bar:
         assert self._at is not None
         count = _count(self._at).replace(" of ", "/")
         count = count.removesuffix(" steps") if self._at.unit == "steps" else count
+        count = f"{self._at.total:,} {self._at.unit}" if self._is_one_piece() else count
         least = _BAR[0] + 2
         head = f"{shorten(clean(self._at.what), max(1, width - least - cells(count) - 1))} {count}"
         tail, room = "", width - 1 - cells(head) - least

@@ -1,5 +1,6 @@
 """The commands that are one step and one verb each: what is shown of the result."""
 
+import os
 import shlex
 from typing import TYPE_CHECKING, Any, cast
 
@@ -153,6 +154,8 @@ def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, voice: Voice
 def _finetune(step: recipe.FinetuneStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.verbs import finetune_step, silent
 
+    if voice.verbose:  # also in the processes that it starts
+        os.environ["LPSPARSE_VERBOSE"] = "1"
     with showing(voice):
         found = finetune_step(step, silent if voice.quiet else voice.say)
     if not isinstance(found, dict):

@@ -1,11 +1,12 @@
 """Tensors whose names differ in the numbers of their layers alone, as one: layers.{0..31}.mlp.weight."""
 
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # between dots
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d{0,8})(?![^.])")  # between dots
 T = TypeVar("T")
 
 
@@ -20,13 +21,23 @@ def folded(rows: Iterable[T], name: Callable[[T], str], alike: Callable[[T], Has
     found: dict[Hashable, list[T]] = {}
     for row in rows:
         found.setdefault((_NUMBER.sub("#", name(row)), alike(row)), []).append(row)
-    return [Fold(_together([name(row) for row in some]), tuple(some)) for some in found.values()]
+    folds: list[Fold[T]] = []
+    for some in found.values():
+        together = _together([name(row) for row in some])
+        folds += [Fold(together, tuple(some))] if together else [Fold(name(row), (row,)) for row in some]
+    return folds
 
 
-def _together(names: list[str]) -> str:
-    numbers = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
-    told = [_told(sorted(set(each))) for each in numbers]
-    return names[0] if len(names) == 1 else _NUMBER.sub(lambda _: told.pop(0), names[0])
+def _together(names: list[str]) -> str | None:
+    """The name that stands for these and no others; None where there is none."""
+    if len(names) == 1:
+        return names[0]
+    columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
+    numbers = [sorted(set(column)) for column in columns]
+    if math.prod(map(len, numbers)) != len(names):
+        return None
+    told = [_told(each) for each in numbers]
+    return _NUMBER.sub(lambda _: told.pop(0), names[0])
 
 
 def _told(numbers: list[int]) -> str:

@@ -114,7 +114,7 @@ def left_behind(checkpoint: Checkpoint, base: Checkpoint, found: Match) -> tuple
     reshaped = any(name in found.names for name in lost)  # a head for other labels
     is_other = reshaped or any(_is_head(name, found.prefix_here) for name in new)
     is_other = is_other or bool(found.prefix_here or found.prefix_there) or _is_other_class(checkpoint, base)
-    return tuple(sorted(lost)) if is_other else ()
+    return tuple(sorted(lost if is_other else _tied(lost, checkpoint, base)))
 
 
 def _is_head(name: str, prefix: str) -> bool:
@@ -123,7 +123,17 @@ def _is_head(name: str, prefix: str) -> bool:
 
 
 def _is_other_class(checkpoint: Checkpoint, base: Checkpoint) -> bool:
-    """Whether both config.json say so, or MODEL's that its head is its embedding."""
-    ours, theirs = read_config(checkpoint), read_config(base)
-    classes = [config.get("architectures") for config in (ours, theirs)]
-    return ours.get("tie_word_embeddings") is True or (all(classes) and classes[0] != classes[1])
+    """Whether both config.json say so."""
+    classes = [read_config(each).get("architectures") for each in (checkpoint, base)]
+    return all(classes) and classes[0] != classes[1]
+
+
+def _tied(lost: list[str], checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
+    """Of these those that a tied embedding stands for: an output projection has its shape, one row for each
+    word. A config says that they are tied also where the class has no such projection."""
+    config = read_config(checkpoint)
+    words = config.get("vocab_size")
+    if config.get("tie_word_embeddings") is not True or not isinstance(words, int):
+        return []
+    kept = {tensor.shape for tensor in checkpoint.tensors if tensor.shape[:1] == (words,)}
+    return [name for name in lost if base[name].shape in kept]

@@ -158,8 +158,13 @@ def _limit_and_value(budget: Budget) -> tuple[str, str]:
     if _unit(budget) == "metric" and budget.value is not None and abs(budget.value) < 1000:
         short = f"{budget.value:.3g}"
         value = short if float(short) != budget.limit or budget.value == budget.limit else value
-    if limit == value and budget.value != budget.limit and _unit(budget) == "bytes":
-        return f"{budget.limit:,.0f} bytes", f"{budget.value:,.0f} bytes"
+    if limit == value and budget.value is not None and not budget.passed:
+        if _unit(budget) == "bytes":
+            return f"{budget.limit:,.0f} bytes", f"{budget.value:,.0f} bytes"
+        for digits in range(3, 9):
+            limit, value = percent(budget.limit, digits), percent(budget.value, digits)
+            if limit != value:
+                break
     return limit, value
 
 
@@ -211,7 +216,7 @@ def figure(value: float) -> str:
 def interval(value: float | None, error: float | None) -> str:
     """A figure with its 95 % interval, where its standard error is known."""
     if value is None:
-        return "no head yet"
+        return "not measured"
     return f"{value:.4f}" if error is None else f"{value:.4f} {spread(error)}"
 
 

@@ -62,7 +62,7 @@ class Run:
         self.stop = Stop(step.max_time)
         self._saved = time.monotonic()
         self._recent: deque[float] = deque(maxlen=20)
-        self._logged: tuple[str, ...] = ()  # what the last line of the log said
+        self._zero = ("", "")  # phase and share of zeros when they were counted last
 
     @property
     def done(self) -> int:
@@ -91,8 +91,7 @@ class Run:
                 asked, due = self._step(self.done, parts)
                 if self.done % self.step.log_every == 0 or self.done == len(rates):
                     self._log(self._progress(parts[0][0].epoch), on_step)
-                facts = (f"loss {self._recent[-1]:.4f}", *self._logged)
-                advance(1, "steps", what=self._doing(), facts=facts)
+                advance(1, "steps", what=self._doing(), facts=self._facts())
                 if asked or due:
                     self.states.save(self.done, self.state())
                     self._saved = time.monotonic()
@@ -101,11 +100,14 @@ class Run:
 
     def _log(self, progress: Progress, on_step: Callable[[Progress], None]) -> None:
         on_step(progress)
-        self._logged = (
-            f"zero {100 * progress.sparsity:.2f} %",
-            f"lr {progress.lr:.1e}",
-            f"lambda {progress.lambda_p:.1e}",
-        )
+        self._zero = (self._doing(), f"zero {100 * progress.sparsity:.2f} %")
+
+    def _facts(self) -> tuple[str, ...]:
+        """What a bar says of the step: zeros, which take time to count, in the phase that counted them."""
+        control = self.method.control
+        zero = [self._zero[1]] if self._zero[0] == self._doing() else []
+        rates = (f"lr {control.rates[self.done - 1]:.1e}", f"lambda {control.lambda_p:.1e}")
+        return (f"loss {self._recent[-1]:.4f}", *zero, *rates)
 
     @contextmanager
     def _guarded(self, t: int) -> Generator[None]:

@@ -104,7 +104,7 @@ def _arrow(before: str | None, after: str) -> Cell:
 
 def _quality(each: Quality) -> Card:
     before = None if each.before is None else number(each.before)
-    change = typeset(change_of(each)) or "the model had no head for the task before"
+    change = typeset(change_of(each)) or "not measured before: without its head, or without --against"
     errors = [error for error in (each.before_error, each.after_error) if error is not None]
     said = f"{' and '.join(map(spread, errors))} (95 % intervals)" if errors else "no interval is recorded"
     better = "higher is better" if each.higher_is_better else "lower is better"
