@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -329,11 +330,14 @@ def launch(processes: int, arguments: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig
 
     logs = Path(tempfile.mkdtemp(prefix="lpsparse-ranks-"))
+    # torch 2.10 gives processes that were asked to stop 30 seconds, and cannot be told otherwise.
+    known = {each.name for each in fields(LaunchConfig)}
+    patience: dict[str, Any] = {"shutdown_timeout": _PATIENCE} if "shutdown_timeout" in known else {}
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=str(os.getpid()), max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.OUT),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", shutdown_timeout=_PATIENCE,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", **patience,
     )  # fmt: skip
     _quiet_elastic()
     try:

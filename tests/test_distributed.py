@@ -401,7 +401,8 @@ def test_a_program_of_two_processes_trains_and_then_measures(tmp_path: Path) -> 
     ran = end(start([*launcher, str(tmp_path / "mine.py"), str(tmp_path / "out")]))
     assert ran.rc == 0, ran.stderr
     after = json.loads((tmp_path / "out" / "lpsparse.json").read_text())["quality"][0]["after"]
-    assert [float(line) for line in ran.stdout.split()] == [pytest.approx(after, abs=1e-6)] * 2
+    told = [line for line in ran.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.10's own
+    assert [float(line) for line in told] == [pytest.approx(after, abs=1e-6)] * 2
 
 
 def test_another_launcher_starts_the_same_run(plain: Options, tmp_path: Path) -> None:
