@@ -58,9 +58,9 @@ def without_constants(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert (setting("ENDPOINT"), setting("HF_HUB_OFFLINE")) == ("https://huggingface.co", False)
     assert setting("HF_HUB_DOWNLOAD_TIMEOUT") == 10
-    monkeypatch.setenv("HF_HOME", "/some/home")
+    monkeypatch.setenv("HF_HOME", "/elsewhere")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert (setting("HF_HUB_CACHE"), setting("HF_HUB_OFFLINE")) == ("/some/home/hub", True)
+    assert (setting("HF_HUB_CACHE"), setting("HF_HUB_OFFLINE")) == ("/elsewhere/hub", True)
 
 
 def without_mark_dynamic(*_: Any) -> None:
