@@ -1,7 +1,8 @@
 """Names of other libraries that they do not document, all of them: why we use each, and what is done without.
 
 A release may take any of them away: that may cost speed or a convenience, never a traceback. Everything else
-that lpsparse imports is documented by its library, or exported by it as public. `tests/test_borrowed.py` takes each of them away.
+that lpsparse imports is documented by its library, or exported by it as public. `tests/test_borrowed.py`
+takes each of them away.
 """
 
 from dataclasses import dataclass
