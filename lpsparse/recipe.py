@@ -123,8 +123,8 @@ Fraction = Annotated[
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 _INCLUDE = Field(
     (),
-    description="Glob over tensor names that may be cut; repeatable. Default: every matrix that is no "
-    "embedding, norm or output head.",
+    description="Glob over tensor names that may be cut; repeatable. Default: linear and convolution "
+    "weights, except output heads and routers.",
 )
 _EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatable, wins over --include.")
 MODEL = Field(min_length=1, description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
@@ -135,6 +135,14 @@ _WEIGHTS = Field(
 _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _THREADS = Field(None, ge=1, description="Threads; the result is the same. Default: one a core.")
+_LOOK = Field(
+    False,
+    description="Ask transformers what each tensor is: it builds the model without values. Default: only of "
+    "what names and shapes leave open.",
+)
+_ALLOW_EMPTY = Field(
+    False, description="Exit 0 also where a tensor or a layer type is left without weights. Default: exit 1."
+)
 _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
 _DRY_PRUNE = Field(
     False,
@@ -150,7 +158,7 @@ REPEATED = (  # flags that may be given more than once
 _UNRECORDED = {
     "model", "weights", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data",
     "model_fn", "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track",
-    "rank_timeout",
+    "rank_timeout", "look", "allow_empty",
 }  # fmt: skip
 
 
@@ -233,6 +241,8 @@ class PruneStep(Step):
     )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
+    look: bool = _LOOK
+    allow_empty: bool = _ALLOW_EMPTY
     layout: Literal["dense", "bitmask", "packed"] = Field("dense", description="How the result is stored.")
     threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
@@ -305,6 +315,7 @@ class InspectStep(Step):
 
     model: str = MODEL
     weights: str | None = _WEIGHTS
+    look: bool = _LOOK
 
 
 class PushStep(Step):
@@ -593,6 +604,7 @@ class FinetuneStep(_DataStep):
     )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
+    allow_empty: bool = _ALLOW_EMPTY
     epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
     optimizer: Annotated[str, AfterValidator(_optimizer)] = Field(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpsparse.artefact import Say, called_after, check_same, complete, keep_quality, recorded
+from lpsparse.artefact import Say, called_after, check_left, check_same, complete, keep_quality, recorded
 from lpsparse.checkpoint.manifest import Quality, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_keeps, check_output
@@ -17,6 +17,7 @@ from lpsparse.errors import InputError
 from lpsparse.launch import is_first, is_launched
 from lpsparse.opened import opened, silent
 from lpsparse.proof import report_step
+from lpsparse.pruning.prunable import Decision
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
 from lpsparse.reporting.check import check_weights
@@ -24,6 +25,8 @@ from lpsparse.reporting.estimate import estimate
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained_of
 from lpsparse.settings import as_launched, as_trained, resolve
+
+_NOT_OURS = Decision(False, "not part of the model")
 
 if TYPE_CHECKING:  # torch comes with it
     from lpsparse.training.quality import Measured
@@ -195,9 +198,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             after_error=trained.after.error_of(task.metric),
             data_sha256=held.sha256, of_cut=step.keep_zeros, task=step.task, data=held.names,
         )  # fmt: skip
-        chosen = {
-            t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors
-        }
+        chosen = {t.name: trained.prunable.get(t.name, _NOT_OURS) for t in written.tensors}
         notes = (*notes, trained.facts)
         record = source_of(source)
         check_same(record, of_run["model"])
@@ -206,6 +207,8 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         if alert is not None:
             say(str(alert))
     distributed.wait()
+    if not step.allow_empty:
+        check_left(source, found, step.out)
     return called_after(found, step.out)
 
 

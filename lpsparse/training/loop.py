@@ -14,7 +14,7 @@ from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.launch import is_one_of_several
-from lpsparse.pruning.prunable import kept_in_words
+from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.select import target_count
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import check_apart, held_out_of
@@ -46,7 +46,7 @@ AUGMENT = {"image-classification": "crop-flip", "text-classification": "noise"}
 @dataclass(frozen=True, slots=True)
 class Trained:
     task: Task
-    prunable: dict[str, tuple[bool, str]]  # name in OUT -> whether, and why
+    prunable: Chosen  # name in OUT -> whether, and why
     before: Measured | None  # None: the head is fresh
     after: Measured
     facts: str  # steps, lambda_p, sum of learning rates, w_kill, in words

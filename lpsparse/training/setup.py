@@ -1,6 +1,7 @@
 """What a run is made of: its autos, the weights that may be cut, the optimizer, and conditioning."""
 
 import math
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,13 +10,14 @@ from torch import nn
 
 from lpsparse import distributed
 from lpsparse.errors import InputError, UsageError
-from lpsparse.pruning.prunable import choose, no_match
+from lpsparse.pruning.prunable import Chosen, check_chosen, decide, no_match
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training import optimizers
 from lpsparse.training.allocation import SETTLED
 from lpsparse.training.conditioning import condition
 from lpsparse.training.conditioning.base import Conditioning
 from lpsparse.training.model import Loaded
+from lpsparse.training.modules import roles_of
 from lpsparse.training.phases import plan_phases
 from lpsparse.training.tasks.base import Task
 
@@ -97,7 +99,7 @@ def prepare_module(step: FinetuneStep, model: Any) -> None:
 
 def choose_weights(
     step: FinetuneStep, loaded: Loaded, *, resumes: bool = False
-) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
+) -> tuple[Chosen, dict[str, torch.Tensor]]:
     """Which tensors of OUT may be cut, and those that are
     trained here, by their name in OUT; frozen ones set."""
     names, parts = loaded.names, loaded.parts()
@@ -112,13 +114,18 @@ def choose_weights(
         if out not in parts
     ]
     described += [(out, _dtype_name(state[name]), shape) for out, (name, shape) in loaded.fused.items()]
-    prunable = choose(described, step.include, step.exclude)
+    config: Any = getattr(loaded.module, "config", None)
+    told = {names[name]: role for name, role in roles_of(loaded.module).items() if name in names}
+    config = config.to_dict() if config is not None else None
+    by = type(loaded.module).__name__
+    prunable = decide(described, step.include, step.exclude, config, told, by)
+    check_chosen(prunable, step.include, step.exclude)
     weights: dict[str, torch.Tensor] = {}
     for name, param in loaded.module.named_parameters():
         out = names.get(name, name)
         files = parts.get(out, [out])
         param.requires_grad_(not any(fnmatchcase(each, glob) for glob in step.freeze for each in files))
-        chosen = {prunable.get(each, (False, ""))[0] for each in files}
+        chosen = {each in prunable and prunable[each].prunable for each in files}
         if len(chosen) > 1:
             what = f"--include or --exclude takes only a part of what transformers fuses: {files[0]}, ..."
             raise UsageError(213, what, hint=f"take all {len(files)} of them, or none")
@@ -134,8 +141,9 @@ def choose_weights(
             348, f"all zero, decay would hold it there: {', '.join(empty[:4])}", hint="--exclude it"
         )
     kept = {each for out in weights for each in parts.get(out, [out])}
-    frozen = [out for out, (yes, _) in prunable.items() if yes and out not in kept]
-    return prunable | {out: (False, "--freeze") for out in frozen}, weights
+    frozen = {out: each for out, each in prunable.items() if each.prunable and out not in kept}
+    held = {out: replace(each, prunable=False, reason="--freeze") for out, each in frozen.items()}
+    return prunable | held, weights
 
 
 def _empty(weights: dict[str, torch.Tensor]) -> list[str]:
