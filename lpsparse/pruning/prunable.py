@@ -21,7 +21,8 @@ _NORMS = ("*norm*", "*.ln_*", "ln_*", "*.bn?.*", "bn?.*")
 _HEADS = (
     "lm_head.*", "*.lm_head.*", "classifier.*", "*.classifier.*", "score.*", "head.*", "heads.head.*", "fc.*",
     "model.fc.*", "linear.weight", "cls.*", "qa_outputs.*", "embed_out.*", "output.weight", "proj_out.weight",
-    "output_layer.weight", "*.output_layer.weight", "*vocab_projector.*",
+    "output_layer.weight", "*.output_layer.weight", "*vocab_projector.*", "*.cls.predictions.*",
+    "*.qa_outputs.*", "*.embed_out.*",
 )  # fmt: skip
 _NOT_FLOAT = " is not a float that can be pruned"
 _IN_SHORT = {  # reasons, as what such tensors are called, by ones and more
@@ -30,6 +31,9 @@ _IN_SHORT = {  # reasons, as what such tensors are called, by ones and more
     "fewer than 2 dimensions": ("bias/norm", "biases/norms"), "empty": ("empty tensor", "empty tensors"),
     "--exclude": ("by --exclude", "by --exclude"), "not in --include": ("not in --include",) * 2,
 }  # fmt: skip
+# Parts of a name that wrappers put there: DataParallel, torch.compile, FSDP, checkpointing, Lightning.
+_INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AROUND = re.compile(r"(?:(?:module|model|net|student)\.)+")
 KEPT = {"embedding": _EMBEDDINGS, "normalisation": _NORMS, "output head": _HEADS}
 
 
@@ -42,10 +46,10 @@ def prunable(
 ) -> tuple[bool, str]:
     """Whether a tensor is cut, and the reason in words.
 
-    `include` names all that may be cut, kept kinds too; `exclude` wins over it. A leading `module.` is
-    looked through.
+    `include` names all that may be cut, kept kinds too; `exclude` wins over it. What wrappers put into a name
+    is looked through.
     """
-    bare = name.removeprefix("module.")
+    bare = without_wrappers(name)
     if not DTYPES[dtype].is_float:
         return False, f"{dtype}{_NOT_FLOAT}"
     if 0 in shape:
@@ -60,6 +64,13 @@ def prunable(
         if _matches(name, bare, patterns):
             return False, kind
     return True, "matrix"
+
+
+def without_wrappers(name: str) -> str:
+    """`name` as the innermost model knows it."""
+    inside = _INSIDE.sub("", name)
+    around = _AROUND.match(inside)
+    return inside if around is None else inside[around.end() :]
 
 
 def _matches(name: str, bare: str, patterns: tuple[str, ...]) -> bool:
@@ -86,7 +97,7 @@ def choose(
     table |= {name: (False, f"quantised ({method})") for name, method in quantised(named).items()}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns if strict else ():
-            if not any(_matches(name, name.removeprefix("module."), (pattern,)) for name in table):
+            if not any(_matches(name, without_wrappers(name), (pattern,)) for name in table):
                 raise no_match(flag, pattern, table)
     if needed and not any(yes for yes, _ in table.values()):
         raise UsageError(211, "no prunable tensor is left", hint="choose tensors with --include")

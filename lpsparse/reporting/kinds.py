@@ -3,7 +3,7 @@
 import re
 from fnmatch import translate
 
-from lpsparse.pruning.prunable import KEPT
+from lpsparse.pruning.prunable import KEPT, without_wrappers
 
 OTHER = "other"
 _TAIL = 200  # letters of a name that are looked at: a hostile one may have millions
@@ -12,7 +12,7 @@ _PATTERNS = (  # in this order, the first that is found
     ("bias", r"(^|[._])bias$"),
     ("norm", r"norm|(^|[._])(ln|bn)[._\df]"),
     ("embedding", r"embed|(^|[._])(wte|wpe)[._]"),
-    ("head", rf"^(module\.)?({_HEADS})"),
+    ("head", rf"^({_HEADS})"),
     ("attention q, k, v", r"qkv|query_key_value|c_attn|in_proj"),
     ("attention q", r"(^|[._])(q|wq|query)(_proj|_lin)?[._]"),
     ("attention k", r"(^|[._])(k|wk|key)(_proj|_lin)?[._]"),
@@ -32,6 +32,6 @@ KINDS = (  # in the order of tables and colours
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
     """One of KINDS. A wrong guess puts a tensor into a wrong line of a table, no more."""
-    tail = name[-_TAIL:].lower()
+    tail = without_wrappers(name[-_TAIL:]).lower()
     found = next((kind for kind, pattern in _PATTERNS if re.search(pattern, tail)), OTHER)
     return "convolution" if found == OTHER and len(shape) == 4 else found
