@@ -18,10 +18,10 @@ _STATE = "lpsparse-state"
 class SparsityCallback(TrainerCallback):
     """`Trainer(..., callbacks=[SparsityCallback(target_sparsity=0.8)])`.
 
-    Options are those of `lpsparse.Sparsity`; steps and the groups' own learning rates are the Trainer's. The
-    learning rate of every step is the callback's. Its state is in each of the Trainer's checkpoints, from which
-    it goes on. A Trainer that stops early, or ends by loading its best checkpoint, has the target's zeros too:
-    they are cut then, and a warning of the logger `lpsparse` says so.
+    Options are those of `lpsparse.Sparsity`; steps and the peak learning rate of each group are the
+    Trainer's. The learning rate of every step is the callback's. Its state is in each of the Trainer's
+    checkpoints, from which it goes on. The target is met exactly where the Trainer stops early or ends by
+    loading its best checkpoint, too: what is missing is cut then, which the logger `lpsparse` warns of.
     Raises UsageError for a weight decay of the Trainer's own, and for conditioning other than rows.
     """
 

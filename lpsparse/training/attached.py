@@ -1,4 +1,4 @@
-"""What is hung on somebody's optimizer: work around its step, with a closure or without, and no silent copies."""
+"""What is hung on somebody's optimizer: work around its step, with a closure or without; no silent copies."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +17,13 @@ _COPIED = "__getstate__"  # what copy and pickle ask an object for
 
 class Attached:
     """Hooks of `name` on an optimizer, until `remove`. As long as there are some, the optimizer refuses to be
-    copied or pickled: torch leaves hooks out of a copy, which would go on without them."""
+    copied or pickled: torch leaves hooks out of a copy, which would go on without them. `uncover` puts the
+    weights that a step is to move in their places, where the forward pass saw others."""
 
-    def __init__(self, optimizer: Optimizer, name: str, handles: list[Any]) -> None:
-        self.optimizer, self.name, self.handles = optimizer, name, handles
+    def __init__(
+        self, optimizer: Optimizer, name: str, handles: list[Any], uncover: Callable[[], None] | None = None
+    ) -> None:
+        self.optimizer, self.name, self.handles, self.uncover = optimizer, name, handles, uncover
         vars(optimizer).setdefault(_NAME, []).append(self)
         vars(optimizer)[_COPIED] = partial(_refuse_copy, type(optimizer).__name__, name)
 
@@ -35,14 +38,21 @@ class Attached:
             vars(self.optimizer).pop(_COPIED, None)
 
 
+def uncover(optimizer: Optimizer) -> None:
+    """Have the weights that the step is to move in their places, whatever was attached first."""
+    for each in vars(optimizer).get(_NAME, []):
+        if each.uncover is not None:
+            each.uncover()
+
+
 def _refuse_copy(kind: str, name: str) -> Any:
     what = f"a copy of this {kind} would go on without {name}, which is attached to it"
     raise UsageError(236, what, hint="copy its state_dict(), load it into a new one, and attach again")
 
 
 def with_hooks(optimizer: Optimizer) -> Optimizer:
-    """`optimizer`, or the one inside a wrapper without step hooks (accelerate's). Raises UsageError where there
-    is none."""
+    """`optimizer`, or the one inside a wrapper without step hooks (accelerate's). Raises UsageError where
+    there is none."""
     inner: Any = optimizer
     while inner is not None:
         try:
@@ -56,8 +66,9 @@ def with_hooks(optimizer: Optimizer) -> Optimizer:
 
 
 def around_step(
-    optimizer: Optimizer, name: str, before: Callable[[], None], after: Callable[[], None] | None = None
-) -> Attached:
+    optimizer: Optimizer, name: str, before: Callable[[], None], after: Callable[[], None] | None = None, *,
+    uncover: Callable[[], None] | None = None,
+) -> Attached:  # fmt: skip
     """Call `before` when the gradients of a step are there, after the closure if it is given one, and `after`
     when the weights have moved. A step that evaluates its closure twice raises UsageError."""
 
@@ -84,7 +95,7 @@ def around_step(
     handles: list[Any] = [optimizer.register_step_pre_hook(first)]
     if after is not None:
         handles.append(optimizer.register_step_post_hook(lambda *_: after()))
-    return Attached(optimizer, name, handles)
+    return Attached(optimizer, name, handles, uncover)
 
 
 def with_closure(

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from lpsparse import distributed
 from lpsparse.pruning.select import target_count
 from lpsparse.recipe import FinetuneStep
-from lpsparse.training.attached import own_rate
 from lpsparse.training.allocation import allocate, fisher, keep_only_, kth_smallest, smallest_masks
+from lpsparse.training.attached import own_rate
 from lpsparse.training.decay import LpDecay, budget_lambda, kill_magnitude
 from lpsparse.training.factors import Factors
 from lpsparse.training.phases import Phases
@@ -53,8 +53,8 @@ class SparsityControl:
         self, step: FinetuneStep, weights: dict[str, Tensor], optimizer: Optimizer, phases: Phases, *,
         others: Mapping[str, Tensor] | None = None, top: float | None = None,
     ) -> None:  # fmt: skip
-        """`others` are parameters that are not cut, and whose zeros stay with keep_zeros. `top` is the largest
-        of the groups' own learning rates, where these differ. Raises ValueError while the score is still auto
+        """`others` are parameters that are not cut; keep_zeros holds their zeros, too. `top` is the largest
+        of the groups' own learning rates (`own_rate`). Raises ValueError while the score is still auto
         (`setup.resolve_auto`)."""
         if step.score == "auto":
             raise ValueError("score auto is not resolved")
@@ -233,13 +233,17 @@ class SparsityControl:
         """Uncover, exchange weights where the method does, and let clipping and momentum see only what
         lives."""
         self._uncover()
-        if self.step.method == "rigl" and is_due(t, self.phases.steps):
+        if self.exchanges(t):
             self.masks = regrow(self.weights, self.masks, t, self.phases.steps)
             self._hold()
             self._forget()
         for weight, keep in self._living():
             if weight.grad is not None:
                 keep_only_(distributed.local(weight.grad), keep)
+
+    def exchanges(self, t: int) -> bool:
+        """Whether step t asks for the gradients of what is cut, too."""
+        return self.step.method == "rigl" and is_due(t, self.phases.steps)
 
     def _uncover(self) -> None:
         if self._is_covered:
@@ -264,8 +268,8 @@ class SparsityControl:
 
     @torch.no_grad()
     def finish(self, done: int) -> bool:
-        """Leave exactly the target's zeros, whatever was done to the weights since the last step. Whether they
-        were cut for that: after fewer steps than the plan's, or since the cut ones had values again."""
+        """Leave exactly the target's zeros, whatever was done to the weights since the last step. Whether
+        some were cut for that: after fewer steps than planned, or since what was cut has values again."""
         self._uncover()
         parts = self._parts()
         revived = self._sums([sum(int((parts[name] != 0)[~keep].sum()) for name, keep in self.masks.items())])

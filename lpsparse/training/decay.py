@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from lpsparse import distributed
 from lpsparse.errors import UsageError
-from lpsparse.training.attached import Attached, Closure, Given, with_closure, with_hooks
+from lpsparse.training.attached import Attached, Closure, Given, uncover, with_closure, with_hooks
 from lpsparse.training.compiled import FLUSH, compiled
 
 PROXES = ("pwd", "irl1")
@@ -120,10 +120,11 @@ class LpDecay:
     later too. p, lambda_p, lambda_2 and the convention live in the optimizer's param_groups (`lp_p`,
     `lp_lambda`, `lp_l2`), hence in its state dict. Runs once per real step, with a closure or without, so a
     step that a loss scaler skips decays nothing; a tensor that is frozen or has no gradient is left alone; a
-    tied tensor decays once. The optimizer refuses to be copied until `remove`. `spare` (id of a tensor -> True where a weight is
-    not decayed) may be set between steps. `compile`: make compiled loops of it, by default for 4 M weights
-    and more. Costs one float a decayed weight during the step. Raises UsageError for p <= 0, a negative
-    lambda, an unknown prox, for bf16/fp16 parameters, which would swallow the decay, and for complex ones.
+    tied tensor decays once. The optimizer refuses to be copied until `remove`. `spare` (id of a tensor ->
+    True where a weight is not decayed) may be set between steps. `compile`: make compiled loops of it, by
+    default for 4 M weights and more. Costs one float a decayed weight during the step. Raises UsageError for
+    p <= 0, a negative lambda, an unknown prox, for bf16/fp16 parameters, which would swallow the decay, and
+    for complex ones.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class LpDecay:
         self._kept: dict[
             int, Tensor
         ] = {}  # the divisor of a step, or the old weights where that is not enough
-        settings = dict(zip(_SETTINGS, (p, lambda_p, lambda_2, CONVENTION), strict=True))
+        settings: dict[str, Any] = dict(zip(_SETTINGS, (p, lambda_p, lambda_2, CONVENTION), strict=True))
         optimizer.defaults.update(settings)  # of groups that are added later
         for group in optimizer.param_groups:
             group.update(settings)
@@ -203,6 +204,7 @@ class LpDecay:
     def _note(self) -> None:
         """Keep what the decay is to know of the weights before they move."""
         self._kept.clear()
+        uncover(self.optimizer)
         shared: dict[tuple[int, torch.device], Tensor] = {}  # the scalars of this step, moved once
         for param, group in self._decayed():
             check_precision(param)

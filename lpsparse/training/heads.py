@@ -47,5 +47,3 @@ def _last_linear(part: Any) -> nn.Module | None:
     inside = {id(module) for module in base.modules()}
     beside = [each for each in part.modules() if id(each) not in inside and isinstance(each, nn.Linear)]
     return beside[-1] if beside else None
-
-

@@ -34,7 +34,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 LOADED_DTYPES = {name: dtype for dtype, name in NAMES.items()}  # those that can be read, too
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-_Shared = tuple[list[str], tuple[int, ...], torch.dtype, bool]  # a tensor's names, shape, dtype; is it trained
+_Shared = tuple[list[str], tuple[int, ...], torch.dtype, bool]  # names, shape, dtype, requires_grad
 
 
 @dataclass(frozen=True, slots=True)

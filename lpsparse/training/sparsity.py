@@ -29,8 +29,8 @@ class Method:
     """What a run of `steps` optimizer steps does beside its loop. `step` is one that `resolve_auto` has seen.
 
     Call `before_step` before the forward pass, `after_backward` when the gradients are there (before they are
-    clipped), `after_step` after the optimizer's step, and `finish` at the end. A step of the optimizer makes up
-    for an `after_backward` that was not called, also within the closure that it is given. `fresh` names
+    clipped), `after_step` after the optimizer's step, and `finish` at the end. The optimizer's step makes up
+    for an `after_backward` that was not called, also after the closure that it is given. `fresh` names
     parameters that MODEL does not have: keep_zeros is not for them.
     """
 
@@ -175,7 +175,8 @@ class Sparsity(Method):
 
     def _mask(self, name: str) -> Any:
         def hook(weight: Tensor) -> None:
-            if weight.grad is not None and name in self.control.masks:
+            held = name in self.control.masks and not self.control.exchanges(self.done)
+            if weight.grad is not None and held:
                 keep_only_(weight.grad, self.control.masks[name])
 
         return hook

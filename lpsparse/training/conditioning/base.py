@@ -62,13 +62,14 @@ class Conditioning:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The hooks of a copy would be those of this model."""
         what = f"a conditioned model ({type(self).__name__}) cannot be copied or pickled"
-        raise UsageError(223, what, hint="copy it before condition() or after fold(), or its state_dict()")
+        raise UsageError(259, what, hint="copy it before condition() or after fold(), or its state_dict()")
 
     def attach(self, optimizer: Optimizer) -> None:
         """Tell the method which optimizer moves the weights; call it before the first step. Raises UsageError
         when a conditioned weight is not the optimizer's."""
         self._check_held(optimizer)
-        self.handles.append(around_step(optimizer, "conditioning", self.restore))
+        hooks = around_step(optimizer, "conditioning", self.restore, uncover=self.restore)
+        self.handles.append(hooks)
 
     def _check_held(self, optimizer: Optimizer) -> None:
         held = {id(param) for group in optimizer.param_groups for param in group["params"]}
@@ -132,7 +133,7 @@ class Overlay(Conditioning, ABC):
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None, **options: Any) -> None:
         super().__init__(model, names, **options)
         self._stash: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # name -> V's values, leaf, f(leaf)
-        self.handles.append(model.register_forward_pre_hook(lambda module, _: self._cover(module)))
+        self.handles.append(model.register_forward_pre_hook(self._cover))
 
     @abstractmethod
     def effective(self, name: str, v: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class Overlay(Conditioning, ABC):
     def active(self) -> bool:
         return True
 
-    def _cover(self, module: nn.Module) -> None:
+    def _cover(self, module: nn.Module, _: Any) -> None:
         if self._stash:
             # Evaluation between the passes of a step sees V, and the gradient stays due.
             for name, (values, _, seen) in self._stash.items():

@@ -60,7 +60,8 @@ class L1Rows(Overlay):
     def attach(self, optimizer: Optimizer) -> None:
         self._check_held(optimizer)
         self._give(optimizer, self.gains)
-        self.handles.append(around_step(optimizer, "conditioning", self._before, self._spend))
+        hooks = around_step(optimizer, "conditioning", self._before, self._spend, uncover=self.restore)
+        self.handles.append(hooks)
 
     def _before(self) -> None:
         self.restore()
@@ -86,8 +87,8 @@ class L1Rows(Overlay):
         rows = item.rows(v)
         return item.unrows((1 - self.ramp) * rows + self.ramp * self._project(name, rows))
 
-    def _cover(self, module: nn.Module) -> None:
-        super()._cover(module)
+    def _cover(self, module: nn.Module, _: Any) -> None:
+        super()._cover(module, _)
         self._fresh = self._fresh or (module.training and torch.is_grad_enabled())
 
     @torch.no_grad()

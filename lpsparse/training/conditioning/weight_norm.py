@@ -44,7 +44,6 @@ class WeightNorm(RowConditioning):
         self.ratio = gain_lr_ratio
         self.gains = {name: nn.Parameter(norms.clone()) for name, norms in self.norms.items()}
         self._due = False  # whether a backward pass has left gradients that are not averaged
-        self.handles.append(model.register_forward_pre_hook(lambda module, _: self._expect(module)))
         self._floor = {name: _LEAST * norms for name, norms in self.norms.items()}
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -53,9 +52,11 @@ class WeightNorm(RowConditioning):
         if self.gains and self.ratio:
             self._give(optimizer, self.gains, self.ratio)
             after = self._spend
-        self.handles.append(around_step(optimizer, "conditioning", self.restore, after))
+        hooks = around_step(optimizer, "conditioning", self.restore, after, uncover=self.restore)
+        self.handles.append(hooks)
 
-    def _expect(self, module: nn.Module) -> None:
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        super()._enter(module, _)
         self._due = self._due or (module.training and torch.is_grad_enabled())
 
     def project_gradient(self, name: str, item: Conditioned, grad: Tensor) -> None:
