@@ -591,8 +591,8 @@ def test_a_group_that_is_added_later_decays_unless_the_parameters_were_named() -
         optimizer.step()
 
 
-# Two sets of weights (schedule_free#22, sd-scripts#1667), wrappers (accelerate#4161, sd-scripts#1605), complex
-# weights (s5-pytorch#2, pytorch#100707)
+# Two sets of weights (schedule_free#22, sd-scripts#1667), wrappers (accelerate#4161, sd-scripts#1605),
+# complex weights (s5-pytorch#2, pytorch#100707)
 
 
 class Averaging(torch.optim.AdamW):

@@ -487,6 +487,11 @@ def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path
         ("h.0.ln_1.weight", "F32", (7, 13), False, "normalisation"),
         ("lm_head.weight", "F32", (7, 13), False, "output head"),
         ("module.fc.weight", "F32", (7, 13), False, "output head"),
+        ("_orig_mod.fc.weight", "F32", (7, 13), False, "output head"),  # torch.compile
+        ("model._orig_mod.fc.weight", "F32", (7, 13), False, "output head"),
+        ("net.module.score.weight", "F32", (7, 13), False, "output head"),  # Lightning
+        ("_orig_mod.layers.0._orig_mod.fc.weight", "F32", (7, 13), True, "matrix"),
+        ("decoder.cls.predictions.transform.dense.weight", "F32", (7, 13), False, "output head"),
         ("fc.f6.weight", "F32", (7, 13), False, "output head"),  # LeNet's last but one: docs/compress.md
         ("shared.weight", "F32", (7, 13), False, "embedding"),  # T5
         ("model.shared.weight", "F32", (7, 13), False, "embedding"),  # BART
