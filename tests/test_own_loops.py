@@ -160,6 +160,7 @@ def two_groups(first: Any = 1e-5, second: Any = 1e-3) -> torch.optim.Optimizer:
 def test_each_group_keeps_its_own_peak_and_a_peak_given_keeps_their_proportion() -> None:
     assert rates(two_groups()) == rates(two_groups(), lr=1e-3) == [1e-5, 1e-3]
     assert rates(two_groups(), lr=1e-2) == pytest.approx([1e-4, 1e-2])
+    assert rates(two_groups(0.0, 0.0), lr=1e-2) == [1e-2, 1e-2]
 
 
 def test_a_schedulers_initial_rate_is_the_peak_and_a_rate_in_a_tensor_stays_one() -> None:

@@ -42,7 +42,7 @@ class Method:
         self.model, self.done, self.peak = model, 0, step.lr
         self._due = False  # `after_backward`
         self._finished = False
-        self.top = max(own_rate(group) for group in optimizer.param_groups) or step.lr
+        self.top = max(own_rate(group) for group in optimizer.param_groups)
         # First, so that whatever else looks at the weights in the optimizer's step sees them uncovered.
         self._attached = around_step(optimizer, "lpsparse", self._catch_up)
         self.conditioning = make_conditioning(step, model, weights, optimizer)
@@ -52,7 +52,7 @@ class Method:
             name: param for name, param in model.named_parameters() if id(param) in held and name not in fresh
         }
         self.control = SparsityControl(
-            step, weights, optimizer, plan_phases(step, steps), others=others, top=self.top
+            step, weights, optimizer, plan_phases(step, steps), others=others, top=self.top or None
         )
 
     def _catch_up(self) -> None:
