@@ -1,11 +1,11 @@
-"""Check the decision about tensors on every architecture of transformers that builds small, against the built modules.
+"""Check the decision about tensors on every architecture that builds small, against the built modules.
 
     python benchmarks/architectures.py [MODEL_TYPE ...]
 
-Each model is built with a small config and random values and saved; `inspect` and `prune --sparsity 0.8 --dry-run`
-read it. Nothing may be prunable that the module says is a bias, norm, router, state, mask, token, position,
-embedding or head; every other weight of nn.Linear, a convolution or fused experts must be. Prints a line for each
-architecture that differs, and the share of weights on which names alone differ from what `--look` says.
+Each model of transformers is built with a small config and random values and saved; `inspect` and `prune
+--sparsity 0.8 --dry-run` read it. Nothing may be prunable that the module says is a bias, norm, router, state,
+mask, token, position, embedding or head; every other weight of nn.Linear, a convolution or fused experts must be.
+Prints what differs, and the share of the bytes on which names alone differ from what `--look` says.
 """
 
 import json
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -29,10 +28,12 @@ from lpsparse.errors import LpsparseError
 SMALL = {  # words in the names of a config's numbers -> what they become
     "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "encoder_layers": 2, "decoder_layers": 2,
     "num_encoder_layers": 2, "num_decoder_layers": 2, "hidden_size": 64, "d_model": 64, "n_embd": 64,
-    "dim": 64, "intermediate_size": 96, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_ff": 96, "ffn_dim": 96,
+    "dim": 64, "intermediate_size": 96, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_ff": 96,
+    "ffn_dim": 96,
     "moe_intermediate_size": 40, "shared_expert_intermediate_size": 40, "num_attention_heads": 4, "n_head": 4,
     "num_heads": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "vocab_size": 211, "max_position_embeddings": 72, "n_positions": 72, "max_source_positions": 72,
+    "head_dim": 16, "vocab_size": 211, "max_position_embeddings": 72, "n_positions": 72,
+    "max_source_positions": 72,
     "max_target_positions": 72, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "image_size": 32, "patch_size": 8, "projection_dim": 48, "rotary_dim": 8, "embedding_size": 64,
     "num_mel_bins": 16, "n_inner": None, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -42,6 +43,8 @@ CLASSES = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "CTC", "IMAGE_TEXT_TO_TEXT",
     "SPEECH_SEQ_2_SEQ", "PRETRAINING", "",
 )  # fmt: skip
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 TASK_HEADS = ("cls", "classifier", "score", "predictions", "generator_predictions", "heads", "head")
 
 
@@ -89,7 +92,10 @@ def truth(model: Any) -> dict[str, str]:
             if param.ndim < 2 or own.endswith("bias") or module is outputs or id(param) in embedded:
                 continue
             kind = type(module).__name__
-            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.MultiheadAttention) or kind == "Conv1D":
+            if (
+                isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.MultiheadAttention)
+                or kind == "Conv1D"
+            ):
                 flat = sum(size != 1 for size in param.shape) < 2 and param.ndim > 2
                 found[name] = "kept" if router or flat else "head" if task or is_pooler(parts) else "weight"
             elif kind.endswith("Experts") and own.endswith(("_proj", "weight", "w1", "w2", "w3")):
@@ -110,9 +116,11 @@ def compare(kind: str, model: Any, folder: Path) -> Iterator[str]:
     told = {each["name"]: each for each in lpsparse.inspect(folder)["tensors"]}
     looked = {each["name"]: each for each in lpsparse.inspect(folder, look=True)["tensors"]}
     try:
-        plan = lpsparse.prune(folder, folder / "out", sparsity=0.8, dry_run=True)
+        plan = lpsparse.prune(folder, folder.with_name("out"), sparsity=0.8, dry_run=True)
         rows = {row.name: row.prunable for row in plan.tensors}
-        yield from (f"{kind}: {n}: dry run and inspect differ" for n in rows if rows[n] != told[n]["prunable"])
+        yield from (
+            f"{kind}: {n}: dry run and inspect differ" for n in rows if rows[n] != told[n]["prunable"]
+        )
     except LpsparseError as error:
         yield f"{kind}: {error}"
     for name, each in told.items():
@@ -123,13 +131,18 @@ def compare(kind: str, model: Any, folder: Path) -> Iterator[str]:
     other = sum(weights[n] for n in told if told[n]["prunable"] != looked[n]["prunable"])
     share = other / sum(weights.values())
     matched = sum(name in known for name in told)
-    print(f"{kind:<28}{len(told):>6} tensors {matched:>6} in the module {share:>8.2%} differ with --look", flush=True)
+    print(
+        f"{kind:<28}{len(told):>6} tensors {matched:>6} in the module {share:>8.2%} differ with --look",
+        flush=True,
+    )
     if share > 0.03:
         yield f"{kind}: names and modules differ on {share:.1%} of the bytes"
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     kinds = sys.argv[1:] or sorted(CONFIG_MAPPING)
     problems: list[str] = []
     count = 0

@@ -582,7 +582,7 @@ class FinetuneStep(_DataStep):
         description="Weight of the divergence between two passes with dropout (R-Drop's alpha): helps where "
         "labelled data is short, at twice the time.",
     )  # fmt: skip
-    keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL.")
+    keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL, of any tensor.")
     decay_share: float = Field(
         0.4, gt=0, le=1,
         description="Share of the steps after which the target is met; the rest recovers. 1: no recovery.",

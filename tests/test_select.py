@@ -490,6 +490,11 @@ def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path
         ("h.0.ln_1.weight", "F32", (7, 13), False, "norm"),
         ("lm_head.weight", "F32", (7, 13), False, "head"),
         ("module.fc.weight", "F32", (7, 13), False, "head"),
+        ("_orig_mod.fc.weight", "F32", (7, 13), False, "head"),  # torch.compile
+        ("model._orig_mod.fc.weight", "F32", (7, 13), False, "head"),
+        ("net.module.score.weight", "F32", (7, 13), False, "head"),  # Lightning
+        ("_orig_mod.layers.0._orig_mod.fc.weight", "F32", (7, 13), True, "linear"),
+        ("decoder.cls.predictions.transform.dense.weight", "F32", (7, 13), False, "head"),
         ("fc.f6.weight", "F32", (7, 13), False, "head"),  # LeNet's last but one: docs/compress.md
         ("shared.weight", "F32", (7, 13), False, "embedding"),  # T5
         ("model.shared.weight", "F32", (7, 13), False, "embedding"),  # BART

@@ -181,6 +181,7 @@ def test_layer_types_follow_from_usual_names(name: str, kind: str) -> None:
         "lm_head.weight", "module.model.lm_head.weight", "classifier.fc1.weight", "score.weight",
         "cls.predictions.decoder.weight", "linear.weight", "vocab_projector.weight", "layers.3.fc.weight",
         "pooler.dense.weight", "bert.pooler.dense.weight", "model.head.weight", "model.scorer.weight",
+        "_orig_mod.fc.weight", "net._orig_mod.head.weight", "decoder.cls.predictions.decoder.weight",
     ],
 )  # fmt: skip
 def test_a_head_is_what_pruning_keeps_as_one(name: str) -> None:

@@ -38,14 +38,15 @@ def look(config: dict[str, Any], names: Iterable[str]) -> tuple[str, dict[str, s
         name: role for name, role in found["roles"].items() if isinstance(name, str) and role in ROLES
     }
     matched = {
-        name: role for name in names if (role := _role(bare(name), roles, f"{found['prefix']}.")) is not None
+        name: role for name in names if (role := _role(name, roles, f"{found['prefix']}.")) is not None
     }
     return f"{found['class']} of transformers {release}", matched
 
 
 def _role(name: str, roles: dict[str, str], prefix: str) -> str | None:
-    """By the name as it is, or with or without the base model's prefix."""
-    return roles.get(name) or roles.get(prefix + name) or roles.get(name.removeprefix(prefix))
+    """By the name as it is or without wrappers, with or without the base model's prefix."""
+    near = (name, bare(name), prefix + name, prefix + bare(name), name.removeprefix(prefix))
+    return next((roles[each] for each in near if each in roles), None)
 
 
 def _kept(config: str, release: str) -> dict[str, Any]:

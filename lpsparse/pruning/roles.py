@@ -28,10 +28,9 @@ def _any(words: str) -> re.Pattern[str]:
     return re.compile(words, re.IGNORECASE)
 
 
-# Put around a model by torch.compile, FSDP, activation checkpointing and DataParallel.
-_WRAPPER = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+"
-)
+# Put around a model by torch.compile, FSDP, activation checkpointing, DataParallel and Lightning.
+_INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AROUND = re.compile(r"^(?:(?:module|model|net|student)\.)+")
 _WEIGHT = re.compile(  # the own names, after the last dot, of what multiplies an input
     r"weight|weight_(v|orig|ih_l\d+(_reverse)?|hh_l\d+(_reverse)?|hr_l\d+(_reverse)?)|\w+_weights?|kernel|\w+_kernel"
     r"|[wvW]\d?|[qkvor]|proj|\w+_proj(ection)?"
@@ -89,7 +88,7 @@ def guess_roles(
 
 def bare(name: str) -> str:
     """A name without what wrappers put before and into it."""
-    return _WRAPPER.sub("", name)
+    return _AROUND.sub("", _INSIDE.sub("", name))
 
 
 def is_head(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import re
 
-from lpsparse.pruning.roles import is_head
+from lpsparse.pruning.roles import bare, is_head
 
 OTHER = "other"
 _TAIL = 200  # letters of a name that are looked at: a hostile one may have millions
@@ -29,7 +29,7 @@ KINDS = (  # in the order of tables and colours
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
     """One of KINDS. A wrong guess puts a tensor into a wrong line of a table, no more."""
-    tail = name[-_TAIL:].lower()
+    tail = bare(name[-_TAIL:]).lower()
     found = next((kind for kind, pattern in _PATTERNS if re.search(pattern, tail)), OTHER)
     if found not in ("bias", "norm", "embedding", "pooler") and is_head(tail):
         return "head"

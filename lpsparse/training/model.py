@@ -34,7 +34,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 LOADED_DTYPES = {name: dtype for dtype, name in NAMES.items()}  # those that can be read, too
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-_Shared = tuple[list[str], tuple[int, ...], torch.dtype]  # a tensor's names, shape and dtype
+_Shared = tuple[list[str], tuple[int, ...], torch.dtype, bool]  # names, shape, dtype, requires_grad
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,18 +189,19 @@ def _shared(named: Iterable[tuple[str, Tensor]]) -> list[_Shared]:
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
-    return [(group, tuple(tensors[group[0]].shape), tensors[group[0]].dtype) for group in names.values()]
+    of = [(group, tensors[group[0]]) for group in names.values()]
+    return [(group, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for group, tensor in of]
 
 
 def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> nn.Module:
     """What a person's own code has made stays, as something else in there may hold it, too."""
     if all(param.is_meta for param in module.parameters()):
-        for names, shape, dtype in params:
-            param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), dtype.is_floating_point)
+        for names, shape, dtype, trained in params:
+            param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), trained)
             for name in names:
                 parent, _, own = name.rpartition(".")
                 module.get_submodule(parent).register_parameter(own, param)
-        for names, shape, dtype in buffers:
+        for names, shape, dtype, _ in buffers:
             buffer = torch.zeros(shape, dtype=dtype)
             for name in names:
                 parent, _, own = name.rpartition(".")
@@ -300,7 +301,7 @@ def _load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None) -> 
     names = {tensor.name.removeprefix(prefix): tensor.name for tensor in checkpoint.tensors}
     counters = {name for name in own if name.endswith("num_batches_tracked")}  # absent before torch 0.4.1
     shared = _shared(module.named_parameters(remove_duplicate=False))
-    tied = {name for group, _, _ in shared if not names.keys().isdisjoint(group) for name in group}
+    tied = {name for group, *_ in shared if not names.keys().isdisjoint(group) for name in group}
     lost, extra = sorted(set(own) - set(names) - counters - tied), sorted(set(names) - set(own))
     if lost or extra:
         what = f"{checkpoint.name}: {model_fn} lacks {', '.join(extra[:4]) or 'nothing'}"

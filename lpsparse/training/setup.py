@@ -98,10 +98,11 @@ def prepare_module(step: FinetuneStep, model: Any) -> None:
 
 
 def choose_weights(
-    step: FinetuneStep, loaded: Loaded, *, resumes: bool = False
+    step: FinetuneStep, loaded: Loaded, *, resumes: bool = False, held: set[int] | None = None
 ) -> tuple[Chosen, dict[str, torch.Tensor]]:
-    """Which tensors of OUT may be cut, and those that are
-    trained here, by their name in OUT; frozen ones set."""
+    """Which tensors of OUT may be cut, and why not, and those that are cut and trained here, by their name in
+    OUT. `step.freeze` is carried out; what is frozen already stays so. `held` are the ids of the optimizer's
+    parameters, where there is one."""
     names, parts = loaded.names, loaded.parts()
     outs = [out for out in names.values() if out not in parts] + list(loaded.fused)
     for pattern in step.freeze:
@@ -121,18 +122,30 @@ def choose_weights(
     prunable = decide(described, step.include, step.exclude, config, told, by)
     check_chosen(prunable, step.include, step.exclude)
     weights: dict[str, torch.Tensor] = {}
-    for name, param in loaded.module.named_parameters():
+    left: dict[str, str] = {}  # name in OUT -> why it is not cut here, although it might be
+    first: dict[int, str] = {}
+    for name, param in loaded.module.named_parameters(remove_duplicate=False):
         out = names.get(name, name)
         files = parts.get(out, [out])
-        param.requires_grad_(not any(fnmatchcase(each, glob) for glob in step.freeze for each in files))
+        if any(fnmatchcase(each, glob) for glob in step.freeze for each in files):
+            param.requires_grad_(False)
+            left |= dict.fromkeys(files, "--freeze")
+        elif not param.requires_grad:
+            left |= dict.fromkeys(files, "frozen")
+        elif held is not None and id(param) not in held:
+            left |= dict.fromkeys(files, "not in the optimizer")
+        if first.setdefault(id(param), out) != out:
+            left |= dict.fromkeys(files, f"tied to {first[id(param)]}")
+            continue
         chosen = {each in prunable and prunable[each].prunable for each in files}
         if len(chosen) > 1:
             what = f"--include or --exclude takes only a part of what transformers fuses: {files[0]}, ..."
             raise UsageError(213, what, hint=f"take all {len(files)} of them, or none")
-        if chosen == {True} and param.requires_grad:
+        if chosen == {True} and left.keys().isdisjoint(files):
             weights[out] = param
     if not any(param.requires_grad for param in loaded.module.parameters()):
-        raise UsageError(212, "--freeze leaves nothing to train", hint="freeze less")
+        what = "--freeze leaves nothing to train" if step.freeze else "nothing to train: all is frozen"
+        raise UsageError(212, what, hint="freeze less")
     if not weights and step.method != "dense":
         raise UsageError(211, "no prunable tensor is left to train", hint="freeze less, or --method dense")
     empty = [] if resumes or step.method != "lp" else _empty(weights)
@@ -141,9 +154,9 @@ def choose_weights(
             348, f"all zero, decay would hold it there: {', '.join(empty[:4])}", hint="--exclude it"
         )
     kept = {each for out in weights for each in parts.get(out, [out])}
-    frozen = {out: each for out, each in prunable.items() if each.prunable and out not in kept}
-    held = {out: replace(each, prunable=False, reason="--freeze") for out, each in frozen.items()}
-    return prunable | held, weights
+    rest = {out: each for out, each in prunable.items() if each.prunable and out not in kept}
+    rest = {out: replace(each, prunable=False, reason=left.get(out, "buffer")) for out, each in rest.items()}
+    return prunable | rest, weights
 
 
 def _empty(weights: dict[str, torch.Tensor]) -> list[str]:
@@ -153,7 +166,7 @@ def _empty(weights: dict[str, torch.Tensor]) -> list[str]:
 
 
 def _dtype_name(value: torch.Tensor) -> str:
-    return "F32" if value.dtype.is_floating_point else "I64"
+    return "F32" if value.dtype.is_floating_point else "C64" if value.is_complex() else "I64"
 
 
 def make_conditioning(
