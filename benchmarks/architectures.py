@@ -3,9 +3,9 @@
     python benchmarks/architectures.py [MODEL_TYPE ...]
 
 Each model of transformers is built with a small config and random values and saved; `inspect` and `prune
---sparsity 0.8 --dry-run` read it. Nothing may be prunable that the module says is a bias, norm, router, state,
-mask, token, position, embedding or head; every other weight of nn.Linear, a convolution or fused experts must be.
-Prints what differs, and the share of the bytes on which names alone differ from what `--look` says.
+--sparsity 0.8 --dry-run` read it. Nothing may be prunable that the module says is a bias, norm, router,
+state, mask, token, position, embedding or head; every other weight of nn.Linear, a convolution or fused
+experts must be. Prints what differs, and the share of the bytes on which names alone say other than modules.
 """
 
 import json
@@ -24,6 +24,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import lpsparse
 from lpsparse.errors import LpsparseError
+from lpsparse.pruning.prunable import decide
+from lpsparse.training.modules import roles_of
 
 SMALL = {  # words in the names of a config's numbers -> what they become
     "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "encoder_layers": 2, "decoder_layers": 2,
@@ -114,7 +116,9 @@ def compare(kind: str, model: Any, folder: Path) -> Iterator[str]:
     model.save_pretrained(folder)
     known = truth(model)
     told = {each["name"]: each for each in lpsparse.inspect(folder)["tensors"]}
-    looked = {each["name"]: each for each in lpsparse.inspect(folder, look=True)["tensors"]}
+    named = [(each["name"], each["dtype"], tuple(each["shape"])) for each in told.values()]
+    config = json.loads((folder / "config.json").read_text())
+    alone, looked = decide(named, config=config), decide(named, config=config, known=roles_of(model))
     try:
         plan = lpsparse.prune(folder, folder.with_name("out"), sparsity=0.8, dry_run=True)
         rows = {row.name: row.prunable for row in plan.tensors}
@@ -128,7 +132,7 @@ def compare(kind: str, model: Any, folder: Path) -> Iterator[str]:
         if (should == "kept" and each["prunable"]) or (should == "weight" and not each["prunable"]):
             yield f"{kind}: {name} {each['shape']}: {each['role']} by {each['told_by']}, the module: {should}"
     weights = {each["name"]: each["bytes"] for each in told.values()}
-    other = sum(weights[n] for n in told if told[n]["prunable"] != looked[n]["prunable"])
+    other = sum(weights[name] for name in told if alone[name].prunable != looked[name].prunable)
     share = other / sum(weights.values())
     matched = sum(name in known for name in told)
     print(
