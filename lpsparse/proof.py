@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _measured(step: ReportStep, say: Say) -> Report:
         began = began or base_sha256
     if step.spectra:
         values = spectra(checkpoint, {row.name for row in found.tensors if row.prunable})
-        rows = [row.model_copy(update={"spectrum": values.get(row.name)}) for row in found.tensors]
+        rows = [replace(row, spectrum=values.get(row.name)) for row in found.tensors]
         found = found.model_copy(update={"tensors": tuple(rows)})
     more: dict[str, Any] = {
         "identity": identity_of(found, began),

@@ -4,7 +4,7 @@ Whatever the source (Hugging Face folder, one safetensors file, torch file, inde
 what comes out is the same: named tensors of raw bits, read a few megabytes at a time.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lpsparse.checkpoint.finding import (
@@ -31,18 +31,26 @@ class Checkpoint:
     metadata: dict[str, dict[str, str]]  # by weight file
     revision: str | None = None
     notes: tuple[str, ...] = ()  # what was unwrapped, dropped or chosen
+    _by_name: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name. Raises KeyError."""
-        try:
-            return next(tensor for tensor in self.tensors if tensor.name == name)
-        except StopIteration:
-            raise KeyError(name) from None
+        if not self._by_name:
+            self._by_name.update({tensor.name: tensor for tensor in self.tensors})
+        return self._by_name[name]
 
     @property
     def layout(self) -> str:
         found = {metadata.get("lpsparse.layout") for metadata in self.metadata.values()} - {None}
         return found.pop() or "dense" if found else "dense"
+
+    @property
+    def by_file(self) -> dict[str, list[Tensor]]:
+        """The tensors of each weight file, by its name."""
+        found: dict[str, list[Tensor]] = {path.name: [] for path in self.files}
+        for tensor in self.tensors:
+            found[tensor.file].append(tensor)
+        return found
 
     @property
     def dense_bytes(self) -> int:

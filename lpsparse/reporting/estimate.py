@@ -48,12 +48,13 @@ def report_of(
         files[tensor.file] += entries
         stored = sum(math.prod(shape) * DTYPES[dtype].bits // 8 for _, dtype, shape in entries)
         tensors.append(replace(tensor, layout=layout if packs else "dense", stored_bytes=stored))
-    metadata = {file: metadata_of(source, file, layout) for file in files}
+    by_file = source.by_file
+    metadata = {file: metadata_of(source, file, layout, by_file[file]) for file in files}
     written = replace(source, tensors=tuple(tensors), metadata=metadata)
     found = measure(written, chosen, counts=counts)
     size = sum(file_size(entries, metadata[file]) for file, entries in files.items())
     if layout == "packed":
-        rooms = [room([t for t in source.tensors if t.file == file], metadata[file]) for file in files]
+        rooms = [room(by_file[file], metadata[file]) for file in files]
         size = sum(tensor.stored_bytes for tensor in tensors) + sum(8 + each for each in rooms)
     told = {"file_bytes": size} | ({"packed_bytes": size} if layout == "packed" else {})
     return found.model_copy(update={"bytes": found.bytes.model_copy(update=told)})

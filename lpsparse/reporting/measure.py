@@ -1,6 +1,7 @@
 """Measure a checkpoint from its files, in one streaming pass: what every view and every budget is made of."""
 
 import hashlib
+from dataclasses import replace
 
 from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES
@@ -66,7 +67,8 @@ def measure(
     if chosen is None:
         chosen = prunable_of(checkpoint, include, exclude)
     rows: list[TensorRow] = []
-    stored: dict[str, list[Named]] = {path.name: [] for path in checkpoint.files}  # in the bitmask layout
+    by_file = checkpoint.by_file
+    stored: dict[str, list[Named]] = {file: [] for file in by_file}  # in the bitmask layout
     counts, details = (
         (counts, dict[str, Detail]()) if counts is not None else survey(checkpoint, patterns=patterns)
     )
@@ -76,7 +78,8 @@ def measure(
         pays = bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
         stored[tensor.file] += entries_of(tensor, counted, pays)
     bitmask_bytes = sum(
-        file_size(entries, metadata_of(checkpoint, file, "bitmask")) for file, entries in stored.items()
+        file_size(entries, metadata_of(checkpoint, file, "bitmask", by_file[file]))
+        for file, entries in stored.items()
     )
     rule = (
         f"exact zeros of either sign; prunable are {sum(row.prunable for row in rows)} of "
@@ -194,10 +197,10 @@ def _packed(checkpoint: Checkpoint, rows: list[TensorRow], counts: dict[str, Cou
         return checkpoint.file_bytes
     if checkpoint.layout != "dense" and not any(row.detail for row in rows):
         return None
-    by_file: dict[str, list[Tensor]] = {path.name: [] for path in checkpoint.files}
-    for tensor in checkpoint.tensors:
-        by_file[tensor.file].append(tensor)
-    headers = sum(room(tensors, metadata_of(checkpoint, file, "packed")) for file, tensors in by_file.items())
+    headers = sum(
+        room(tensors, metadata_of(checkpoint, file, "packed", tensors))
+        for file, tensors in checkpoint.by_file.items()
+    )
     both = zip(rows, checkpoint.tensors, strict=True)
     return headers + sum(_packed_tensor(row, tensor, counts[row.name]) for row, tensor in both)
 
@@ -226,7 +229,7 @@ def compare(
         only_here=tuple(sorted(ours.keys() - names.values())), only_there=tuple(sorted(alone)),
         other_form=tuple(sorted(other)), left_behind=left_behind,
     )  # fmt: skip
-    rows = tuple(row.model_copy(update={"change": changed.get(row.name)}) for row in report.tensors)
+    rows = tuple(replace(row, change=changed.get(row.name)) for row in report.tensors)
     return report.model_copy(update={"base": beside, "tensors": rows})
 
 
