@@ -5,7 +5,7 @@ from typing import Any
 from lpsparse.artefact import Chosen, Say, called_after
 from lpsparse.checkpoint.counting import Count, Cuts
 from lpsparse.checkpoint.files import packed_sizes
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.opening import Checkpoint, no_key
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import kept_in_words
@@ -36,6 +36,8 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
     """What can be known of `step` without downloading MODEL."""
     from lpsparse.checkpoint.remote import read_remote
 
+    if step.key is not None:  # headers are those of safetensors
+        raise no_key(step.model, step.key)
     remote = read_remote(step.model, step.weights)
     source = remote.checkpoint
     refuse_quantised(source)

@@ -176,7 +176,7 @@ def is_finished(step: Any) -> bool:
 
 
 def _same_source(manifest: Manifest, step: Any) -> bool:
-    opened: Checkpoint = open_checkpoint(step.model, step.weights)
+    opened: Checkpoint = open_checkpoint(step.model, step.weights, step.key)
     return tuple(digest(path, path.parent) for path in opened.files) == manifest.source.files
 
 

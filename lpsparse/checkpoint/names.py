@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
+TORCH_FILES = (*TORCH_SUFFIXES, ".ckpt")  # of a file that is named; in folders it is often a spare copy
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 FOLDER_ORDER = (
     "lpsparse.safetensors.index.json", "lpsparse.safetensors",

@@ -13,8 +13,12 @@ from lpsparse.checkpoint.finding import (
     find_weights,
     locate,
     named_weights,
+    part_of,
     read_index,
+    shards_of,
 )
+from lpsparse.checkpoint.foreign import refuse_hollow
+from lpsparse.checkpoint.names import TORCH_FILES
 from lpsparse.checkpoint.stored import open_file, stored_names
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.errors import InputError, UsageError
@@ -45,6 +49,11 @@ class Checkpoint:
         return found.pop() or "dense" if found else "dense"
 
     @property
+    def is_torch(self) -> bool:
+        """Whether it lies in torch files."""
+        return any(path.suffix in TORCH_FILES for path in self.files)
+
+    @property
     def by_file(self) -> dict[str, list[Tensor]]:
         """The tensors of each weight file, by its name."""
         found: dict[str, list[Tensor]] = {path.name: [] for path in self.files}
@@ -61,24 +70,34 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.files)
 
 
-def open_checkpoint(model: str | Path, weights: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, weights: str | None = None, key: str | None = None, *, strict: bool = True
+) -> Checkpoint:
     """Open MODEL: a folder, a weight file, an `*.index.json`,
-    `bundled:NAME` or a hub id `org/name[@revision]`. `weights` names the file or index meant in a folder.
+    `bundled:NAME` or a hub id `org/name[@revision]`. `weights` names the file or index meant in a folder,
+    `key` the table of tensors in a torch file; other files have none, which is refused if it is `strict`.
 
     Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached,
-    UsageError when `weights` is no name, or MODEL no folder.
+    UsageError when `weights` is no name, or MODEL no folder, and for a `key` that nothing has.
     """
     from lpsparse.checkpoint.rescue import rescued
 
     check_name(weights)
     try:
-        return rescued(_open_located(*locate(model), weights))
+        return rescued(_open_located(*locate(model), weights, key, strict=strict))
     except OSError as error:  # of a folder: files have errors of their own
         what = f"{error.filename or model}: {error.strerror or error}"
         raise InputError(305, what, hint="check the path and its permissions") from error
 
 
-def _open_located(path: Path, name: str, revision: str | None, weights: str | None) -> Checkpoint:
+def no_key(name: str, key: str) -> UsageError:
+    """For a `key` where there is nothing to choose."""
+    return UsageError(259, f"--key {key}: {name} is not a torch file", hint="leave --key out")
+
+
+def _open_located(
+    path: Path, name: str, revision: str | None, weights: str | None, key: str | None, *, strict: bool
+) -> Checkpoint:
     if path.is_dir():
         file, root = find_weights(path) if weights is None else named_weights(path, weights), path
     elif weights is not None:
@@ -91,20 +110,25 @@ def _open_located(path: Path, name: str, revision: str | None, weights: str | No
         file, root = path, path.parent if path.name.endswith(".index.json") else None
     if file.name.endswith(".index.json"):
         files = read_index(file)
-        checkpoint = _open_files(name, root, list(files), files)
+        checkpoint = _open_files(name, root, list(files), files, key)
     else:
-        checkpoint = _open_files(name, root, [file], None)
-    return replace(checkpoint, revision=revision)
+        shards = [file] if weights is None else shards_of(file)
+        checkpoint = _open_files(name, root, shards, None, key)
+    refuse_hollow(name, checkpoint.tensors)
+    if key is not None and strict and not checkpoint.is_torch:
+        raise no_key(name, key)
+    notes = (*checkpoint.notes, *(part_of(file) if root is None else ()))
+    return replace(checkpoint, revision=revision, notes=notes)
 
 
 def _open_files(
-    name: str, root: Path | None, files: list[Path], expected: dict[Path, set[str]] | None
+    name: str, root: Path | None, files: list[Path], expected: dict[Path, set[str]] | None, key: str | None
 ) -> Checkpoint:
     tensors: list[Tensor] = []
     metadata: dict[str, dict[str, str]] = {}
     notes: list[str] = []
     for path in files:
-        found, metadata[path.name], more = open_file(path)
+        found, metadata[path.name], more = open_file(path, key)
         notes += more
         if expected is not None:
             check_index(path, expected[path], {part for tensor in found for part in stored_names(tensor)})

@@ -11,7 +11,6 @@ from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.files import entries_of, room
 from lpsparse.checkpoint.layouts import bitmask, packed
-from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rewrite import WAITING, metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
@@ -74,7 +73,7 @@ def estimate(
     working = count if count == 1 else max(count, min(files, count + WAITING))
     held = min(working * block, source.dense_bytes)
     memory = PROCESS_BYTES + _BLOCKS * held + _KEPT_BYTES * len(source.tensors)
-    if any(path.suffix in TORCH_SUFFIXES for path in source.files):
+    if source.is_torch:
         memory += _TORCH_BYTES
     seconds, rule = None, "not timed: nothing was read"
     if took is not None:

@@ -8,7 +8,6 @@ from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.files import entries_of, room
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, own_manifest
-from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import metadata_of
@@ -98,8 +97,7 @@ def measure(
 
 
 def _opens_with(checkpoint: Checkpoint) -> str:
-    torch = any(path.name.endswith(TORCH_SUFFIXES) for path in checkpoint.files)
-    return _TORCH if torch else _OPENS[checkpoint.layout]
+    return _TORCH if checkpoint.is_torch else _OPENS[checkpoint.layout]
 
 
 def prunable_of(
