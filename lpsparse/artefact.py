@@ -207,7 +207,7 @@ def _trained_on(settings: dict[str, Any] | None, earlier: Manifest | None) -> tu
 def _draw(folder: Path, found: Report, *, ours: bool) -> bool:
     """Draw the card's figure, unless somebody else's files are where it would be."""
     path = folder / figure.FIGURE
-    if (path.exists() and not ours) or (path.parent.exists() and not path.parent.is_dir()):
+    if path.exists() and not ours:
         return False
     path.parent.mkdir(exist_ok=True)
     write_text(path, figure.render(found))

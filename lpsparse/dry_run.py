@@ -7,6 +7,7 @@ from lpsparse.checkpoint.counting import Count, Cuts
 from lpsparse.checkpoint.files import packed_sizes
 from lpsparse.checkpoint.opening import Checkpoint, no_key
 from lpsparse.checkpoint.preflight import check_output
+from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
@@ -30,6 +31,13 @@ def foretell(
     took = took[0], took[1] * (2 if found.layout == "dense" else 10)
     needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
     return called_after(found.model_copy(update={"estimate": needs}), step.out)
+
+
+def say_left(source: Checkpoint, say: Say) -> None:
+    """What of the source's files would not be in OUT."""
+    left = find_sidecars(source)[1]
+    if left:
+        say(f"would be left behind: {', '.join(left)}")
 
 
 def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import rewrite
 from lpsparse.checkpoint.threads import of_each, of_one
 from lpsparse.checkpoint.writer import MANIFEST
-from lpsparse.dry_run import foretell, foretell_unread
+from lpsparse.dry_run import foretell, foretell_unread, say_left
 from lpsparse.errors import VerdictError
 from lpsparse.launch import is_one_of_several, name_as_launched
 from lpsparse.opened import on_threads, opened, silent
@@ -175,6 +175,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         say(f"threshold {plan.threshold:.6g}")
     if step.dry_run:
         say("dry run: nothing is written; the zeros are those that the cut would leave")
+        say_left(source, say)
         decided = perf_counter()
         counts = count_all(source, plan.cut)
         took = (decided - began, perf_counter() - decided)
@@ -206,6 +207,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
     if step.dry_run:
         say("dry run: nothing is written")
+        say_left(source, say)
         began = perf_counter()
         counts = count_all(source)
         return foretell(step, source, chosen, counts, (0, perf_counter() - began))
@@ -236,11 +238,11 @@ def push_step(step: PushStep, say: Say = silent, *, bars: bool = False) -> dict[
     files, stay = choose_files(folder)
     size = sum(record.size for record in files)
     if stay:
-        say(f"not sent: {', '.join(stay[:4])}" + (f" and {len(stay) - 4} more" if len(stay) > 4 else ""))
+        say(f"not sent: {', '.join(stay)}")
     say(f"{len(files)} files, {text.size(size)}, to {step.repo}")
     if step.dry_run:
         names = [{"name": record.name, "bytes": record.size} for record in files]
-        return {"repo": step.repo, "files": len(files), "bytes": size, "names": names}
+        return {"repo": step.repo, "files": len(files), "bytes": size, "names": names, "not_sent": stay}
     to = Target(
         step.repo, step.revision, step.private, step.message, step.create_pr, step.delete_others
     )  # fmt: skip

@@ -110,7 +110,8 @@ def _read_back(
             what = f"{source.name}: {name!r}: {found} read back, {written} (stored, total) written"
             raise OutputError(408, what, hint="check the disk and run again; nothing was kept")
     for tensor in tensors if finite else ():
-        check_finite(source, tensor, read[tensor.name].nonfinite)
+        if tensor.name in sums:
+            check_finite(source, tensor, read[tensor.name].nonfinite)
     return read, record
 
 

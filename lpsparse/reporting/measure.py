@@ -32,16 +32,18 @@ from lpsparse.reporting.records import (
     TensorRow,
     groups,
 )
-from lpsparse.reporting.survey import survey
+from lpsparse.reporting.survey import read_config, survey
 
-_PACKED = (
-    "lpsparse (load, unpack); transformers from_pretrained after `import lpsparse`, where config.json is "
-    "beside it; ordinary loaders refuse it by its file name"
-)
+_PACKED = "lpsparse (load, unpack){}; ordinary loaders refuse it by its file name"
 _HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it
+_TRANSFORMERS = "transformers from_pretrained"
+_LIBRARIES = {  # a key of config.json, and who has it
+    "_diffusers_version": "diffusers from_pretrained", "model_type": _TRANSFORMERS,
+    "architectures": _TRANSFORMERS, "pretrained_cfg": "timm create_model",
+}  # fmt: skip
 _TORCH = "torch.load, as it is a torch file; lpsparse, which runs nothing of it; no safetensors reader"
 _OPENS = {
-    "dense": "any safetensors reader; transformers from_pretrained where config.json is beside it",
+    "dense": "any safetensors reader{}",
     "bitmask": _PACKED,
     "packed": _PACKED,
     **dict.fromkeys(LAYOUTS, "lpsparse (load, unpack); compressed-tensors until 0.14, which wrote it"),
@@ -97,7 +99,16 @@ def measure(
 
 
 def _opens_with(checkpoint: Checkpoint) -> str:
-    return _TORCH if checkpoint.is_torch else _OPENS[checkpoint.layout]
+    """By what the files say: config.json tells the library that builds a model of it."""
+    if checkpoint.is_torch:
+        return _TORCH
+    config = read_config(checkpoint)
+    by = next((library for key, library in _LIBRARIES.items() if key in config), "")
+    if (
+        by and checkpoint.layout != "dense"
+    ):  # a loader for packed folders is registered with transformers alone
+        by = f"{by} after `import lpsparse`" if by == _TRANSFORMERS else ""
+    return _OPENS[checkpoint.layout].format(f"; {by}" if by else "")
 
 
 def prunable_of(
