@@ -13,6 +13,7 @@ from lpsparse.checkpoint.manifest import (
     Quality,
     Source,
     Trained,
+    as_text,
     digest,
     file_record,
     own_manifest,
@@ -32,11 +33,9 @@ from lpsparse.checkpoint.writer import (
     MANIFEST,
     METRICS,
     REPORT,
-    as_json,
     copy_sidecars,
     fsync,
     replace_texts,
-    write_json,
     write_text,
 )
 from lpsparse.errors import InputError, LpsparseError, VerdictError
@@ -137,7 +136,7 @@ def complete(
         say(note)
     found = measure(checkpoint, chosen, name=source.name, quality=quality, counts=written.counts)
     found = found.model_copy(update={"identity": identity_of(found, record.base_sha256)})
-    write_json(folder / REPORT, found.model_dump(mode="json"))
+    write_text(folder / REPORT, as_text(found))
     recipe, made = recorded(step), own_manifest(source)
     earlier = () if made is None else (*made.earlier, made.as_earlier())
     text = card.render(
@@ -203,7 +202,7 @@ def keep_quality(folder: Path, quality: Quality) -> None:
     texts: dict[str, str] = {}
     if REPORT in whole:
         found = read_report(folder).model_copy(update={"quality": manifest.quality})
-        texts[REPORT] = as_json(found.model_dump(mode="json"))
+        texts[REPORT] = as_text(found)
         if CARD in whole:
             drawn = f"]({figure.FIGURE})" in (folder / CARD).read_text(encoding="utf-8")
             texts[CARD] = card.render(
@@ -212,7 +211,7 @@ def keep_quality(folder: Path, quality: Quality) -> None:
             )  # fmt: skip
     known |= {name: file_record(name, text) for name, text in texts.items()}
     manifest = manifest.model_copy(update={"files": tuple(known.values())})
-    replace_texts(folder, {**texts, MANIFEST: as_json(manifest.model_dump(mode="json"))})
+    replace_texts(folder, {**texts, MANIFEST: as_text(manifest)})
 
 
 def _same_data(one: Quality, other: Quality) -> bool:
@@ -243,7 +242,7 @@ def _trained_on(settings: dict[str, Any] | None, earlier: Manifest | None) -> tu
 def _draw(folder: Path, found: Report, *, ours: bool) -> bool:
     """Draw the card's figure, unless somebody else's files are where it would be."""
     path = folder / figure.FIGURE
-    if (path.exists() and not ours) or (path.parent.exists() and not path.parent.is_dir()):
+    if path.exists() and not ours:
         return False
     path.parent.mkdir(exist_ok=True)
     write_text(path, figure.render(found))

@@ -87,6 +87,7 @@ def _linked(
         settings.setdefault("data", read.data)
     if kind is ReportStep and _can_be_base(origin, {**settings, **given}, before):
         settings.setdefault("base", origin)
+        settings.setdefault("key", _key_of(given["model"], before))
     if kind is EvalStep:
         trained = _trained(given["model"], before)
         if {**settings, **given}.get("task") in (None, trained.get("task")):
@@ -112,6 +113,12 @@ def _can_be_base(origin: str, values: Mapping[str, Any], before: Sequence[Link])
     of_ours = values["model"] == origin and values.get("weights") is not None
     named = (link for link in before if link.model == origin)
     return not of_ours and all(getattr(link.step, "weights", None) is None for link in named)
+
+
+def _key_of(model: str, before: Sequence[Link]) -> str | None:
+    """The `key` by which the steps that led to `model` opened what they began with."""
+    link = next((link for link in before if str(link.out) == model), None)
+    return None if link is None else _key_of(link.model, before) or getattr(link.step, "key", None)
 
 
 def _made(text: str, before: Sequence[Link]) -> str:

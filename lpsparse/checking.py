@@ -53,7 +53,7 @@ class _Look:
     """What is found on the way through the steps."""
 
     made: dict[str, _Held] = field(default_factory=dict[str, _Held])  # by folder: what the steps so far make
-    opened: dict[tuple[str, str | None], _Held] = field(default_factory=dict[tuple[str, str | None], _Held])
+    opened: dict[tuple[str | None, ...], _Held] = field(default_factory=dict[tuple[str | None, ...], _Held])
     fresh: set[str] = field(default_factory=set[str])  # folders that are not finished
     reports: set[Path] = field(default_factory=set[Path])  # that the report steps so far keep
     used: int = 0  # bytes of disk of the steps so far
@@ -104,10 +104,13 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         return _reread(step, look)
     if isinstance(step, VerifyStep) and step.model not in look.made:
         read_manifest(Path(step.model))
-    held = _take(link.model, getattr(step, "weights", None), look)
-    for key in ("base", "source", "against"):
-        if getattr(step, key, None) is not None:
-            _take(getattr(step, key), None, look)
+    key = getattr(step, "key", None)
+    held = _take(
+        link.model, getattr(step, "weights", None), None if isinstance(step, VerifyStep) else key, look
+    )
+    for name in ("base", "source", "against"):
+        if getattr(step, name, None) is not None:
+            _take(getattr(step, name), None, key, look)
     if isinstance(step, EvalStep):
         step = _as_trained(step, held.checkpoint, made=step.model in look.made)
     if isinstance(step, ReportStep) and step.baseline is not None:
@@ -165,20 +168,20 @@ def _check_baseline(baseline: Path, look: _Look) -> None:
         read_report(baseline)
 
 
-def _take(model: str, weights: str | None, look: _Look) -> _Held:
+def _take(model: str, weights: str | None, key: str | None, look: _Look) -> _Held:
     if model in look.made:
         return look.made[model]
-    if (model, weights) not in look.opened:
+    if (model, weights, key) not in look.opened:
         if is_remote(model):
             far = read_remote(model, weights)
             held = _Held(far.checkpoint, far.sidecar_bytes, far.download_bytes)
         else:
-            held = _Held(open_checkpoint(model, weights))
+            held = _Held(open_checkpoint(model, weights, key, strict=False))
         if not held.checkpoint.tensors:
             what = f"{held.checkpoint.name}: holds no tensors"
             raise InputError(335, what, hint="give a checkpoint with weights")
-        look.opened[model, weights] = held
-    return look.opened[model, weights]
+        look.opened[model, weights, key] = held
+    return look.opened[model, weights, key]
 
 
 def _state(link: Link, held: _Held, look: _Look, place: Path) -> str:

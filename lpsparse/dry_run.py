@@ -5,8 +5,9 @@ from typing import Any
 from lpsparse.artefact import Say, called_after
 from lpsparse.checkpoint.counting import Count, Cuts
 from lpsparse.checkpoint.files import packed_sizes
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.opening import Checkpoint, no_key
 from lpsparse.checkpoint.preflight import check_output
+from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
@@ -32,10 +33,19 @@ def foretell(
     return called_after(found.model_copy(update={"estimate": needs}), step.out)
 
 
+def say_left(source: Checkpoint, say: Say) -> None:
+    """What of the source's files would not be in OUT."""
+    left = find_sidecars(source)[1]
+    if left:
+        say(f"would be left behind: {', '.join(left)}")
+
+
 def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
     """What can be known of `step` without downloading MODEL."""
     from lpsparse.checkpoint.remote import read_remote
 
+    if step.key is not None:  # headers are those of safetensors
+        raise no_key(step.model, step.key)
     remote = read_remote(step.model, step.weights)
     source = remote.checkpoint
     refuse_quantised(source)

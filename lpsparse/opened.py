@@ -33,9 +33,12 @@ def on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
     return run
 
 
-def opened(model: str, say: Say, weights: str | None = None, *, needed: bool = True) -> Checkpoint:
-    """The checkpoint, its notes said. Raises InputError when it has no tensors, where some are needed."""
-    checkpoint = of_each(lambda: open_checkpoint(model, weights))
+def opened(
+    model: str, say: Say, weights: str | None = None, key: str | None = None, *, needed: bool = True,
+    strict: bool = True,
+) -> Checkpoint:  # fmt: skip
+    """`open_checkpoint`, its notes said. Raises InputError when it has no tensors, where some are needed."""
+    checkpoint = of_each(lambda: open_checkpoint(model, weights, key, strict=strict))
     for note in checkpoint.notes:
         say(f"{checkpoint.name}: {note}")
     if not checkpoint.tensors and needed:

@@ -10,10 +10,10 @@ from lpsparse import verbs
 from lpsparse.artefact import recorded
 from lpsparse.chain import WRITES, Link, planned, trained_from
 from lpsparse.checkpoint.finding import locate
-from lpsparse.checkpoint.manifest import Manifest, digest, list_files, read_manifest
+from lpsparse.checkpoint.manifest import Manifest, as_text, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.progress import Brief
-from lpsparse.checkpoint.writer import MANIFEST, as_json, write_beside
+from lpsparse.checkpoint.writer import MANIFEST, write_beside
 from lpsparse.errors import InputError, OutputError
 from lpsparse.kept import check_free, earlier_reports, report_file, set_aside
 from lpsparse.launch import is_first
@@ -87,7 +87,7 @@ def _kept(links: Sequence[Link], out: Path, say: Say, on_step: Callable[[Any], N
     """Each step in turn, and the reports of report steps in `out`."""
     for link, done in zip(links, run_links(links, say, on_step), strict=True):
         if isinstance(done.result, Report) and isinstance(link.step, ReportStep) and is_first():
-            write_beside(report_file(link, links, out), as_json(done.result.model_dump(mode="json")))
+            write_beside(report_file(link, links, out), as_text(done.result))
         yield done
 
 
@@ -176,7 +176,7 @@ def is_finished(step: Any) -> bool:
 
 
 def _same_source(manifest: Manifest, step: Any) -> bool:
-    opened: Checkpoint = open_checkpoint(step.model, step.weights)
+    opened: Checkpoint = open_checkpoint(step.model, step.weights, step.key)
     return tuple(digest(path, path.parent) for path in opened.files) == manifest.source.files
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from lpsparse.reporting.reread import is_report, read_report
 from lpsparse.reporting.spectra import spectra
 from lpsparse.reporting.views import VIEWS
 
-_OF_FILES = ("base", "weights", "include", "exclude", "spectra")  # what a written report has no more
+_OF_FILES = ("base", "weights", "key", "include", "exclude", "spectra")  # what a written report has no more
 
 
 @on_threads
@@ -87,7 +88,8 @@ def check_reread(step: ReportStep) -> None:
 
 
 def _measured(step: ReportStep, say: Say) -> Report:
-    checkpoint = opened(step.model, say, step.weights, needed=False)
+    strict = step.base is None  # else --key may be meant for BASE, and goes to both
+    checkpoint = opened(step.model, say, step.weights, step.key, needed=False, strict=strict)
     manifest = own_manifest(checkpoint)
     quality = () if manifest is None else manifest.quality
     found = measure(checkpoint, include=step.include, exclude=step.exclude, quality=quality)
@@ -98,7 +100,7 @@ def _measured(step: ReportStep, say: Say) -> Report:
         began = began or base_sha256
     if step.spectra:
         values = spectra(checkpoint, {row.name for row in found.tensors if row.prunable})
-        rows = [row.model_copy(update={"spectrum": values.get(row.name)}) for row in found.tensors]
+        rows = [replace(row, spectrum=values.get(row.name)) for row in found.tensors]
         found = found.model_copy(update={"tensors": tuple(rows)})
     more: dict[str, Any] = {
         "identity": identity_of(found, began),
@@ -117,7 +119,7 @@ def _compared(
     if is_report(model):
         what = f"{model}: a report; BASE is the checkpoint that MODEL came from"
         raise UsageError(293, what, hint=f"did you mean --baseline {model}?")
-    base = opened(model, say)
+    base = opened(model, say, key=step.key, strict=not checkpoint.is_torch)
     found_of = match(checkpoint, base)
     names, ours = found_of.names, {row.name: row for row in found.tensors}
     if not any(ours[names[each.name]].shape == each.shape for each in base.tensors if each.name in names):
@@ -147,13 +149,15 @@ def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
         raise InputError(327, f"{folder}: {what}", hint="give a folder that lpsparse wrote")
     found = check_folder(folder)
     if step.source is not None and found["ok"]:
-        found["problems"] = list(check_against(open_checkpoint(folder), opened(step.source, say)))
+        found["problems"] = list(
+            check_against(open_checkpoint(folder), opened(step.source, say, key=step.key))
+        )
         found["ok"] = not found["problems"]
     return found
 
 
 def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
-    checkpoint = opened(step.model, say, step.weights, needed=False)
+    checkpoint = opened(step.model, say, step.weights, step.key, needed=False)
     chosen = prunable_of(checkpoint, always_look=step.look)
     tensors = [
         {

@@ -132,6 +132,11 @@ _WEIGHTS = Field(
     None,
     description="Weight file or index in MODEL that is meant, a name alone. Default: the one that is there.",
 )
+_KEY = Field(
+    None,
+    description="Table of tensors in a torch file that is meant, such as params_ema or ema.model. Default: "
+    "the one that is there.",
+)
 _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _THREADS = Field(None, ge=1, description="Threads; the result is the same. Default: one a core.")
@@ -218,6 +223,7 @@ class PruneStep(Step):
 
     model: str = MODEL
     weights: str | None = _WEIGHTS
+    key: str | None = _KEY
     out: Path = _OUT
     sparsity: Fraction | None = Field(
         None, ge=0, le=1,
@@ -268,6 +274,7 @@ class PackStep(Step):
 
     model: str = MODEL
     weights: str | None = _WEIGHTS
+    key: str | None = _KEY
     out: Path = _OUT
     layout: Literal["packed", "bitmask"] = Field(
         "packed",
@@ -292,6 +299,7 @@ class UnpackStep(Step):
 
     model: str = MODEL
     weights: str | None = _WEIGHTS
+    key: str | None = _KEY
     out: Path = _OUT
     threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
@@ -307,7 +315,14 @@ class VerifyStep(Step):
         description="What it was cut from: names (but for one prefix), shapes and dtypes must be its, every "
         "value its bits or 0.",
     )
+    key: str | None = Field(None, description="Table of tensors that is meant in SOURCE, a torch file.")
     threads: int | None = _THREADS
+
+    @model_validator(mode="after")
+    def _key_of_source(self) -> Self:
+        if self.key is not None and self.source is None:
+            raise ValueError(f"--key {self.key} goes with SOURCE: MODEL is not a torch file")
+        return self
 
 
 class InspectStep(Step):
@@ -315,6 +330,7 @@ class InspectStep(Step):
 
     model: str = MODEL
     weights: str | None = _WEIGHTS
+    key: str | None = _KEY
     look: bool = _LOOK
 
 
@@ -351,6 +367,7 @@ class ReportStep(Step):
 
     model: str = MODEL
     weights: str | None = _WEIGHTS
+    key: str | None = _KEY
     base: str | None = Field(None, description="The checkpoint it came from, to compare with.")
     threads: int | None = _THREADS
     include: Patterns = _INCLUDE
@@ -417,6 +434,7 @@ class _DataStep(Step):
 
     model: str = MODEL
     weights: str | None = _WEIGHTS
+    key: str | None = _KEY
     task: Task = Field(description="What the model does.")
     split: str = Field(
         "train",

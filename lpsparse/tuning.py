@@ -36,7 +36,8 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     """{"model", "task", "split", "trained_on", "loss", "loss_error", ...}: errors are standard errors of the
     mean. With `against` the same of that model as "before_loss" and so on; with `save` the figure is recorded
     in MODEL, whose path is "saved" then."""
-    source = opened(step.model, say, step.weights)
+    strict = step.against is None  # else --key may be meant for that, and goes to both
+    source = opened(step.model, say, step.weights, step.key, strict=strict)
     manifest = own_manifest(source)
     step = as_trained(step, {} if manifest is None else manifest.training)
     place = check_keeps(source) if step.save else None
@@ -54,7 +55,7 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     before = dense = None
     cut = False
     if step.against is not None:
-        dense = opened(step.against, say)
+        dense = opened(step.against, say, key=step.key, strict=not source.is_torch)
         cut = _is_cut(dense)
         if cut:
             say(f"{dense.name} was cut already: what that cost is not in this figure, and no budget takes it")
@@ -132,7 +133,7 @@ def finetune_step(
     Every process of a launched job calls it; process 0 writes and speaks. With --processes it starts them.
     """
     step = as_launched(step)
-    source = opened(step.model, say, step.weights)
+    source = opened(step.model, say, step.weights, step.key)
     refuse_quantised(source)
     if is_first():
         check_output(

@@ -20,7 +20,7 @@ from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import rewrite
 from lpsparse.checkpoint.threads import of_each, of_one
 from lpsparse.checkpoint.writer import MANIFEST
-from lpsparse.dry_run import foretell, foretell_unread
+from lpsparse.dry_run import foretell, foretell_unread, say_left
 from lpsparse.errors import VerdictError
 from lpsparse.launch import is_one_of_several, name_as_launched
 from lpsparse.opened import on_threads, opened, silent
@@ -101,10 +101,10 @@ def report(
     return write_report(resolve(ReportStep, given), files)
 
 
-def verify(model: str | Path, source: str | Path | None = None) -> dict[str, Any]:
-    """Check a folder against its manifest, and what it was cut from: {"ok", "files", "tensors",
-    "problems"}."""
-    return verify_step(VerifyStep(model=str(model), source=None if source is None else str(source)))
+def verify(model: str | Path, source: str | Path | None = None, *, key: str | None = None) -> dict[str, Any]:
+    """Check a folder against its manifest, and what it was cut from (of a torch file the table `key`): {"ok",
+    "files", "tensors", "problems"}."""
+    return verify_step(VerifyStep(model=str(model), source=None if source is None else str(source), key=key))
 
 
 def inspect(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -123,14 +123,16 @@ def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
     return evaluate_step(resolve(EvalStep, {"model": str(model), **options}))
 
 
-def open(path: str | Path, weights: str | None = None) -> Checkpoint:
+def open(path: str | Path, weights: str | None = None, key: str | None = None) -> Checkpoint:
     """A checkpoint of any kind, lazily: `.tensors`, or one as `found[name]`, each with name, dtype, shape,
     `.read()` and `.read_rows(first, last)`, which give raw bits as numpy arrays of unsigned integers.
-    `weights` names the file or index in a folder of several."""
-    return open_checkpoint(path, weights)
+    `weights` names the file or index in a folder of several, `key` the table in a torch file of several."""
+    return open_checkpoint(path, weights, key)
 
 
-def load(path: str | Path, weights: str | None = None, *, check: bool = True) -> dict[str, Any]:
+def load(
+    path: str | Path, weights: str | None = None, key: str | None = None, *, check: bool = True
+) -> dict[str, Any]:
     """Every tensor of a checkpoint of any layout as a dense torch tensor, by name. A tied one is there under
     the names, too, that safetensors' save_model would have left out.
 
@@ -139,7 +141,7 @@ def load(path: str | Path, weights: str | None = None, *, check: bool = True) ->
     """
     from lpsparse.training.model import LOADED_DTYPES, to_tensors
 
-    checkpoint = open_checkpoint(path, weights)
+    checkpoint = open_checkpoint(path, weights, key)
     if check:
         check_weights(checkpoint)
     found = to_tensors(checkpoint.tensors, dtypes=LOADED_DTYPES)
@@ -154,7 +156,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     if step.dry_run and of_one(lambda: is_remote(step.model)):
         return of_one(lambda: foretell_unread(step, say))
     began = perf_counter()
-    source = opened(step.model, say, step.weights)
+    source = opened(step.model, say, step.weights, step.key)
     refuse_quantised(source)
     stamps = stamps_of(source)
     of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
@@ -174,6 +176,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         say(f"threshold {plan.threshold:.6g}")
     if step.dry_run:
         say("dry run: nothing is written; the zeros are those that the cut would leave")
+        say_left(source, say)
         decided = perf_counter()
         counts = count_all(source, plan.cut)
         took = (decided - began, perf_counter() - decided)
@@ -200,7 +203,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
 
 @on_threads
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
-    source = opened(step.model, say, step.weights)
+    source = opened(step.model, say, step.weights, step.key)
     if source.layout in LAYOUTS:
         refuse_quantised(source)
     stamps = stamps_of(source)
@@ -208,6 +211,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
     if step.dry_run:
         say("dry run: nothing is written")
+        say_left(source, say)
         began = perf_counter()
         counts = count_all(source)
         return foretell(step, source, chosen, counts, (0, perf_counter() - began))
@@ -231,18 +235,18 @@ def push_step(step: PushStep, say: Say = silent, *, bars: bool = False) -> dict[
     if folder.is_dir() and not step.dry_run:
         read_manifest(folder)
         check_access()  # both at once, the hashes take their time
-    found = verify_step(VerifyStep(model=str(folder), source=None, threads=step.threads), say)
+    found = verify_step(VerifyStep(model=str(folder), source=None, key=None, threads=step.threads), say)
     if not found["ok"]:
         what = f"{folder}: is not what {MANIFEST} says: {found['problems'][0]}"
         raise VerdictError(102, what, hint="write it again; nothing was sent")
     files, stay = choose_files(folder)
     size = sum(record.size for record in files)
     if stay:
-        say(f"not sent: {', '.join(stay[:4])}" + (f" and {len(stay) - 4} more" if len(stay) > 4 else ""))
+        say(f"not sent: {', '.join(stay)}")
     say(f"{len(files)} files, {text.size(size)}, to {step.repo}")
     if step.dry_run:
         names = [{"name": record.name, "bytes": record.size} for record in files]
-        return {"repo": step.repo, "files": len(files), "bytes": size, "names": names}
+        return {"repo": step.repo, "files": len(files), "bytes": size, "names": names, "not_sent": stay}
     to = Target(
         step.repo, step.revision, step.private, step.message, step.create_pr, step.delete_others
     )  # fmt: skip

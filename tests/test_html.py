@@ -4,6 +4,7 @@ import base64
 import hashlib
 import math
 import re
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -96,7 +97,7 @@ REPORTS = {
     "dry run": bare(tensors(7), estimate=Estimate(
         disk_bytes=1, free_bytes=2, memory_bytes=3, seconds=None, rule="so"
     )),
-    "nothing changed": full(tuple(row.model_copy(update={"change": None}) for row in tensors(7))),
+    "nothing changed": full(tuple(replace(row, change=None) for row in tensors(7))),
     **{f"hostile {i}": hostile(name) for i, name in enumerate(HOSTILE)},
 }  # fmt: skip
 
@@ -316,8 +317,8 @@ def test_histograms_far_from_each_other_are_drawn_by_their_bins() -> None:
 def test_a_magnitude_that_is_none_is_no_threshold(value: float) -> None:
     row = tensor(3, "a.query.weight")
     assert row.change is not None
-    change = row.change.model_copy(update={"largest_cut": value, "smallest_kept": value})
-    page = render(full((row.model_copy(update={"change": change}),)))
+    change = replace(row.change, largest_cut=value, smallest_kept=value)
+    page = render(full((replace(row, change=change),)))
     assert "no threshold is drawn" in page
 
 

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -666,3 +667,198 @@ def test_two_keys_that_are_one_as_text_are_refused(tmp_path: Path) -> None:
     torch.save({1: torch.ones(3), "1": torch.zeros(3)}, tmp_path / "net.pt")
     with pytest.raises(LpsparseError, match="stand twice"):
         open_checkpoint(tmp_path / "net.pt")
+
+
+# One of several tables in a torch file
+
+
+def matrices(factor: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"a.weight": torch.full((7, 13), factor), "a.bias": torch.zeros(7)}
+
+
+OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(7, 13), "step": torch.tensor(3.0)}}, "param_groups": [{}]}
+HOLDERS: dict[str, tuple[str, Any]] = {  # what people save: where the model is in it
+    "a tutorial's": ("model_state_dict", {
+        "epoch": 3, "model_state_dict": matrices(), "optimizer_state_dict": OPTIMIZER,
+        "loss": torch.tensor(0.1),
+    }),
+    "a speech model's": ("model_state_dict", {"dims": {"n_mels": 80}, "model_state_dict": matrices()}),
+    "one of ZeRO's": ("module", {"module": matrices(), "buffer_names": [], "optimizer": OPTIMIZER}),
+    "one of two networks'": ("generator", {"generator": matrices(), "optim_g": OPTIMIZER, "steps": 7}),
+    "with random states": ("net", {"net": matrices(), "rng_state": torch.zeros(56, dtype=torch.uint8)}),
+    "gathered parts": ("app.model", {"app": {"model": matrices(), "optimizer": OPTIMIZER, "epoch": 1}}),
+    "an average alone": ("ema.student", {"ema": {"decay": 0.99, "student": matrices()}}),
+    "with a scaler": ("weights", {"weights": matrices(), "scaler": {"scale": torch.tensor(65536.0)}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_the_one_state_dict_is_found_under_any_key(holder: str, tmp_path: Path) -> None:
+    key, value = HOLDERS[holder]
+    found = open_checkpoint(save(tmp_path / "net.pt", value))
+    assert [tensor.name for tensor in found.tensors] == ["a.weight", "a.bias"]
+    assert found.notes[0].startswith(f"tensors taken from '{key}'")
+    dropped = found.notes[0].partition("; dropped beside it: ")[2].split(", ")
+    others = sorted(set(value) - {key.partition(".")[0]})
+    assert [each for each in dropped if each and "." not in each] == others
+
+
+PAIRS = {
+    "params": {"params_ema": matrices(2), "params": matrices()},
+    "state_dict": {"epoch": 9, "state_dict": matrices(), "state_dict_ema": matrices(2)},
+    "mpd": {"mpd": matrices(), "msd": matrices(2), "optim_d": OPTIMIZER},
+    "ema.model": {"model": matrices(2), "ema": {"model": matrices()}},
+    "model": {"model": matrices(), "queue": torch.ones(3, 5)},
+}
+
+
+@pytest.mark.parametrize("key", PAIRS)
+def test_of_several_state_dicts_the_named_one_is_opened_and_none_unnamed(key: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "net.pt", PAIRS[key])
+    said = refusal(path)
+    assert "2 tables of tensors" in said and f"{key!r} (2 tensors)" in said and "--key " in said
+    assert float(load(path, key=key)["a.weight"].sum()) == 91
+    with pytest.raises(UsageError, match="no such table"):
+        open_checkpoint(path, key="other")
+
+
+@pytest.mark.parametrize("value", [OPTIMIZER, {"optimizer": OPTIMIZER}, {"optim_g": {"a": torch.ones(3, 5)}}])
+def test_the_state_of_an_optimizer_is_not_a_model(value: object, tmp_path: Path) -> None:
+    assert "no tensors of a model" in refusal(save(tmp_path / "net.pt", value))
+
+
+def test_key_is_for_base_and_source_too_and_never_ignored(tmp_path: Path, cli: Cli) -> None:
+    path = save(tmp_path / "net.pth", PAIRS["params"])
+    assert cli("prune", path, tmp_path / "out", "--key", "params", "--sparsity", "0.5").rc == 0
+    manifest = json.loads((tmp_path / "out" / "lpsparse.json").read_text())
+    assert manifest["recipe"]["prune"]["key"] == "params"
+    assert report(tmp_path / "out", path, key="params").base.is_source  # type: ignore[union-attr]
+    assert verify(tmp_path / "out", path, key="params")["ok"]
+    assert not verify(tmp_path / "out", path, key="params_ema")["ok"]
+    assert cli("report", tmp_path / "out", path).rc == ExitCode.INPUT
+    for words in (["inspect", "out"], ["report", "out"], ["pack", "out", "packed"], ["verify", "out"]):
+        ran = cli(
+            *(tmp_path / word if word in ("out", "packed") else word for word in words), "--key", "params"
+        )
+        assert ran.rc == ExitCode.USAGE
+
+
+def test_a_torch_checkpoint_of_any_suffix_opens_where_it_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "last.ckpt", {"state_dict": matrices(), "callbacks": {}})
+    assert [tensor.name for tensor in open_checkpoint(path).tensors] == ["a.weight", "a.bias"]
+    assert "no weight file" in refusal(tmp_path)
+    assert open_checkpoint(tmp_path, "last.ckpt").is_torch
+
+
+def test_a_class_that_is_refused_is_named(tmp_path: Path) -> None:
+    from argparse import Namespace
+    from fractions import Fraction
+
+    said = refusal(save(tmp_path / "net.pt", {"state_dict": matrices(), "args": Namespace(a=Fraction(1, 2))}))
+    assert "argparse.Namespace, fractions.Fraction" in said
+
+
+# What is no checkpoint as it lies there
+
+
+def write_set(folder: Path, count: int, names: list[str]) -> dict[str, str]:
+    """Shards of a set, and the index that they would have."""
+    folder.mkdir(exist_ok=True)
+    weight_map = {
+        name: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, name in enumerate(names)
+    }
+    for shard in set(weight_map.values()):
+        tensors = {name: f32(7, 13, seed=i) for i, name in enumerate(names) if weight_map[name] == shard}
+        write_safetensors(folder / shard, tensors)
+    return weight_map
+
+
+def test_an_index_of_another_set_of_shards_is_refused_and_the_set_that_is_there_opens(tmp_path: Path) -> None:
+    names = [f"layers.{i}.weight" for i in range(6)]
+    stale = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(names)}
+    write_set(tmp_path / "m", 2, names)
+    (tmp_path / "m" / EMPTY_INDEX).write_text(json.dumps({"weight_map": stale}))
+    said = refusal(tmp_path / "m")
+    assert "'model-00001-of-00003.safetensors' with 2 tensors is missing, as are 2 others" in said
+    assert "--weights model-00001-of-00002.safetensors" in said
+    for shard in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        assert {tensor.name for tensor in open_checkpoint(tmp_path / "m", shard).tensors} == set(names)
+    (tmp_path / "m" / "model-00001-of-00002.safetensors").unlink()
+    assert "--weights" not in refusal(tmp_path / "m")  # what is left is no whole set
+    with pytest.raises(InputError, match="is one of 2 shards"):
+        open_checkpoint(tmp_path / "m", "model-00002-of-00002.safetensors")
+
+
+def test_shards_without_an_index_open_as_a_set_and_one_alone_says_so(tmp_path: Path) -> None:
+    write_set(tmp_path / "m", 3, [f"layers.{i}.weight" for i in range(6)])
+    first = "model-00001-of-00003.safetensors"
+    assert f"--weights {first}" in refusal(tmp_path / "m")
+    assert len(open_checkpoint(tmp_path / "m", first).files) == 3
+    assert open_checkpoint(tmp_path / "m" / first).notes == (
+        "one of 3 shards: the rest of the model is not looked at",
+    )
+
+
+def hollow(*empty: str) -> dict[str, Any]:
+    names = [f"layers.{i}.{part}" for i in (0, 1) for part in ("mlp.weight", "mlp.bias", "norm.weight")]
+    return {name: f32(0) if name in empty else f32(7, 13) if "mlp.w" in name else f32(7) for name in names}
+
+
+@pytest.mark.parametrize("empty", [
+    ("layers.0.mlp.weight", "layers.1.mlp.weight"), ("layers.1.mlp.weight",), ("layers.0.mlp.bias",),
+])  # fmt: skip
+def test_parameters_that_zero_left_empty_are_refused_by_every_command(
+    empty: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = write_safetensors(tmp_path / "model.safetensors", hollow(*empty))
+    for command in (
+        inspect, report, lambda model: prune(model, tmp_path / "o", sparsity=0.5),
+        lambda model: lpsparse.pack(model, tmp_path / "o"), load,
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"{len(empty)} of 6 tensors have the shape \\[0\\]") as refused:
+            command(path)
+        assert "zero_to_fp32.py" in refused.value.hint
+    assert not (tmp_path / "o").exists()
+
+
+def test_tensors_that_may_hold_nothing_do(tmp_path: Path) -> None:
+    tensors = {"a.weight": f32(7, 13), "none.weight": f32(0, 7), "a.bias": f32(0), "state": ("U8", [0], b"")}
+    assert len(open_checkpoint(write_safetensors(tmp_path / "m.safetensors", tensors)).tensors) == 4
+
+
+@pytest.mark.parametrize(("parts", "command"), [
+    (["global_step7/mp_rank_00_model_states.pt", "global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+     "zero_to_fp32.py"),
+    (["model_fsdp_0/__0_0.distcp", "model_fsdp_0/__1_0.distcp", "model_fsdp_0/.metadata"],
+     "dcp_to_torch"),
+])  # fmt: skip
+def test_parts_that_were_not_gathered_are_refused_with_the_command_that_does(
+    parts: list[str], command: str, tmp_path: Path
+) -> None:
+    paths = [tmp_path / part for part in parts]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    last = next(path for path in reversed(paths) if path.suffix in (".pt", ".distcp"))
+    for model in (tmp_path, last.parent, last):
+        said = refusal(model)
+        assert command in said and "not gathered" in said
+    write_safetensors(tmp_path / "model.safetensors", {"a.weight": f32(7, 13)})
+    assert len(open_checkpoint(tmp_path).tensors) == 1  # a training's folder that holds the model, too
+
+
+def test_programs_of_torch_are_named_with_the_line_that_saves_their_weights(tmp_path: Path) -> None:
+    module = torch.nn.Linear(13, 7)
+    with warnings.catch_warnings(action="ignore"):  # deprecated, and there are many such files
+        torch.jit.script(module).save(tmp_path / "net.pt")
+        state = torch.jit.load(tmp_path / "net.pt", map_location="cpu").state_dict()
+    with zipfile.ZipFile(tmp_path / "net.pt2", "w") as archive:
+        archive.writestr("net/archive_format", "pt2")
+    for name, kind, call in (
+        ("net.pt", "TorchScript", "torch.jit.load"),
+        ("net.pt2", "torch.export", "export.load"),
+    ):
+        said = refusal(tmp_path / name)
+        assert kind in said and call in said and "not a state dict" in said
+    torch.save(state, tmp_path / "weights.pt")
+    assert len(open_checkpoint(tmp_path / "weights.pt").tensors) == 2

@@ -29,11 +29,13 @@ from conftest import (
     tree_hash,
     write_safetensors,
     write_sidecars,
+    write_tiny,
 )
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
+import lpsparse
 from lpsparse import pack, prune, report, unpack, verify
 from lpsparse.checkpoint import files
 from lpsparse.checkpoint.opening import open_checkpoint
@@ -502,12 +504,12 @@ def test_ctrl_c_leaves_nothing_and_exits_130(minilm: Path, tmp_path: Path) -> No
 
 def test_sidecars_of_every_name_arrive(tmp_path: Path) -> None:
     write_sidecars(tmp_path / "Ünï cödé 模型")
-    for name in ("metrics.jsonl", "report.json", "lpsparse.json.bak", "a b\tc.txt", ".gitattributes"):
+    for name in ("metrics.jsonl", "report.json", "LICENSE", "a b\tc.txt", ".gitattributes"):
         (tmp_path / "Ünï cödé 模型" / name).write_text(name)
     write_safetensors(tmp_path / "Ünï cödé 模型" / "model.safetensors", {"a.weight": f32(7, 13)})
     prune(tmp_path / "Ünï cödé 模型", tmp_path / "aus gang", sparsity=0.5)
     found = set(os.listdir(tmp_path / "aus gang"))
-    assert {"lpsparse.json.bak", "a b\tc.txt", ".gitattributes", "extra", "README.base.md"} <= found
+    assert {"LICENSE", "a b\tc.txt", ".gitattributes", "extra", "README.base.md"} <= found
     assert "metrics.jsonl" not in found  # an earlier run's
     assert verify(tmp_path / "aus gang")["ok"]
 
@@ -713,3 +715,77 @@ def test_a_source_that_is_gone_when_all_is_written_is_refused(tiny: Path, tmp_pa
     with pytest.raises(LpsparseError, match=r"model\.safetensors"):
         prune_step(step, say)
     assert not list(tmp_path.glob("out*"))
+
+
+# Which sidecars go along
+
+LEFT = (  # what a training, a copy or another format leaves beside a model, and how it is named
+    ("optimizer.pt", ""), ("model.safetensors.bak", ""), ("weights.tar.gz", ""), ("embeddings.npy", ""),
+    (".env", ""), ("model.pdparams", ""), ("onnx/model.onnx_data", ""), ("output.log", ""), ("a.jsonl", ""),
+    ("wandb/run-1/files/config.yaml", "wandb/"), ("runs/Mar01/events.out.tfevents.1", "runs/"),
+    ("checkpoint-500/trainer_state.json", "checkpoint-500/"), ("checkpoints-7/a/b.json", "checkpoints-7/"),
+    ("model_fsdp_0/.metadata", "model_fsdp_0/"), ("sub/__pycache__/a.py", "sub/__pycache__/"),
+)  # fmt: skip
+ALONG = (
+    "tokenizer.model", "spiece.spm", "chat_template.jinja", "modeling_own.py", "LICENSE", "USE_POLICY.md",
+    "assets/plot.png", "1_Pooling/config.json", "tokenizer/vocab.txt", ".gitattributes",
+)  # fmt: skip
+
+
+def test_what_loaders_read_goes_along_and_the_rest_is_named_before_and_after(
+    tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    for name in (*ALONG, *(name for name, _ in LEFT)):
+        (tiny / name).parent.mkdir(parents=True, exist_ok=True)
+        (tiny / name).write_text("x")
+    names = ", ".join(sorted(called or name for name, called in LEFT))
+    for command in (("prune", "--sparsity", "0.5"), ("pack",)):
+        told = cli(*command, tiny, tmp_path / command[0], "--dry-run").stderr
+        assert set(told.partition("would be left behind: ")[2].splitlines()[0].split(", ")) == set(
+            names.split(", ")
+        )
+        assert not (tmp_path / command[0]).exists()
+    assert cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5").rc == 0
+    there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert there >= set(ALONG) and not there & {name for name, _ in LEFT}
+    pushed = lpsparse.push(tmp_path / "out", "org/name", dry_run=True)
+    assert {each["name"] for each in pushed["names"]} >= set(ALONG)
+
+
+def test_the_links_of_a_snapshot_are_followed_into_its_own_blobs_alone(tmp_path: Path) -> None:
+    repo = tmp_path / "models--org--name"
+    snapshot, other = repo / "snapshots" / "0123", tmp_path / "models--org--other" / "blobs"
+    for folder in (snapshot / "sub", repo / "blobs", other):
+        folder.mkdir(parents=True)
+    made = write_tiny(tmp_path / "tiny")
+    for name in ("config.json", "model.safetensors", "README.md", "extra/vocab.txt"):
+        blob = repo / "blobs" / name.replace("/", "-")
+        blob.write_bytes((made / name).read_bytes())
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    (other / "secret").write_text("secret")
+    (snapshot / "merges.txt").symlink_to(other / "secret")
+    prune(snapshot, tmp_path / "out", sparsity=0.5)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (made / "config.json").read_bytes()
+    assert (tmp_path / "out" / "extra" / "vocab.txt").is_file()
+    assert not (tmp_path / "out" / "merges.txt").exists()
+    (repo / "blobs").rename(tmp_path / "elsewhere")
+    (repo / "blobs").symlink_to(tmp_path / "elsewhere")  # a folder that only looks like a cache
+    prune(snapshot, tmp_path / "again", sparsity=0.5)
+    assert not (tmp_path / "again" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    ({"model_type": "bert"}, "transformers from_pretrained"),
+    ({"_class_name": "UNet2DModel", "_diffusers_version": "0.36.0"}, "diffusers from_pretrained"),
+    ({"architecture": "resnet18", "pretrained_cfg": {}}, "timm create_model"), ({}, ""), (None, ""),
+])  # fmt: skip
+def test_what_opens_a_folder_is_told_by_its_config(config: Any, words: str, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    write_safetensors(tmp_path / "m" / "model.safetensors", {"a.weight": f32(70, 130)})
+    if config is not None:
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    found = prune(tmp_path / "m", tmp_path / "out", sparsity=0.5).opens_with
+    assert found == "any safetensors reader" + (f"; {words}" if words else "")
+    packed = pack(tmp_path / "out", tmp_path / "packed").opens_with
+    assert ("after `import lpsparse`" in packed) == words.startswith("transformers")

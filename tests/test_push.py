@@ -271,9 +271,11 @@ def test_a_branch_and_a_pull_request_leave_main_as_it_is(hub: Hub, sparse: Path,
 
 def test_hidden_files_metrics_and_marks_stay_and_the_rest_still_verifies(hub: Hub, tmp_path: Path) -> None:
     dense = write_tiny(tmp_path / "dense")
-    (dense / ".env").write_text(f"HF_TOKEN={TOKEN}")  # a file of the source is in OUT, and in its manifest
+    (dense / ".env").write_text(f"HF_TOKEN={TOKEN}")
     (dense / ".gitattributes").write_text("*.bin filter=lfs\n")
     prune(dense, tmp_path / "out", sparsity=0.5)
+    assert not (tmp_path / "out" / ".env").exists()
+    (tmp_path / "out" / ".env").write_text(f"HF_TOKEN={TOKEN}")
     for name in (".git/config", ".lpsparse-owner.json", "metrics.jsonl", ".lpsparse-state/step-3/a.json"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).touch()
@@ -289,7 +291,8 @@ def test_hidden_files_metrics_and_marks_stay_and_the_rest_still_verifies(hub: Hu
     for name, data in files.items():
         (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pulled" / name).write_bytes(data)
-    assert verify(tmp_path / "pulled")["ok"]
+    found = verify(tmp_path / "pulled")
+    assert found["ok"] and found["files"] == len(files) - 1  # the manifest is not in itself
 
 
 def test_a_dry_run_lists_all_and_asks_nobody(hub: Hub, sparse: Path, cli: Cli) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -58,7 +59,7 @@ def named(name: str, folder: Path) -> Report:
     """A report in which everything that can have the name has it."""
     given: dict[str, Given] = {name: f32(7, 13), f"{name}.bias": f32(7)}
     found = report(write_safetensors(folder / "m.safetensors", given))
-    row = found.tensors[0].model_copy(update={"dtype": name, "reason": name})
+    row = replace(found.tensors[0], dtype=name, reason=name)
     return found.model_copy(
         update={
             "model": name, "baseline": name, "tensors": (row, *found.tensors[1:]), "rule": name,
@@ -96,7 +97,7 @@ def test_markdown_says_quality_with_its_interval(sparse: Path) -> None:
 @pytest.mark.parametrize("name", ["model.layers.{i}.weight", "{i}" + "<" * 3000, "{i}" + "\U0001f600" * 500])
 def test_markdown_fits_whatever_the_input(view: str, name: str, sparse: Path) -> None:
     found = report(sparse)
-    rows = [found.tensors[0].model_copy(update={"name": name.format(i=i)}) for i in range(20_000)]
+    rows = [replace(found.tensors[0], name=name.format(i=i)) for i in range(20_000)]
     names = tuple(row.name for row in rows)
     many = tuple(budget(pattern=each, worst=each) for each in names[:500])
     found = found.model_copy(
@@ -180,7 +181,7 @@ def test_csv_has_all_figures_of_each_tensor(sparse: Path, tiny: Path) -> None:
         assert cells["name"] == row.name and cells["zeros"] == str(row.zeros)
         assert cells["shape"] == " ".join(map(str, row.shape))
         for part in ("spectrum", "change", "detail"):
-            for key, value in (getattr(row, part) or _none()).__dict__.items():
+            for key, value in (asdict(getattr(row, part)) if getattr(row, part) else {}).items():
                 if not isinstance(value, dict) and key != "histogram":
                     assert cells[f"{part}.{key}"] == ("" if value is None else repr(value))
         if row.detail:
@@ -188,10 +189,6 @@ def test_csv_has_all_figures_of_each_tensor(sparse: Path, tiny: Path) -> None:
                 assert cells[f"detail.empty.{key}.part"] == str(met)
                 assert cells[f"detail.empty.{key}.of"] == str(whole)
             assert cells["detail.histogram.counts"] == " ".join(map(str, row.detail.histogram.counts))
-
-
-def _none() -> object:
-    return type("None_", (), {})()
 
 
 @pytest.mark.parametrize("name", [*NAMES.values(), "-1", "'", "''=x"], ids=[*NAMES.keys(), "-", "'", "''="])
@@ -252,7 +249,7 @@ def test_the_schema_refuses_what_is_no_report(sparse: Path, valid: Callable[[obj
 def test_all_views_say_alike_whether_there_was_one_threshold() -> None:
     uncut = tensor(0, "b.query.weight").change
     assert uncut is not None
-    uncut = uncut.model_copy(update={"cut": 0, "largest_cut": None, "smallest_kept": 1e-6})
+    uncut = replace(uncut, cut=0, largest_cut=None, smallest_kept=1e-6)
     found = full((tensor(3, "a.query.weight"), tensor(0, "b.query.weight", change=uncut)))
     assert "(not one threshold for all)" in " ".join(table.render(found).split())
     assert "(not one threshold for all)" in markdown.render(found)
@@ -398,7 +395,7 @@ def test_nan_is_the_last_word_and_no_failure(tmp_path: Path, cli: Cli) -> None:
 def test_the_report_fits_its_width_at_twenty_thousand_tensors(width: int, sparse: Path, tiny: Path) -> None:
     found = report(sparse, tiny, min_sparsity="0.5", max_bytes="1B", max_layer_sparsity="*.mlp.*=0.1")
     row = found.tensors[3]
-    rows = [row.model_copy(update={"name": f"model.layers_{i}.self_attention.weight"}) for i in range(20_000)]
+    rows = [replace(row, name=f"model.layers_{i}.self_attention.weight") for i in range(20_000)]
     text = table.render(found.model_copy(update={"tensors": tuple(rows)}), width)
     lines = text.splitlines()
     assert len(lines) < 90 + 8000 // width

@@ -45,7 +45,7 @@ def names_taken(tensors: list[Tensor], layout: str) -> list[str]:
     if layout == "bitmask":
         return sorted(name for name in owners if bitmask.is_taken(name, owners))
     if layout == "packed":
-        return sorted(name for name in owners if name.removesuffix(packed.SUFFIX) in owners - {name})
+        return sorted(owners & {name + packed.SUFFIX for name in owners})
     return []
 
 

@@ -5,9 +5,11 @@ Of names in JSON only bare ones are believed.
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.foreign import refuse_parts
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, check_regular, sniff, unique_json
 from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, find_weight_names
@@ -15,6 +17,7 @@ from lpsparse.errors import InputError, RemoteError, UsageError
 
 _NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
 _INDEX_AGAIN = "download the checkpoint again"
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", re.ASCII)  # model-00001-of-00002.safetensors
 
 
 def locate(model: str | Path) -> tuple[Path, str, str | None]:
@@ -67,10 +70,15 @@ def _nearest(path: Path) -> Path | None:
 
 def find_weights(folder: Path) -> Path:
     """The index or weight file in a folder. Raises InputError where there is none, or more than one."""
-    choice = find_weight_names(os.listdir(folder))
+    names = os.listdir(folder)
+    choice = find_weight_names(names)
+    if len(choice) != 1:
+        refuse_parts(folder, names)
     if len(choice) > 1:
         what = "two checkpoints here" if choice[0] in FOLDER_ORDER else "several weight files and no index"
-        raise InputError(328, f"{folder}: {what}: {', '.join(choice[:4])}", hint=_NAME_IT)
+        whole = [] if choice[0] in FOLDER_ORDER else whole_sets(names)
+        hint = _open_all(whole[0]) if whole else _NAME_IT
+        raise InputError(328, f"{folder}: {what}: {', '.join(choice[:4])}", hint=hint)
     if not choice:
         hint = "give a folder with model.safetensors or an index"
         raise InputError(329, f"{folder}: no weight file here", hint=hint)
@@ -103,11 +111,51 @@ def read_index(path: Path) -> dict[Path, set[str]]:
     if check_regular(path) > MAX_HEADER_BYTES:
         raise InputError(330, f"{path}: larger than {MAX_HEADER_BYTES} bytes", hint=_INDEX_AGAIN)
     files = parse_index(path, path.read_bytes())
-    for shard, tensors in files.items():
-        if not os.path.exists(shard):  # Path.exists raises for a name too long
-            what = f"{path}: shard {shard.name!r} with {len(tensors)} tensors is missing"
-            raise InputError(330, what, hint=_INDEX_AGAIN)
+    lost = [shard for shard in files if not os.path.exists(shard)]  # Path.exists raises for a name too long
+    if lost:
+        more = f", as are {len(lost) - 1} others" if len(lost) > 1 else ""
+        what = f"{path}: shard {lost[0].name!r} with {len(files[lost[0]])} tensors is missing{more}"
+        others = set(os.listdir(path.parent)) - {shard.name for shard in files}
+        for whole in whole_sets(others):
+            what += f"; all {len(whole)} shards of another set are here, so the index is an old one"
+            raise InputError(330, what, hint=_open_all(whole))
+        raise InputError(330, what, hint=_INDEX_AGAIN)
     return files
+
+
+def whole_sets(names: Collection[str]) -> list[list[str]]:
+    """The shards of each set of several, by its name, of which none is missing."""
+    sets = (_set_of(name) for name in sorted(names) if "-00001-of-" in name)
+    return [shards for shards in sets if len(shards) > 1 and set(shards) <= set(names)]
+
+
+def part_of(file: Path) -> tuple[str, ...]:
+    """A note where a file is one of several shards, which is opened alone."""
+    count = len(_set_of(file.name))
+    return (f"one of {count} shards: the rest of the model is not looked at",) if count > 1 else ()
+
+
+def _open_all(shards: list[str]) -> str:
+    return f"give the folder with --weights {shards[0]}, which opens all {len(shards)} of that set"
+
+
+def _set_of(name: str) -> list[str]:
+    """All shards of the set that a file is one of, by its name; else its name alone."""
+    shard = _SHARD.fullmatch(name)
+    if shard is None:
+        return [name]
+    return [f"{shard[1]}-{i:05d}-of-{shard[2]}{shard[3]}" for i in range(1, int(shard[2]) + 1)]
+
+
+def shards_of(file: Path) -> list[Path]:
+    """The file, and all other shards where it is one of several: alone it is a part of a model. Raises
+    InputError where one of them is missing."""
+    shards = [file.parent / name for name in _set_of(file.name)]
+    for shard in shards:
+        if not os.path.exists(shard):
+            what = f"{file}: is one of {len(shards)} shards, and {shard.name} is missing"
+            raise InputError(330, what, hint=_INDEX_AGAIN)
+    return shards
 
 
 def parse_index(path: Path, text: bytes) -> dict[Path, set[str]]:

@@ -1,13 +1,26 @@
 """Which of the names in a folder, on disk or on the hub, are its weights; old names of tensors."""
 
+import re
 from collections.abc import Collection
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
+TORCH_FILES = (*TORCH_SUFFIXES, ".ckpt")  # of a file that is named; in folders it is often a spare copy
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 FOLDER_ORDER = (
     "lpsparse.safetensors.index.json", "lpsparse.safetensors",
     "model.safetensors.index.json", "model.safetensors",
 )  # fmt: skip
+# What loaders read beside weights (configuration, tokenizers, templates, code), and what their pages show.
+_READ = (
+    ".json", ".txt", ".model", ".jinja", ".yaml", ".yml", ".toml", ".tiktoken", ".spm", ".bpe", ".vocab",
+    ".codes", ".py", ".cpp", ".cu", ".h", ".md", ".rst", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg",
+    ".pdf", ".gitattributes",
+)  # fmt: skip
+_TERMS = ("license", "licence", "notice", "copying", "copyright", "authors", "use_policy", "readme")
+_LEFT_BY_TRAINING = re.compile(
+    r"wandb|runs|mlruns|logs|lightning_logs|tensorboard|checkpoints?([-_].+)?|global_step\d+|optimizer_\d+"
+    r"|.+_fsdp_\d+|__pycache__|.+\.mlpackage"
+)
 LEGACY_NORMS = {".weight": ".gamma", ".bias": ".beta"}  # of LayerNorm in BERT's first checkpoints
 _TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -17,6 +30,24 @@ def is_hidden(name: str) -> bool:
     return name != ".gitattributes" and any(
         part.startswith(".") and part not in (".", "..") for part in name.split("/")
     )
+
+
+def is_part(name: str) -> bool:
+    """Whether a file, by its way in a folder, is a part of a model: what loaders open and what people read of
+    it. What a training or another program left there (optimizers, logs, copies, other formats) is none."""
+    *folders, last = name.lower().split("/")
+    if is_hidden(name) or any(_LEFT_BY_TRAINING.fullmatch(folder) for folder in folders):
+        return False
+    return last.endswith((*_READ, *WEIGHT_SUFFIXES)) or ("." not in last and last.startswith(_TERMS))
+
+
+def as_left(name: str) -> str:
+    """What a file that is none is called: the outermost folder that is no part of a model, or its name."""
+    parts = name.split("/")
+    for i, folder in enumerate(parts[:-1], 1):
+        if is_hidden(folder) or _LEFT_BY_TRAINING.fullmatch(folder.lower()):
+            return "/".join(parts[:i]) + "/"
+    return name
 
 
 def is_report_name(model: str) -> bool:

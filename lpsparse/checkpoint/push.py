@@ -1,8 +1,8 @@
 """A folder that lpsparse wrote, to the Hugging Face hub: in one commit, which is read back and compared.
 
-What goes out is what the manifest lists and the manifest itself: no metrics, no marks, no hidden files but
-.gitattributes. huggingface_hub's own upload_folder makes several commits of a large folder, the first of them
-a half of it; here all is sent first, and becomes visible at once.
+What goes out is what the manifest lists and is a part of a model (`names.is_part`), and the manifest itself:
+no metrics, no marks, no hidden files but .gitattributes. huggingface_hub's own upload_folder makes several
+commits of a large folder, the first of them a half of it; here all is sent first, and is then seen at once.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from lpsparse import __version__
 from lpsparse.checkpoint.asking import LOG_IN, UNSEEN, UNSURE, asking, calm
 from lpsparse.checkpoint.hub import setting
 from lpsparse.checkpoint.manifest import FileRecord, digest, read_manifest
-from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, is_hidden
+from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, is_part
 from lpsparse.checkpoint.writer import FOREIGN_WEIGHTS, MANIFEST
 from lpsparse.errors import OutputError, RemoteError
 
@@ -39,11 +39,12 @@ class Target:
 
 
 def choose_files(folder: Path) -> tuple[tuple[FileRecord, ...], tuple[str, ...]]:
-    """What of `folder` is sent, as it is described there, and the names of the files that are not."""
+    """What of `folder` is sent, as it is described there: the parts of a model; and what is not, by name."""
     records = (*read_manifest(folder).files, digest(folder / MANIFEST, folder))
-    sent = tuple(sorted((r for r in records if not is_hidden(r.name)), key=lambda record: record.name))
+    sent = tuple(sorted((r for r in records if is_part(r.name)), key=lambda record: record.name))
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return sent, tuple(sorted(present - {record.name for record in sent}))
+    others = present - {record.name for record in sent}
+    return sent, tuple(sorted({as_left(name) for name in others}))
 
 
 def check_access() -> None:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, Field, ValidationError
 
 from lpsparse.checkpoint.finding import check_index, check_name, parse_index
+from lpsparse.checkpoint.foreign import refuse_hollow
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
 from lpsparse.checkpoint.hub import IGNORED, http_error, setting
 from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names
@@ -72,6 +73,7 @@ def read_remote(text: str, weights: str | None = None) -> Remote:
         for path, header in headers.items()
         for entry in header.entries
     ]
+    refuse_hollow(name, tensors)
     metadata = {path.name: header.metadata for path, header in headers.items()}
     fetched = {each: sizes[each] for each in filter_repo_objects(sizes, ignore_patterns=IGNORED)}
     return Remote(

@@ -3,6 +3,7 @@ read a block, cut it (or not), encode it, write it."""
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lpsparse.checkpoint.files import WRITERS, names_taken
 from lpsparse.checkpoint.manifest import FileRecord, digest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.progress import phase
+from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.threads import of_one, parallel
 from lpsparse.checkpoint.writer import drop_weights, weight_file_names, write_index
 from lpsparse.errors import InputError, OutputError
@@ -50,15 +52,16 @@ def rewrite(
         raise InputError(342, what, hint="keep this model dense, or rename the tensor")
     names = weight_file_names(source, packed=layout != "dense")
     of_one(lambda: drop_weights(folder, but=set(names.values())))
+    by_file = source.by_file
 
     def written(path: Path) -> tuple[tuple[str, ...], dict[str, Count], FileRecord, bool]:
         target = folder / names[path.name]
-        tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
+        tensors = by_file[path.name]
         found = target.exists()
-        wrote = WRITERS[layout](target, tensors, cut, metadata_of(source, path.name, layout), level)
+        wrote = WRITERS[layout](target, tensors, cut, metadata_of(source, path.name, layout, tensors), level)
         return (
             wrote.names,
-            *_read_back(source, target, wrote.sums, finite=finite),
+            *_read_back(source, target, tensors, wrote.sums, finite=finite),
             found and not wrote.changed,
         )
 
@@ -66,9 +69,7 @@ def rewrite(
     counts: dict[str, Count] = {}
     files: list[FileRecord] = []
     kept = 0
-    sizes = dict.fromkeys((path.name for path in source.files), 0)
-    for tensor in source.tensors:
-        sizes[tensor.file] += tensor.nbytes
+    sizes = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in by_file.items()}
     with phase("writing and reading back", 2 * source.dense_bytes):
         found = parallel(written, source.files, waiting=WAITING, size=lambda path: sizes[path.name])
     for entries, counted, record, same in found:
@@ -95,7 +96,7 @@ def _check_complete(written: Checkpoint, source: Checkpoint) -> None:
 
 
 def _read_back(
-    source: Checkpoint, target: Path, sums: Sums, *, finite: bool
+    source: Checkpoint, target: Path, tensors: list[Tensor], sums: Sums, *, finite: bool
 ) -> tuple[dict[str, Count], FileRecord]:
     """Open a file again that was written, and compare. Raises OutputError; for NaN or Inf InputError."""
     checkpoint = open_checkpoint(target)
@@ -108,8 +109,8 @@ def _read_back(
         if (found.stored, found.total) != written:
             what = f"{source.name}: {name!r}: {found} read back, {written} (stored, total) written"
             raise OutputError(408, what, hint="check the disk and run again; nothing was kept")
-    for tensor in source.tensors:
-        if tensor.name in sums and finite:
+    for tensor in tensors if finite else ():
+        if tensor.name in sums:
             check_finite(source, tensor, read[tensor.name].nonfinite)
     return read, record
 
@@ -131,20 +132,19 @@ def _count_and_digest(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Cou
 def follow(source: Checkpoint) -> None:
     """Read what `rewrite` to dense reads, in its order, and write nothing: for the processes that only give
     their parts of the tensors."""
-    for path in source.files:
-        tensors = [tensor for tensor in source.tensors if tensor.file == path.name]
+    for tensors in source.by_file.values():
         for tensor in tensors:
             for _ in tensor.blocks():
                 pass
 
 
-def metadata_of(source: Checkpoint, file: str, layout: str) -> dict[str, str]:
-    """What the header of a weight file says in `layout`: the source's own, and how to read it."""
+def metadata_of(source: Checkpoint, file: str, layout: str, tensors: Iterable[Tensor]) -> dict[str, str]:
+    """What the header of a weight file, which holds these, says in `layout`: the source's own, and how to
+    read it."""
     metadata = {k: v for k, v in source.metadata[file].items() if not k.startswith("lpsparse.")}
     metadata.setdefault("format", "pt")  # transformers asks for it
     if layout != "dense":
         metadata |= {"lpsparse.layout": layout, "lpsparse.format_version": "1"}
     if layout == "bitmask":  # its parts lie in an order of their own
-        order = [tensor.name for tensor in source.tensors if tensor.file == file]
-        metadata["lpsparse.order"] = json.dumps(order, ensure_ascii=False)
+        metadata["lpsparse.order"] = json.dumps([tensor.name for tensor in tensors], ensure_ascii=False)
     return metadata

@@ -1,6 +1,6 @@
 """One weight file, in whichever layout: its tensors, of which nothing is read yet."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,21 @@ from typing import Any
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.header import Entry, Header, check_regular, read_header, sniff, unique_json
+from lpsparse.checkpoint.foreign import refuse_archive
+from lpsparse.checkpoint.header import Entry, Header, read_header, sniff, unique_json
 from lpsparse.checkpoint.layouts import bitmask, packed
-from lpsparse.checkpoint.names import TORCH_SUFFIXES
+from lpsparse.checkpoint.names import TORCH_FILES
 from lpsparse.checkpoint.tensors import Blocks, Tensor, grid_of, lines_at_once, regrouped
 from lpsparse.checkpoint.threads import check_going_on
 from lpsparse.errors import InputError
 
 
-def open_file(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
-    if path.suffix in TORCH_SUFFIXES:
-        return _open_torch(path)
+def open_file(path: Path, key: str | None = None) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
+    """`key` says which table of tensors in a torch file is meant."""
+    if path.suffix != ".safetensors":
+        refuse_archive(path)
+    if path.suffix in TORCH_FILES:
+        return _open_torch(path, key)
     header = read_header(path)
     layout, version = (header.metadata.get(f"lpsparse.{key}") for key in ("layout", "format_version"))
     if layout not in (None, "bitmask", "packed") or version not in (None, "1"):
@@ -38,8 +42,7 @@ def stored_names(tensor: Tensor) -> tuple[str, ...]:
     return (tensor.name + (packed.SUFFIX if tensor.layout == "packed" else ""),)
 
 
-def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
-    check_regular(path)
+def _open_torch(path: Path, key: str | None) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
     with path.open("rb") as file:
         head = file.read(512)
     for magic in (b"version https://git-lfs", b"<"):
@@ -47,7 +50,7 @@ def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ..
             sniff(path, head)
     from lpsparse.checkpoint.torchfile import read_torch_file  # the one door through which torch comes in
 
-    found = read_torch_file(path)
+    found = read_torch_file(path, key)
 
     def tensor(name: str, dtype: str, raw: Bits) -> Tensor:
         def blocks(first: int = 0, last: int | None = None) -> Blocks:
@@ -67,19 +70,28 @@ def _open_torch(path: Path) -> tuple[list[Tensor], dict[str, str], tuple[str, ..
     return tensors, {"format": "pt", **found.ties}, found.notes
 
 
-def _dense(path: Path, entry: Entry) -> Tensor:
-    def blocks(first: int = 0, last: int | None = None) -> Blocks:
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """The blocks of a dense tensor. Not a function in a function, which takes five times the memory."""
+
+    path: Path
+    entry: Entry
+
+    def __call__(self, first: int = 0, last: int | None = None) -> Blocks:
+        entry = self.entry
         if entry.nbytes == 0:
             return
         lines, width = grid_of(entry.shape, entry.dtype)
         step = lines_at_once(width, entry.dtype)
         end = lines if last is None else last
-        with path.open("rb") as file:
+        with self.path.open("rb") as file:
             for line in range(first, end, step):
                 taken = min(step, end - line)
                 yield line, read_exactly(file, entry, line * width, taken * width).reshape(taken, width)
 
-    return Tensor(entry.name, entry.dtype, entry.shape, path.name, "dense", entry.nbytes, blocks)
+
+def _dense(path: Path, entry: Entry) -> Tensor:
+    return Tensor(entry.name, entry.dtype, entry.shape, path.name, "dense", entry.nbytes, _Dense(path, entry))
 
 
 def read_exactly(file: Any, entry: Entry, first: int, count: int) -> Bits:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 A = TypeVar("A")
 B = TypeVar("B")
 
+_MOST_WAITING = 1024  # calls: each that waits for a thread takes as much memory as a small tensor
+
 _stop: ContextVar[Event | None] = ContextVar("stop", default=None)
 _count: ContextVar[int | None] = ContextVar("threads", default=None)
 _processes: ContextVar["Processes | None"] = ContextVar("processes", default=None)
@@ -165,9 +167,12 @@ def _on_threads(function: Callable[[A], B], work: list[A], waiting: int) -> list
         return [function(item) for item in work]
     stop = Event()
     within = max(1, (given or cores()) // len(work))  # few files on many cores: some for each
+    size = -(-len(work) // _MOST_WAITING)
+    parts = [work[first : first + size] for first in range(0, len(work), size)]
     with ThreadPoolExecutor(count, initializer=_begin, initargs=(stop, within)) as pool:
         try:
-            return list(pool.map(function, work))
+            done = pool.map(lambda part: [function(item) for item in part], parts)
+            return [found for part in done for found in part]
         except BaseException:  # Ctrl-C, too: the others end with the block that they read
             stop.set()
             raise

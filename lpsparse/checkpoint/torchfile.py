@@ -1,8 +1,8 @@
 """Torch files, only through torch's restricted loader: nothing in them is ever executed. Imports torch.
 
-The unwrapping rules, applied in this order and reported: the tensors are looked for under `state_dict`, then
-under `model`; what is not a tensor is dropped. Names keep any `module.` prefix: training strips it, the
-writer keeps it.
+Which table of tensors is the model is found by looking, whatever its key: of the file itself and the tables
+up to two keys down, the one with tensors of two dimensions or more that is no optimizer's state. What is not
+a tensor is dropped. Names keep any `module.` prefix: training strips it, the writer keeps it.
 """
 
 import mmap
@@ -10,7 +10,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ import torch
 
 from lpsparse.checkpoint.dtypes import Bits
 from lpsparse.checkpoint.header import MAX_DIMENSIONS, check_regular
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, UsageError
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -31,6 +32,8 @@ NAMES = {
 }  # fmt: skip
 _STORAGE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _MAX_SHARED = 100  # times the file's size that its tensors may be: some names may share one storage
+_LEVELS = 2  # how many keys down a table of tensors is looked for
+_TOP = "."  # what the file itself is called, as such a table
 _CONVERT = "convert the file to safetensors where you trust it"
 
 
@@ -41,20 +44,21 @@ class TorchFile:
     notes: tuple[str, ...]  # what was unwrapped or dropped
 
 
-def read_torch_file(path: Path) -> TorchFile:
-    """What a torch file holds. Names that share all of their bits are one tensor, of the first name.
+def read_torch_file(path: Path, key: str | None = None) -> TorchFile:
+    """What a torch file holds, under `key` if one is given. Names that share all of their bits are one
+    tensor, of the first name.
 
     The bits are views of the file where it is a zip file (torch 1.6 on), which the system reads as they are
     used, else of what torch has read; strided as they were saved. Raises InputError when the restricted
     loader refuses the file (classes, functions, legacy tar files), when it declares more than it holds, and
-    when there are no tensors.
+    when there are no tensors, or several tables of them; UsageError for a `key` that none of these has.
     """
     size = check_regular(path)
     if size == 0:
         raise InputError(
             301, f"{path}: 0 bytes: the copy or download did not finish", hint="download it again"
         )
-    table, notes = _unwrap(path, _load(path, size))
+    table, notes = _unwrap(path, _load(path, size), key)
     values = {name: value for name, value in table.items() if isinstance(value, torch.Tensor)}
     tensors = {name: _raw(path, name, value) for name, value in values.items()}
     _refuse_more_than(path, size, list(values.values()))
@@ -63,9 +67,6 @@ def read_torch_file(path: Path) -> TorchFile:
     dropped = sorted(name for name, value in table.items() if not isinstance(value, torch.Tensor))
     if dropped:
         notes.append(f"dropped, not tensors: {', '.join(dropped)}")
-    if not tensors:
-        found = ", ".join(sorted(map(str, table))[:8]) or "nothing"
-        raise InputError(320, f"{path}: no tensors found (top level: {found})", hint="save a state dict")
     own = {name: item for name, item in tensors.items() if name not in ties}
     return TorchFile(own, ties, tuple(notes))
 
@@ -86,8 +87,8 @@ def _load(path: Path, size: int) -> Any:
                 323, what, hint="give it the suffix of what it is, or download it again"
             ) from None
         # Torch's own text advises switching the guard off; it is never passed on.
-        what = f"{path}: holds Python objects that the restricted loader refuses; nothing was executed"
-        raise InputError(322, what, hint=_CONVERT) from None
+        what = f"{path}: holds Python objects{_refused(path)}, which the restricted loader refuses"
+        raise InputError(322, f"{what}; nothing was executed", hint=_CONVERT) from None
     except Exception as error:  # a broken file makes the loader stumble over anything
         what = f"{path}: not a torch file that can be read ({type(error).__name__})"
         raise InputError(323, what, hint="download or copy the file again") from None
@@ -112,20 +113,23 @@ def _refuse_bomb(path: Path, size: int) -> bool:
     return True
 
 
-def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
-    notes: list[str] = []
-    for key in ("state_dict", "model"):
-        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
-            others = sorted(str(name) for name in value if name != key)
-            notes.append(
-                f"tensors taken from '{key}'"
-                + (f"; dropped beside it: {', '.join(others)}" if others else "")
-            )
-            value = value[key]
+def _refused(path: Path) -> str:
+    """Names of the classes and functions that are not allowed, where the file tells."""
+    with suppress(Exception):  # it is not a zip file, or a broken one
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+    return ""
+
+
+def _unwrap(path: Path, value: Any, key: str | None) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(value, Mapping):
         what = f"{path}: holds a {type(value).__name__}, not a table of tensors"
         raise InputError(320, what, hint="save a state dict")
-    table = cast("Mapping[Any, Any]", value)
+    found = _choose(path, cast("Mapping[Any, Any]", value), key)
+    table, notes = found.table, list[str]()
+    if found.name != _TOP:
+        others = f"; dropped beside it: {', '.join(sorted(found.beside))}" if found.beside else ""
+        notes.append(f"tensors taken from '{found.name}'{others}")
     named = {str(name): item for name, item in table.items()}
     try:
         "".join(named).encode()
@@ -136,6 +140,54 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Any], list[str]]:
         what = f"{path}: {len(table) - len(named)} names stand twice when written as text"
         raise InputError(320, what, hint="save a state dict with text for names")
     return named, notes
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table that holds tensors, somewhere in a file."""
+
+    name: str  # its keys, with a dot between them
+    table: Mapping[Any, Any]
+    beside: tuple[str, ...]  # what else there is, likewise
+
+    def count(self, dimensions: int = 0) -> int:
+        """How many tensors of so many dimensions or more it holds."""
+        values = self.table.values()
+        return sum(isinstance(each, torch.Tensor) and each.dim() >= dimensions for each in values)
+
+
+def _choose(path: Path, value: Mapping[Any, Any], key: str | None) -> _Table:
+    """The table of this key, else the only one of matrices, or where none has matrices of tensors."""
+    tables = list(_tables(value))
+    if not tables:
+        top = ", ".join(sorted(map(str, value))[:8]) or "nothing"
+        raise InputError(
+            320, f"{path}: no tensors of a model found (top level: {top})", hint="save a state dict"
+        )
+    likely = [each for each in tables if each.count(2)] or tables
+    found = likely if key is None else [each for each in tables if each.name == key]
+    if len(found) == 1:
+        return found[0]
+    told = ", ".join(f"{each.name!r} ({each.count()} tensors)" for each in (found or tables)[:8])
+    if key is not None and not found:
+        what = f"--key {key}: {path} has no such table of tensors, but {told}"
+        raise UsageError(261, what, hint="give one of these as --key")
+    what = f"{path}: {len(found)} tables of tensors, and any may be the model: {told}"
+    raise InputError(314, what, hint=f"choose one, such as --key {found[0].name}")
+
+
+def _tables(
+    value: Mapping[Any, Any], keys: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+) -> Iterator[_Table]:
+    if "param_groups" in value:  # the state of one of torch's optimizers
+        return
+    found = _Table(".".join(keys) or _TOP, value, beside)
+    if found.count():
+        yield found
+    for key, item in value.items() if len(keys) < _LEVELS else ():
+        if isinstance(item, Mapping) and "optim" not in str(key).lower():
+            others = (".".join((*keys, str(other))) for other in value if other != key)
+            yield from _tables(cast("Mapping[Any, Any]", item), (*keys, str(key)), (*beside, *others))
 
 
 def _raw(path: Path, name: str, tensor: torch.Tensor) -> tuple[str, Bits]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
+from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, is_part
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import OutputError
 
@@ -80,10 +80,10 @@ def write_index(folder: Path, stem: str, weight_map: dict[str, str], total_bytes
 
 
 def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
-    """Copy what is not weights, byte for byte; returns the names of weight files left behind.
+    """Copy what else is a part of the model, byte for byte; returns what is left behind, by name.
 
-    The source's README.md becomes README.base.md. Hidden folders, links to folders, and links out of a local
-    model folder stay behind.
+    The source's README.md becomes README.base.md. Links to folders, and links out of a local model folder,
+    stay behind; those of a snapshot in the hub's cache lead to its own blobs and are followed.
     """
     found, left = find_sidecars(source)
     for path, name in found:
@@ -103,6 +103,7 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
     found: list[tuple[Path, str]] = []
     left: list[str] = []
     root = source.root.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
     used, modules = {path.name for path in source.files}, _modules(source.root)
     ours = (source.root / MANIFEST).is_file()  # then README.md is our card, and the base's is README.base.md
     for path in sorted(source.root.rglob("*")):
@@ -119,22 +120,25 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
         if not path.is_file():
             left.append(f"{relative.as_posix()} (no file)")
             continue
-        outside = root not in path.resolve().parents
-        if outside and source.revision is None:  # a hub snapshot is made of links into its cache
+        outside = not {root, blobs} & set(path.resolve().parents)
+        if outside and source.revision is None:  # that of a hub id is huggingface_hub's own
             left.append(f"{relative.as_posix()} (a link out of the folder)")
         elif relative.parent.as_posix() not in modules and (
             path.suffix in FOREIGN_WEIGHTS
             or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
         ):
             if relative.as_posix() not in used and not path.name.endswith(".json"):
-                left.append(relative.as_posix())
+                left.append(as_left(relative.as_posix()))
         elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, REPLACED, CARD, BASE_CARD):
-            found.append((path, relative.as_posix()))
+            if is_part(relative.as_posix()):
+                found.append((path, relative.as_posix()))
+            else:
+                left.append(as_left(relative.as_posix()))
         elif path.name == (BASE_CARD if ours or not (source.root / CARD).is_file() else CARD):
             found.append((path, BASE_CARD))
         elif not ours:  # somebody else's, where ours is to be
             left.append(relative.as_posix())
-    return found, tuple(left)
+    return found, tuple(dict.fromkeys(left))
 
 
 def _modules(root: Path) -> set[str]:

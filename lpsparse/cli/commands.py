@@ -86,7 +86,8 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, voice: Voice) -> None:
     if not step.dry_run:
         voice.say(f"wrote {step.out}")
         base = [] if step.weights else [step.model]  # a folder of several cannot be BASE
-        following = [["report", str(step.out), *base]]
+        key = ["--key", step.key] if base and step.key else []
+        following = [["report", *key, str(step.out), *base]]
         packed, held = report.bytes.packed_bytes, report.bytes.file_bytes
         if packed is not None and packed < held and not isinstance(step, recipe.UnpackStep):
             following.append(["pack", str(step.out), f"{step.out}-packed"])
@@ -97,8 +98,9 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, voice: Voice) -> None:
 def _command(words: list[str]) -> str:
     """A command to paste; a path that begins with a dash is no option."""
     name, *places = words
+    options, places = (places[:2], places[2:]) if places[0] == "--key" else ([], places)
     ends = ["--"] if any(place.startswith("-") for place in places) else []
-    return shlex.join(["lpsparse", name, *ends, *places])
+    return shlex.join(["lpsparse", name, *options, *ends, *places])
 
 
 def _prune(step: recipe.PruneStep, as_json: bool, voice: Voice) -> None:

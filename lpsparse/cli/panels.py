@@ -14,7 +14,7 @@ from lpsparse.reporting.text import fitted
 
 _PANELS = {  # of a command's options, by field; what is not here is of the method, or of the report
     "Input": (
-        "weights", "task", "data", "split", "eval_data", "eval_split", "eval_fraction", "text_field",
+        "weights", "key", "task", "data", "split", "eval_data", "eval_split", "eval_fraction", "text_field",
         "label_field", "max_length", "model_fn", "mean", "std", "set_",
     ),
     "Method": (),

@@ -53,6 +53,9 @@ def _checked(table: dict[Any, Any]) -> dict[str, Any]:
     for key, pattern in _MANY.items():
         value = table.get(key)
         items: list[Any] = value if isinstance(value, list) else [value]
+        items = [
+            "no" if each is False and key == "language" else each for each in items
+        ]  # Norwegian, to YAML
         given = [each for each in items[:_MOST_ITEMS] if isinstance(each, str)]
         given = [each for each in given if re.fullmatch(pattern, each, re.ASCII)]
         if given:

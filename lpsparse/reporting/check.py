@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             problems.append(f"{name}: {found.size} bytes, sha256 {found.sha256[:12]}, the manifest has "
                             f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
     problems += _tensor_problems(folder, manifest.layout, manifest.tensors)
-    return {"ok": not problems, "files": len(listed), "tensors": len(manifest.tensors), "problems": problems}
+    return {"ok": not problems, "files": len(both), "tensors": len(manifest.tensors), "problems": problems}
 
 
 def check_weights(checkpoint: Checkpoint, found: Report | None = None) -> None:

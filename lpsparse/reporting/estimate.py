@@ -11,7 +11,6 @@ from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.files import entries_of, room
 from lpsparse.checkpoint.layouts import bitmask, packed
-from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rewrite import WAITING, metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
@@ -49,12 +48,13 @@ def report_of(
         files[tensor.file] += entries
         stored = sum(math.prod(shape) * DTYPES[dtype].bits // 8 for _, dtype, shape in entries)
         tensors.append(replace(tensor, layout=layout if packs else "dense", stored_bytes=stored))
-    metadata = {file: metadata_of(source, file, layout) for file in files}
+    by_file = source.by_file
+    metadata = {file: metadata_of(source, file, layout, by_file[file]) for file in files}
     written = replace(source, tensors=tuple(tensors), metadata=metadata)
     found = measure(written, chosen, counts=counts)
     size = sum(file_size(entries, metadata[file]) for file, entries in files.items())
     if layout == "packed":
-        rooms = [room([t for t in source.tensors if t.file == file], metadata[file]) for file in files]
+        rooms = [room(by_file[file], metadata[file]) for file in files]
         size = sum(tensor.stored_bytes for tensor in tensors) + sum(8 + each for each in rooms)
     told = {"file_bytes": size} | ({"packed_bytes": size} if layout == "packed" else {})
     return found.model_copy(update={"bytes": found.bytes.model_copy(update=told)})
@@ -74,7 +74,7 @@ def estimate(
     working = count if count == 1 else max(count, min(files, count + WAITING))
     held = min(working * block, source.dense_bytes)
     memory = PROCESS_BYTES + _BLOCKS * held + _KEPT_BYTES * len(source.tensors)
-    if any(path.suffix in TORCH_SUFFIXES for path in source.files):
+    if source.is_torch:
         memory += _TORCH_BYTES
     seconds, rule = None, "not timed: nothing was read"
     if took is not None:

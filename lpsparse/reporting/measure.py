@@ -1,13 +1,13 @@
 """Measure a checkpoint from its files, in one streaming pass: what every view and every budget is made of."""
 
 import hashlib
+from dataclasses import replace
 
 from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.files import entries_of, room
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, own_manifest
-from lpsparse.checkpoint.names import TORCH_SUFFIXES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import metadata_of
@@ -32,16 +32,18 @@ from lpsparse.reporting.records import (
     TensorRow,
     groups,
 )
-from lpsparse.reporting.survey import survey
+from lpsparse.reporting.survey import read_config, survey
 
-_PACKED = (
-    "lpsparse (load, unpack); transformers from_pretrained after `import lpsparse`, where config.json is "
-    "beside it; ordinary loaders refuse it by its file name"
-)
+_PACKED = "lpsparse (load, unpack){}; ordinary loaders refuse it by its file name"
 _HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it
+_TRANSFORMERS = "transformers from_pretrained"
+_LIBRARIES = {  # a key of config.json, and who has it
+    "_diffusers_version": "diffusers from_pretrained", "model_type": _TRANSFORMERS,
+    "architectures": _TRANSFORMERS, "pretrained_cfg": "timm create_model",
+}  # fmt: skip
 _TORCH = "torch.load, as it is a torch file; lpsparse, which runs nothing of it; no safetensors reader"
 _OPENS = {
-    "dense": "any safetensors reader; transformers from_pretrained where config.json is beside it",
+    "dense": "any safetensors reader{}",
     "bitmask": _PACKED,
     "packed": _PACKED,
     **dict.fromkeys(LAYOUTS, "lpsparse (load, unpack); compressed-tensors until 0.14, which wrote it"),
@@ -66,7 +68,8 @@ def measure(
     if chosen is None:
         chosen = prunable_of(checkpoint, include, exclude)
     rows: list[TensorRow] = []
-    stored: dict[str, list[Named]] = {path.name: [] for path in checkpoint.files}  # in the bitmask layout
+    by_file = checkpoint.by_file
+    stored: dict[str, list[Named]] = {file: [] for file in by_file}  # in the bitmask layout
     counts, details = (
         (counts, dict[str, Detail]()) if counts is not None else survey(checkpoint, patterns=patterns)
     )
@@ -76,7 +79,8 @@ def measure(
         pays = bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
         stored[tensor.file] += entries_of(tensor, counted, pays)
     bitmask_bytes = sum(
-        file_size(entries, metadata_of(checkpoint, file, "bitmask")) for file, entries in stored.items()
+        file_size(entries, metadata_of(checkpoint, file, "bitmask", by_file[file]))
+        for file, entries in stored.items()
     )
     rule = (
         f"exact zeros of either sign; prunable are {sum(row.prunable for row in rows)} of "
@@ -95,8 +99,16 @@ def measure(
 
 
 def _opens_with(checkpoint: Checkpoint) -> str:
-    torch = any(path.name.endswith(TORCH_SUFFIXES) for path in checkpoint.files)
-    return _TORCH if torch else _OPENS[checkpoint.layout]
+    """By what the files say: config.json tells the library that builds a model of it."""
+    if checkpoint.is_torch:
+        return _TORCH
+    config = read_config(checkpoint)
+    by = next((library for key, library in _LIBRARIES.items() if key in config), "")
+    if (
+        by and checkpoint.layout != "dense"
+    ):  # a loader for packed folders is registered with transformers alone
+        by = f"{by} after `import lpsparse`" if by == _TRANSFORMERS else ""
+    return _OPENS[checkpoint.layout].format(f"; {by}" if by else "")
 
 
 def prunable_of(
@@ -194,10 +206,10 @@ def _packed(checkpoint: Checkpoint, rows: list[TensorRow], counts: dict[str, Cou
         return checkpoint.file_bytes
     if checkpoint.layout != "dense" and not any(row.detail for row in rows):
         return None
-    by_file: dict[str, list[Tensor]] = {path.name: [] for path in checkpoint.files}
-    for tensor in checkpoint.tensors:
-        by_file[tensor.file].append(tensor)
-    headers = sum(room(tensors, metadata_of(checkpoint, file, "packed")) for file, tensors in by_file.items())
+    headers = sum(
+        room(tensors, metadata_of(checkpoint, file, "packed", tensors))
+        for file, tensors in checkpoint.by_file.items()
+    )
     both = zip(rows, checkpoint.tensors, strict=True)
     return headers + sum(_packed_tensor(row, tensor, counts[row.name]) for row, tensor in both)
 
@@ -226,7 +238,7 @@ def compare(
         only_here=tuple(sorted(ours.keys() - names.values())), only_there=tuple(sorted(alone)),
         other_form=tuple(sorted(other)), left_behind=left_behind,
     )  # fmt: skip
-    rows = tuple(row.model_copy(update={"change": changed.get(row.name)}) for row in report.tensors)
+    rows = tuple(replace(row, change=changed.get(row.name)) for row in report.tensors)
     return report.model_copy(update={"base": beside, "tensors": rows})
 
 

@@ -4,8 +4,9 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
-from lpsparse.checkpoint.manifest import EarlierStep, FileRecord, Quality
+from lpsparse.checkpoint.manifest import OF_EACH, EarlierStep, FileRecord, Quality
 
 
 class Record(BaseModel):
@@ -30,7 +31,8 @@ class Share(Record):
     sparsity: float
 
 
-class Histogram(Record):
+@dataclass(frozen=True, slots=True, config=OF_EACH)
+class Histogram:
     """Non-zero finite magnitudes by powers of two: counts[i] are those with 2**(first + i) <= |w| <
     2**(first + i + 1). The subnormal ones of a dtype are all in the bin under its smallest normal ones."""
 
@@ -38,7 +40,8 @@ class Histogram(Record):
     counts: tuple[int, ...] = Field(max_length=2200)
 
 
-class Detail(Record):
+@dataclass(frozen=True, slots=True, config=OF_EACH)
+class Detail:
     """What is in a tensor of floats, beside its zeros."""
 
     negative_zeros: int  # of the zeros
@@ -54,7 +57,8 @@ class Detail(Record):
     bound_bytes: int  # order-0 bound: entropy of where zeros are and of exponents, other bits as they are
 
 
-class Spectrum(Record):
+@dataclass(frozen=True, slots=True, config=OF_EACH)
+class Spectrum:
     """Singular values of a matrix (of more dimensions: rows by the rest)."""
 
     largest: float
@@ -62,7 +66,8 @@ class Spectrum(Record):
     condition: float | None  # largest / smallest; None where the smallest is 0
 
 
-class Change(Record):
+@dataclass(frozen=True, slots=True, config=OF_EACH)
+class Change:
     """A tensor beside that of the same name in BASE."""
 
     cut: int  # zero here, not there
@@ -79,7 +84,8 @@ class Change(Record):
     )  # root of the sum of squared changes, over that of BASE's squares; None: NaN or Inf
 
 
-class TensorRow(Record):
+@dataclass(frozen=True, slots=True, config=OF_EACH)
+class TensorRow:
     name: str
     dtype: str
     shape: tuple[int, ...]

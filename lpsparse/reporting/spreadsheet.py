@@ -8,6 +8,7 @@ cell as the inside of a JSON string (in which quotation marks are as they are)."
 import csv
 import io
 import json
+from dataclasses import fields
 from typing import Any
 
 from lpsparse.reporting.records import Change, Detail, Report, Spectrum, TensorRow
@@ -15,8 +16,9 @@ from lpsparse.reporting.text import IN_JSON, without_order
 
 _PARTS = ("detail", "spectrum", "change")
 _PAIRS = ("n_m", "empty")
-_OWN = tuple(name for name in TensorRow.model_fields if name not in _PARTS)
-_DETAIL = tuple(name for name in Detail.model_fields if name not in (*_PAIRS, "histogram"))
+_OWN = tuple(each.name for each in fields(TensorRow) if each.name not in _PARTS)
+_DETAIL = tuple(each.name for each in fields(Detail) if each.name not in (*_PAIRS, "histogram"))
+_SPECTRUM, _CHANGE = (tuple(each.name for each in fields(of)) for of in (Spectrum, Change))
 
 
 def render(report: Report) -> str:
@@ -29,8 +31,8 @@ def render(report: Report) -> str:
         "detail.histogram.counts",
     ]
     heads += [f"detail.{kind}.{key}.{end}" for kind, key in pairs for end in ("part", "of")]
-    heads += [f"spectrum.{name}" for name in Spectrum.model_fields]
-    heads += [f"change.{name}" for name in Change.model_fields]
+    heads += [f"spectrum.{name}" for name in _SPECTRUM]
+    heads += [f"change.{name}" for name in _CHANGE]
     out = io.StringIO(newline="")
     writer = csv.writer(out)  # CRLF and doubled quotation marks, as RFC 4180 has them
     writer.writerow(map(_cell, heads))
@@ -49,9 +51,7 @@ def _values(row: TensorRow, pairs: list[tuple[str, str]]) -> list[Any]:
     found += [None, None] if detail is None else [detail.histogram.first, detail.histogram.counts]
     for kind, key in pairs:
         found += (getattr(detail, kind).get(key) if detail else None) or (None, None)
-    return (
-        found + _of(row.spectrum, tuple(Spectrum.model_fields)) + _of(row.change, tuple(Change.model_fields))
-    )
+    return found + _of(row.spectrum, _SPECTRUM) + _of(row.change, _CHANGE)
 
 
 def _of(part: Detail | Spectrum | Change | None, names: tuple[str, ...]) -> list[Any]:

@@ -1,0 +1,85 @@
+"""What a file or folder is that holds weights, but no checkpoint as it lies there: what it is called, and the
+command that makes a checkpoint of it."""
+
+import re
+import zipfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.header import check_regular
+from lpsparse.checkpoint.tensors import Tensor
+from lpsparse.errors import InputError
+
+_OPTIMIZER_PART = "_optim_states.pt"  # of DeepSpeed's ZeRO: one for each process
+_PART = ".distcp"  # of torch.distributed.checkpoint
+
+
+def refuse_archive(path: Path) -> None:
+    """Raises InputError for a part of a distributed checkpoint, and for an archive of torch that holds a
+    program."""
+    if path.name.endswith((_OPTIMIZER_PART, _PART)):
+        refuse_parts(path.parent, [path.name])
+    check_regular(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [name.partition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # it is no archive, or is refused as a broken one
+    if "constants.pkl" in members or any(name.startswith("code/__torch__") for name in members):
+        kind, state = (
+            "a TorchScript program",
+            f'torch.jit.load("{path.name}", map_location="cpu").state_dict()',
+        )
+    elif "archive_format" in members or "serialized_exported_program.json" in members:
+        kind, state = "a program of torch.export", f'torch.export.load("{path.name}").state_dict'
+    else:
+        return
+    hint = f'where you trust it, in Python: import torch; torch.save({state}, "weights.pt"); then take that'
+    raise InputError(317, f"{path}: {kind}, not a state dict", hint=hint)
+
+
+def refuse_parts(folder: Path, names: Collection[str]) -> None:
+    """Raises InputError where the names in a folder, or in one in it, are those of a checkpoint that each
+    process of a training wrote its part of."""
+    within = {folder: names} | {
+        folder / name: [path.name for path in (folder / name).iterdir()]
+        for name in sorted(names)
+        if (folder / name).is_dir() and not (folder / name).is_symlink()
+    }
+    for place, inside in within.items():
+        parts = [name for name in inside if name.endswith(_PART)]
+        if parts:
+            what = f"{place}: a checkpoint of torch.distributed in {len(parts)} parts ({_PART}), not gathered"
+            gather = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} weights.pt"
+            raise InputError(316, what, hint=f"`{gather}`, then take weights.pt")
+        parts = [name for name in inside if name.endswith(_OPTIMIZER_PART)]
+        if parts:
+            what = (
+                f"{place}: a checkpoint of DeepSpeed in {len(parts)} parts (*{_OPTIMIZER_PART}), not gathered"
+            )
+            tag = f" -t {place.name}" if place == folder else ""
+            top = place.parent
+            hint = f"`python {top / 'zero_to_fp32.py'} {top} gathered{tag}`, then take the folder gathered"
+            raise InputError(316, what, hint=hint)
+
+
+def refuse_hollow(name: str, tensors: Iterable[Tensor]) -> None:
+    """Raises InputError where parameters have the shape [0], which no layer gives them: ZeRO-3 leaves that in
+    each process's model while the values are with all of them. Other tensors may hold nothing, unless one of
+    the same name in another layer holds something."""
+    given = list(tensors)
+    empty = [each for each in given if each.shape == (0,) and DTYPES[each.dtype].is_float]
+    if not empty:
+        return
+    full = {_in_any_layer(each.name) for each in given if each.size}
+    hollow = [each for each in empty if each.name.endswith(".weight") or _in_any_layer(each.name) in full]
+    if hollow:
+        what = f"{name}: {len(hollow)} of {len(given)} tensors have the shape [0] and no values, such as "
+        what += f"{hollow[0].name!r}: saved under DeepSpeed ZeRO-3 before they were gathered"
+        hint = "gather the checkpoint: `python CHECKPOINT/zero_to_fp32.py CHECKPOINT OUT`, and take OUT"
+        raise InputError(315, what, hint=hint)
+
+
+def _in_any_layer(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
