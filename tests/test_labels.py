@@ -15,7 +15,7 @@ from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.settings import resolve
-from lpsparse.training.data import read_rows
+from lpsparse.training.data import class_names, read_rows
 from lpsparse.training.labels import config_names, label_of, number
 from lpsparse.training.loop import prepare
 from lpsparse.training.tasks.base import length_of
@@ -97,6 +97,23 @@ def test_a_fresh_head_gets_the_names_of_all_folders_with_numbers_in_order(tmp_pa
     assert config["id2label"] == {str(i): name for i, name in enumerate(names)}
     assert config["label2id"] == {name: i for i, name in enumerate(names)}
     assert numbers({**IMAGES, "model": str(tmp_path / "out")}, data) == [3, 1]
+
+
+def test_numbers_go_by_the_names_that_a_data_set_of_the_hub_gives_them(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    told = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    rows = pa.table({"text": ["a", "b"], "label": [0, 1]})
+    path = tmp_path / "a.parquet"
+    parquet.write_table(rows.replace_schema_metadata({"huggingface": json.dumps(told)}), path)
+    names, places = class_names([path], None), {"0": "a.parquet:1", "1": "a.parquet:2"}
+    assert names == ("cat", "dog")
+    assert number(places, ["Dog", "Cat"], ANY, head=True, told=names).ids["0"] == 1
+    assert number(places, ["yes", "no"], ANY, head=True, told=names).ids["0"] == 0
+    assert number(places, ["LABEL_0", "LABEL_1"], ANY, head=False, told=names).fresh == names
+    with pytest.raises(LpsparseError, match="1 is 'dog', which is outside"):
+        number(places, ["cow", "cat"], ANY, head=True, told=names)
 
 
 def table(path: Path, *rows: tuple[Any, Any]) -> Path:

@@ -351,6 +351,28 @@ def _is_table(lines: _Lines) -> bool:
     return len({len(row) for _, row in lines}) == 1
 
 
+def class_names(files: list[Path], label_field: str | None) -> tuple[str, ...]:
+    """The names that a data set of the hub gives to the numbers in its column of labels; none where it gives
+    none. Raises InputError where its files do not agree."""
+    if files[0].suffix != ".parquet":
+        return ()
+    from pyarrow import parquet  # by which its rows were read
+
+    found: set[tuple[str, ...]] = set()
+    for path in files:
+        try:
+            told: Any = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+            features = told.get("info", {}).get("features", {})
+            label = next(features[key] for key in (label_field, *LABELS) if key in features)
+            found.add(tuple(label["names"]) if label.get("_type") == "ClassLabel" else ())
+        except (ValueError, StopIteration, AttributeError, TypeError, KeyError):
+            found.add(())  # nothing is told
+    if len(found) > 1:
+        what = f"{files[0].name} and the files beside it give other names to the numbers of their labels"
+        raise InputError(349, what, hint="write the labels as names")
+    return found.pop()
+
+
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         from pyarrow import parquet

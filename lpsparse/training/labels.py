@@ -82,23 +82,22 @@ def config_names(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]
 
 
 def number(
-    places: Mapping[str, str],
-    names: Sequence[str],
-    checkpoint: Checkpoint,
-    *,
-    head: bool,
-    folders: bool = False,
-) -> Classes:
+    places: Mapping[str, str], names: Sequence[str], checkpoint: Checkpoint, *, head: bool,
+    folders: bool = False, told: Sequence[str] = (),
+) -> Classes:  # fmt: skip
     """Classes of the labels in `places` (label -> where it stands first, over all splits).
 
     `names`: of the model by id, LABEL_0 and so on where it has none. `head`: whether the model has its head
-    already. `folders`: the labels are the names of all class folders, whose order may number them.
+    already. `folders`: the labels are the names of all class folders, whose order may number them. `told`:
+    names that the data give to numbers.
     """
     if head and len(names) == 1:
         what = f"{checkpoint.name}: its head has one output, which is a score and no choice of a class"
         raise InputError(347, what, hint="give a model that chooses one class of several")
     named = any(_NO_NAME.fullmatch(name) is None for name in names)
     ids = _ids(names) if named else _by_number(places, len(names), folders)
+    if named and told:
+        ids |= _as_told(told, names, checkpoint)
     unknown = [label for label in places if label not in ids]
     if not unknown and (head or named):
         return Classes(ids)
@@ -106,6 +105,8 @@ def number(
         _refuse_real(places[label], label)
     if not head:
         fresh = tuple(sorted(places, key=_order))
+        if told and all(label in map(str, range(len(told))) for label in places):
+            return Classes({str(i): i for i in range(len(told))}, tuple(told))
         return Classes({name: i for i, name in enumerate(fresh)}, fresh)
     if folders and not named:
         return _by_order(places, len(names), checkpoint)
@@ -156,6 +157,19 @@ def _ids(names: Sequence[str]) -> dict[str, int]:
     """By name, and by number where no name is a number itself."""
     ids = {} if any(map(_is_number, map(_plain, names))) else {str(i): i for i in range(len(names))}
     return ids | {_plain(name): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+
+
+def _as_told(told: Sequence[str], names: Sequence[str], checkpoint: Checkpoint) -> dict[str, int]:
+    """Number in the data -> output of the same name; none where the model has none of the names."""
+    place = {name.casefold(): i for i, name in enumerate(names)}
+    found = [place.get(name.casefold()) for name in told]
+    if all(i is None for i in found):
+        return {}
+    lost = [f"{i} is {name!r}" for i, name in enumerate(told) if found[i] is None]
+    if lost:
+        what = f"{checkpoint.name}: label {lost[0]}, which is outside the model's set ({_listed(names)})"
+        raise InputError(349, what, hint="give labels that the model knows, or a checkpoint without a head")
+    return {str(i): output for i, output in enumerate(found) if output is not None}
 
 
 def _by_number(places: Mapping[str, str], outputs: int, folders: bool) -> dict[str, int]:

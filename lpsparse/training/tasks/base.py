@@ -59,6 +59,7 @@ class Read(Generic[E]):
     examples: list[E]  # of the part that was asked for
     places: dict[str, str]  # every label of the split -> where it stands first
     notes: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()  # names that the data give to numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Examples(Generic[E]):
     held: list[E]
     places: dict[str, str]  # every label of all that was read -> where it stands first
     notes: tuple[str, ...]
+    told: tuple[str, ...]  # names that the data give to numbers
     shared: bool = False  # whether those held out were set aside from those that train
 
     @property
@@ -85,15 +87,18 @@ def examples_of(step: FinetuneStep | EvalStep, read: Callable[[str, str], Read[E
     """Those that train and those that are held out (the only ones, for `eval`), with the labels of both."""
     first = read(step.data, step.split)
     if isinstance(step, EvalStep):
-        return Examples([], first.examples, first.places, first.notes)
+        return Examples([], first.examples, first.places, first.notes, first.told)
     apart = held_out_of(step)
     if apart is None:
         train, held = hold_out(first.examples, step.eval_fraction, step.seed)
-        return Examples(train, held, first.places, first.notes, shared=True)
+        return Examples(train, held, first.places, first.notes, first.told, shared=True)
     other = read(*apart)
+    if first.told != other.told:
+        what = f"{apart[1]} of {apart[0]} gives other names to the numbers of its labels than {step.data}"
+        raise InputError(349, what, hint="write the labels as names")
     places = other.places | first.places
     notes = (*first.notes, *other.notes, *unseen(first.examples, places))
-    return Examples(first.examples, other.examples, places, notes)
+    return Examples(first.examples, other.examples, places, notes, first.told)
 
 
 def hold_out(examples: Sequence[E], fraction: float, seed: int) -> tuple[list[E], list[E]]:

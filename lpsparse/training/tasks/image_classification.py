@@ -14,7 +14,7 @@ from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import find, split_folders
+from lpsparse.training.data import class_names, find, split_folders
 from lpsparse.training.images import Image, read_images
 from lpsparse.training.labels import Classes, config_names, number
 from lpsparse.training.model import (
@@ -52,7 +52,7 @@ def _examples(step: FinetuneStep | EvalStep) -> tuple[Examples[Image], bool]:
         splits = split_folders(data, files[0]) if files[0].is_dir() else []
         found = read_images(files, part, step.label_field, splits)
         kinds.append(found.folders)
-        return Read(found.images, found.places)
+        return Read(found.images, found.places, told=class_names(files, step.label_field))
 
     return examples_of(step, read), all(kinds)
 
@@ -65,7 +65,9 @@ def _of_folder(
 
     names = config_names(read_config(checkpoint), checkpoint)
     head = has_head(checkpoint, AutoModelForImageClassification)
-    classes = number(examples.places, names, checkpoint, head=head, folders=folders)
+    classes = number(
+        examples.places, names, checkpoint, head=head, folders=folders, told=examples.told
+    )  # fmt: skip
     examples.check(classes)
     loaded = load_transformer(checkpoint, AutoModelForImageClassification, classes.changes())
     if isinstance(step, EvalStep) and loaded.new:

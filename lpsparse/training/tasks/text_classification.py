@@ -12,7 +12,7 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import Row, find, read_rows
+from lpsparse.training.data import Row, class_names, find, read_rows
 from lpsparse.training.labels import Classes, config_names, first_places, number
 from lpsparse.training.model import has_head, load_transformer, read_config
 from lpsparse.training.tasks.base import (
@@ -38,7 +38,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     examples = examples_of(step, partial(_read, step))
     names = config_names(config, checkpoint)
     head = has_head(checkpoint, AutoModelForSequenceClassification)
-    classes = number(examples.places, names, checkpoint, head=head)
+    classes = number(examples.places, names, checkpoint, head=head, told=examples.told)
     examples.check(classes)
     tokenizer = tokenizer_of(checkpoint)
     loaded = load_transformer(checkpoint, AutoModelForSequenceClassification, classes.changes())
@@ -66,7 +66,7 @@ def _read(step: FinetuneStep | EvalStep, data: str, split: str) -> Read[Row]:
     rows = read_rows(files, slice(None), step.text_field, step.label_field, say=notes.append)
     if not rows[part]:
         raise InputError(376, f"{files[0]}: no rows in the part of {split!r}", hint="give another part")
-    return Read(rows[part], first_places(rows), tuple(notes))
+    return Read(rows[part], first_places(rows), tuple(notes), class_names(files, step.label_field))
 
 
 def _encoder(tokenizer: Any, classes: Classes, max_length: int) -> Any:
