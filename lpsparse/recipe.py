@@ -437,7 +437,8 @@ class _DataStep(Step):
 
     @model_validator(mode="after")
     def _channels(self) -> Self:
-        if len(self.mean or ()) != len(self.std or ()) or min(self.std or (1,)) <= 0:
+        mean, std = self.mean or (0.5,), self.std or (0.5,)
+        if len(mean) != len(std) or min(std) <= 0:
             raise ValueError("--mean and --std need as many values, --std above 0")
         return self
 

@@ -13,7 +13,7 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_keeps, check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.checkpoint.threads import using
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, UsageError
 from lpsparse.launch import is_first, is_launched
 from lpsparse.opened import opened, silent
 from lpsparse.proof import report_step
@@ -57,11 +57,15 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
         cut = _is_cut(dense)
         if cut:
             say(f"{dense.name} was cut already: what that cost is not in this figure, and no budget takes it")
-        before = _measured(step, dense, say)[1]
+        alike = "give models with the same tokenizer and lengths"
+        try:
+            before = _measured(step, dense, say)[1]
+        except UsageError as error:  # what was asked for is right for MODEL
+            raise InputError(358, error.what, hint=alike) from None
         found |= {"against": dense.name, **{f"before_{key}": each for key, each in _figures(before).items()}}
         if before.count != after.count:
             what = f"{dense.name}: {before.count} {unit} were measured, of {source.name} {after.count}"
-            raise InputError(358, what, hint="give models with the same tokenizer and lengths")
+            raise InputError(358, what, hint=alike)
     if place is None:
         return found
     metric, held = "loss" if after.accuracy is None else "accuracy", held_of(step, task)

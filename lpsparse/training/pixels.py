@@ -70,13 +70,13 @@ def _plain(step: FinetuneStep | EvalStep, size: Any) -> View:
 
     words = f"mean {_numbers(step.mean or _DEFAULT)}, std {_numbers(step.std or _DEFAULT)}"
     words += "" if target is None else f", {target[0]} x {target[1]} pixels (bilinear)"
-    source = "no preprocessor_config.json" if step.mean is None else "--mean and --std"
+    source = _flags(step) or "no preprocessor_config.json"
     return View(batch, words, source, target is not None, bits=16)
 
 
 def _own(step: FinetuneStep | EvalStep, said: Path) -> View:
     """As transformers' image processors do it, with Pillow and without torchvision."""
-    processor = _processor(said, {} if step.mean is None else _overridden(step))
+    processor = _processor(said, _overridden(step))
 
     def batch(images: Sequence[Pixels]) -> Tensor:
         found = processor(
@@ -87,7 +87,7 @@ def _own(step: FinetuneStep | EvalStep, said: Path) -> View:
             raise InputError(392, what, hint="give a model that takes an image alone")
         return found["pixel_values"].float()
 
-    source = said.name + ("" if step.mean is None else ", --mean and --std")
+    source = ", ".join([said.name, *filter(None, [_flags(step)])])
     unused = [key for key in _unknown(processor) if not key.startswith(("_", "do_"))]
     source += f"; not used there: {', '.join(unused)}" if unused else ""
     return View(batch, _in_words(processor.to_dict()), source, _any_size(batch), bits=8)
@@ -123,8 +123,14 @@ def _unknown(processor: Any) -> list[str]:
 
 
 def _overridden(step: FinetuneStep | EvalStep) -> dict[str, Any]:
-    mean, std = (value[0] if len(value) == 1 else list(value) for value in (step.mean or (), step.std or ()))
-    return {"do_normalize": True, "image_mean": mean, "image_std": std}
+    """What flags put in place of the file's settings; one value is for all channels."""
+    given = {"image_mean": step.mean, "image_std": step.std}
+    found = {key: value[0] if len(value) == 1 else list(value) for key, value in given.items() if value}
+    return {"do_normalize": True, **found} if found else {}
+
+
+def _flags(step: FinetuneStep | EvalStep) -> str:
+    return " and ".join(["--mean"] * bool(step.mean) + ["--std"] * bool(step.std))
 
 
 def _eight_bits(pixels: Pixels) -> Any:

@@ -100,7 +100,7 @@ def _fit(
         check_sizes(images)
     most = max(images, key=lambda each: each.pixels.shape[2])
     own = most.pixels.shape[2]
-    ways = [way for way in ((own, 3) if own == 1 else (own,)) if len(step.mean or (0,)) in (1, way)]
+    ways = [way for way in ((own, 3) if own == 1 else (own,)) if len(step.mean or (0.5,)) in (1, way)]
     if not ways:
         what = f"--mean has {len(step.mean or ())} values, images have {own} channels"
         raise UsageError(244, what, hint="one each")
