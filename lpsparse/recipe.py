@@ -448,20 +448,26 @@ class _DataStep(Step):
     label_field: str | None = Field(None, description="Column of the label. Default: label.")
     max_length: int = Field(
         128, ge=2,
-        description="Tokens a text is cut at (classification) or a block has (causal-lm).",
+        description="Tokens a text is cut at (classification) or a block has (causal-lm). Default: 128, or "
+        "the positions that MODEL has.",
     )  # fmt: skip
     model_fn: str | None = Field(
         None,
         description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the torch module of a bare state dict.",
     )
-    mean: Floats = Field((0.5,), description="Mean of each image channel, on 0..1, comma separated.")
-    std: Floats = Field((0.5,), description="Standard deviation of each image channel, likewise.")
+    mean: Floats | None = Field(
+        None,
+        description="Mean of each image channel, on 0..1, comma separated. Default: as MODEL's "
+        "preprocessor_config.json says, else 0.5.",
+    )
+    std: Floats | None = Field(None, description="Standard deviation of each image channel, likewise.")
     batch_size: int = Field(32, ge=1, description="Rows, images or blocks a step (all processes together).")
     seed: int = Field(0, ge=0, description="Seed of data order, new heads and dropout.")
 
     @model_validator(mode="after")
     def _channels(self) -> Self:
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+        mean, std = self.mean or (0.5,), self.std or (0.5,)
+        if len(mean) != len(std) or min(std) <= 0:
             raise ValueError("--mean and --std need as many values, --std above 0")
         return self
 
@@ -774,7 +780,11 @@ class RecoverStep(FinetuneStep):
 
     def as_finetune(self) -> FinetuneStep:
         """The command that does it."""
-        return FinetuneStep.model_validate(self.model_dump(), by_name=True)
+        settings = self.model_dump(exclude_unset=True) | {
+            "method": self.method,
+            "keep_zeros": self.keep_zeros,
+        }
+        return FinetuneStep.model_validate(settings, by_name=True)
 
 
 STEPS: dict[str, type[Step]] = {
