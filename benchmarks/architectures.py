@@ -55,6 +55,8 @@ def shrink(config: Any) -> Any:
         for name, value in SMALL.items():
             if isinstance(getattr(part, name, None), int) and not isinstance(getattr(part, name), bool):
                 setattr(part, name, value)
+        if isinstance(getattr(part, "layer_types", None), list):
+            part.layer_types = part.layer_types[:1] + part.layer_types[-1:]
     return config
 
 
@@ -90,7 +92,7 @@ def truth(model: Any) -> dict[str, str]:
             name = f"{place}.{own}" if place else own
             parts = place.split(".")
             task = parts[0] != base and any(part in TASK_HEADS or "head" in part for part in parts[:2])
-            router = parts[-1] in ("gate", "router", "shared_expert_gate") and "expert" in str(list(found))
+            router = not {"gate", "router", "shared_expert_gate"}.isdisjoint(parts[-2:])
             if param.ndim < 2 or own.endswith("bias") or module is outputs or id(param) in embedded:
                 continue
             kind = type(module).__name__

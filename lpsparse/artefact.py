@@ -152,16 +152,19 @@ def complete(
     return found
 
 
-def check_left(source: Checkpoint, found: Report, out: Path) -> None:
-    """Raises VerdictError where what was done to `source` left nothing of a prunable tensor, or of a layer
-    type less than 5 % of its weights and less than half of the share that is left of all. OUT is complete."""
+def check_left(source: Checkpoint, found: Report, out: Path, *, trained: bool = False) -> None:
+    """Raises VerdictError where what was done to `source` left nothing of a prunable tensor. Where nothing
+    was trained, also where it left less than 5 % of a layer type, and less than half of the share that is left of
+    all. OUT is complete."""
     rows = [row for row in found.tensors if row.prunable and row.weights]
     kinds: dict[str, list[TensorRow]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row)
     least = min(_LEAST_LEFT, (1 - found.prunable.sparsity) / 2)
     groups = [(row.name, [row]) for row in rows if row.zeros == row.weights]
-    groups += [(f"layer type {kind}", some) for kind, some in kinds.items() if _left(some) < least]
+    groups += [
+        (f"layer type {kind}", some) for kind, some in kinds.items() if not trained and _left(some) < least
+    ]
     before = {tensor.name: tensor for tensor in source.tensors}
     emptied = [name for name, some in groups if not _was_empty([before.get(row.name) for row in some], least)]
     if emptied:

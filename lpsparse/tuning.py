@@ -217,7 +217,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             say(str(alert))
     distributed.wait()
     if not step.allow_empty:
-        check_left(source, found, step.out)
+        check_left(source, found, step.out, trained=True)
     return called_after(found, step.out)
 
 

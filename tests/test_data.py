@@ -248,12 +248,12 @@ def test_a_device_is_no_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("rows.jsonl", "rows.jsonl would be lost"), ("listed.jsonl", "holds the input")]
+    ("name", "why"), [("rows.jsonl", "rows.jsonl would be lost"), ("listed.txt", "holds the input")]
 )
 def test_overwrite_does_not_delete_the_data_it_reads(
     name: str, why: str, tiny_bert: Path, table: Path, tmp_path: Path
 ) -> None:
-    (tiny_bert / "listed.jsonl").write_bytes(table.read_bytes())
+    (tiny_bert / "listed.txt").write_bytes(table.read_bytes())
     lpsparse.prune(tiny_bert, classifier := tmp_path / "out", sparsity=0.5)
     inside = classifier / name
     inside.write_bytes(table.read_bytes())

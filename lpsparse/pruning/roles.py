@@ -59,9 +59,7 @@ _EMBEDDING = _any(
     r"|(\w+_)?(word|tok|tokens?|type|segment|char|lang|language)_emb(ed)?(ding)?s?)(_?\d+)?$"
 )
 # Linear layers beside, before and after embeddings bear such a word too; tables bear others.
-_NEAR_EMBEDDING = _any(
-    r"emb|table|codebook|tokens?$|queries|points$|^(w|scale|shift)$|bias_values|pe_k|feat$"
-)
+_NEAR_EMBEDDING = _any(r"emb|table|codebook|tokens?$|queries|points$|^(scale|shift)$|bias_values|pe_k|feat$")
 _PROJECTION = _any(r"proj|linear|mapping|mlp|dense|transformation|^fc")
 _ROUTER = _any(r"(^|_)(router|routers)$")
 _GATE = _any(r"^(gate|wg|gate_layer)$|expert_gate$")

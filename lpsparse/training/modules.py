@@ -15,7 +15,7 @@ _KINDS: tuple[tuple[Role, tuple[type[nn.Module], ...]], ...] = (
     ("norm", (nn.LayerNorm, nn.GroupNorm)),
 )
 _ASKED: tuple[tuple[str, Role], ...] = (  # of transformers and timm
-    ("get_input_embeddings", "embedding"), ("get_output_embeddings", "head"), ("get_classifier", "head"),
+    ("get_output_embeddings", "head"), ("get_classifier", "head"),
 )  # fmt: skip
 _NAMED_WELL = ("bias", "router", "scale", "mask")  # roles within a linear layer that names tell surely
 
