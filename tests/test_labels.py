@@ -213,6 +213,11 @@ def test_a_first_row_that_may_be_a_heading_is_refused_with_two_ways_out(tmp_path
     assert "--text-field review --label-field sentiment" in caught.value.hint and "a row" in caught.value.hint
 
 
+def test_a_first_text_may_be_of_several_lines_or_empty(tmp_path: Path) -> None:
+    assert rows_of(tmp_path / "a.csv", '"two\nlines",1\nb,0\n', [])[0] == ("two\nlines", "1")
+    assert rows_of(tmp_path / "a.tsv", "\t1\nb\t0\n", [])[0] == ("", "1")
+
+
 def test_a_file_of_one_column_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(LpsparseError, match="one column") as caught:
         rows_of(tmp_path / "a.csv", "text;label\nfine;good\n", [])
