@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from conftest import BUNDLED
 from PIL import Image
@@ -250,9 +251,12 @@ def positions(kind: str, **more: Any) -> Any:
     return getattr(transformers, f"{kind}Model")(config)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("Bert", 34), ("Roberta", 32), ("Camembert", 32)])
-def test_a_text_may_have_as_many_tokens_as_the_model_has_positions(kind: str, most: int) -> None:
-    model = positions(kind, max_position_embeddings=34)
+@pytest.mark.parametrize(
+    ("kind", "pad", "most"), [("Bert", 0, 34), ("Roberta", 1, 32), ("Camembert", 1, 32), ("Roberta", 3, 30)]
+)
+def test_a_text_may_have_as_many_tokens_as_the_model_has_positions(kind: str, pad: int, most: int) -> None:
+    model = positions(kind, max_position_embeddings=34, pad_token_id=pad)
+    model(torch.full((1, most), 7))  # and one more is an index out of range
     given = {"model": "m", "data": "d", "task": "text-classification"}
     assert length_of(resolve(EvalStep, given), model, "m") == most  # the default is cut
     assert length_of(resolve(EvalStep, {**given, "max_length": most}), model, "m") == most
