@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from conftest import BUNDLED
 from PIL import Image
@@ -213,6 +214,11 @@ def test_a_first_row_that_may_be_a_heading_is_refused_with_two_ways_out(tmp_path
     assert "--text-field review --label-field sentiment" in caught.value.hint and "a row" in caught.value.hint
 
 
+def test_a_first_text_may_be_of_several_lines_or_empty(tmp_path: Path) -> None:
+    assert rows_of(tmp_path / "a.csv", '"two\nlines",1\nb,0\n', [])[0] == ("two\nlines", "1")
+    assert rows_of(tmp_path / "a.tsv", "\t1\nb\t0\n", [])[0] == ("", "1")
+
+
 def test_a_file_of_one_column_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(LpsparseError, match="one column") as caught:
         rows_of(tmp_path / "a.csv", "text;label\nfine;good\n", [])
@@ -245,9 +251,12 @@ def positions(kind: str, **more: Any) -> Any:
     return getattr(transformers, f"{kind}Model")(config)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("Bert", 34), ("Roberta", 32), ("Camembert", 32)])
-def test_a_text_may_have_as_many_tokens_as_the_model_has_positions(kind: str, most: int) -> None:
-    model = positions(kind, max_position_embeddings=34)
+@pytest.mark.parametrize(
+    ("kind", "pad", "most"), [("Bert", 0, 34), ("Roberta", 1, 32), ("Camembert", 1, 32), ("Roberta", 3, 30)]
+)
+def test_a_text_may_have_as_many_tokens_as_the_model_has_positions(kind: str, pad: int, most: int) -> None:
+    model = positions(kind, max_position_embeddings=34, pad_token_id=pad)
+    model(torch.full((1, most), 7))  # and one more is an index out of range
     given = {"model": "m", "data": "d", "task": "text-classification"}
     assert length_of(resolve(EvalStep, given), model, "m") == most  # the default is cut
     assert length_of(resolve(EvalStep, {**given, "max_length": most}), model, "m") == most

@@ -322,8 +322,9 @@ def _cells(path: Path, *, several: bool) -> _Lines:
     cells, where that is a table; as plain lines where it is none, or has fewer rows than lines."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text = _decode(path)
-    first = text.lstrip().partition("\n")[0]
-    if several and first and ("," if path.suffix == ".csv" else "\t") not in first:
+    first = text.lstrip("\r\n").partition("\n")[0]
+    cut = "," if path.suffix == ".csv" else "\t"
+    if several and first.strip() and cut not in first and '"' not in first:
         what = f"{path.name}: one column ({first[:60]!r}), expected a text and a label"
         raise InputError(380, what, hint="put a comma (.csv) or a tab (.tsv) between the columns")
     if path.suffix == ".csv":

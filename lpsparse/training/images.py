@@ -116,25 +116,26 @@ def _in_rows(files: list[Path], label_field: str | None) -> list[_Entry]:
 def _decoded(where: str, file: Path | bytes) -> Pixels:
     """The picture upright, gray or in colours; what is transparent lies on white."""
     try:
-        from PIL import Image, ImageOps
+        import PIL.Image
+        import PIL.ImageOps
     except ImportError:
         raise InputError(381, "image files need pillow", hint="pip install 'lpsparse[data]'") from None
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return _as_array(where, ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            return _as_array(where, PIL.ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise InputError(386, f"{where}: not an image: {error}", hint="fix or drop the file") from None
 
 
 def _as_array(where: str, image: Any) -> Pixels:
-    from PIL import Image
+    import PIL.Image
 
     if image.mode[0] in "IF":  # more than 8 bits
         return _deep(where, image)
     gray = image.mode in ("1", "L", "LA", "La")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     found = np.asarray(image.convert("L" if gray else "RGB"))
     return found[..., None] if gray else found
 

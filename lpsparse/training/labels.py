@@ -123,14 +123,19 @@ def check_rows(
     if len(counts) == 1:
         what = f"{train[0].where}: all {counts.total()} rows to train on have the label {train[0].label!r}"
         raise InputError(388, what, hint="give rows of two classes or more")
-    lone = next((each for each in (*train, *held) if counts[each.label] == 1), None)
-    if shared and lone is not None:
-        what = f"{lone.where}: the only row of class {lone.label!r} cannot be trained on and held out"
-        raise InputError(388, what, hint="give more rows of it, drop it, or give held-out data: --eval-data")
-    new = next((each for each in held if each.label not in counts), None)
-    if classes.fresh and new is not None:
-        what = f"{new.where}: label {new.label!r}: no training row has it, so a new head cannot learn it"
-        raise InputError(388, what, hint="give training rows of it, or drop the row")
+    if not classes.fresh:  # what has learnt the classes already may meet one of them once
+        return
+    for each in (*train, *held):
+        if shared and counts[each.label] == 1:
+            what = f"{each.where}: the only row of class {each.label!r} cannot be trained on and held out"
+            raise InputError(
+                388, what, hint="give more rows of it, drop it, or give held-out data: --eval-data"
+            )
+        if each.label not in counts:
+            what = (
+                f"{each.where}: label {each.label!r}: no training row has it, so a new head cannot learn it"
+            )
+            raise InputError(388, what, hint="give training rows of it, or drop the row")
 
 
 def unseen(train: Sequence[Labelled], places: Mapping[str, str]) -> tuple[str, ...]:
@@ -186,13 +191,9 @@ def _by_number(places: Mapping[str, str], outputs: int, folders: bool) -> dict[s
 def _by_order(places: Mapping[str, str], outputs: int, checkpoint: Checkpoint) -> Classes:
     names = sorted(places, key=_order)
     if len(names) != outputs:
-        what = (
-            f"{checkpoint.name}: has {outputs} outputs without names, and all splits have {len(names)} class "
-        )
-        what += f"folders ({_listed(names)}): which is which is not known"
-        hint = (
-            f"call the folders by number, 0 to {outputs - 1}; or add an empty folder for each missing class"
-        )
+        what = f"{checkpoint.name}: has {outputs} outputs without names, and all splits have {len(names)} "
+        what += f"class folders ({_listed(names)}): which is which is not known"
+        hint = f"call the folders by number, 0 to {outputs - 1}, or add an empty one for each missing class"
         raise InputError(349, what, hint=hint)
     order = ", ".join(f"{i} {name}" for i, name in enumerate(names[:_SHOWN]))
     more = "" if len(names) <= _SHOWN else ", ..."

@@ -49,7 +49,9 @@ def _settings(root: Path | None) -> Path | None:
     if own.is_file():
         return own
     # One for several kinds of input has its own table for images.
-    return shared if shared.is_file() and '"image_processor"' in shared.read_text("utf-8") else None
+    return (
+        shared if shared.is_file() and '"image_processor"' in shared.read_text("utf-8", "replace") else None
+    )
 
 
 def _plain(step: FinetuneStep | EvalStep, size: Any) -> View:

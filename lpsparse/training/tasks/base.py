@@ -91,14 +91,15 @@ def examples_of(step: FinetuneStep | EvalStep, read: Callable[[str, str], Read[E
     apart = held_out_of(step)
     if apart is None:
         train, held = hold_out(first.examples, step.eval_fraction, step.seed)
-        return Examples(train, held, first.places, first.notes, first.told, shared=True)
+        notes = (*first.notes, *unseen(first.examples, first.places))
+        return Examples(train, held, first.places, notes, first.told, shared=True)
     other = read(*apart)
-    if first.told != other.told:
+    if first.told and other.told and first.told != other.told:
         what = f"{apart[1]} of {apart[0]} gives other names to the numbers of its labels than {step.data}"
         raise InputError(349, what, hint="write the labels as names")
     places = other.places | first.places
     notes = (*first.notes, *other.notes, *unseen(first.examples, places))
-    return Examples(first.examples, other.examples, places, notes, first.told)
+    return Examples(first.examples, other.examples, places, notes, first.told or other.told)
 
 
 def hold_out(examples: Sequence[E], fraction: float, seed: int) -> tuple[list[E], list[E]]:
