@@ -154,8 +154,8 @@ def complete(
 
 def check_left(source: Checkpoint, found: Report, out: Path, *, trained: bool = False) -> None:
     """Raises VerdictError where what was done to `source` left nothing of a prunable tensor. Where nothing
-    was trained, also where it left less than 5 % of a layer type, and less than half of the share that is left of
-    all. OUT is complete."""
+    was trained, also where it left less than 5 % of a layer type, and less than half of the share that is
+    left of all. OUT is complete."""
     rows = [row for row in found.tensors if row.prunable and row.weights]
     kinds: dict[str, list[TensorRow]] = {}
     for row in rows:

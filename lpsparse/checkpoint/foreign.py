@@ -5,12 +5,10 @@ import os
 import re
 import zipfile
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.header import MAX_HEADER_BYTES, check_regular, unique_json
+from lpsparse.checkpoint.header import check_regular, table_of
 from lpsparse.checkpoint.names import find_weight_names
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.errors import InputError
@@ -47,16 +45,14 @@ def refuse_whole(folder: Path, names: Collection[str], weights: Collection[str])
     """Raises InputError for a folder that is not a model but an adapter of one, a pipeline of several, or the
     hub's cache around one."""
     if "adapter_config.json" in names and not weights:
-        base = _table(folder / "adapter_config.json").get("base_model_name_or_path")
-        what = (
-            f"{folder}: an adapter of {base if isinstance(base, str) and base else 'another model'}, no model"
-        )
-        hint = (
-            "merge it first: AutoPeftModel.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(OUT)"
-        )
+        base = table_of(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = base if isinstance(base, str) and base else "another model"
+        what = f"{folder}: an adapter of {base}, not a model"
+        merge = f'AutoPeftModel.from_pretrained("{folder}").merge_and_unload().save_pretrained("merged")'
+        hint = f"merge it first, with peft: {merge}"
         raise InputError(318, what, hint=hint)
     if "model_index.json" in names and not weights:
-        parts = [name for name in _table(folder / "model_index.json") if (folder / name).is_dir()]
+        parts = [name for name in table_of(folder / "model_index.json") if (folder / name).is_dir()]
         of = [name for name in sorted(parts) if find_weight_names(os.listdir(folder / name))]
         what = f"{folder}: a diffusers pipeline, of {', '.join(of) or 'no component with weights'}"
         raise InputError(319, what, hint=f"give one component: {folder / (of[0] if of else 'unet')}")
@@ -64,16 +60,6 @@ def refuse_whole(folder: Path, names: Collection[str], weights: Collection[str])
     if snapshots:
         what = f"{folder}: a repository in the hub's cache, not a model folder"
         raise InputError(339, what, hint=f"give one of its snapshots: {snapshots[-1]}")
-
-
-def _table(path: Path) -> dict[str, Any]:
-    """What a file of JSON says; one that cannot be read says nothing."""
-    with suppress(OSError, ValueError, RecursionError):
-        if check_regular(path) <= MAX_HEADER_BYTES and isinstance(
-            found := unique_json(path.read_bytes()), dict
-        ):
-            return found
-    return {}
 
 
 def refuse_parts(folder: Path, names: Collection[str]) -> None:

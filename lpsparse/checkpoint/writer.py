@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.header import table_of
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, is_index, is_part
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import OutputError
@@ -67,15 +68,13 @@ def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:
             return {names[0]: "lpsparse.safetensors"}
         return {name: f"lpsparse-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
     if len(names) > 1:
-        if source.index is not None and all(name.endswith(".safetensors") for name in names):
-            if not any(name.startswith("lpsparse-") for name in names):
-                return {name: name for name in names}
-        stem = _stem(names[0])
+        ours = any(name.startswith("lpsparse-") for name in names)
+        if source.index is not None and not ours and all(name.endswith(".safetensors") for name in names):
+            return {name: name for name in names}
+        stem = _stem(source)
         return {name: f"{stem}-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
-    if names[0].startswith(_DIFFUSERS):
-        return {names[0]: f"{Path(names[0]).stem}.safetensors"}
     if not names[0].endswith(".safetensors") or names[0] == "lpsparse.safetensors":
-        return {names[0]: "model.safetensors"}
+        return {names[0]: f"{_stem(source)}.safetensors"}
     # One shard of one needs an index to be found; without its number it is found by its name.
     return {names[0]: re.sub(r"-0+1-of-0+1(?=\.safetensors$)", "", names[0])}
 
@@ -87,12 +86,14 @@ def index_name(source: Checkpoint, *, packed: bool) -> str:
     names = weight_file_names(source, packed=False)
     if source.index is not None and all(old == new for old, new in names.items()):
         return source.index
-    return f"{_stem(source.files[0].name)}.safetensors.index.json"
+    return f"{_stem(source)}.safetensors.index.json"
 
 
-def _stem(name: str) -> str:
-    """What files in OUT are called: as loaders of transformers look for them, or those of diffusers."""
-    return _DIFFUSERS if name.startswith(_DIFFUSERS) else "model"
+def _stem(source: Checkpoint) -> str:
+    """What files in OUT are called that cannot keep their names: as loaders look for them."""
+    config = {} if source.root is None else table_of(source.root / "config.json")
+    of_diffusers = source.files[0].name.startswith(_DIFFUSERS) or "_diffusers_version" in config
+    return _DIFFUSERS if of_diffusers else "model"
 
 
 def write_index(folder: Path, name: str, weight_map: dict[str, str], total_bytes: int) -> None:
