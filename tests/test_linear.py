@@ -30,12 +30,12 @@ COMMANDS: dict[str, Callable[[Path, Path], Any]] = {
 
 
 def write_many(folder: Path, count: int) -> Path:
-    """Matrices of 3 x 5, five in each shard."""
+    """Matrices of 3 x 5, all of the same values, five in each shard."""
     folder.mkdir(parents=True)
-    draw, shards = np.random.default_rng(count), count // 5
+    values, shards = np.random.default_rng(0).standard_normal((3, 5)), count // 5
     weight_map = {f"layers.{i}.mlp.weight": f"model-{i % shards:05d}.safetensors" for i in range(count)}
     for file in set(weight_map.values()):
-        some = {name: draw.standard_normal((3, 5)) for name, of in weight_map.items() if of == file}
+        some = {name: values for name, of in weight_map.items() if of == file}
         save_file(some, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
