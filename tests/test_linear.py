@@ -12,10 +12,12 @@ import pytest
 from conftest import f32, write_safetensors
 from safetensors.numpy import save_file
 
-from lpsparse import inspect, pack, prune, report, unpack, verify
+from lpsparse import inspect, pack, prune, report, unpack
 from lpsparse.checkpoint.files import names_taken
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.tensors import Tensor
+from lpsparse.proof import verify_step
+from lpsparse.recipe import VerifyStep
 
 COUNTS = (20, 40, 60)
 COMMANDS: dict[str, Callable[[Path, Path], Any]] = {
@@ -23,7 +25,9 @@ COMMANDS: dict[str, Callable[[Path, Path], Any]] = {
     "prune": lambda model, out: prune(model, out / "again", below=0.5, threads=1),
     "pack": lambda _, out: pack(out / "cut", out / "packed", threads=1),
     "unpack": lambda model, out: unpack(model, out / "dense", threads=1),
-    "verify": lambda model, out: verify(out / "cut", model),
+    "verify": lambda model, out: verify_step(
+        VerifyStep(model=str(out / "cut"), source=str(model), key=None, threads=1)
+    ),
     "report": lambda _, out: report(out / "cut", threads=1),
     "report BASE": lambda model, out: report(out / "cut", model, threads=1),
 }
