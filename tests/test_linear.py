@@ -12,10 +12,12 @@ import pytest
 from conftest import f32, write_safetensors
 from safetensors.numpy import save_file
 
-from lpsparse import inspect, pack, prune, report, unpack, verify
+from lpsparse import inspect, pack, prune, report, unpack
 from lpsparse.checkpoint.files import names_taken
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.tensors import Tensor
+from lpsparse.proof import verify_step
+from lpsparse.recipe import VerifyStep
 
 COUNTS = (20, 40, 60)
 COMMANDS: dict[str, Callable[[Path, Path], Any]] = {
@@ -23,19 +25,21 @@ COMMANDS: dict[str, Callable[[Path, Path], Any]] = {
     "prune": lambda model, out: prune(model, out / "again", below=0.5, threads=1),
     "pack": lambda _, out: pack(out / "cut", out / "packed", threads=1),
     "unpack": lambda model, out: unpack(model, out / "dense", threads=1),
-    "verify": lambda model, out: verify(out / "cut", model),
+    "verify": lambda model, out: verify_step(
+        VerifyStep(model=str(out / "cut"), source=str(model), key=None, threads=1)
+    ),
     "report": lambda _, out: report(out / "cut", threads=1),
     "report BASE": lambda model, out: report(out / "cut", model, threads=1),
 }
 
 
 def write_many(folder: Path, count: int) -> Path:
-    """Matrices of 3 x 5, five in each shard."""
+    """Matrices of 3 x 5, all of the same values, five in each shard."""
     folder.mkdir(parents=True)
-    draw, shards = np.random.default_rng(count), count // 5
+    values, shards = np.random.default_rng(0).standard_normal((3, 5)), count // 5
     weight_map = {f"layers.{i}.mlp.weight": f"model-{i % shards:05d}.safetensors" for i in range(count)}
     for file in set(weight_map.values()):
-        some = {name: draw.standard_normal((3, 5)) for name, of in weight_map.items() if of == file}
+        some = {name: values for name, of in weight_map.items() if of == file}
         save_file(some, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder

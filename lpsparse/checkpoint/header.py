@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,7 +105,10 @@ def check_header(path: Path, size: int, read: Read) -> Header:
     table = _parse(path, text)
     metadata = _metadata(path, table.pop("__metadata__", {}))
     _check_count(path, len(table))
-    entries = sorted((_entry(path, name, value, 8 + length) for name, value in table.items()), key=_by_offset)
+    entries: list[Entry] = []
+    while table:  # what is parsed goes as the entries come
+        entries.append(_entry(path, *table.popitem(), 8 + length))
+    entries.sort(key=_by_offset)
     _check_cover(path, entries, 8 + length, size)
     return Header(tuple(entries), metadata)
 
@@ -220,7 +224,8 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     nbytes = offsets[1] - offsets[0]
     if bits != nbytes * 8:
         raise refuse(f"{dtype} of shape {shape} needs {bits / 8:g} bytes, data_offsets give {nbytes}")
-    return Entry(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
+    # The same names come again with the file in OUT, its manifest and its report.
+    return Entry(sys.intern(name), sys.intern(dtype), tuple(shape), data_start + offsets[0], nbytes)
 
 
 def _is_counts(value: Any) -> bool:

@@ -18,6 +18,7 @@ from lpsparse.checkpoint.finding import (
     shards_of,
 )
 from lpsparse.checkpoint.foreign import refuse_hollow
+from lpsparse.checkpoint.masked import baked
 from lpsparse.checkpoint.names import TORCH_FILES, is_index
 from lpsparse.checkpoint.stored import open_file, stored_names
 from lpsparse.checkpoint.tensors import Tensor
@@ -140,4 +141,5 @@ def _open_files(
             what = f"{tensor.file}: {tensor.name!r} is also in {seen[tensor.name]}"
             raise InputError(331, what, hint="download the checkpoint again")
         seen[tensor.name] = tensor.file
-    return Checkpoint(name, root, tuple(files), tuple(tensors), metadata, notes=tuple(notes))
+    tensors, more = baked(tensors)
+    return Checkpoint(name, root, tuple(files), tuple(tensors), metadata, notes=(*notes, *more))

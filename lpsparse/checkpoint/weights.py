@@ -130,13 +130,11 @@ def _in_order(tensors: list[Named], start: int) -> list[Entry]:
 
 def header_text(places: list[Entry], metadata: dict[str, str]) -> bytes:
     """The JSON of a header; offsets count from its end."""
-    header = {
-        each.name: {
-            "dtype": each.dtype, "shape": list(each.shape),
-            "data_offsets": [each.offset, each.offset + each.nbytes],
-        }
-        for each in places
-    }  # fmt: skip
-    table = ({"__metadata__": dict(sorted(metadata.items()))} if metadata else {}) | header
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    as_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    lines = ['"__metadata__":' + as_text(dict(sorted(metadata.items())))] if metadata else []
+    for each in places:  # one after another: as tables, many would take five times the memory of their text
+        ends = [each.offset, each.offset + each.nbytes]
+        entry = {"dtype": each.dtype, "shape": each.shape, "data_offsets": ends}
+        lines.append(f"{as_text(each.name)}:{as_text(entry)}")
+    text = ("{" + ",".join(lines) + "}").encode()
     return text + b" " * (-len(text) % 8)

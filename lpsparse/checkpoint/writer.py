@@ -28,6 +28,7 @@ REPLACED = (
 )
 _DIFFUSERS = "diffusion_pytorch_model"  # what diffusers calls its weight files
 _MOST_MODULES_BYTES = 1_000_000
+_AT_ONCE = 1 << 20  # letters
 # Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
 FOREIGN_WEIGHTS = (
     *WEIGHT_SUFFIXES,
@@ -233,6 +234,7 @@ def replace_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+        for first in range(0, len(text), _AT_ONCE):
+            file.write(text[first : first + _AT_ONCE])  # each time its bytes are held beside it
         file.flush()
         os.fsync(file.fileno())

@@ -109,8 +109,8 @@ def plan_prune(
     chosen = choose(source, include, exclude, always_look=look)
     tensors = sorted((t for t in source.tensors if chosen[t.name].prunable), key=lambda tensor: tensor.name)
     wide = block is not None or any(tensor.dtype == "F64" for tensor in tensors)
-    base = {name: TensorPlan(decision, block=block) for name, decision in chosen.items()}
-    plans, threshold, band = dict(base), None, None
+    plans = {name: TensorPlan(decision, block=block) for name, decision in chosen.items()}
+    threshold, band = None, None
     if n_m is not None:
         _check_divides("--n-m", tensors, 1, n_m[1])
     if block is not None:
@@ -123,14 +123,14 @@ def plan_prune(
         threshold = below
     if threshold is not None:
         key = key_of(threshold, wide=wide)
-        plans |= {t.name: replace(base[t.name], threshold=key) for t in tensors}
+        plans |= {t.name: replace(plans[t.name], threshold=key) for t in tensors}
     elif n_m is not None:
-        plans |= {t.name: replace(base[t.name], n_m=n_m) for t in tensors}
+        plans |= {t.name: replace(plans[t.name], n_m=n_m) for t in tensors}
     elif scope == "row":
         assert sparsity is not None
         for tensor in tensors:
             long = _long_rows(source, tensor, sparsity, wide)
-            plans[tensor.name] = replace(base[tensor.name], row_sparsity=sparsity, long_rows=long)
+            plans[tensor.name] = replace(plans[tensor.name], row_sparsity=sparsity, long_rows=long)
     else:
         assert sparsity is not None
         scored = [_scored(source, tensor, block) for tensor in tensors]
@@ -141,7 +141,7 @@ def plan_prune(
                 selected = parallel(lambda each: select([each], sparsity, wide=wide), scored)
         for found in selected:
             for name, ties in found.ties.items():
-                plans[name] = replace(base[name], threshold=found.key, ties=ties)
+                plans[name] = replace(plans[name], threshold=found.key, ties=ties)
         if scope == "global" and block is None:
             threshold = value_of(selected[0].key, wide=wide)
     return Plan(plans, wide, threshold, band)

@@ -68,20 +68,18 @@ def measure(
     if chosen is None:
         chosen = prunable_of(checkpoint, include, exclude)
     rows: list[TensorRow] = []
-    by_file = checkpoint.by_file
-    stored: dict[str, list[Named]] = {file: [] for file in by_file}  # in the bitmask layout
+    bitmask_bytes = 0
     counts, details = (
         (counts, dict[str, Detail]()) if counts is not None else survey(checkpoint, patterns=patterns)
     )
     for tensor in checkpoint.tensors:
-        counted = counts[tensor.name]
-        rows.append(_row(tensor, counted, details.get(tensor.name), chosen[tensor.name]))
-        pays = bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
-        stored[tensor.file] += entries_of(tensor, counted, pays)
-    bitmask_bytes = sum(
-        file_size(entries, metadata_of(checkpoint, file, "bitmask", by_file[file]))
-        for file, entries in stored.items()
-    )
+        rows.append(_row(tensor, counts[tensor.name], details.get(tensor.name), chosen[tensor.name]))
+    for file, tensors in checkpoint.by_file.items():
+        stored: list[Named] = []  # in the bitmask layout
+        for tensor in tensors:
+            pays = bitmask.pays(tensor.dtype, tensor.shape, counts[tensor.name].stored)
+            stored += entries_of(tensor, counts[tensor.name], pays)
+        bitmask_bytes += file_size(stored, metadata_of(checkpoint, file, "bitmask", tensors))
     rule = (
         f"exact zeros of either sign; prunable are {sum(row.prunable for row in rows)} of "
         f"{len(rows)} tensors; all weights are the values of all tensors, integers and statistics too; "

@@ -67,21 +67,33 @@ class Found:
 
 def survey(checkpoint: Checkpoint, *, patterns: bool = True) -> tuple[dict[str, Count], dict[str, Detail]]:
     """What `count_all` counts (but its sums), and more of the tensors of floats: each value is read once."""
-    tasks = [(tensor, *lines) for tensor in checkpoint.tensors for lines in _tasks(tensor)]
-    found = {tensor.name: Found() for tensor in checkpoint.tensors}
-    with phase("reading", checkpoint.dense_bytes):
-        for (tensor, *_), part in on_each(lambda task: _look(*task, patterns), tasks):
-            found[tensor.name].add(part)
+    ranges = [(tensor, _tasks(tensor)) for tensor in checkpoint.tensors]
+    tasks = [(tensor, *lines) for tensor, each in ranges for lines in each]
     heads = _head_size(checkpoint)
-    counts: dict[str, Count] = {}
-    details: dict[str, Detail] = {}
-    for tensor in checkpoint.tensors:
-        each = found.pop(tensor.name)
-        stored = tensor.size - each.zeros + each.negative_zeros
-        counts[tensor.name] = Count(each.zeros, stored, each.nan + each.inf, 0)
-        if DTYPES[tensor.dtype].is_float:
-            details[tensor.name] = _detail(tensor, each, heads, patterns)
-    return counts, details
+    parts = {tensor.name: Found() for tensor, each in ranges if len(each) != 1}
+    told: dict[str, tuple[Count, Detail | None]] = {}
+
+    def look(task: tuple[Tensor, int, int]) -> Found | tuple[Count, Detail | None]:
+        """Of a tensor that is one task all that is told, which is small; what is found is not."""
+        tensor, found = task[0], _look(*task, patterns)
+        return found if tensor.name in parts else _tell(tensor, found, heads, patterns)
+
+    with phase("reading", checkpoint.dense_bytes):
+        for (tensor, *_), part in on_each(look, tasks):
+            if isinstance(part, Found):
+                parts[tensor.name].add(part)
+            else:
+                told[tensor.name] = part
+    for name, found in parts.items():
+        told[name] = _tell(checkpoint[name], found, heads, patterns)
+    counts = {name: count for name, (count, _) in told.items()}
+    return counts, {name: detail for name, (_, detail) in told.items() if detail is not None}
+
+
+def _tell(tensor: Tensor, found: Found, heads: int | None, patterns: bool) -> tuple[Count, Detail | None]:
+    stored = tensor.size - found.zeros + found.negative_zeros
+    count = Count(found.zeros, stored, found.nan + found.inf, 0)
+    return count, _detail(tensor, found, heads, patterns) if DTYPES[tensor.dtype].is_float else None
 
 
 def on_each(work: Callable[[Task], Result], tasks: list[Task]) -> Iterator[tuple[Task, Result]]:

@@ -70,12 +70,12 @@ def head(shape: tuple[int, ...], dtype: str, chunk_values: int, ends: list[int])
 
 def manifest(tensors: dict[str, tuple[str, tuple[int, ...]] | None]) -> str:
     """What a file holds, in the order of the source: dtype and shape of what is packed."""
-    table = {
-        name: {} if each is None else {"dtype": each[0], "shape": list(each[1])}
+    as_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    lines = (
+        f"{as_text(name)}:{as_text({} if each is None else {'dtype': each[0], 'shape': each[1]})}"
         for name, each in tensors.items()
-    }
-    found = {"format_version": VERSION, "layout": "packed", "tensors": table}
-    return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+    )
+    return f'{{"format_version":{VERSION},"layout":"packed","tensors":{{{",".join(lines)}}}}}'
 
 
 def read_manifest(path: Path, metadata: dict[str, str]) -> dict[str, tuple[str, tuple[int, ...]] | None]:
