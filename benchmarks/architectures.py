@@ -1,11 +1,12 @@
 """Check the decision about tensors on every architecture that builds small, against the built modules.
 
-    python benchmarks/architectures.py [MODEL_TYPE ...]
+    python benchmarks/architectures.py [-v] [--open] [MODEL_TYPE ...]
 
 Each model of transformers is built with a small config and random values and saved; `inspect` and `prune
 --sparsity 0.8 --dry-run` read it. Nothing may be prunable that the module says is a bias, norm, router,
 state, mask, token, position, embedding or head; every other weight of nn.Linear, a convolution or fused
 experts must be. Prints what differs, and the share of the bytes on which names alone say other than modules.
+With --open transformers also opens the pruned model, and its outputs must be those of the same mask in torch.
 """
 
 import json
@@ -114,6 +115,45 @@ def is_pooler(parts: list[str]) -> bool:
     return any("pool" in part or part in ("head", "cls") or part.endswith("_head") for part in parts)
 
 
+def check_outputs(model: Any, folder: Path) -> str:
+    """What is wrong with the pruned model as transformers opens it, beside the same mask applied in torch."""
+    out = folder.with_name("out")
+    plan = lpsparse.prune(folder, out, sparsity=0.8, allow_empty=True)
+    opened, info = type(model).from_pretrained(out, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        return f"missing {info['missing_keys']}, unexpected {info['unexpected_keys']}"
+    state = model.state_dict()
+    names = [row.name for row in plan.tensors if row.prunable and row.name in state]
+    if len(names) < sum(row.prunable for row in plan.tensors):
+        return "names differ from the module's"
+    values = torch.cat([state[name].abs().flatten() for name in names])
+    limit = values.kthvalue(int(0.8 * values.numel())).values
+    with torch.no_grad():
+        for name in names:
+            state[name].mul_(state[name].abs() > limit)
+        given = inputs_of(model)
+        first, second = (each.eval()(**given)[0] for each in (model, opened))
+    return "" if torch.equal(first, second) else f"outputs differ by {(first - second).abs().max()}"
+
+
+def inputs_of(model: Any) -> dict[str, Any]:
+    """Random inputs of the kind that the model takes."""
+    torch.manual_seed(1)
+    name, words = model.main_input_name, torch.randint(3, 200, (1, 11))
+    size = getattr(getattr(model.config, "vision_config", model.config), "image_size", 32)
+    kinds: dict[str, Any] = {
+        "input_ids": words, "input_values": torch.randn(1, 4000),
+        "pixel_values": torch.randn(1, 3, size, size),
+        "input_features": torch.randn(1, getattr(model.config, "num_mel_bins", 16), 144),
+    }  # fmt: skip
+    given = {name: kinds[name]}
+    if getattr(model.config, "is_encoder_decoder", False):
+        given["decoder_input_ids"] = words
+    if model.config.model_type == "clip":
+        given["pixel_values"] = kinds["pixel_values"]
+    return given
+
+
 def compare(kind: str, model: Any, folder: Path) -> Iterator[str]:
     model.save_pretrained(folder)
     known = truth(model)
@@ -138,9 +178,15 @@ def compare(kind: str, model: Any, folder: Path) -> Iterator[str]:
     share = other / sum(weights.values())
     matched = sum(name in known for name in told)
     print(
-        f"{kind:<28}{len(told):>6} tensors {matched:>6} in the module {share:>8.2%} differ with --look",
+        f"{kind:<28}{len(told):>6} tensors {matched:>6} in the module {share:>8.2%} differ by names alone",
         flush=True,
     )
+    if "-v" in sys.argv:
+        others = [name for name in told if alone[name].prunable != looked[name].prunable]
+        print(
+            *(f"    {name}: {alone[name].role}, by its module {looked[name].role}" for name in others),
+            sep="\n",
+        )
     if share > 0.03:
         yield f"{kind}: names and modules differ on {share:.1%} of the bytes"
 
@@ -149,7 +195,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    kinds = sys.argv[1:] or sorted(CONFIG_MAPPING)
+    kinds = [each for each in sys.argv[1:] if not each.startswith("-")] or sorted(CONFIG_MAPPING)
     problems: list[str] = []
     count = 0
     for kind in kinds:
@@ -159,6 +205,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 problems += compare(kind, model, Path(folder) / "model")
+                if "--open" in sys.argv:
+                    wrong = check_outputs(model, Path(folder) / "model")
+                    print(f"    opened: {wrong or 'no missing or unexpected key, outputs equal'}")
+                    problems += [f"{kind}: {wrong}"] if wrong else []
                 count += 1
             except Exception as error:
                 print(f"{kind}: not compared: {type(error).__name__}: {str(error)[:100]}", flush=True)

@@ -17,7 +17,7 @@ from lpsparse.checkpoint.manifest import read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rescue import LAYOUTS
-from lpsparse.checkpoint.rewrite import rewrite
+from lpsparse.checkpoint.rewrite import Written, rewrite
 from lpsparse.checkpoint.threads import of_each, of_one
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.dry_run import foretell, foretell_unread, say_left
@@ -182,9 +182,10 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         took = (decided - began, perf_counter() - decided)
         return foretell(step, source, chosen, counts, took, plan.cut)
     with writing(step, source, stamps, chosen, say) as (folder, finish):
-        written = rewrite(source, folder, plan.cut, step.layout)
+        cut = [tensor for tensor in source.tensors if chosen[tensor.name].prunable]
+        written = rewrite(source, folder, plan.cut, step.layout, finite={tensor.name for tensor in cut})
+        _say_nonfinite(written, say)
         counts = written.counts
-        cut = (tensor for tensor in source.tensors if chosen[tensor.name].prunable)
         alert = drained((tensor.name, counts[tensor.name].zeros, tensor.size) for tensor in cut)
         if alert is not None:
             say(str(alert))
@@ -199,6 +200,12 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     if not step.allow_empty:
         check_left(source, found, step.out)
     return found
+
+
+def _say_nonfinite(written: Written, say: Say) -> None:
+    for name, counted in written.counts.items():
+        if counted.nonfinite:
+            say(f"{name!r}: {counted.nonfinite} values are NaN or Inf: carried as they are")
 
 
 @on_threads
@@ -217,10 +224,8 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
         return foretell(step, source, chosen, counts, (0, perf_counter() - began))
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         layout, level = (step.layout, step.level) if isinstance(step, PackStep) else ("dense", "default")
-        written = rewrite(source, folder, lambda _: None, layout, level=level, finite=False)
-        for name, counted in written.counts.items():
-            if counted.nonfinite:
-                say(f"{name!r}: {counted.nonfinite} values are NaN or Inf: carried as they are")
+        written = rewrite(source, folder, lambda _: None, layout, level=level, finite=())
+        _say_nonfinite(written, say)
         return finish(written, own_quality(source))
 
 

@@ -3,7 +3,7 @@ read a block, cut it (or not), encode it, write it."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,19 @@ class Written:
 
 
 def rewrite(
-    source: Checkpoint, folder: Path, cut: Cuts, layout: str, *, level: str = "default", finite: bool = True
+    source: Checkpoint,
+    folder: Path,
+    cut: Cuts,
+    layout: str,
+    *,
+    level: str = "default",
+    finite: Collection[str] | None = None,
 ) -> Written:
     """Write `source` into `folder` in one of `files.WRITERS`' layouts, applying `cut`, and read it back.
 
     Decides nothing. Keeps the source's sharding, and the bytes that an interrupted run left in `folder`
-    where they are the same. Raises InputError on NaN or Inf in any float tensor, where it is to be `finite`,
-    OutputError when a file does not hold what was written.
+    where they are the same. `finite` are the tensors that may hold no NaN or Inf, all by default: else raises
+    InputError; OutputError when a file does not hold what was written.
     """
     taken = names_taken(list(source.tensors), layout)
     if taken:
@@ -96,7 +102,7 @@ def _check_complete(written: Checkpoint, source: Checkpoint) -> None:
 
 
 def _read_back(
-    source: Checkpoint, target: Path, tensors: list[Tensor], sums: Sums, *, finite: bool
+    source: Checkpoint, target: Path, tensors: list[Tensor], sums: Sums, *, finite: Collection[str] | None
 ) -> tuple[dict[str, Count], FileRecord]:
     """Open a file again that was written, and compare. Raises OutputError; for NaN or Inf InputError."""
     checkpoint = open_checkpoint(target)
@@ -109,8 +115,8 @@ def _read_back(
         if (found.stored, found.total) != written:
             what = f"{source.name}: {name!r}: {found} read back, {written} (stored, total) written"
             raise OutputError(408, what, hint="check the disk and run again; nothing was kept")
-    for tensor in tensors if finite else ():
-        if tensor.name in sums:
+    for tensor in tensors:
+        if tensor.name in sums and (finite is None or tensor.name in finite):
             check_finite(source, tensor, read[tensor.name].nonfinite)
     return read, record
 

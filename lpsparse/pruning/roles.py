@@ -148,15 +148,16 @@ def _guess(name: str, shape: tuple[int, ...], with_experts: set[str], vocabulari
         return Guess("embedding" if _EMBEDDING.match(own) else "unknown", sure=False)
     if any(_ROUTER.search(module) for module in modules[-2:]):
         return Guess("router")
-    if modules and _GATE.search(last) and ("expert" in last or ".".join(modules[:-1]) in with_experts):
-        return Guess("router")
+    for i in range(max(len(modules) - 2, 0), len(modules)):  # a gate, or a layer of one
+        if _GATE.search(modules[i]) and ("expert" in modules[i] or ".".join(modules[:i]) in with_experts):
+            return Guess("router")
     if is_head(name):
         return Guess("head")
     if len(shape) == 2:
         in_block = any(module.isdigit() for module in modules)  # where sizes may agree by accident
         found = _guess_matrix(shape, last, set() if in_block else vocabularies)
         if found.role == "linear" and any(_EMBEDDING.match(each) for each in modules[-2:-1]):
-            return found if _PROJECTION.search(last) else Guess("embedding", sure=False)
+            return found if _PROJECTION.search(last) or "patch" in last else Guess("embedding", sure=False)
         return found
     is_kernel = len(shape) > 3 or "conv" in name or shape[-1:] < (32,)
     return Guess("convolution" if is_kernel and "expert" not in name else "linear")
