@@ -1,9 +1,11 @@
 """What a file or folder is that holds weights, but no checkpoint as it lies there: what it is called, and the
 command that makes a checkpoint of it."""
 
+import os
 import re
 import zipfile
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from lpsparse.checkpoint.dtypes import DTYPES
@@ -19,7 +21,7 @@ def refuse_archive(path: Path) -> None:
     """Raises InputError for a part of a distributed checkpoint, and for an archive of torch that holds a
     program."""
     if path.name.endswith((_OPTIMIZER_PART, _PART)):
-        refuse_parts(path.parent, [path.name])
+        refuse_parts(path.parent, [path.name], within=False)
     check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -39,15 +41,14 @@ def refuse_archive(path: Path) -> None:
     raise InputError(317, f"{path}: {kind}, not a state dict", hint=hint)
 
 
-def refuse_parts(folder: Path, names: Collection[str]) -> None:
-    """Raises InputError where the names in a folder, or in one in it, are those of a checkpoint that each
-    process of a training wrote its part of."""
-    within = {folder: names} | {
-        folder / name: [path.name for path in (folder / name).iterdir()]
-        for name in sorted(names)
-        if (folder / name).is_dir() and not (folder / name).is_symlink()
-    }
-    for place, inside in within.items():
+def refuse_parts(folder: Path, names: Collection[str], *, within: bool) -> None:
+    """Raises InputError where the names in a folder, or in the folders `within` it, are those of a checkpoint
+    that each process of a training wrote its part of."""
+    places = {folder: list(names)}
+    for path in sorted(folder / name for name in names) if within else ():
+        with suppress(OSError):  # a file, or closed to us
+            places[path] = os.listdir(path)
+    for place, inside in places.items():
         parts = [name for name in inside if name.endswith(_PART)]
         if parts:
             what = f"{place}: a checkpoint of torch.distributed in {len(parts)} parts ({_PART}), not gathered"
