@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.counting import count
 from lpsparse.checkpoint.entry import tell_loaders
 from lpsparse.checkpoint.manifest import (
     Manifest,
@@ -24,6 +25,7 @@ from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.rescue import LAYOUTS, free_config
 from lpsparse.checkpoint.rewrite import Written
+from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.threads import beside, of_one
 from lpsparse.checkpoint.writer import (
     BASE_CARD,
@@ -36,15 +38,17 @@ from lpsparse.checkpoint.writer import (
     replace_texts,
     write_text,
 )
-from lpsparse.errors import InputError, LpsparseError
+from lpsparse.errors import InputError, LpsparseError, VerdictError
+from lpsparse.pruning.prunable import Chosen
 from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card, figure
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
-from lpsparse.reporting.records import Report
+from lpsparse.reporting.records import Report, TensorRow
 from lpsparse.reporting.reread import read_report
 
+_LEAST_LEFT = 0.05  # of a layer type; models do not survive less, where much is left elsewhere
+
 Say = Callable[[str], None]
-Chosen = dict[str, tuple[bool, str]]
 Stamps = dict[Path, tuple[int, int, int] | None]
 Finish = Callable[[Written, tuple[Quality, ...]], Report]
 
@@ -146,6 +150,40 @@ def complete(
     )  # fmt: skip
     fsync(folder)
     return found
+
+
+def check_left(source: Checkpoint, found: Report, out: Path, *, trained: bool = False) -> None:
+    """Raises VerdictError where what was done to `source` left nothing of a prunable tensor. Where nothing
+    was trained, also where it left less than 5 % of a layer type, and less than half of the share that is
+    left of all. OUT is complete."""
+    rows = [row for row in found.tensors if row.prunable and row.weights]
+    kinds: dict[str, list[TensorRow]] = {}
+    for row in rows:
+        kinds.setdefault(row.kind, []).append(row)
+    least = min(_LEAST_LEFT, (1 - found.prunable.sparsity) / 2)
+    groups = [(row.name, [row]) for row in rows if row.zeros == row.weights]
+    groups += [
+        (f"layer type {kind}", some) for kind, some in kinds.items() if not trained and _left(some) < least
+    ]
+    before = {tensor.name: tensor for tensor in source.tensors}
+    emptied = [name for name, some in groups if not _was_empty([before.get(row.name) for row in some], least)]
+    if emptied:
+        more = f" and {len(emptied) - 4} more" if len(emptied) > 4 else ""
+        what = f"{out}: the cut left next to nothing of {', '.join(emptied[:4])}{more}; OUT is complete"
+        hint = "--exclude it, spread the cut with --scope tensor, or allow it with --allow-empty"
+        raise VerdictError(103, what, hint=hint)
+
+
+def _left(rows: list[TensorRow]) -> float:
+    """The share of the weights that is not zero."""
+    return 1 - sum(row.zeros for row in rows) / sum(row.weights for row in rows)
+
+
+def _was_empty(tensors: list[Tensor | None], least: float) -> bool:
+    """Whether there was as little in them before."""
+    known = [tensor for tensor in tensors if tensor is not None]
+    zeros = sum(count(tensor, tensor.blocks()).zeros for tensor in known)
+    return 1 - zeros / max(sum(tensor.size for tensor in known), 1) < max(least, 1e-12)
 
 
 def keep_quality(folder: Path, quality: Quality) -> None:

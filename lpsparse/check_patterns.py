@@ -6,11 +6,10 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import UsageError
 from lpsparse.limits import BUDGETS, limit_of
 from lpsparse.pruning.plan import plan_unread
-from lpsparse.pruning.prunable import choose, no_match
+from lpsparse.pruning.prunable import Chosen, choose, no_match
 from lpsparse.recipe import FinetuneStep, PruneStep, ReportStep, Step, pair
 from lpsparse.reporting.measure import prunable_of
 
-Chosen = dict[str, tuple[bool, str]]
 _HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
 _NOT_YET = "matches no tensor yet; the new head may give it one"
 
@@ -27,10 +26,9 @@ def check_patterns(
     if not isinstance(step, (FinetuneStep, PruneStep, ReportStep)):
         return None, [], renamed
     names = [tensor.name for tensor in source.tensors]
-    named = [(tensor.name, tensor.dtype, tensor.shape) for tensor in source.tensors]
     if isinstance(step, FinetuneStep) and step.task in _HEADED and step.model_fn is None:
-        plain = choose(named, (), (), needed=False)
-        renamed = renamed or not any(reason == "output head" for _, reason in plain.values())
+        plain = choose(source, needed=False)
+        renamed = renamed or not any(each.role == "head" for each in plain.values())
     notes = _check_budgets(step, names, renamed=renamed) if isinstance(step, ReportStep) else []
     freeze = step.freeze if isinstance(step, FinetuneStep) else ()
     if renamed:
@@ -49,11 +47,11 @@ def check_patterns(
     if isinstance(step, PruneStep):
         plan = plan_unread(
             source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
-            include=step.include, exclude=step.exclude,
+            include=step.include, exclude=step.exclude, look=step.look,
         )  # fmt: skip
         chosen = plan.chosen
     elif isinstance(step, FinetuneStep):
-        chosen = choose(named, step.include, step.exclude)
+        chosen = choose(source, step.include, step.exclude)
     elif known is not None and not step.include and not step.exclude:
         chosen = known
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lpsparse.chain import WRITES, Link, planned
 from lpsparse.check_data import check_data
-from lpsparse.check_patterns import Chosen, check_patterns
+from lpsparse.check_patterns import check_patterns
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import own_manifest, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, no_key, open_checkpoint
@@ -23,6 +23,7 @@ from lpsparse.errors import InputError, LpsparseError, OutputError
 from lpsparse.kept import check_free, report_file
 from lpsparse.pipeline import is_finished
 from lpsparse.proof import check_reread
+from lpsparse.pruning.prunable import Chosen
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, PruneStep, ReportStep, Step, VerifyStep
 from lpsparse.recipe_file import read_recipe
@@ -119,7 +120,9 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         refuse_quantised(held.checkpoint)
     notes = check_data(step, held.checkpoint) if isinstance(step, (FinetuneStep, EvalStep)) else []
     chosen, more, renamed = check_patterns(step, held.checkpoint, held.chosen, renamed=held.renamed)
-    prunable = None if chosen is None else sum(t.size for t in held.checkpoint.tensors if chosen[t.name][0])
+    prunable = (
+        None if chosen is None else sum(t.size for t in held.checkpoint.tensors if chosen[t.name].prunable)
+    )
     state = _state(link, held, look, place)
     disk, most, memory_bytes = _needs(step, held, place, prunable)
     if state == "finished":

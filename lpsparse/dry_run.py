@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from lpsparse.artefact import Chosen, Say, called_after
+from lpsparse.artefact import Say, called_after
 from lpsparse.checkpoint.counting import Count, Cuts
 from lpsparse.checkpoint.files import packed_sizes
 from lpsparse.checkpoint.opening import Checkpoint, no_key
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.pruning.plan import plan_unread
-from lpsparse.pruning.prunable import kept_in_words
+from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import PackStep, PruneStep, UnpackStep, pair
 from lpsparse.reporting.estimate import estimate, report_of
@@ -52,7 +52,7 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
     check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite)
     plan = plan_unread(
         source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
-        include=step.include, exclude=step.exclude,
+        include=step.include, exclude=step.exclude, look=step.look,
     )  # fmt: skip
     say(kept_in_words(plan.chosen))
     say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
@@ -67,14 +67,14 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
         "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
         "download_bytes": remote.download_bytes,
         "weights": sum(tensor.size for tensor in source.tensors),
-        "prunable_weights": sum(tensor.size for tensor in source.tensors if plan.chosen[tensor.name][0]),
+        "prunable_weights": sum(each.size for each in source.tensors if plan.chosen[each.name].prunable),
         "zeros_at_least": plan.zeros,
         "estimate": needs.model_dump(mode="json"),
         "tensors": [
             {
                 "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
-                "bytes": tensor.nbytes, "prunable": plan.chosen[tensor.name][0],
-                "reason": plan.chosen[tensor.name][1], "zeros_at_least": plan.each.get(tensor.name),
+                "bytes": tensor.nbytes, "prunable": plan.chosen[tensor.name].prunable,
+                "reason": plan.chosen[tensor.name].reason, "zeros_at_least": plan.each.get(tensor.name),
             }
             for tensor in source.tensors
         ],

@@ -13,6 +13,7 @@ from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, writ
 from lpsparse.errors import InputError, UsageError
 from lpsparse.launch import is_first
 from lpsparse.opened import on_threads, opened, silent
+from lpsparse.pruning.prunable import Decision
 from lpsparse.recipe import InspectStep, ReportStep, VerifyStep, flag
 from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
@@ -125,7 +126,7 @@ def _compared(
         what = f"{base.name}: has no tensor of the names and shapes of {checkpoint.name}: not comparable"
         raise InputError(353, what, hint="give the checkpoint that MODEL was made from as BASE")
     # The same weights are counted of both.
-    counted = {theirs: (ours[mine].prunable, ours[mine].reason) for theirs, mine in names.items()}
+    counted = {theirs: Decision(ours[mine].prunable, ours[mine].reason) for theirs, mine in names.items()}
     chosen = prunable_of(base, step.include, step.exclude, strict=False) | counted
     beside = measure(base, chosen, patterns=False)
     check_weights(base, beside)
@@ -157,12 +158,13 @@ def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
 
 def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
     checkpoint = opened(step.model, say, step.weights, step.key, needed=False)
-    chosen = prunable_of(checkpoint)
+    chosen = prunable_of(checkpoint, always_look=step.look)
     tensors = [
         {
             "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
-            "layout": tensor.layout, "bytes": tensor.stored_bytes, "prunable": chosen[tensor.name][0],
-            "reason": chosen[tensor.name][1],
+            "layout": tensor.layout, "bytes": tensor.stored_bytes, "prunable": chosen[tensor.name].prunable,
+            "reason": chosen[tensor.name].reason, "role": chosen[tensor.name].role,
+            "told_by": chosen[tensor.name].by,
         }
         for tensor in checkpoint.tensors
     ]  # fmt: skip
@@ -170,6 +172,6 @@ def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
         "model": checkpoint.name, "revision": checkpoint.revision, "layout": checkpoint.layout,
         "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
         "weights": sum(tensor.size for tensor in checkpoint.tensors),
-        "prunable_weights": sum(tensor.size for tensor in checkpoint.tensors if chosen[tensor.name][0]),
+        "prunable_weights": sum(tensor.size for tensor in checkpoint.tensors if chosen[tensor.name].prunable),
         "tensors": tensors, "notes": list(checkpoint.notes),
     }  # fmt: skip

@@ -123,8 +123,8 @@ Fraction = Annotated[
 Floats = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 _INCLUDE = Field(
     (),
-    description="Glob over tensor names that may be cut; repeatable. Default: every matrix that is no "
-    "embedding, norm or output head.",
+    description="Glob over tensor names that may be cut; repeatable. Default: linear and convolution "
+    "weights, except output heads and routers.",
 )
 _EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatable, wins over --include.")
 MODEL = Field(min_length=1, description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
@@ -140,6 +140,14 @@ _KEY = Field(
 _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _THREADS = Field(None, ge=1, description="Threads; the result is the same. Default: one a core.")
+_LOOK = Field(
+    False,
+    description="Ask transformers what each tensor is: it builds the model without values. Default: only of "
+    "what names and shapes leave open.",
+)
+_ALLOW_EMPTY = Field(
+    False, description="Exit 0 also where a tensor or a layer type is left without weights. Default: exit 1."
+)
 _DRY_RUN = Field(False, description="Say what would be done and write nothing.")
 _DRY_PRUNE = Field(
     False,
@@ -155,7 +163,7 @@ REPEATED = (  # flags that may be given more than once
 _UNRECORDED = {
     "model", "weights", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data",
     "model_fn", "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track",
-    "rank_timeout",
+    "rank_timeout", "look", "allow_empty",
 }  # fmt: skip
 
 
@@ -239,6 +247,8 @@ class PruneStep(Step):
     )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
+    look: bool = _LOOK
+    allow_empty: bool = _ALLOW_EMPTY
     layout: Literal["dense", "bitmask", "packed"] = Field("dense", description="How the result is stored.")
     threads: int | None = _THREADS
     overwrite: bool = _OVERWRITE
@@ -321,6 +331,7 @@ class InspectStep(Step):
     model: str = MODEL
     weights: str | None = _WEIGHTS
     key: str | None = _KEY
+    look: bool = _LOOK
 
 
 class PushStep(Step):
@@ -437,20 +448,26 @@ class _DataStep(Step):
     label_field: str | None = Field(None, description="Column of the label. Default: label.")
     max_length: int = Field(
         128, ge=2,
-        description="Tokens a text is cut at (classification) or a block has (causal-lm).",
+        description="Tokens a text is cut at (classification) or a block has (causal-lm). Default: 128, or "
+        "the positions that MODEL has.",
     )  # fmt: skip
     model_fn: str | None = Field(
         None,
         description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the torch module of a bare state dict.",
     )
-    mean: Floats = Field((0.5,), description="Mean of each image channel, on 0..1, comma separated.")
-    std: Floats = Field((0.5,), description="Standard deviation of each image channel, likewise.")
+    mean: Floats | None = Field(
+        None,
+        description="Mean of each image channel, on 0..1, comma separated. Default: as MODEL's "
+        "preprocessor_config.json says, else 0.5.",
+    )
+    std: Floats | None = Field(None, description="Standard deviation of each image channel, likewise.")
     batch_size: int = Field(32, ge=1, description="Rows, images or blocks a step (all processes together).")
     seed: int = Field(0, ge=0, description="Seed of data order, new heads and dropout.")
 
     @model_validator(mode="after")
     def _channels(self) -> Self:
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+        mean, std = self.mean or (0.5,), self.std or (0.5,)
+        if len(mean) != len(std) or min(std) <= 0:
             raise ValueError("--mean and --std need as many values, --std above 0")
         return self
 
@@ -589,7 +606,7 @@ class FinetuneStep(_DataStep):
         description="Weight of the divergence between two passes with dropout (R-Drop's alpha): helps where "
         "labelled data is short, at twice the time.",
     )  # fmt: skip
-    keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL.")
+    keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL, of any tensor.")
     decay_share: float = Field(
         0.4, gt=0, le=1,
         description="Share of the steps after which the target is met; the rest recovers. 1: no recovery.",
@@ -611,6 +628,7 @@ class FinetuneStep(_DataStep):
     )
     include: Patterns = _INCLUDE
     exclude: Patterns = _EXCLUDE
+    allow_empty: bool = _ALLOW_EMPTY
     epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
     optimizer: Annotated[str, AfterValidator(_optimizer)] = Field(
@@ -762,7 +780,11 @@ class RecoverStep(FinetuneStep):
 
     def as_finetune(self) -> FinetuneStep:
         """The command that does it."""
-        return FinetuneStep.model_validate(self.model_dump(), by_name=True)
+        settings = self.model_dump(exclude_unset=True) | {
+            "method": self.method,
+            "keep_zeros": self.keep_zeros,
+        }
+        return FinetuneStep.model_validate(settings, by_name=True)
 
 
 STEPS: dict[str, type[Step]] = {

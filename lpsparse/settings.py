@@ -55,7 +55,9 @@ def as_trained(step: EvalStep, training: Mapping[str, Any]) -> EvalStep:
     """`step` with what it does not say itself from the settings of the fine-tune that made its model, unless
     that was for another task. Raises UsageError where neither says a task."""
     given = {name: getattr(step, name) for name in step.model_fields_set}
-    known = {name: training[name] for name in EvalStep.inherited if training.get(name) is not None}
+    fields = EvalStep.model_fields
+    known = {name: training.get(name) for name in EvalStep.inherited}
+    known = {name: value for name, value in known.items() if value not in (None, fields[name].default)}
     if given.get("task") not in (None, known.get("task")):
         return step
     if not {"task"} & {*given, *known}:

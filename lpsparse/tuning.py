@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpsparse.artefact import Say, called_after, check_same, complete, keep_quality, recorded
+from lpsparse.artefact import Say, called_after, check_left, check_same, complete, keep_quality, recorded
 from lpsparse.checkpoint.manifest import Quality, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_keeps, check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.checkpoint.threads import using
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, UsageError
 from lpsparse.launch import is_first, is_launched
 from lpsparse.opened import opened, silent
 from lpsparse.proof import report_step
+from lpsparse.pruning.prunable import Decision
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
 from lpsparse.reporting.check import check_weights
@@ -25,8 +26,11 @@ from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained_of
 from lpsparse.settings import as_launched, as_trained, resolve
 
+_NOT_OURS = Decision(False, "not part of the model")
+
 if TYPE_CHECKING:  # torch comes with it
     from lpsparse.training.quality import Measured
+    from lpsparse.training.tasks.base import Task
 
 
 def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
@@ -44,11 +48,12 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     from lpsparse.training.data import find
     from lpsparse.training.quality import held_of
 
-    unit, after = _measured(step, source)
+    task, after = _measured(step, source, say)
+    unit = task.unit
     known = _known_data(step, source, say)
     split = find(step.data, step.split)[2]
     found: dict[str, Any] = {"model": source.name, "task": step.task, "split": split, "trained_on": known}
-    found |= {**_figures(after), unit: after.count}
+    found |= {**_figures(after), unit: after.count, **({"pixels": task.view} if task.view else {})}
     before = dense = None
     cut = False
     if step.against is not None:
@@ -56,14 +61,18 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
         cut = _is_cut(dense)
         if cut:
             say(f"{dense.name} was cut already: what that cost is not in this figure, and no budget takes it")
-        before = _measured(step, dense)[1]
+        alike = "give models with the same tokenizer and lengths"
+        try:
+            before = _measured(step, dense, say)[1]
+        except UsageError as error:  # what was asked for is right for MODEL
+            raise InputError(358, error.what, hint=alike) from None
         found |= {"against": dense.name, **{f"before_{key}": each for key, each in _figures(before).items()}}
         if before.count != after.count:
             what = f"{dense.name}: {before.count} {unit} were measured, of {source.name} {after.count}"
-            raise InputError(358, what, hint="give models with the same tokenizer and lengths")
+            raise InputError(358, what, hint=alike)
     if place is None:
         return found
-    metric, held = "loss" if after.accuracy is None else "accuracy", held_of(step)
+    metric, held = "loss" if after.accuracy is None else "accuracy", held_of(step, task)
     quality = Quality(
         metric=metric, before=None if before is None else before.of(metric), after=after.of(metric),
         higher_is_better=metric == "accuracy", rows=after.count, split=f"{split} {unit}",
@@ -86,13 +95,15 @@ def _is_cut(checkpoint: Checkpoint) -> bool:
     return any("prune" in each for each in steps) or any(each.get("method") != "dense" for each in trained)
 
 
-def _measured(step: EvalStep, source: Checkpoint) -> "tuple[str, Measured]":
-    """What was counted (rows, images, tokens), and how good the model is on it."""
+def _measured(step: EvalStep, source: Checkpoint, say: Say) -> "tuple[Task, Measured]":
+    """What was measured on, and how good the model is on it."""
     from lpsparse.training.loop import prepare
     from lpsparse.training.quality import evaluate
 
     task = prepare(step, source)
-    return task.unit, evaluate(step, task)
+    for note in task.notes:
+        say(note)
+    return task, evaluate(step, task)
 
 
 def _figures(measured: "Measured") -> dict[str, float]:
@@ -170,7 +181,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     step, precision = with_precision(asked)
     start(step)
     task = prepare(step, source, spread=False)
-    notes = (*precision, *task.loaded.notes, *_about_held_out(step))
+    notes = (*precision, *task.loaded.notes, *task.notes, *_about_held_out(step))
     for note in notes:
         say(note)
     recipe = recorded(asked)
@@ -187,7 +198,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         say(f"writing {step.out}")
         with using(1):  # a sharded tensor is gathered by all processes, one after another
             result = rewrite(written, folder, lambda _: None, "dense")
-        held = held_of(step)
+        held = held_of(step, task)
         quality = Quality(
             metric=task.metric, before=trained.before.of(task.metric) if trained.before else None,
             after=trained.after.of(task.metric), higher_is_better=task.higher_is_better,
@@ -196,9 +207,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             after_error=trained.after.error_of(task.metric),
             data_sha256=held.sha256, of_cut=step.keep_zeros, task=step.task, data=held.names,
         )  # fmt: skip
-        chosen = {
-            t.name: trained.prunable.get(t.name, (False, "not part of the model")) for t in written.tensors
-        }
+        chosen = {t.name: trained.prunable.get(t.name, _NOT_OURS) for t in written.tensors}
         notes = (*notes, trained.facts)
         record = source_of(source)
         check_same(record, of_run["model"])
@@ -207,6 +216,8 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         if alert is not None:
             say(str(alert))
     distributed.wait()
+    if not step.allow_empty:
+        check_left(source, found, step.out, trained=True)
     return called_after(found, step.out)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
-from lpsparse.artefact import Say, stamps_of, writing
+from lpsparse.artefact import Say, check_left, stamps_of, writing
 from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import read_manifest
@@ -163,8 +163,9 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     plan = plan_prune(
         source, sparsity=step.sparsity, below=step.below, gap=step.gap, n_m=pair(step.n_m),
         block=pair(step.block), scope=step.scope, include=step.include, exclude=step.exclude,
+        look=step.look,
     )  # fmt: skip
-    chosen = {name: (tensor.prunable, tensor.reason) for name, tensor in plan.tensors.items()}
+    chosen = {name: tensor.decision for name, tensor in plan.tensors.items()}
     say(kept_in_words(chosen))
     if plan.band is not None:
         band = plan.band
@@ -183,7 +184,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         written = rewrite(source, folder, plan.cut, step.layout)
         counts = written.counts
-        cut = (tensor for tensor in source.tensors if chosen[tensor.name][0])
+        cut = (tensor for tensor in source.tensors if chosen[tensor.name].prunable)
         alert = drained((tensor.name, counts[tensor.name].zeros, tensor.size) for tensor in cut)
         if alert is not None:
             say(str(alert))
@@ -194,7 +195,10 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
                 "quality recorded in MODEL is left out: the cut changed weights; measure again with "
                 "`lpsparse eval OUT --against DENSE --save`, DENSE being the model before any cut"
             )
-        return finish(written, quality if same else ())
+        found = finish(written, quality if same else ())
+    if not step.allow_empty:
+        check_left(source, found, step.out)
+    return found
 
 
 @on_threads

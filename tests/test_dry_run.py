@@ -51,7 +51,7 @@ def test_the_disk_that_a_dry_run_tells_is_what_out_takes(tmp_path: Path) -> None
     model, ones = tmp_path / "m.safetensors", np.ones((64, 512), np.float32)
     save_file({f"layers.{i}.weight": ones for i in range(20)}, model)
     needs = prune(model, tmp_path / "out", sparsity=0.5, dry_run=True).estimate
-    prune(model, tmp_path / "out", sparsity=0.5)
+    prune(model, tmp_path / "out", sparsity=0.5, allow_empty=True)
     taken = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*"))
     assert needs is not None and needs.seconds is not None and 0 < needs.seconds < 60
     assert 0.99 < needs.disk_bytes / taken < 1.01

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "pruning": {"checkpoint", "errors"},
     "training": {"pruning", "checkpoint", "recipe", "settings", "launch", "distributed", "errors"},
     # What counts is decided by one rule.
-    "reporting": {"checkpoint", "recipe", "limits", "plain_yaml", "errors", "pruning.prunable"},
+    "reporting": {"checkpoint", "recipe", "limits", "plain_yaml", "errors", "pruning"},
     "integrations": {"training", "checkpoint", "recipe", "errors"},
     "artefact": VERBS_MAY,
     "dry_run": VERBS_MAY | {"artefact"},

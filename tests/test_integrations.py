@@ -92,12 +92,14 @@ class StopAt(TrainerCallback):
 
 def trainer(folder: Path, data: list[Tensor], *more: TrainerCallback, **options: Any) -> Trainer:
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, learning_rate=RATE, max_grad_norm=1.0, save_strategy="no",
+        output_dir=str(folder), max_steps=STEPS, learning_rate=RATE, max_grad_norm=1.0,
         report_to="none", disable_tqdm=True, use_cpu=True, optim="adamw_torch", logging_strategy="no",
-        **{"weight_decay": 0.0, **options},
+        **{"weight_decay": 0.0, "save_strategy": "no", **options},
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(BUNDLED)
-    return InOrder(model, arguments, train_dataset=data, callbacks=[SparsityCallback(**OPTIONS), *more])  # type: ignore[arg-type]
+    rows = [{"input_ids": data[0][0]}]
+    callbacks = [SparsityCallback(**OPTIONS), *more]
+    return InOrder(model, arguments, train_dataset=data, eval_dataset=rows, callbacks=callbacks)  # type: ignore[arg-type]
 
 
 def test_the_trainers_callback_gives_the_weights_of_finetune(
@@ -116,6 +118,60 @@ def test_the_trainers_checkpoints_hold_the_callbacks_state(
     resumed = trainer(tmp_path, data)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
     check_same(resumed.model, wanted)
+
+
+def zeros_of(model: Any, layers: str = "") -> tuple[int, int]:
+    """Zeros and size of what is prunable, under `layers`."""
+    kept = [p for n, p in model.named_parameters() if layers in n and "_proj" in n]
+    return sum(int((p == 0).sum()) for p in kept), sum(p.numel() for p in kept)
+
+
+class Losses(TrainerCallback):
+    """The first evaluation is the best."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        metrics["eval_loss"] = float(state.global_step)
+
+
+@pytest.mark.parametrize("stop", [7, STEPS])
+def test_a_trainer_that_stops_early_or_loads_its_best_has_the_targets_zeros(
+    stop: int, data: list[Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = {
+        "load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps",
+        "eval_steps": 5, "save_steps": 5, "save_strategy": "steps",
+    }  # fmt: skip
+    run = trainer(tmp_path, data, Losses(), *([StopAt(stop)] if stop < STEPS else []), **best)
+    run.train()
+    assert run.state.best_global_step == 5
+    zeros, size = zeros_of(run.model)
+    assert zeros == int(0.7 * size)
+    assert f"cut to the target at the end, after {stop} of {STEPS} steps" in caplog.text
+
+
+def test_what_is_frozen_in_a_trainer_stays_and_its_groups_keep_their_rates(
+    data: list[Tensor], tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, data)
+    frozen = run.model.model.layers[0].requires_grad_(False)
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if "norm" in name]
+    body = [p for name, p in trained.items() if "norm" not in name]
+    groups = [{"params": body, "lr": 1e-3}, {"params": head, "lr": 1e-2}]
+    run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    seen: list[list[float]] = []
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            seen.append([group["lr"] for group in given["optimizer"].param_groups])
+
+    run.add_callback(Rates())
+    run.train()
+    assert [max(each) for each in zip(*seen, strict=True)] == [1e-3, 1e-2]
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+    zeros, size = zeros_of(run.model)
+    assert zeros == int(0.7 * (size - zeros_of(frozen)[1]))
 
 
 def test_the_trainers_own_weight_decay_and_options_of_the_loop_are_refused(

@@ -59,6 +59,11 @@ METHODS: dict[str, Options] = {
         for name in ("rows", "weight-norm", "l1-rows", "spectral", "modular", "denoise")
     },
     **{name: {"target_sparsity": "0.6", "optimizer": name} for name in ("sgd", "adafactor", "muon")},
+    "two sets of weights": {
+        "target_sparsity": "0.6",
+        "optimizer": f"{Path(__file__).with_name('test_own_loops.py')}:Averaging",
+    },
+    "keep zeros": {"method": "dense", "keep_zeros": True},
     "flips, distilled": {"target_sparsity": "0.6", "augment": "crop-flip", "distill": 0.5},
     "bf16": {"target_sparsity": "0.6", "mixed_precision": "bf16"},
 }

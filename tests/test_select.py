@@ -32,7 +32,7 @@ from lpsparse.checkpoint.dtypes import (
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.errors import InputError, UsageError, VerdictError
 from lpsparse.pruning.plan import Plan, plan_prune
-from lpsparse.pruning.prunable import no_match, prunable
+from lpsparse.pruning.prunable import decide, no_match
 from lpsparse.pruning.select import Scored, cut_smallest, select, target_count
 
 TORCH = {
@@ -400,7 +400,10 @@ def test_below_cuts_what_is_smaller_and_keeps_what_is_equal(dtype: str, tmp_path
 @pytest.mark.parametrize(("below", "count"), [(0, 0), (-0.0, 0), (1e-300, 0), (1e39, 91), (1e308, 91)])
 def test_below_holds_at_the_ends_of_the_scale(below: float, count: int, tmp_path: Path) -> None:
     write_safetensors(tmp_path / "m.safetensors", {"a.weight": f32(7, 13)})
-    assert prune(tmp_path / "m.safetensors", tmp_path / "out", below=below).prunable.zeros == count
+    assert (
+        prune(tmp_path / "m.safetensors", tmp_path / "out", below=below, allow_empty=True).prunable.zeros
+        == count
+    )
 
 
 # The band
@@ -478,16 +481,21 @@ def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "dtype", "shape", "yes", "reason"),
     [
-        ("model.layers.0.mlp.up_proj.weight", "F32", (7, 13), True, "matrix"),
-        ("features.0.weight", "BF16", (7, 3, 3, 3), True, "matrix"),
-        ("encoder.head_mix.weight", "F32", (7, 13), True, "matrix"),
+        ("model.layers.0.mlp.up_proj.weight", "F32", (7, 13), True, "linear"),
+        ("features.0.weight", "BF16", (7, 3, 3, 3), True, "convolution"),
+        ("encoder.head_mix.weight", "F32", (7, 13), True, "linear"),
         ("model.embed_tokens.weight", "F32", (7, 13), False, "embedding"),
         ("bert.embeddings.word_embeddings.weight", "F32", (7, 13), False, "embedding"),
         ("transformer.wte.weight", "F32", (7, 13), False, "embedding"),
-        ("h.0.ln_1.weight", "F32", (7, 13), False, "normalisation"),
-        ("lm_head.weight", "F32", (7, 13), False, "output head"),
-        ("module.fc.weight", "F32", (7, 13), False, "output head"),
-        ("fc.f6.weight", "F32", (7, 13), False, "output head"),  # LeNet's last but one: docs/compress.md
+        ("h.0.ln_1.weight", "F32", (7, 13), False, "norm"),
+        ("lm_head.weight", "F32", (7, 13), False, "head"),
+        ("module.fc.weight", "F32", (7, 13), False, "head"),
+        ("_orig_mod.fc.weight", "F32", (7, 13), False, "head"),  # torch.compile
+        ("model._orig_mod.fc.weight", "F32", (7, 13), False, "head"),
+        ("net.module.score.weight", "F32", (7, 13), False, "head"),  # Lightning
+        ("_orig_mod.layers.0._orig_mod.fc.weight", "F32", (7, 13), True, "linear"),
+        ("decoder.cls.predictions.transform.dense.weight", "F32", (7, 13), False, "head"),
+        ("fc.f6.weight", "F32", (7, 13), False, "head"),  # LeNet's last but one: docs/compress.md
         ("shared.weight", "F32", (7, 13), False, "embedding"),  # T5
         ("model.shared.weight", "F32", (7, 13), False, "embedding"),  # BART
         (
@@ -495,16 +503,16 @@ def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path
             "F32",
             (7, 13),
             False,
-            "embedding",
+            "position",
         ),
-        ("heads.head.weight", "F32", (7, 13), False, "output head"),  # torchvision's ViT
-        ("linear.weight", "F32", (7, 13), False, "output head"),
-        ("encoder.0.linear.weight", "F32", (7, 13), True, "matrix"),
-        ("proj_out.weight", "F32", (7, 13), False, "output head"),  # Whisper
-        ("transformer.output_layer.weight", "F32", (7, 13), False, "output head"),
-        ("vocab_projector.weight", "F32", (7, 13), False, "output head"),  # DistilBERT
-        ("a.bias", "F32", (7,), False, "fewer than 2 dimensions"),
-        ("a.weight", "F32", (), False, "fewer than 2 dimensions"),
+        ("heads.head.weight", "F32", (7, 13), False, "head"),  # torchvision's ViT
+        ("linear.weight", "F32", (7, 13), False, "head"),
+        ("encoder.0.linear.weight", "F32", (7, 13), True, "linear"),
+        ("proj_out.weight", "F32", (7, 13), False, "head"),  # Whisper
+        ("transformer.output_layer.weight", "F32", (7, 13), False, "head"),
+        ("vocab_projector.weight", "F32", (7, 13), False, "head"),  # DistilBERT
+        ("a.bias", "F32", (7,), False, "bias"),
+        ("a.weight", "F32", (), False, "scale"),
         ("a.weight", "F32", (0, 7), False, "empty"),
         ("a.weight", "I8", (7, 13), False, "I8 is not a float that can be pruned"),
         ("a.weight", "F4", (7, 14), False, "F4 is not a float that can be pruned"),
@@ -513,7 +521,8 @@ def test_a_band_narrower_than_two_decades_is_named_with_its_width(tmp_path: Path
 def test_names_shapes_and_dtypes_decide_what_is_kept(
     name: str, dtype: str, shape: tuple[int, ...], yes: bool, reason: str
 ) -> None:
-    assert prunable(name, dtype, shape) == (yes, reason)
+    found = decide([(name, dtype, shape)])[name]
+    assert (found.prunable, found.reason) == (yes, reason)
 
 
 def test_include_names_all_that_may_be_cut_and_exclude_wins(tiny: Path) -> None:
@@ -575,9 +584,9 @@ def test_n_of_m_leaves_the_largest_of_each_group_ties_by_position(
     draw = np.random.default_rng(3)
     array = draw.integers(-3, 4, (13, 56)).astype(dtype)  # ties and zeros
     experts = draw.standard_normal((3, 5, 56)).astype(dtype)
-    source = checkpoint_of(tmp_path / "m", {"a.weight": array, "b.experts": experts})
+    source = checkpoint_of(tmp_path / "m", {"a.weight": array, "b.experts.weight": experts})
     found = apply(plan_prune(source, n_m=(n, m)), source)
-    for name, original in (("a.weight", array), ("b.experts", experts)):
+    for name, original in (("a.weight", array), ("b.experts.weight", experts)):
         for group, left in zip(original.reshape(-1, m), found[name].reshape(-1, m), strict=True):
             dead = np.argsort(np.abs(group), kind="stable")[: m - n]
             expected = group.copy()
@@ -663,14 +672,14 @@ def test_rows_that_are_read_in_pieces_are_cut_as_whole_ones(
 ) -> None:
     draw = np.random.default_rng(5)
     arrays = {f"{n}.weight": draw.integers(-9, 9, shape).astype(np.float32) for n, shape in enumerate(LONG)}
-    arrays["5.experts"] = draw.standard_normal((3, 14, 52)).astype(np.float16)
+    arrays["5.experts.weight"] = draw.standard_normal((3, 14, 52)).astype(np.float16)
     save_file(arrays, tmp_path / "m.safetensors")
-    prune(tmp_path / "m.safetensors", tmp_path / "whole", **rule, layout=layout)
+    prune(tmp_path / "m.safetensors", tmp_path / "whole", **rule, layout=layout, allow_empty=True)
     for piece_bytes in (40 * 4, 104 * 4):
         monkeypatch.setattr("lpsparse.checkpoint.tensors.BLOCK_BYTES", piece_bytes)
         out = tmp_path / str(piece_bytes)
         assert open_checkpoint(tmp_path / "m.safetensors").tensors[0].grid[0] > LONG[0][0]
-        prune(tmp_path / "m.safetensors", out, **rule, layout=layout)
+        prune(tmp_path / "m.safetensors", out, **rule, layout=layout, allow_empty=True)
         assert tree_hash(out) == tree_hash(tmp_path / "whole")
         unpack(out, tmp_path / f"{piece_bytes}-dense")
         dense = {tensor.name: tensor for tensor in open_checkpoint(tmp_path / f"{piece_bytes}-dense").tensors}

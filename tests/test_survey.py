@@ -12,7 +12,7 @@ from lpsparse import prune, report
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import Quality
 from lpsparse.errors import InputError, UsageError
-from lpsparse.pruning.prunable import prunable
+from lpsparse.pruning.prunable import decide
 from lpsparse.recipe import ReportStep
 from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.kinds import KINDS, kind_of
@@ -181,10 +181,12 @@ def test_layer_types_follow_from_usual_names(name: str, kind: str) -> None:
         "lm_head.weight", "module.model.lm_head.weight", "classifier.fc1.weight", "score.weight",
         "cls.predictions.decoder.weight", "linear.weight", "vocab_projector.weight", "layers.3.fc.weight",
         "pooler.dense.weight", "bert.pooler.dense.weight", "model.head.weight", "model.scorer.weight",
+        "_orig_mod.fc.weight", "net._orig_mod.head.weight", "decoder.cls.predictions.decoder.weight",
     ],
 )  # fmt: skip
 def test_a_head_is_what_pruning_keeps_as_one(name: str) -> None:
-    assert (kind_of(name, (7, 13)) == "head") == (prunable(name, "F32", (7, 13)) == (False, "output head"))
+    kept_as_head = decide([(name, "F32", (7, 13))])[name].reason == "head"
+    assert (kind_of(name, (7, 13)) in ("head", "pooler")) == kept_as_head
 
 
 def test_the_report_of_a_packed_checkpoint_is_that_of_the_dense_one(tiny: Path, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lpsparse.checkpoint.foreign import refuse_parts
+from lpsparse.checkpoint.foreign import refuse_parts, refuse_whole
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, check_regular, sniff, unique_json
 from lpsparse.checkpoint.hub import fetch, is_hub_id
-from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, find_weight_names
+from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, find_weight_names, is_index
 from lpsparse.errors import InputError, RemoteError, UsageError
 
 _NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
@@ -72,11 +72,13 @@ def find_weights(folder: Path) -> Path:
     """The index or weight file in a folder. Raises InputError where there is none, or more than one."""
     names = os.listdir(folder)
     choice = find_weight_names(names)
+    refuse_whole(folder, names, choice)
     if len(choice) != 1:
         refuse_parts(folder, names, within=not choice)
     if len(choice) > 1:
-        what = "two checkpoints here" if choice[0] in FOLDER_ORDER else "several weight files and no index"
-        whole = [] if choice[0] in FOLDER_ORDER else whole_sets(names)
+        indexed = choice[0] in FOLDER_ORDER or is_index(choice[0])
+        what = "two checkpoints here" if indexed else "several weight files and no index"
+        whole = [] if indexed else whole_sets(names)
         hint = _open_all(whole[0]) if whole else _NAME_IT
         raise InputError(328, f"{folder}: {what}: {', '.join(choice[:4])}", hint=hint)
     if not choice:
@@ -88,8 +90,8 @@ def find_weights(folder: Path) -> Path:
 def named_weights(folder: Path, name: str) -> Path:
     """The one of that name. Raises InputError where it is not there."""
     if not os.path.lexists(folder / name):
-        kinds = (*WEIGHT_SUFFIXES, ".index.json")
-        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.name.endswith(kinds))[:8])
+        names = sorted(path.name for path in folder.iterdir())
+        there = ", ".join([each for each in names if each.endswith(WEIGHT_SUFFIXES) or is_index(each)][:8])
         what = f"{folder}: no {name} here, only {there or 'no weights at all'}"
         raise InputError(329, what, hint="give one of these as --weights")
     return folder / name

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.header import check_regular
+from lpsparse.checkpoint.header import check_regular, table_of
+from lpsparse.checkpoint.names import find_weight_names
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.errors import InputError
 
@@ -41,6 +42,27 @@ def refuse_archive(path: Path) -> None:
     raise InputError(317, f"{path}: {kind}, not a state dict", hint=hint)
 
 
+def refuse_whole(folder: Path, names: Collection[str], weights: Collection[str]) -> None:
+    """Raises InputError for a folder that is not a model but an adapter of one, a pipeline of several, or the
+    hub's cache around one."""
+    if "adapter_config.json" in names and not weights:
+        base = table_of(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = base if isinstance(base, str) and base else "another model"
+        what = f"{folder}: an adapter of {base}, not a model"
+        merge = f'AutoPeftModel.from_pretrained("{folder}").merge_and_unload().save_pretrained("merged")'
+        hint = f"merge it first, with peft: {merge}"
+        raise InputError(318, what, hint=hint)
+    if "model_index.json" in names and not weights:
+        parts = [name for name in table_of(folder / "model_index.json") if (folder / name).is_dir()]
+        of = [name for name in sorted(parts) if find_weight_names(os.listdir(folder / name))]
+        what = f"{folder}: a diffusers pipeline, of {', '.join(of) or 'no component with weights'}"
+        raise InputError(319, what, hint=f"give one component: {folder / (of[0] if of else 'unet')}")
+    snapshots = sorted((folder / "snapshots").glob("*")) if {"snapshots", "blobs"} <= set(names) else []
+    if snapshots:
+        what = f"{folder}: a repository in the hub's cache, not a model folder"
+        raise InputError(339, what, hint=f"give one of its snapshots: {snapshots[-1]}")
+
+
 def refuse_parts(folder: Path, names: Collection[str], *, within: bool) -> None:
     """Raises InputError where the names in a folder, or in the folders `within` it, are those of a checkpoint
     that each process of a training wrote its part of."""
@@ -59,8 +81,8 @@ def refuse_parts(folder: Path, names: Collection[str], *, within: bool) -> None:
             what = (
                 f"{place}: a checkpoint of DeepSpeed in {len(parts)} parts (*{_OPTIMIZER_PART}), not gathered"
             )
-            tag = f" -t {place.name}" if place == folder else ""
-            top = place.parent
+            tag = f" -t {place.resolve().name}" if place == folder else ""
+            top = place.parent if place.name else Path("..")
             hint = f"`python {top / 'zero_to_fp32.py'} {top} gathered{tag}`, then take the folder gathered"
             raise InputError(316, what, hint=hint)
 

@@ -11,12 +11,13 @@ import re
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, LpsparseError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's cap
 MAX_TENSORS = 500_000  # 700,000 empty tensors took the reference reader 6 s to open
@@ -148,6 +149,14 @@ def sniff(path: Path, head: bytes) -> None:
 
 def _by_offset(entry: Entry) -> tuple[int, int, str]:
     return entry.offset, entry.nbytes, entry.name
+
+
+def table_of(path: Path) -> dict[str, Any]:
+    """What a small file of JSON says; one that is not there or cannot be read says nothing."""
+    with suppress(OSError, ValueError, RecursionError, LpsparseError):
+        found: Any = unique_json(path.read_bytes()) if check_regular(path) <= MAX_HEADER_BYTES else None
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def unique_json(text: bytes | str) -> Any:

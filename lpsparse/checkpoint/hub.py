@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.borrowed import borrow
-from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, find_weight_names
+from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, find_weight_names, is_index
 from lpsparse.errors import RemoteError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -119,7 +119,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    if not path.name.endswith(".index.json"):
+    if not is_index(path.name):
         return "-of-" not in path.name
     shards = set(re.findall(rb'"([^"/]+\.(?:safetensors|bin))"', path.read_bytes()))
     return bool(shards) and all((path.parent / os.fsdecode(name)).exists() for name in shards)

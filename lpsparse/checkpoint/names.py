@@ -21,6 +21,10 @@ _LEFT_BY_TRAINING = re.compile(
     r"wandb|runs|mlruns|logs|lightning_logs|tensorboard|checkpoints?([-_].+)?|global_step\d+|optimizer_\d+"
     r"|.+_fsdp_\d+|__pycache__|.+\.mlpackage"
 )
+_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
+_NO_WEIGHTS = re.compile(  # what trainers put beside a model, in files like those of weights
+    r"training_args\.bin|(optimizer|scheduler|scaler|rng_state)[\w-]*\.(bin|pt|pth)|.*adapter_model\.(safetensors|bin)"
+)
 LEGACY_NORMS = {".weight": ".gamma", ".bias": ".beta"}  # of LayerNorm in BERT's first checkpoints
 _TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -55,9 +59,18 @@ def is_report_name(model: str) -> bool:
     return model.endswith(".json") and not model.endswith(".index.json")
 
 
+def is_index(name: str) -> bool:
+    """Whether a file is the index of shards; a variant's has the variant in its name (.index.fp16.json)."""
+    return _INDEX.search(name) is not None
+
+
 def find_weight_names(names: Collection[str]) -> list[str]:
-    """The one index or weight file that is meant; more where the names leave that open."""
+    """The one index or weight file that is meant; more where the names leave that open. Whatever a library
+    calls its files, an index comes before the files that it lists, and no variant before the model itself."""
+    names = [name for name in names if not is_hidden(name) and not _NO_WEIGHTS.fullmatch(name)]
     present = [name for name in FOLDER_ORDER if name in names]
+    others = sorted(name for name in names if is_index(name) and ".safetensors.index." in name)
+    present = present or [name for name in others if name.endswith(".index.json")] or others
     loose = sorted(name for name in names if name.endswith(".safetensors"))
     torch_named = [name for name in _TORCH_ORDER if name in names]
     torch_loose = sorted(name for name in names if name.endswith(TORCH_SUFFIXES))

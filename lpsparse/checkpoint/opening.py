@@ -18,7 +18,8 @@ from lpsparse.checkpoint.finding import (
     shards_of,
 )
 from lpsparse.checkpoint.foreign import refuse_hollow
-from lpsparse.checkpoint.names import TORCH_FILES
+from lpsparse.checkpoint.masked import baked
+from lpsparse.checkpoint.names import TORCH_FILES, is_index
 from lpsparse.checkpoint.stored import open_file, stored_names
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.errors import InputError, UsageError
@@ -34,6 +35,7 @@ class Checkpoint:
     tensors: tuple[Tensor, ...]
     metadata: dict[str, dict[str, str]]  # by weight file
     revision: str | None = None
+    index: str | None = None  # name of the file that lists the shards
     notes: tuple[str, ...] = ()  # what was unwrapped, dropped or chosen
     _by_name: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False, compare=False)
 
@@ -92,7 +94,7 @@ def open_checkpoint(
 
 def no_key(name: str, key: str) -> UsageError:
     """For a `key` where there is nothing to choose."""
-    return UsageError(259, f"--key {key}: {name} is not a torch file", hint="leave --key out")
+    return UsageError(261, f"--key {key}: {name} is not a torch file", hint="leave --key out")
 
 
 def _open_located(
@@ -107,10 +109,10 @@ def _open_located(
             hint="give its folder, or no --weights",
         )
     else:
-        file, root = path, path.parent if path.name.endswith(".index.json") else None
-    if file.name.endswith(".index.json"):
+        file, root = path, path.parent if is_index(path.name) else None
+    if is_index(file.name):
         files = read_index(file)
-        checkpoint = _open_files(name, root, list(files), files, key)
+        checkpoint = replace(_open_files(name, root, list(files), files, key), index=file.name)
     else:
         shards = [file] if weights is None else shards_of(file)
         checkpoint = _open_files(name, root, shards, None, key)
@@ -139,4 +141,5 @@ def _open_files(
             what = f"{tensor.file}: {tensor.name!r} is also in {seen[tensor.name]}"
             raise InputError(331, what, hint="download the checkpoint again")
         seen[tensor.name] = tensor.file
-    return Checkpoint(name, root, tuple(files), tuple(tensors), metadata, None, tuple(notes))
+    tensors, more = baked(tensors)
+    return Checkpoint(name, root, tuple(files), tuple(tensors), metadata, notes=(*notes, *more))

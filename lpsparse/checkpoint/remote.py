@@ -17,7 +17,7 @@ from lpsparse.checkpoint.finding import check_index, check_name, parse_index
 from lpsparse.checkpoint.foreign import refuse_hollow
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
 from lpsparse.checkpoint.hub import IGNORED, http_error, setting
-from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names
+from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names, is_index
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import find_packed
 from lpsparse.checkpoint.tensors import Blocks, Tensor
@@ -133,7 +133,7 @@ def _read_headers(root: Path, commit: str, weights: str, sizes: dict[str, int]) 
         return check_header(path, sizes[path.name], lambda first, count: part(path, first, count))
 
     index: dict[Path, set[str]] | None = None
-    if weights.endswith(".index.json"):
+    if is_index(weights):
         if sizes[weights] > MAX_HEADER_BYTES:
             raise InputError(330, f"{root / weights}: larger than {MAX_HEADER_BYTES} bytes", hint="")
         index = parse_index(root / weights, part(root / weights, 0, sizes[weights]))

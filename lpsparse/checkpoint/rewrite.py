@@ -22,7 +22,7 @@ from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.progress import phase
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.threads import of_one, parallel
-from lpsparse.checkpoint.writer import drop_weights, weight_file_names, write_index
+from lpsparse.checkpoint.writer import drop_weights, index_name, weight_file_names, write_index
 from lpsparse.errors import InputError, OutputError
 
 WAITING = 2  # threads that write, more than there are cores
@@ -78,8 +78,8 @@ def rewrite(
         files.append(record)
         kept += same
     if len(source.files) > 1:
-        stem = "model" if layout == "dense" else "lpsparse"
-        of_one(lambda: write_index(folder, stem, weight_map, source.dense_bytes))
+        index = index_name(source, packed=layout != "dense")
+        of_one(lambda: write_index(folder, index, weight_map, source.dense_bytes))
     of_one(lambda: _check_complete(open_checkpoint(folder), source))
     return Written(counts, tuple(files), kept)
 

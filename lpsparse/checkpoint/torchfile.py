@@ -171,7 +171,7 @@ def _choose(path: Path, value: Mapping[Any, Any], key: str | None) -> _Table:
     told = ", ".join(f"{each.name!r} ({each.count()} tensors)" for each in (found or tables)[:8])
     if key is not None and not found:
         what = f"--key {key}: {path} has no such table of tensors, but {told}"
-        raise UsageError(259, what, hint="give one of these as --key")
+        raise UsageError(261, what, hint="give one of these as --key")
     what = f"{path}: {len(found)} tables of tensors, and any may be the model: {told}"
     raise InputError(314, what, hint=f"choose one, such as --key {found[0].name}")
 

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, is_part
+from lpsparse.checkpoint.header import table_of
+from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, is_index, is_part
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import OutputError
 
@@ -25,6 +26,7 @@ OWNER = ".lpsparse-owner.json"
 REPLACED = (
     ".lpsparse-replaced"  # in an OUT that is being exchanged: only such an OUT.old is put back or deleted
 )
+_DIFFUSERS = "diffusion_pytorch_model"  # what diffusers calls its weight files
 _MOST_MODULES_BYTES = 1_000_000
 _AT_ONCE = 1 << 20  # letters
 # Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
@@ -67,17 +69,38 @@ def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:
             return {names[0]: "lpsparse.safetensors"}
         return {name: f"lpsparse-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
     if len(names) > 1:
-        return {name: f"model-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
+        ours = any(name.startswith("lpsparse-") for name in names)
+        if source.index is not None and not ours and all(name.endswith(".safetensors") for name in names):
+            return {name: name for name in names}
+        stem = _stem(source)
+        return {name: f"{stem}-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
     if not names[0].endswith(".safetensors") or names[0] == "lpsparse.safetensors":
-        return {names[0]: "model.safetensors"}
+        return {names[0]: f"{_stem(source)}.safetensors"}
     # One shard of one needs an index to be found; without its number it is found by its name.
     return {names[0]: re.sub(r"-0+1-of-0+1(?=\.safetensors$)", "", names[0])}
 
 
-def write_index(folder: Path, stem: str, weight_map: dict[str, str], total_bytes: int) -> None:
+def index_name(source: Checkpoint, *, packed: bool) -> str:
+    """The name of the index in OUT, of a source with several files: its own, where its files keep theirs."""
+    if packed:
+        return "lpsparse.safetensors.index.json"
+    names = weight_file_names(source, packed=False)
+    if source.index is not None and all(old == new for old, new in names.items()):
+        return source.index
+    return f"{_stem(source)}.safetensors.index.json"
+
+
+def _stem(source: Checkpoint) -> str:
+    """What files in OUT are called that cannot keep their names: as loaders look for them."""
+    config = {} if source.root is None else table_of(source.root / "config.json")
+    of_diffusers = source.files[0].name.startswith(_DIFFUSERS) or "_diffusers_version" in config
+    return _DIFFUSERS if of_diffusers else "model"
+
+
+def write_index(folder: Path, name: str, weight_map: dict[str, str], total_bytes: int) -> None:
     """The index that Hugging Face loaders read for a sharded checkpoint."""
     table = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / f"{stem}.safetensors.index.json", table)
+    write_json(folder / name, table)
 
 
 def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
@@ -125,8 +148,7 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
         if outside and source.revision is None:  # that of a hub id is huggingface_hub's own
             left.append(f"{relative.as_posix()} (a link out of the folder)")
         elif relative.parent.as_posix() not in modules and (
-            path.suffix in FOREIGN_WEIGHTS
-            or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
+            path.suffix in FOREIGN_WEIGHTS or is_index(path.name)
         ):
             if relative.as_posix() not in used and not path.name.endswith(".json"):
                 left.append(as_left(relative.as_posix()))

@@ -18,9 +18,10 @@ _STATE = "lpsparse-state"
 class SparsityCallback(TrainerCallback):
     """`Trainer(..., callbacks=[SparsityCallback(target_sparsity=0.8)])`.
 
-    Options are those of `lpsparse.Sparsity`; steps and peak learning rate are the Trainer's. The learning
-    rate of every step is the callback's. Its state is in each of the Trainer's checkpoints, from which it
-    goes on.
+    Options are those of `lpsparse.Sparsity`; steps and the peak learning rate of each group are the
+    Trainer's. The learning rate of every step is the callback's. Its state is in each of the Trainer's
+    checkpoints, from which it goes on. The target is met exactly where the Trainer stops early or ends by
+    loading its best checkpoint, too: what is missing is cut then, which the logger `lpsparse` warns of.
     Raises UsageError for a weight decay of the Trainer's own, and for conditioning other than rows.
     """
 
@@ -35,10 +36,7 @@ class SparsityCallback(TrainerCallback):
         if self.options.get("condition", "auto") not in ("auto", "none", "rows"):
             what = f"condition={self.options['condition']} is not for the Trainer, which clips too early"
             raise UsageError(252, what, hint="rows or none")
-        optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])  # accelerate's is a wrapper
-        self.sparsity = Sparsity(
-            given["model"], optimizer, steps=state.max_steps, lr=args.learning_rate, **self.options
-        )
+        self.sparsity = Sparsity(given["model"], given["optimizer"], steps=state.max_steps, **self.options)
         if state.global_step:
             named = args.resume_from_checkpoint  # where the Trainer was told so, else its own newest
             folder = Path(named) if isinstance(named, str) else Path(args.output_dir)

@@ -17,7 +17,7 @@ from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import UsageError, VerdictError
 from lpsparse.pruning.gap import Band, find_band
 from lpsparse.pruning.neighbours import Pair, divides, grain_of, joined, sums_of_blocks, table_of
-from lpsparse.pruning.prunable import choose
+from lpsparse.pruning.prunable import Chosen, Decision, choose
 from lpsparse.pruning.select import (
     Scored,
     cut_blocks,
@@ -35,8 +35,7 @@ Scope = Literal["global", "tensor", "row"]
 class TensorPlan:
     """What happens to one tensor."""
 
-    prunable: bool
-    reason: str
+    decision: Decision
     threshold: int = 0  # magnitude key: below it is cut
     ties: int = 0  # how many that equal it are cut, first positions first
     row_sparsity: Decimal | None = None  # cut this much of each row instead
@@ -55,7 +54,7 @@ class Plan:
     def cut(self, tensor: Tensor) -> Cut | None:
         """The function that applies this plan to the blocks of a tensor; None where nothing is cut."""
         plan = self.tensors[tensor.name]
-        if not plan.prunable:
+        if not plan.decision.prunable:
             return None
         scores = tensor.dtype if plan.block is None else "F64"
         low = code_of(plan.threshold, scores, wide=self.wide)
@@ -98,7 +97,7 @@ class Plan:
 def plan_prune(
     source: Checkpoint, *, sparsity: Decimal | None = None, below: float | None = None, gap: bool = False,
     n_m: Pair | None = None, block: Pair | None = None, scope: Scope = "global",
-    include: tuple[str, ...] = (), exclude: tuple[str, ...] = (),
+    include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), look: bool = False,
 ) -> Plan:  # fmt: skip
     """Exactly one of `sparsity` (met exactly within each scope), `below`, `gap` and `n_m` decides. With
     `block` it is blocks of rows x columns that are counted, and ranked by the sum of their magnitudes.
@@ -107,10 +106,10 @@ def plan_prune(
     on patterns that match nothing and on shapes that n_m or block do not divide, VerdictError when `gap`
     finds no band.
     """
-    chosen = choose(((t.name, t.dtype, t.shape) for t in source.tensors), include, exclude)
-    tensors = sorted((t for t in source.tensors if chosen[t.name][0]), key=lambda tensor: tensor.name)
+    chosen = choose(source, include, exclude, always_look=look)
+    tensors = sorted((t for t in source.tensors if chosen[t.name].prunable), key=lambda tensor: tensor.name)
     wide = block is not None or any(tensor.dtype == "F64" for tensor in tensors)
-    plans = {name: TensorPlan(yes, reason, block=block) for name, (yes, reason) in chosen.items()}
+    plans = {name: TensorPlan(decision, block=block) for name, decision in chosen.items()}
     threshold, band = None, None
     if n_m is not None:
         _check_divides("--n-m", tensors, 1, n_m[1])
@@ -153,18 +152,18 @@ class Outlook:
     """What a plan will be, as far as names and shapes tell. Zeros are the fewest that the cut leaves: where
     more are there already, they stay. None is what the values decide."""
 
-    chosen: dict[str, tuple[bool, str]]
+    chosen: Chosen
     zeros: int | None  # of all prunable weights
     each: dict[str, int | None]  # of each prunable tensor
 
 
 def plan_unread(
     source: Checkpoint, *, sparsity: Decimal | None, n_m: Pair | None, block: Pair | None, scope: Scope,
-    include: tuple[str, ...], exclude: tuple[str, ...],
+    include: tuple[str, ...], exclude: tuple[str, ...], look: bool = False,
 ) -> Outlook:  # fmt: skip
     """`plan_prune` without reading a weight; refuses what that would refuse of names and shapes."""
-    chosen = choose(((t.name, t.dtype, t.shape) for t in source.tensors), include, exclude)
-    tensors = [tensor for tensor in source.tensors if chosen[tensor.name][0]]
+    chosen = choose(source, include, exclude, always_look=look)
+    tensors = [tensor for tensor in source.tensors if chosen[tensor.name].prunable]
     each: dict[str, int | None] = dict.fromkeys((tensor.name for tensor in tensors), None)
     if n_m is not None:
         _check_divides("--n-m", tensors, 1, n_m[1])

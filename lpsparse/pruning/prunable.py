@@ -1,72 +1,96 @@
-"""Which tensors may lose weights, and why: by name, dtype and shape alone, the same rule in every command."""
+"""Which tensors may lose weights, and why: the one rule of every command."""
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import translate
 from functools import cache
+from typing import Any
 
 from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import Brief
+from lpsparse.checkpoint.rescue import config_of
 from lpsparse.checkpoint.weights import Named
 from lpsparse.errors import UsageError
+from lpsparse.pruning.look import look
 from lpsparse.pruning.quantised import quantised
+from lpsparse.pruning.roles import PRUNED, bare, guess_roles
 
-# Kept by default: they are small or every output depends on them, and pruning them costs the most quality.
-_EMBEDDINGS = (
-    "*embed*", "*wte.*", "*wpe.*", "*position_ids*", "shared.weight", "*.shared.weight",
-    "*relative_attention_bias.*",
-)  # fmt: skip
-_NORMS = ("*norm*", "*.ln_*", "ln_*", "*.bn?.*", "bn?.*")
-_HEADS = (
-    "lm_head.*", "*.lm_head.*", "classifier.*", "*.classifier.*", "score.*", "head.*", "heads.head.*", "fc.*",
-    "model.fc.*", "linear.weight", "cls.*", "qa_outputs.*", "embed_out.*", "output.weight", "proj_out.weight",
-    "output_layer.weight", "*.output_layer.weight", "*vocab_projector.*",
-)  # fmt: skip
 _NOT_FLOAT = " is not a float that can be pruned"
 _IN_SHORT = {  # reasons, as what such tensors are called, by ones and more
-    "embedding": ("embedding", "embeddings"), "normalisation": ("norm", "norms"),
-    "output head": ("tensor of the output head", "tensors of the output head"),
-    "fewer than 2 dimensions": ("bias/norm", "biases/norms"), "empty": ("empty tensor", "empty tensors"),
-    "--exclude": ("by --exclude", "by --exclude"), "not in --include": ("not in --include",) * 2,
+    "bias": ("bias", "biases"), "embedding": ("embedding", "embeddings"),
+    "head": ("tensor of the output head", "tensors of the output head"), "mask": ("mask", "masks"),
+    "norm": ("norm", "norms"), "position": ("position table", "position tables"),
+    "router": ("router", "routers"), "scale": ("scale", "scales"), "state": ("state", "states"),
+    "token": ("token", "tokens"), "unknown": ("of unknown role (--include cuts such)",) * 2,
+    "empty": ("empty tensor", "empty tensors"), "--exclude": ("by --exclude", "by --exclude"),
 }  # fmt: skip
-KEPT = {"embedding": _EMBEDDINGS, "normalisation": _NORMS, "output head": _HEADS}
 
 
-def prunable(
-    name: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    include: tuple[str, ...] = (),
-    exclude: tuple[str, ...] = (),
-) -> tuple[bool, str]:
-    """Whether a tensor is cut, and the reason in words.
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is done with one tensor. The reason is its role, or what overrules that."""
 
-    `include` names all that may be cut, kept kinds too; `exclude` wins over it. A leading `module.` is
-    looked through.
+    prunable: bool
+    reason: str
+    role: str = "unknown"
+    by: str = "names and shapes"  # what told the role
+
+
+Chosen = dict[str, Decision]
+
+
+def decide(
+    tensors: Iterable[Named], include: tuple[str, ...] = (), exclude: tuple[str, ...] = (),
+    config: Mapping[str, Any] | None = None, known: Mapping[str, str] | None = None, known_by: str = "",
+) -> Chosen:  # fmt: skip
+    """A decision for each tensor. Linear and convolution weights are cut and all else is kept.
+
+    `include` names all that may be cut, whatever its role; `exclude` wins over it. `config` is the model's
+    config.json. `known` are roles that `known_by`, the model's own modules, told; they win over those from
+    names.
     """
-    bare = name.removeprefix("module.")
+    named = list(tensors)
+    guesses = guess_roles(((name, shape) for name, _, shape in named), config)
+    methods = quantised(named)
+    found: Chosen = {}
+    for name, dtype, shape in named:
+        role = (known or {}).get(name)
+        by = known_by if role else "names and shapes" if guesses[name].sure else "a guess"
+        role = role or guesses[name].role
+        prunable, reason = _rule(name, dtype, shape, role, methods.get(name), include, exclude)
+        by = by if reason == role else "the rule"
+        found[name] = Decision(prunable, reason, role, by)
+    return found
+
+
+def _rule(
+    name: str, dtype: str, shape: tuple[int, ...], role: str, method: str | None, include: tuple[str, ...],
+    exclude: tuple[str, ...],
+) -> tuple[bool, str]:  # fmt: skip
+    """Whether a tensor is prunable, and why."""
+    if method is not None:
+        return False, f"quantised ({method})"
     if not DTYPES[dtype].is_float:
         return False, f"{dtype}{_NOT_FLOAT}"
     if 0 in shape:
         return False, "empty"
-    if _matches(name, bare, exclude):
+    if _matches(name, exclude):
         return False, "--exclude"
     if include:
-        return (True, "--include") if _matches(name, bare, include) else (False, "not in --include")
-    if len(shape) < 2:
-        return False, "fewer than 2 dimensions"
-    for kind, patterns in KEPT.items():
-        if _matches(name, bare, patterns):
-            return False, kind
-    return True, "matrix"
+        return (True, "--include") if _matches(name, include) else (False, "not in --include")
+    return role in PRUNED, role
 
 
-def _matches(name: str, bare: str, patterns: tuple[str, ...]) -> bool:
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern matches a name, as it is or without what wrappers put into it."""
     if not patterns:
         return False
     found = _any_of(patterns)
-    return found.match(name) is not None or (bare != name and found.match(bare) is not None)
+    return found.match(name) is not None or found.match(bare(name)) is not None
 
 
 @cache
@@ -76,19 +100,34 @@ def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def choose(
-    tensors: Iterable[Named], include: tuple[str, ...], exclude: tuple[str, ...], *, needed: bool = True,
+    source: Checkpoint, include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), *, needed: bool = True,
+    strict: bool = True, always_look: bool = False,
+) -> Chosen:  # fmt: skip
+    """`decide` of a checkpoint, with its config.json. Where names and shapes leave a matrix open, the model's
+    own modules are asked; with `always_look` they decide of all.
+
+    Raises UsageError for a pattern that matches nothing, where it is `strict`, and when nothing is left
+    although something is `needed`.
+    """
+    named = [(tensor.name, tensor.dtype, tensor.shape) for tensor in source.tensors]
+    config = config_of(source.root)
+    table = decide(named, include, exclude, config)
+    asked = list(table) if always_look else [name for name, each in table.items() if each.by == "a guess"]
+    if asked and (seen := look(config, asked)) is not None:
+        table = decide(named, include, exclude, config, seen[1], seen[0])
+    return check_chosen(table, include, exclude, needed=needed, strict=strict)
+
+
+def check_chosen(
+    table: Chosen, include: tuple[str, ...], exclude: tuple[str, ...], *, needed: bool = True,
     strict: bool = True,
-) -> dict[str, tuple[bool, str]]:  # fmt: skip
-    """`prunable` of every tensor that is not part of a quantised one. Raises UsageError for a pattern that
-    matches nothing, where it is `strict`, and when nothing is left although something is `needed`."""
-    named = list(tensors)
-    table = {name: prunable(name, dtype, shape, include, exclude) for name, dtype, shape in named}
-    table |= {name: (False, f"quantised ({method})") for name, method in quantised(named).items()}
+) -> Chosen:  # fmt: skip
+    """`table` itself. Raises as `choose` does."""
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns if strict else ():
-            if not any(_matches(name, name.removeprefix("module."), (pattern,)) for name in table):
+            if not any(_matches(name, (pattern,)) for name in table):
                 raise no_match(flag, pattern, table)
-    if needed and not any(yes for yes, _ in table.values()):
+    if needed and not any(each.prunable for each in table.values()):
         raise UsageError(211, "no prunable tensor is left", hint="choose tensors with --include")
     return table
 
@@ -107,24 +146,37 @@ def no_match(flag: str, pattern: str, names: Iterable[str]) -> UsageError:
     return UsageError(210, f"{flag} {pattern}: matches no tensor", hint=hint)
 
 
-def kept_in_words(table: dict[str, tuple[bool, str]]) -> Brief:
+def kept_in_words(table: Chosen) -> Brief:
     """One line that says how much is kept and why, for the person at the terminal; in full with the names."""
     names: dict[str, list[str]] = {}
-    for name, (yes, why) in table.items():
-        if not yes:
-            names.setdefault(why, []).append(name)
-    count = sum(yes for yes, _ in table.values())
+    for name, decision in table.items():
+        if not decision.prunable:
+            names.setdefault(decision.reason, []).append(name)
+    count = sum(decision.prunable for decision in table.values())
     head = f"{count} tensor{'' if count == 1 else 's'} can be pruned"
     short = ", ".join(f"{len(some)} {in_short(why, len(some))}" for why, some in sorted(names.items()))
     full = "; ".join(f"{why}: {', '.join(some)}" for why, some in sorted(names.items()))
-    return Brief(f"{head}. Kept dense: {short or 'none'}.", f"{head}. Kept dense: {full or 'none'}.")
+    told = _told(table)
+    return Brief(
+        f"{head}. Kept dense: {short or 'none'}.{told}", f"{head}. Kept dense: {full or 'none'}.{told}"
+    )  # fmt: skip
+
+
+def _told(table: Chosen) -> str:
+    """What told the roles, where it was more than names and shapes."""
+    counts = Counter(decision.by for decision in table.values())
+    guessed = counts.pop("a guess", 0)
+    others = [by for by in counts if by not in ("names and shapes", "the rule")]
+    text = f" Told by {others[0]}." if others else ""
+    if guessed:
+        text += f" Guessed of {guessed}, as names and shapes leave it open; see `lpsparse inspect`."
+    return text
 
 
 def in_short(why: str, count: int = 1) -> str:
     """What tensors that are kept for this reason are called."""
-    one, more = _IN_SHORT.get(why, (why, why))
     if why.endswith(_NOT_FLOAT):
-        one, more = "buffer without floats", "buffers without floats"
-        if re.match("[IU][0-9]", why):
-            one, more = "integer buffer", "integer buffers"
+        one = "integer buffer" if re.match("[IU][0-9]", why) else "buffer without floats"
+        return one if count == 1 else one.replace("buffer", "buffers")
+    one, more = _IN_SHORT.get(why, (why, why))
     return one if count == 1 else more

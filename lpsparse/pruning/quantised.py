@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint import rescue
+from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.entry import is_ours
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.weights import Named
 from lpsparse.errors import InputError
+from lpsparse.pruning.roles import is_buffer
 
 _UNSCALED = ("F64", "F32", "F16", "BF16")  # values that stand for themselves, whatever lies beside them
-_SCALED = (  # ends of the names of stored values and of their scales, and what writes such a pair
+_METHODS = (  # ends of the names of stored values and of their scales, and what writes such a pair
+    (".qweight", ".wscales", "Nunchaku"),
     (".qweight", ".scales", "GPTQ or AWQ"),
     (".weight_packed", ".weight_scale", "compressed-tensors"),
     (".weight", ".weight_scale", "compressed-tensors"),
@@ -19,20 +22,51 @@ _SCALED = (  # ends of the names of stored values and of their scales, and what 
     (".weight", ".scale_weight", "scaled fp8"),
     (".weight", ".weight.absmax", "bitsandbytes"),
     (".weight", ".SCB", "bitsandbytes"),
+    (".weight", ".scales", "MLX"),
+    ("._data", "._scale", "quanto"),
+    (".W_q", ".scale", "HQQ"),
+    (".codes", ".codebooks", "AQLM"),
     ("_blocks", "_scales", "MXFP4"),
 )
+_ANY = "integers with scales"
 
 
 def quantised(tensors: Iterable[Named]) -> dict[str, str]:
-    """Name -> method of the tensors that hold quantised values or scales, told by names and dtypes."""
-    dtypes = {name: dtype for name, dtype, _ in tensors}
+    """Name -> method of the tensors that hold quantised values, and of all floats beside them.
+
+    An integer (or 8-bit) matrix with a float of the same prefix is quantised, whoever wrote it; a bias alone
+    makes no scale. The pairs that are known give the method its name.
+    """
+    dtypes = {name: (dtype, shape) for name, dtype, shape in tensors}
+    groups: dict[str, list[str]] = {}
+    for name in dtypes:
+        groups.setdefault(_prefix(name), []).append(name)
     found: dict[str, str] = {}
-    for name, dtype in dtypes.items():
-        for values, scales, method in _SCALED:
+    for name, (dtype, shape) in dtypes.items():
+        if dtype in _UNSCALED:
+            continue
+        for values, scales, method in _METHODS:
             beside = name.removesuffix(values) + scales
-            if name.endswith(values) and dtype not in _UNSCALED and beside in dtypes:
-                found |= {name: method, beside: method}
+            if name.endswith(values) and beside in dtypes:
+                found |= {each: found.get(each, method) for each in (name, beside)}
+        small = (
+            DTYPES[dtype].bits <= 8 if DTYPES[dtype].is_float else dtype in ("I8", "U8", "I16", "I32", "U32")
+        )
+        if small and sum(size > 1 for size in shape) > 1 and not is_buffer(name):
+            floats = [
+                each for each in groups[_prefix(name)]
+                if DTYPES[dtypes[each][0]].is_float and each != name and not each.endswith("bias")
+            ]  # fmt: skip
+            if DTYPES[dtype].is_float:  # values of 8 bits that are not scaled have siblings of their own size
+                floats = [each for each in floats if dtypes[each][0] in _UNSCALED and "scale" in each]
+            if floats:
+                method = found.get(name, _ANY)
+                found |= {each: method for each in (name, *floats)}
     return found
+
+
+def _prefix(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def refuse_quantised(source: Checkpoint) -> None:

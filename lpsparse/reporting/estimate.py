@@ -17,6 +17,7 @@ from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import cores
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.checkpoint.writer import find_sidecars
+from lpsparse.pruning.prunable import Chosen
 from lpsparse.reporting.measure import measure
 from lpsparse.reporting.records import Estimate, Report
 
@@ -30,7 +31,7 @@ _PROBE_BYTES = 16 << 20
 
 
 def report_of(
-    source: Checkpoint, chosen: dict[str, tuple[bool, str]], counts: dict[str, Count], layout: str,
+    source: Checkpoint, chosen: Chosen, counts: dict[str, Count], layout: str,
     sizes: dict[str, int | None],
 ) -> Report:  # fmt: skip
     """The report of OUT, if `source` were written in `layout` with `counts` in its tensors; `sizes` are the

@@ -1,18 +1,15 @@
 """The layer type of a tensor, by its name: for tables and colours, never for what is cut."""
 
 import re
-from fnmatch import translate
 
-from lpsparse.pruning.prunable import KEPT
+from lpsparse.pruning.roles import bare, is_head
 
 OTHER = "other"
 _TAIL = 200  # letters of a name that are looked at: a hostile one may have millions
-_HEADS = "|".join(map(translate, KEPT["output head"]))  # what pruning keeps as a head is one
 _PATTERNS = (  # in this order, the first that is found
     ("bias", r"(^|[._])bias$"),
     ("norm", r"norm|(^|[._])(ln|bn)[._\df]"),
     ("embedding", r"embed|(^|[._])(wte|wpe)[._]"),
-    ("head", rf"^(module\.)?({_HEADS})"),
     ("attention q, k, v", r"qkv|query_key_value|c_attn|in_proj"),
     ("attention q", r"(^|[._])(q|wq|query)(_proj|_lin)?[._]"),
     ("attention k", r"(^|[._])(k|wk|key)(_proj|_lin)?[._]"),
@@ -32,6 +29,8 @@ KINDS = (  # in the order of tables and colours
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
     """One of KINDS. A wrong guess puts a tensor into a wrong line of a table, no more."""
-    tail = name[-_TAIL:].lower()
+    tail = bare(name[-_TAIL:]).lower()
     found = next((kind for kind, pattern in _PATTERNS if re.search(pattern, tail)), OTHER)
+    if found not in ("bias", "norm", "embedding", "pooler") and is_head(tail):
+        return "head"
     return "convolution" if found == OTHER and len(shape) == 4 else found

@@ -8,13 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import translate
 
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.names import LEGACY_NORMS
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.tensors import Tensor
-from lpsparse.pruning.prunable import KEPT
+from lpsparse.pruning.roles import is_head
 from lpsparse.reporting.survey import read_config
 
 _MOST_PARTS = 8  # of a name that may be its prefix
@@ -22,9 +21,8 @@ _LEAST = 2  # tensors that a prefix must match: one may do so by accident
 _WRAPPER = "module."  # of torch's DataParallel
 # Heads by the names that pruning keeps, and what stands between a base model and its head.
 _HEAD = re.compile(
-    "|".join(map(translate, KEPT["output head"]))
-    + r"|(\w+\.)?(pooler|pre_classifier)\."
-    + r"|(\w+_)?(heads?|classifier|predictions|projection)\.|vocab_(transform|layer_norm|projector)\."
+    r"(\w+\.)?(pooler|pre_classifier)\."
+    r"|(\w+_)?(heads?|classifier|predictions|projection)\.|vocab_(transform|layer_norm|projector)\."
 )
 Named = dict[str, Tensor]
 
@@ -119,7 +117,8 @@ def left_behind(checkpoint: Checkpoint, base: Checkpoint, found: Match) -> tuple
 
 def _is_head(name: str, prefix: str) -> bool:
     bare = name.removeprefix(_WRAPPER)
-    return not bare.startswith(prefix) or _HEAD.match(bare.removeprefix(prefix)) is not None
+    inner = bare.removeprefix(prefix)
+    return not bare.startswith(prefix) or is_head(inner) or _HEAD.match(inner) is not None
 
 
 def _is_other_class(checkpoint: Checkpoint, base: Checkpoint) -> bool:

@@ -15,7 +15,7 @@ from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.limits import REPORTED_N_M
-from lpsparse.pruning.prunable import choose
+from lpsparse.pruning.prunable import Chosen, Decision, choose
 from lpsparse.reporting.bound import sampled_bytes
 from lpsparse.reporting.kinds import KINDS, kind_of
 from lpsparse.reporting.records import (
@@ -52,7 +52,7 @@ _OPENS = {
 
 def measure(
     checkpoint: Checkpoint,
-    chosen: dict[str, tuple[bool, str]] | None = None,
+    chosen: Chosen | None = None,
     *,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
@@ -73,7 +73,7 @@ def measure(
         (counts, dict[str, Detail]()) if counts is not None else survey(checkpoint, patterns=patterns)
     )
     for tensor in checkpoint.tensors:
-        rows.append(_row(tensor, counts[tensor.name], details.get(tensor.name), *chosen[tensor.name]))
+        rows.append(_row(tensor, counts[tensor.name], details.get(tensor.name), chosen[tensor.name]))
     for file, tensors in checkpoint.by_file.items():
         stored: list[Named] = []  # in the bitmask layout
         for tensor in tensors:
@@ -111,24 +111,24 @@ def _opens_with(checkpoint: Checkpoint) -> str:
 
 def prunable_of(
     checkpoint: Checkpoint, include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), *,
-    strict: bool = True,
-) -> dict[str, tuple[bool, str]]:  # fmt: skip
+    strict: bool = True, always_look: bool = False,
+) -> Chosen:  # fmt: skip
     """What the manifest says is prunable, when lpsparse wrote the folder and no pattern is given; else the
     rule. A `strict` one raises UsageError for a pattern that matches nothing."""
     manifest = own_manifest(checkpoint)
-    if manifest is not None and not include and not exclude:
-        known = {record.name: (record.prunable, record.reason) for record in manifest.tensors}
+    if manifest is not None and not include and not exclude and not always_look:
+        known = {each.name: Decision(each.prunable, each.reason) for each in manifest.tensors}
         if all(tensor.name in known for tensor in checkpoint.tensors):
             return known
-    named = ((tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors)
-    return choose(named, include, exclude, needed=False, strict=strict)
+    return choose(checkpoint, include, exclude, needed=False, strict=strict, always_look=always_look)
 
 
-def _row(tensor: Tensor, counted: Count, detail: Detail | None, prunable: bool, reason: str) -> TensorRow:
+def _row(tensor: Tensor, counted: Count, detail: Detail | None, decision: Decision) -> TensorRow:
     return TensorRow(
         name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, kind=kind_of(tensor.name, tensor.shape),
-        layout=tensor.layout, prunable=prunable, detail=detail,
-        reason=reason, weights=tensor.size, zeros=counted.zeros, sparsity=_ratio(counted.zeros, tensor.size),
+        layout=tensor.layout, prunable=decision.prunable, detail=detail,
+        reason=decision.reason, weights=tensor.size, zeros=counted.zeros,
+        sparsity=_ratio(counted.zeros, tensor.size),
         nonfinite=counted.nonfinite, stored_bytes=tensor.stored_bytes, dense_bytes=tensor.nbytes,
     )  # fmt: skip
 

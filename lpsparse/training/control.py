@@ -9,7 +9,7 @@ the smallest are exchanged for those with the largest gradient (`regrow`). After
 in the weights, their gradients and the optimizer's averages.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -21,6 +21,7 @@ from lpsparse import distributed
 from lpsparse.pruning.select import target_count
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training.allocation import allocate, fisher, keep_only_, kth_smallest, smallest_masks
+from lpsparse.training.attached import own_rate
 from lpsparse.training.decay import LpDecay, budget_lambda, kill_magnitude
 from lpsparse.training.factors import Factors
 from lpsparse.training.phases import Phases
@@ -49,12 +50,16 @@ class SparsityControl:
     `after_backward`, then the optimizer, then `after_step`."""
 
     def __init__(
-        self, step: FinetuneStep, weights: dict[str, Tensor], optimizer: Optimizer, phases: Phases
-    ) -> None:
-        """Raises ValueError while the score is still auto (`setup.resolve_auto`)."""
+        self, step: FinetuneStep, weights: dict[str, Tensor], optimizer: Optimizer, phases: Phases, *,
+        others: Mapping[str, Tensor] | None = None, top: float | None = None,
+    ) -> None:  # fmt: skip
+        """`others` are parameters that are not cut; keep_zeros holds their zeros, too. `top` is the largest
+        of the groups' own learning rates (`own_rate`). Raises ValueError while the score is still auto
+        (`setup.resolve_auto`)."""
         if step.score == "auto":
             raise ValueError("score auto is not resolved")
         self.step, self.weights, self.optimizer, self.phases = step, weights, optimizer, phases
+        self.others, self.top = dict(others or {}), top
         self.across = any(distributed.is_sharded(w) for w in weights.values())
         self.size = sum(w.numel() for w in weights.values())
         self.start = self.zeros()
@@ -80,8 +85,11 @@ class SparsityControl:
             if given != "auto" and step.lambda_convention == "authors":
                 given *= 2 / step.factors  # p = 2 / D
             self.factors = Factors(weights, optimizer, step.factors, self.sum_lr, given)
+        self.held: dict[str, Tensor] = {}  # as `masks`, of the others
         if step.keep_zeros:
             self.masks = {name: w != 0 for name, w in self._parts().items()}
+            living = {name: distributed.local(w.detach()) != 0 for name, w in self.others.items()}
+            self.held = {name: keep for name, keep in living.items() if not keep.all()}
         if step.method in ("one-shot", "rigl"):
             self._cut(self._count(self.target or Decimal(0)))
 
@@ -144,6 +152,11 @@ class SparsityControl:
         """The values of the weights, as far as this process has them, on the same memory."""
         return {name: distributed.local(weight.detach()) for name, weight in self.weights.items()}
 
+    def _living(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters of which something is held at zero, and True where they live."""
+        yield from ((self.weights[name], keep) for name, keep in self.masks.items())
+        yield from ((self.others[name], keep) for name, keep in self.held.items())
+
     def _sums(self, counts: list[int]) -> list[int]:
         """Counts of this process's parts as counts of the whole."""
         return [int(count) for count in distributed.sums(counts)] if self.across else counts
@@ -176,6 +189,8 @@ class SparsityControl:
             self.lambda_p = self._lambda(t) if decaying or self.target is None else 0.0
             self.decay.set_lambda(self.lambda_p)
             for group in self.optimizer.param_groups:
+                if self.step.lambda_p == "auto":  # alike in all groups, whatever their learning rates
+                    group["lp_lambda"] = self.lambda_p / self._share(group)
                 group["lp_l2"] = self.step.lambda_2 if decaying or self.target is None else 0.0
             if self.step.p_start is not None and self.step.method == "lp":
                 share = phases.progress(t)
@@ -187,6 +202,10 @@ class SparsityControl:
                 self._covered[name].copy_(part)
                 keep_only_(part, self.spare[name])
             self._is_covered = True
+
+    def _share(self, group: dict[str, Any]) -> float:
+        """The group's learning rate as a share of the largest; 1 for one that does not move."""
+        return 1.0 if self.top is None else own_rate(group) / self.top or 1.0
 
     def _lambda(self, t: int) -> float:
         assert self.decay is not None
@@ -213,19 +232,25 @@ class SparsityControl:
     def after_backward(self, t: int) -> None:
         """Uncover, exchange weights where the method does, and let clipping and momentum see only what
         lives."""
+        self._uncover()
+        if self.exchanges(t):
+            self.masks = regrow(self.weights, self.masks, t, self.phases.steps)
+            self._hold()
+            self._forget()
+        for weight, keep in self._living():
+            if weight.grad is not None:
+                keep_only_(distributed.local(weight.grad), keep)
+
+    def exchanges(self, t: int) -> bool:
+        """Whether step t asks for the gradients of what is cut, too."""
+        return self.step.method == "rigl" and is_due(t, self.phases.steps)
+
+    def _uncover(self) -> None:
         if self._is_covered:
             parts = self._parts()
             for name, values in self._covered.items():
                 parts[name].copy_(values)
             self._is_covered = False
-        if self.step.method == "rigl" and is_due(t, self.phases.steps):
-            self.masks = regrow(self.weights, self.masks, t, self.phases.steps)
-            self._hold()
-            self._forget()
-        for name, keep in self.masks.items():
-            grad = self.weights[name].grad
-            if grad is not None:
-                keep_only_(distributed.local(grad), keep)
 
     @torch.no_grad()
     def after_step(self, t: int) -> None:
@@ -237,14 +262,30 @@ class SparsityControl:
         if self.gradual and done <= cut_at and due:
             self._cut(self.scheduled(done))
         elif self.step.method in ("lp", "l1", "dwf") and self.target is not None and done == cut_at:
-            if self.factors is not None:
-                self._drop_factors()
             self._cut(self._count(self.target))
         else:
             self._hold()
 
     @torch.no_grad()
+    def finish(self, done: int) -> bool:
+        """Leave exactly the target's zeros, whatever was done to the weights since the last step. Whether
+        some were cut for that: after fewer steps than planned, or since what was cut has values again."""
+        self._uncover()
+        parts = self._parts()
+        revived = self._sums([sum(int((parts[name] != 0)[~keep].sum()) for name, keep in self.masks.items())])
+        due = self.target is not None and (done < self.phases.cut_at or revived[0] > 0)
+        if self.target is not None and due:
+            if revived[0]:  # other weights, such as a checkpoint's: its own zeros are the first to go
+                self.masks = {}
+            self._cut(self._count(self.target))
+        self._hold()
+        self._forget()
+        return due
+
+    @torch.no_grad()
     def _cut(self, count: int) -> None:
+        if self.factors is not None:
+            self._drop_factors()
         held = self._sums([sum(int((~keep).sum()) for keep in self.masks.values())])[0]
         self.masks = self._choose(max(count, held))
         self._hold()
@@ -253,8 +294,8 @@ class SparsityControl:
     @torch.no_grad()
     def _forget(self) -> None:
         """The averages of what is cut, so that momentum does not move it; exp_avg_sq moves nothing."""
-        for name, keep in self.masks.items():
-            state: dict[str, Any] = self.optimizer.state.get(self.weights[name], {})
+        for weight, keep in self._living():
+            state: dict[str, Any] = self.optimizer.state.get(weight, {})
             for key, value in state.items():
                 part = distributed.local(value) if isinstance(value, Tensor) else None
                 if part is not None and part.shape == keep.shape and key != "exp_avg_sq":
@@ -262,9 +303,8 @@ class SparsityControl:
 
     @torch.no_grad()
     def _hold(self) -> None:
-        parts = self._parts()
-        for name, keep in self.masks.items():
-            keep_only_(parts[name], keep)
+        for weight, keep in self._living():
+            keep_only_(distributed.local(weight.detach()), keep)
 
     @torch.no_grad()
     def near_zero(self) -> float:
@@ -281,6 +321,7 @@ class SparsityControl:
         factors = None if self.factors is None else self.factors.factors
         return {
             "steering": self.steering, "masks": dict(self.masks), "spare": dict(self.spare),
+            "held": dict(self.held),
             "factors": factors, "start": self.start, "aim": self.aim,
             "base_lambda": None if self.decay is None else self.base_lambda,
         }  # fmt: skip
@@ -292,6 +333,7 @@ class SparsityControl:
         if self.decay is not None:
             self.base_lambda = state["base_lambda"]
         self.masks, self.spare = dict(state["masks"]), dict(state["spare"])
+        self.held = dict(state.get("held", {}))
         if self.decay is not None and self.selective:
             self.decay.spare = {id(self.weights[name]): keep for name, keep in self.spare.items()}
         if self.factors is not None and state["factors"] is None:

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,23 @@ from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.checkpoint.manifest import Trained
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import FinetuneStep
+from lpsparse.training.labels import label_of
 
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _SUFFIXES = (".txt", ".npz", *_TABLES)
 _SPLIT = re.compile(r"([^\[\]]+)(?:\[(\d{0,18}):(\d{0,18})\])?")
 _ALSO = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train", "training")}
 _TEXTS = ("text", "sentence", "Text", "content")
-LABELS = ("label", "labels")
+LABELS = ("label", "labels", "Label")
+_FIELDS = ("--text-field", "--label-field")
+_NAME_WORDS = 3  # the most that a column's name has
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     where: str  # file:line
     text: str
-    label: str | None
+    label: str  # empty where none is read
 
 
 def find(data: str, split: str) -> tuple[list[Path], slice, str]:
@@ -155,6 +160,14 @@ def _in_folder(folder: Path, name: str) -> list[Path]:
     raise InputError(373, f"{folder}: no split {name!r} (there are: {names})", hint="choose with --split")
 
 
+def split_folders(data: str, chosen: Path) -> list[Path]:
+    """`chosen`, a folder of class folders in DATA, and those of DATA's other splits beside it."""
+    root = _locate(data)
+    names = dict.fromkeys(name for names in (*_ALSO.values(), ("test", "testing")) for name in names)
+    beside = [] if chosen == root else [root / name for name in names if (root / name).is_dir()]
+    return [chosen, *(folder for folder in beside if folder != chosen)]
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
 
@@ -193,22 +206,27 @@ def _decode(path: Path) -> str:
 
 
 def read_rows(
-    files: list[Path], part: slice, text_field: str | None, label_field: str | None, *, labelled: bool = True
-) -> list[Row]:
-    """The rows of a table. Raises InputError naming file:line for a bad row, and for a table without rows."""
+    files: list[Path], part: slice, text_field: str | None, label_field: str | None, *, labelled: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Row]:  # fmt: skip
+    """The rows of a table. Raises InputError naming file:line for a bad row, and for a table without rows.
+    `say` hears of a heading whose names are not known."""
     asked = tuple(name for name in (text_field, label_field) if name is not None)
-    rows = [row for path in files for row in _table(path, text_field, label_field, asked, labelled)][part]
+    hears = say if labelled else None
+    rows = [row for path in files for row in _table(path, text_field, label_field, asked, hears)][part]
     if not rows:
         raise InputError(376, f"{files[0]}: no rows in it", hint="give a file with rows")
     return rows
 
 
 def _table(
-    path: Path, text_field: str | None, label_field: str | None, asked: tuple[str, ...], labelled: bool
-) -> Iterator[Row]:
+    path: Path, text_field: str | None, label_field: str | None, asked: tuple[str, ...],
+    say: Callable[[str], None] | None,
+) -> Iterator[Row]:  # fmt: skip
+    """`say` is None where no label is read."""
     readers = {
         ".jsonl": _jsonl, ".parquet": parquet_rows,
-        ".csv": lambda path: _separated(path, asked), ".tsv": lambda path: _separated(path, asked),
+        ".csv": lambda path: _separated(path, asked, say), ".tsv": lambda path: _separated(path, asked, say),
     }  # fmt: skip
     if path.suffix not in readers:
         raise InputError(
@@ -217,10 +235,10 @@ def _table(
     for line, fields in readers[path.suffix](path):
         where = f"{path.name}:{line}"
         text = field_of(where, fields, text_field, _TEXTS, "--text-field")
-        label = field_of(where, fields, label_field, LABELS, "--label-field") if labelled else None
-        if not isinstance(text, str) or (labelled and (label is None or str(label) == "")):
-            raise InputError(377, f"{where}: text or label is empty or no text", hint="fix or drop the row")
-        yield Row(where, text, None if label is None else str(label))
+        label = "" if say is None else field_of(where, fields, label_field, LABELS, "--label-field")
+        if not isinstance(text, str):
+            raise InputError(377, f"{where}: the text is empty or no text", hint="fix or drop the row")
+        yield Row(where, text, "" if say is None else label_of(where, label))
 
 
 def field_of(where: str, fields: dict[str, Any], asked: str | None, usual: tuple[str, ...], flag: str) -> Any:
@@ -246,36 +264,114 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, value
 
 
-def _separated(path: Path, asked: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _separated(
+    path: Path, asked: tuple[str, ...], say: Callable[[str], None] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of .csv or .tsv. The first is a heading when it holds a name that was `asked` for or a usual one;
     a table of two columns without a heading is text and label."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True, **options)
-    heading: list[str] | None = None
-    named = True
-    values: tuple[set[str], set[str]] = (set(), set())  # of a table without a heading
-    try:
-        for row in reader:
-            if not row:
-                continue
-            if heading is None:
-                named = any(name in row for name in (*asked, *_TEXTS, *LABELS)) or len(row) != 2
-                heading = row if named else ["text", "label"]
-                if named:
-                    continue
-            if len(row) != len(heading):
-                what = f"{path.name}:{reader.line_num}: {len(row)} columns, expected {len(heading)}"
-                raise InputError(380, what, hint="fix or drop the row")
-            if not named:
-                for seen, cell in zip(values, row, strict=True):
-                    seen.add(cell)
-            yield reader.line_num, dict(zip(heading, row, strict=True))
-    except csv.Error as error:
-        raise InputError(380, f"{path.name}:{reader.line_num}: {error}", hint="fix or drop the row") from None
-    if len(values[1]) > max(2, len(values[0])):
+    lines = _cells(path, several=say is not None)
+    heading = [cell.strip() for cell in lines[0][1]] if lines else []
+    named = any(name in heading for name in (*asked, *_TEXTS, *LABELS)) or len(heading) != 2
+    if not named:
+        if say is not None and _is_heading(path, [row for _, row in lines]):
+            say(f"{path.name}: its columns {heading[0]!r} and {heading[1]!r} are read as text and label")
+            lines = lines[1:]
+        heading = ["text", "label"]
+    lines = lines[1:] if named else lines
+    for line, row in lines:
+        if len(row) != len(heading):
+            what = f"{path.name}:{line}: {len(row)} columns, expected {len(heading)}"
+            raise InputError(380, what, hint="fix or drop the row")
+    if not named and len({row[1] for _, row in lines}) > max(2, len({row[0] for _, row in lines})):
         what = f"{path.name}: more different labels than texts: are the columns the other way round?"
         raise InputError(380, what, hint="name the columns in a first line: text and label")
+    for line, row in lines:
+        yield line, dict(zip(heading, row, strict=True))
+
+
+def _is_heading(path: Path, rows: list[list[str]]) -> bool:
+    """Whether the first row of text and label names its columns: its label comes once, all others again.
+    Raises InputError where that cannot be told."""
+    first = [cell.strip() for cell in rows[0]]
+    counts = Counter(row[-1].strip() for row in rows)
+    looks = all(0 < len(cell.split()) <= _NAME_WORDS and not _is_real(cell) for cell in first)
+    if len(rows) == 1 or not looks or counts[first[1]] > 1:
+        return False
+    if min(count for label, count in counts.items() if label != first[1]) > 1:
+        return True
+    what = f"{path.name}:1: {first[0]!r}, {first[1]!r}: is it a heading, or a text with its label?"
+    fields = " ".join(shlex.join([flag, cell]) for flag, cell in zip(_FIELDS, first, strict=True))
+    raise InputError(
+        380, what, hint=f"a heading: {fields}; a row: put a first line with text and label above it"
+    )
+
+
+def _is_real(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+_Lines = list[tuple[int, list[str]]]  # number of a row's last line, cells
+
+
+def _cells(path: Path, *, several: bool) -> _Lines:
+    """The cells of each row that is not empty. A .tsv is read as spreadsheets write one, with quotes around
+    cells, where that is a table; as plain lines where it is none, or has fewer rows than lines."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    text = _decode(path)
+    first = text.lstrip("\r\n").partition("\n")[0]
+    cut = "," if path.suffix == ".csv" else "\t"
+    if several and first.strip() and cut not in first and '"' not in first:
+        what = f"{path.name}: one column ({first[:60]!r}), expected a text and a label"
+        raise InputError(380, what, hint="put a comma (.csv) or a tab (.tsv) between the columns")
+    if path.suffix == ".csv":
+        return _parsed(path, text)
+    plain = _parsed(path, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    if '"' not in text:
+        return plain
+    try:
+        quoted = _parsed(path, text, delimiter="\t")
+    except InputError:
+        return plain
+    same = len(quoted) == len(plain) or not _is_table(plain)
+    return quoted if _is_table(quoted) and same else plain
+
+
+def _parsed(path: Path, text: str, **options: Any) -> _Lines:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise InputError(380, f"{path.name}:{reader.line_num}: {error}", hint="fix or drop the row") from None
+
+
+def _is_table(lines: _Lines) -> bool:
+    return len({len(row) for _, row in lines}) == 1
+
+
+def class_names(files: list[Path], label_field: str | None) -> tuple[str, ...]:
+    """The names that a data set of the hub gives to the numbers in its column of labels; none where it gives
+    none. Raises InputError where its files do not agree."""
+    if files[0].suffix != ".parquet":
+        return ()
+    from pyarrow import parquet  # by which its rows were read
+
+    found: set[tuple[str, ...]] = set()
+    for path in files:
+        try:
+            told: Any = json.loads((parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+            features = told.get("info", {}).get("features", {})
+            label = next(features[key] for key in (label_field, *LABELS) if key in features)
+            found.add(tuple(label["names"]) if label.get("_type") == "ClassLabel" else ())
+        except (ValueError, StopIteration, AttributeError, TypeError, KeyError):
+            found.add(())  # nothing is told
+    if len(found) > 1:
+        what = f"{files[0].name} and the files beside it give other names to the numbers of their labels"
+        raise InputError(349, what, hint="write the labels as names")
+    return found.pop()
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

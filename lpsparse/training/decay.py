@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from lpsparse import distributed
 from lpsparse.errors import UsageError
+from lpsparse.training.attached import Attached, Closure, Given, uncover, with_closure, with_hooks
 from lpsparse.training.compiled import FLUSH, compiled
 
 PROXES = ("pwd", "irl1")
@@ -115,13 +116,15 @@ class LpDecay:
     """Decoupled L_p weight decay for any torch optimizer,
     attached by step hooks: go on calling optimizer.step().
 
-    `params` are the tensors to decay; by default all of 2 or more dimensions. p, lambda_p, lambda_2 and
-    the convention live in the optimizer's param_groups (`lp_p`, `lp_lambda`, `lp_l2`), hence in its state
-    dict. Runs once per real step, so a step that a loss scaler skips decays nothing; a tensor without a
-    gradient is left alone; a tied tensor decays once. `spare` (id of a tensor -> True where a weight is
-    not decayed) may be set between steps. `compile`: make compiled loops of it, by default for 4 M weights
-    and more. Costs one float a decayed weight during the step. Raises UsageError for p <= 0, a negative
-    lambda, an unknown prox, and for bf16/fp16 parameters, which would swallow the decay.
+    `params` are the tensors to decay; by default all of 2 or more dimensions, those of groups that are added
+    later too. p, lambda_p, lambda_2 and the convention live in the optimizer's param_groups (`lp_p`,
+    `lp_lambda`, `lp_l2`), hence in its state dict. Runs once per real step, with a closure or without, so a
+    step that a loss scaler skips decays nothing; a tensor that is frozen or has no gradient is left alone; a
+    tied tensor decays once. The optimizer refuses to be copied until `remove`. `spare` (id of a tensor ->
+    True where a weight is not decayed) may be set between steps. `compile`: make compiled loops of it, by
+    default for 4 M weights and more. Costs one float a decayed weight during the step. Raises UsageError for
+    p <= 0, a negative lambda, an unknown prox, for bf16/fp16 parameters, which would swallow the decay, and
+    for complex ones.
     """
 
     def __init__(
@@ -130,54 +133,81 @@ class LpDecay:
         compile: bool | None = None,
     ) -> None:  # fmt: skip
         check_settings(p, lambda_p, lambda_2, prox)
-        chosen = None if params is None else {id(param) for param in params}
+        optimizer = with_hooks(optimizer)
         self.optimizer, self.prox, self.cautious = optimizer, prox, cautious
         self.spare: dict[int, Tensor] = {}
-        self._ids: set[int] = set()
+        self._ids = None if params is None else {id(param) for param in params}
         self._kept: dict[
             int, Tensor
         ] = {}  # the divisor of a step, or the old weights where that is not enough
+        settings: dict[str, Any] = dict(zip(_SETTINGS, (p, lambda_p, lambda_2, CONVENTION), strict=True))
+        optimizer.defaults.update(settings)  # of groups that are added later
         for group in optimizer.param_groups:
-            group.update(zip(_SETTINGS, (p, lambda_p, lambda_2, CONVENTION), strict=True))
+            group.update(settings)
             for param in group["params"]:
-                if (param.ndim >= 2) if chosen is None else (id(param) in chosen):
+                if self._is_chosen(param):
                     check_precision(param)
-                    self._ids.add(id(param))
         size = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
         self.compile = size >= _WORTH if compile is None else compile
-        self._handles = [
+        handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
             optimizer.register_load_state_dict_pre_hook(loading),
         ]
+        self._attached = Attached(optimizer, "LpDecay", handles)
+
+    def _is_chosen(self, param: Tensor) -> bool:
+        return param.ndim >= 2 if self._ids is None else id(param) in self._ids
 
     def set_lambda(self, lambda_p: float) -> None:
-        for group in self.optimizer.param_groups:
+        for group in (self.optimizer.defaults, *self.optimizer.param_groups):
             group["lp_lambda"] = lambda_p
 
     def set_p(self, p: float) -> None:
-        for group in self.optimizer.param_groups:
+        for group in (self.optimizer.defaults, *self.optimizer.param_groups):
             group["lp_p"] = p
 
     def remove(self) -> None:
         """Detach from the optimizer."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._attached.remove()
         self._kept.clear()
 
     def _decayed(self) -> Iterable[tuple[Tensor, dict[str, Any]]]:
         for group in self.optimizer.param_groups:
             if group["lr"] and (group.get("lp_lambda") or group.get("lp_l2")):
                 for param in group["params"]:
-                    if id(param) in self._ids:
+                    if param.requires_grad and self._is_chosen(param):
                         yield param, group
 
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Given | None:
+        self._note()
+        return with_closure(args, kwargs, self._noting)
+
+    def _noting(self, closure: Closure) -> Closure:
+        """Conditioning puts weights back in a closure's forward pass, and these decay, as in a loop without
+        closures. Where the optimizer has moved them before (SAM, LBFGS), those of the step's start do."""
+        start = self._versions()
+
+        def noted() -> Any:
+            is_first = self._versions() == start
+            value = closure()
+            if is_first and self._versions() != start:
+                self._note()
+            return value
+
+        return noted
+
+    def _versions(self) -> list[int]:
+        return [param._version for param, _ in self._decayed()]
+
     @torch.no_grad()
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _note(self) -> None:
+        """Keep what the decay is to know of the weights before they move."""
         self._kept.clear()
+        uncover(self.optimizer)
         shared: dict[tuple[int, torch.device], Tensor] = {}  # the scalars of this step, moved once
         for param, group in self._decayed():
+            check_precision(param)
             w, spare = distributed.local(param.detach()), self.spare.get(id(param))
             kept = torch.empty_like(w)
             name = "fill" if spare is None else "fill unspared"
@@ -254,6 +284,9 @@ def check_settings(p: float, lambda_p: float, lambda_2: float = 0.0, prox: str =
 
 
 def check_precision(param: Tensor) -> None:
+    if param.is_complex():
+        what = f"a {param.dtype} parameter of shape {tuple(param.shape)}: L_p decay is of real weights"
+        raise UsageError(239, what, hint="give those to decay: LpDecay(optimizer, params=...)")
     if param.dtype in (torch.float16, torch.bfloat16):
         what = f"a {param.dtype} parameter of shape {tuple(param.shape)} swallows the decay"
         raise UsageError(221, what, hint="keep the parameters in float32 and use autocast")

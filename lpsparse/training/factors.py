@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lpsparse.training.attached import around_step, own_rate
+
 _LEAST = 1e-30  # a product under it is as good as zero, and follows nothing
 _FALL = 20.0  # of a product that nothing holds, over the phase
 
@@ -32,28 +34,27 @@ class Factors:
         self.weights, self.optimizer = weights, optimizer
         self.factors = {name: _split(weight.detach(), depth) for name, weight in weights.items()}
         self.decay = math.log(_FALL) / (depth * sum_lr) if lambda_p == "auto" else lambda_p
-        flat = [factor for factors in self.factors.values() for factor in factors]
-        rate: float = optimizer.param_groups[0]["lr"]
-        optimizer.add_param_group({"params": flat, "weight_decay": 0.0, "lr": rate})
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._before()),
-            optimizer.register_step_post_hook(lambda *_: self._after()),
-        ]
+        groups: list[dict[str, Any]] = list(optimizer.param_groups)
+        for group in groups:
+            held = {id(param) for param in group["params"]}
+            mine = [each for name, own in self.factors.items() if id(weights[name]) in held for each in own]
+            if mine:
+                optimizer.add_param_group({"params": mine, "weight_decay": 0.0, "lr": own_rate(group)})
+        self._attached = around_step(optimizer, "deep weight factorisation", self._before, self._after)
 
     @torch.no_grad()
     def _before(self) -> None:
         """Decay and gradients of the factors, which follow where conditioning has put the weights; the
         weights themselves are not moved by the optimizer."""
-        first = next(iter(self.factors.values()))[0]
         groups: list[dict[str, Any]] = self.optimizer.param_groups  # loading a state makes new ones
-        rate = next(group["lr"] for group in groups if any(param is first for param in group["params"]))
+        rates = {id(param): float(group["lr"]) for group in groups for param in group["params"]}
         for name, factors in self.factors.items():
             weight, product = self.weights[name], _product(factors)
             grad, weight.grad = weight.grad, None
             moved = torch.where(product.abs() > _LEAST, weight.detach() / product, 1.0)
             root = moved.abs().pow_(1 / len(factors))
             for factor in factors:
-                factor.mul_(root).mul_(math.exp(-rate * self.decay))
+                factor.mul_(root).mul_(math.exp(-rates[id(factor)] * self.decay))
             for k, factor in enumerate(factors):
                 factor.grad = None if grad is None else grad * _product(factors[:k] + factors[k + 1 :])
 
@@ -66,8 +67,7 @@ class Factors:
 
     def remove(self) -> None:
         """Leave the optimizer with the weights alone; their own averages start from nothing."""
-        for handle in self._handles:
-            handle.remove()
+        self._attached.remove()
         ours = {id(factor) for factors in self.factors.values() for factor in factors}
         groups: list[dict[str, Any]] = self.optimizer.param_groups
         groups[:] = [group for group in groups if not any(id(param) in ours for param in group["params"])]

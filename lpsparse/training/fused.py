@@ -49,7 +49,12 @@ class LpAdamW(AdamW):
         for group in self.param_groups:
             for key in ("lp_p", "lp_lambda", "lp_convention"):
                 group.setdefault(key, self.defaults[key])
-        self.register_load_state_dict_pre_hook(_loading)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "one_pass": self.one_pass}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(_loading(self, state_dict))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -65,8 +70,9 @@ class LpAdamW(AdamW):
         for group in self.param_groups:
             rows = [self._row(param) for param in group["params"] if param.grad is not None]
             decays = bool(group["lp_lambda"] and group["lr"])
-            self._plain(group, [row for row in rows if row[0].ndim < 2 or not decays])
-            self._decayed(group, [row for row in rows if row[0].ndim >= 2 and decays])
+            moved = [decays and row[0].ndim >= 2 and row[0].requires_grad for row in rows]
+            self._plain(group, [row for row, yes in zip(rows, moved, strict=True) if not yes])
+            self._decayed(group, [row for row, yes in zip(rows, moved, strict=True) if yes])
         return loss
 
     def _row(self, param: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

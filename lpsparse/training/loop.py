@@ -14,13 +14,14 @@ from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.launch import is_one_of_several
-from lpsparse.pruning.prunable import kept_in_words
+from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.select import target_count
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.data import check_apart, held_out_of
 from lpsparse.training.distill import blocks, make_teacher
 from lpsparse.training.loss import check_dropout
 from lpsparse.training.memory import estimate
+from lpsparse.training.optimizers import switch
 from lpsparse.training.order import steps_of
 from lpsparse.training.quality import Measured, evaluate
 from lpsparse.training.resume import States
@@ -46,7 +47,7 @@ AUGMENT = {"image-classification": "crop-flip", "text-classification": "noise"}
 @dataclass(frozen=True, slots=True)
 class Trained:
     task: Task
-    prunable: dict[str, tuple[bool, str]]  # name in OUT -> whether, and why
+    prunable: Chosen  # name in OUT -> whether, and why
     before: Measured | None  # None: the head is fresh
     after: Measured
     facts: str  # steps, lambda_p, sum of learning rates, w_kill, in words
@@ -129,13 +130,15 @@ def train(
     before = None if task.loaded.new or found is not None else evaluate(step, task, "before")
     prepare_module(step, model)
     optimizer = make_optimizer(step, model, weights)
+    switch(optimizer, "train")
     # Sharding is torch's own: accelerate's does not know processes without a GPU.
     if distributed.ranks() > 1 and not step.shard and leaves_unused(task, accelerator.device):
         unused: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
         accelerator.ddp_handler = unused
     prepared = model if step.shard else accelerator.prepare(model)
     wrapped = accelerator.prepare(optimizer)
-    method = Method(step, model, weights, optimizer, steps)
+    fresh = {name for name, out in task.loaded.names.items() if out in task.loaded.new}
+    method = Method(step, model, weights, optimizer, steps, fresh)
     facts = in_words(step, method.control, steps)
     say(facts)
     run = Run(step, task, accelerator, prepared, wrapped, method, teacher, states, before, say)
@@ -149,6 +152,7 @@ def train(
     made = facts.full
     if run.skipped:
         made += f"; {run.skipped} steps left out, whose gradients overflowed in fp16"
+    switch(optimizer, "eval")
     method.finish()
     if teacher is not None:
         teacher.close()

@@ -5,8 +5,11 @@ matter.
 """
 
 import json
+import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 LOADED_DTYPES = {name: dtype for dtype, name in NAMES.items()}  # those that can be read, too
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-_Shared = tuple[list[str], tuple[int, ...], torch.dtype]  # a tensor's names, shape and dtype
+_Shared = tuple[list[str], tuple[int, ...], torch.dtype, bool]  # names, shape, dtype, requires_grad
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,16 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
     and are named in `new`; anything else that is missing or of another shape raises InputError. All
     processes call it; see `_read_once` for their values.
     """
+    config = _config(checkpoint, changes)
+
+    def empty() -> nn.Module:
+        with init_empty_weights(include_buffers=False):
+            return auto.from_config(config, dtype=torch.float32)
+
+    return _read_once(lambda: _load_transformer(checkpoint, auto, config), empty)
+
+
+def _config(checkpoint: Checkpoint, changes: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     quiet_transformers()
@@ -159,12 +172,32 @@ def load_transformer(checkpoint: Checkpoint, auto: Any, changes: dict[str, Any])
         what = f"{checkpoint.name}: config.json: {first_line(error)}"
         raise InputError(394, what, hint="fix config.json, or upgrade transformers") from None
     vars(config).pop("quantization_config", None)  # a packed folder's: what transformers is given is dense
+    return config
 
-    def empty() -> nn.Module:
-        with init_empty_weights(include_buffers=False):
-            return auto.from_config(config, dtype=torch.float32)
 
-    return _read_once(lambda: _load_transformer(checkpoint, auto, config), empty)
+def has_head(checkpoint: Checkpoint, auto: Any) -> bool:
+    """Whether a checkpoint has all that the class of `auto` adds to the base model."""
+    model = _outline(checkpoint, auto, _config(checkpoint, {}))
+    base, wrapper = f"{model.base_model_prefix}.", _wrapper(checkpoint)
+    there = {tensor.name.removeprefix(wrapper) for tensor in checkpoint.tensors}
+    return all(name in there for name, _ in model.named_parameters() if not name.startswith(base))
+
+
+def _outline(checkpoint: Checkpoint, auto: Any, config: Any) -> Any:
+    """The model without values: an Auto class takes no state dict, and the class that it finds does."""
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except MemoryError:
+        raise
+    except Exception as error:
+        what = f"{checkpoint.name}: {first_line(error)}"
+        raise InputError(395, what, hint="check --task, config.json and the checkpoint") from None
+
+
+def _wrapper(checkpoint: Checkpoint) -> str:
+    """A wrapper's prefix is looked through, and stays in OUT."""
+    return "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
 
 
 def _read_once(load: Callable[[], Loaded], empty: Callable[[], nn.Module]) -> Loaded:
@@ -189,18 +222,19 @@ def _shared(named: Iterable[tuple[str, Tensor]]) -> list[_Shared]:
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
-    return [(group, tuple(tensors[group[0]].shape), tensors[group[0]].dtype) for group in names.values()]
+    of = [(group, tensors[group[0]]) for group in names.values()]
+    return [(group, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for group, tensor in of]
 
 
 def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> nn.Module:
     """What a person's own code has made stays, as something else in there may hold it, too."""
     if all(param.is_meta for param in module.parameters()):
-        for names, shape, dtype in params:
-            param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), dtype.is_floating_point)
+        for names, shape, dtype, trained in params:
+            param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), trained)
             for name in names:
                 parent, _, own = name.rpartition(".")
                 module.get_submodule(parent).register_parameter(own, param)
-        for names, shape, dtype in buffers:
+        for names, shape, dtype, _ in buffers:
             buffer = torch.zeros(shape, dtype=dtype)
             for name in names:
                 parent, _, own = name.rpartition(".")
@@ -213,29 +247,30 @@ def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> 
 
 
 def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
-    # A wrapper's prefix is looked through, and stays in OUT.
-    wrapper = "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
+    wrapper = _wrapper(checkpoint)
     state = {
         tensor.name.removeprefix(wrapper): to_tensor(tensor).to(_training_dtype(tensor))
         for tensor in checkpoint.tensors
     }
     keys = set(state)
-    try:
-        with torch.device("meta"):
-            family = type(auto.from_config(config))  # the class alone: an Auto class takes no state dict
-        model, info = family.from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-        )
-    except MemoryError:
-        raise
-    except Exception as error:
-        what = f"{checkpoint.name}: {first_line(error)}"
-        raise InputError(395, what, hint="check --task, config.json and the checkpoint") from None
+    family = type(_outline(checkpoint, auto, config))
+    with _reports() as reports:
+        try:
+            model, info = family.from_pretrained(
+                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except MemoryError:
+            raise
+        except Exception as error:
+            what = f"{checkpoint.name}: {'; '.join(_told(reports)) or first_line(error)}"
+            raise InputError(395, what, hint="check --task, config.json and the checkpoint") from None
     prefix = f"{model.base_model_prefix}."
     missing = sorted(info["missing_keys"])
     lost = [name for name in missing if name.startswith(prefix)]
     if lost or info["mismatched_keys"]:
-        names = ", ".join(lost or sorted(str(item[0]) for item in info["mismatched_keys"]))
+        odd = (f"{key} is {list(had)}, expected {list(own)}" for key, had, own in info["mismatched_keys"])
+        names = ", ".join(lost or sorted(odd))
         what = (
             f"{checkpoint.name}: {len(lost) or 'shapes of'} tensors do not fit "
             f"{type(model).__name__}: {names[:200]}"
@@ -296,11 +331,11 @@ def load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None = Non
 def _load_module(checkpoint: Checkpoint, model_fn: str, folder: Path | None) -> Loaded:
     module = build(model_fn, folder)
     own = module.state_dict()
-    prefix = "module." if all(tensor.name.startswith("module.") for tensor in checkpoint.tensors) else ""
+    prefix = _wrapper(checkpoint)
     names = {tensor.name.removeprefix(prefix): tensor.name for tensor in checkpoint.tensors}
     counters = {name for name in own if name.endswith("num_batches_tracked")}  # absent before torch 0.4.1
     shared = _shared(module.named_parameters(remove_duplicate=False))
-    tied = {name for group, _, _ in shared if not names.keys().isdisjoint(group) for name in group}
+    tied = {name for group, *_ in shared if not names.keys().isdisjoint(group) for name in group}
     lost, extra = sorted(set(own) - set(names) - counters - tied), sorted(set(names) - set(own))
     if lost or extra:
         what = f"{checkpoint.name}: {model_fn} lacks {', '.join(extra[:4]) or 'nothing'}"
@@ -383,3 +418,35 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+class _Listener(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+@contextmanager
+def _reports() -> Generator[list[str]]:
+    """What transformers reports while it loads, which nobody sees: its errors point to it."""
+    root, listener = logging.getLogger("transformers"), _Listener()
+    before = root.handlers, root.propagate, root.level
+    root.handlers, root.propagate = [listener], False
+    root.setLevel(logging.WARNING)
+    try:
+        yield listener.said
+    finally:
+        root.handlers, root.propagate = before[:2]
+        root.setLevel(before[2])
+
+
+def _told(reports: list[str]) -> list[str]:
+    """What failed and why, of a report without its colours, rules and columns."""
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in "\n".join(reports).splitlines()]
+    told = [
+        " ".join(line.replace("|", " ").split()) for line in lines if "CONVERSION" in line or "Error" in line
+    ]
+    return [line[:200] for line in told if not line.startswith("-")][:3]

@@ -1,6 +1,6 @@
 """The base optimizers by name, and any class of torch's interface that the person at the terminal names."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ def make(name: str, groups: list[Group], lr: float) -> Optimizer:
         what = f"--optimizer {name}: gave a {type(made).__name__}"
         raise UsageError(234, what, hint="name a class of torch.optim's interface")
     return made
+
+
+def switch(optimizer: Any, mode: Literal["train", "eval"]) -> None:
+    """For an optimizer that trains other weights than those to use, and exchanges them (schedule-free)."""
+    change = getattr(optimizer, mode, None)
+    if callable(change):
+        change()
 
 
 class MuonAdamW(Optimizer):

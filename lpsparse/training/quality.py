@@ -42,14 +42,14 @@ class Held:
     sha256: str  # of the examples, and of how they are read: what two figures must share to be compared
 
 
-def held_of(step: FinetuneStep | EvalStep) -> Held:
+def held_of(step: FinetuneStep | EvalStep, task: Task) -> Held:
     """Equal where `finetune` and `eval` measure the same rows in the same way."""
     (data, split), apart = (step.data, step.split), None
     if isinstance(step, FinetuneStep):
         held = held_out_of(step)
         data, split = held or (data, split)
         apart = None if held else (step.eval_fraction, step.seed)  # which share is set aside
-    how = (step.task, step.max_length, step.text_field, step.label_field, step.mean, step.std)
+    how = (step.task, step.max_length, step.text_field, step.label_field, task.view)
     files, part, _ = find(data, split)
     own = (digests(data, split), (part.start or 0, part.stop), apart, how)
     names = ", ".join(path.name for path in files)

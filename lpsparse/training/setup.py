@@ -1,6 +1,7 @@
 """What a run is made of: its autos, the weights that may be cut, the optimizer, and conditioning."""
 
 import math
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,13 +10,14 @@ from torch import nn
 
 from lpsparse import distributed
 from lpsparse.errors import InputError, UsageError
-from lpsparse.pruning.prunable import choose, no_match
+from lpsparse.pruning.prunable import Chosen, check_chosen, decide, no_match
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training import optimizers
 from lpsparse.training.allocation import SETTLED
 from lpsparse.training.conditioning import condition
 from lpsparse.training.conditioning.base import Conditioning
 from lpsparse.training.model import Loaded
+from lpsparse.training.modules import roles_of
 from lpsparse.training.phases import plan_phases
 from lpsparse.training.tasks.base import Task
 
@@ -96,10 +98,11 @@ def prepare_module(step: FinetuneStep, model: Any) -> None:
 
 
 def choose_weights(
-    step: FinetuneStep, loaded: Loaded, *, resumes: bool = False
-) -> tuple[dict[str, tuple[bool, str]], dict[str, torch.Tensor]]:
-    """Which tensors of OUT may be cut, and those that are
-    trained here, by their name in OUT; frozen ones set."""
+    step: FinetuneStep, loaded: Loaded, *, resumes: bool = False, held: set[int] | None = None
+) -> tuple[Chosen, dict[str, torch.Tensor]]:
+    """Which tensors of OUT may be cut, and why not, and those that are cut and trained here, by their name in
+    OUT. `step.freeze` is carried out; what is frozen already stays so. `held` are the ids of the optimizer's
+    parameters, where there is one."""
     names, parts = loaded.names, loaded.parts()
     outs = [out for out in names.values() if out not in parts] + list(loaded.fused)
     for pattern in step.freeze:
@@ -112,20 +115,37 @@ def choose_weights(
         if out not in parts
     ]
     described += [(out, _dtype_name(state[name]), shape) for out, (name, shape) in loaded.fused.items()]
-    prunable = choose(described, step.include, step.exclude)
+    config: Any = getattr(loaded.module, "config", None)
+    told = {names[name]: role for name, role in roles_of(loaded.module).items() if name in names}
+    config = config.to_dict() if config is not None else None
+    by = type(loaded.module).__name__
+    prunable = decide(described, step.include, step.exclude, config, told, by)
+    check_chosen(prunable, step.include, step.exclude)
     weights: dict[str, torch.Tensor] = {}
-    for name, param in loaded.module.named_parameters():
+    left: dict[str, str] = {}  # name in OUT -> why it is not cut here, although it might be
+    first: dict[int, str] = {}
+    for name, param in loaded.module.named_parameters(remove_duplicate=False):
         out = names.get(name, name)
         files = parts.get(out, [out])
-        param.requires_grad_(not any(fnmatchcase(each, glob) for glob in step.freeze for each in files))
-        chosen = {prunable.get(each, (False, ""))[0] for each in files}
+        if any(fnmatchcase(each, glob) for glob in step.freeze for each in files):
+            param.requires_grad_(False)
+            left |= dict.fromkeys(files, "--freeze")
+        elif not param.requires_grad:
+            left |= dict.fromkeys(files, "frozen")
+        elif held is not None and id(param) not in held:
+            left |= dict.fromkeys(files, "not in the optimizer")
+        if first.setdefault(id(param), out) != out:
+            left |= dict.fromkeys(files, f"tied to {first[id(param)]}")
+            continue
+        chosen = {each in prunable and prunable[each].prunable for each in files}
         if len(chosen) > 1:
             what = f"--include or --exclude takes only a part of what transformers fuses: {files[0]}, ..."
             raise UsageError(213, what, hint=f"take all {len(files)} of them, or none")
-        if chosen == {True} and param.requires_grad:
+        if chosen == {True} and left.keys().isdisjoint(files):
             weights[out] = param
     if not any(param.requires_grad for param in loaded.module.parameters()):
-        raise UsageError(212, "--freeze leaves nothing to train", hint="freeze less")
+        what = "--freeze leaves nothing to train" if step.freeze else "nothing to train: all is frozen"
+        raise UsageError(212, what, hint="freeze less")
     if not weights and step.method != "dense":
         raise UsageError(211, "no prunable tensor is left to train", hint="freeze less, or --method dense")
     empty = [] if resumes or step.method != "lp" else _empty(weights)
@@ -134,8 +154,9 @@ def choose_weights(
             348, f"all zero, decay would hold it there: {', '.join(empty[:4])}", hint="--exclude it"
         )
     kept = {each for out in weights for each in parts.get(out, [out])}
-    frozen = [out for out, (yes, _) in prunable.items() if yes and out not in kept]
-    return prunable | {out: (False, "--freeze") for out in frozen}, weights
+    rest = {out: each for out, each in prunable.items() if each.prunable and out not in kept}
+    rest = {out: replace(each, prunable=False, reason=left.get(out, "buffer")) for out, each in rest.items()}
+    return prunable | rest, weights
 
 
 def _empty(weights: dict[str, torch.Tensor]) -> list[str]:
@@ -145,7 +166,7 @@ def _empty(weights: dict[str, torch.Tensor]) -> list[str]:
 
 
 def _dtype_name(value: torch.Tensor) -> str:
-    return "F32" if value.dtype.is_floating_point else "I64"
+    return "F32" if value.dtype.is_floating_point else "C64" if value.is_complex() else "I64"
 
 
 def make_conditioning(

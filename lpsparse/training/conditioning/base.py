@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lpsparse.errors import UsageError
+from lpsparse.training.attached import around_step, own_rate
 from lpsparse.training.conditioning.layout import as_rows, from_rows, row_weights
 
 
@@ -42,7 +42,7 @@ class Conditioning:
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None, **options: Any) -> None:
         """Raises UsageError for an option that the method does not have, and for a name that the model has
-        not."""
+        not. Frozen and complex weights are left alone."""
         if options:
             unknown = ", ".join(sorted(options))
             raise UsageError(224, f"{type(self).__name__} has no option {unknown}", hint="leave it out")
@@ -53,13 +53,40 @@ class Conditioning:
             raise UsageError(228, f"no parameter {strange[0]}", hint="see model.named_parameters()")
         seen: set[int] = set()
         for name, weight, axis, groups in row_weights(model):
-            if weight.requires_grad and id(weight) not in seen and (wanted is None or name in wanted):
+            moves = weight.requires_grad and not weight.is_complex()
+            if moves and id(weight) not in seen and (wanted is None or name in wanted):
                 seen.add(id(weight))
                 self.weights[name] = Conditioned(weight, axis, groups)
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[Any] = []
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The hooks of a copy would be those of this model."""
+        what = f"a conditioned model ({type(self).__name__}) cannot be copied or pickled"
+        raise UsageError(259, what, hint="copy it before condition() or after fold(), or its state_dict()")
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Tell the method which optimizer moves the weights; call it before the first step."""
+        """Tell the method which optimizer moves the weights; call it before the first step. Raises UsageError
+        when a conditioned weight is not the optimizer's."""
+        self._check_held(optimizer)
+        hooks = around_step(optimizer, "conditioning", self.restore, uncover=self.restore)
+        self.handles.append(hooks)
+
+    def _check_held(self, optimizer: Optimizer) -> None:
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        missing = [name for name, item in self.weights.items() if id(item.weight) not in held]
+        if missing:
+            what = f"{missing[0]} is not in the optimizer"
+            raise UsageError(225, what, hint="attach the one that moves it, or give condition() its names")
+
+    def _give(self, optimizer: Optimizer, gains: dict[str, nn.Parameter], ratio: float = 1.0) -> None:
+        """Let the optimizer train `gains`, at `ratio` times the learning rate of their weights."""
+        groups: list[dict[str, Any]] = list(optimizer.param_groups)
+        for group in groups:
+            held = {id(param) for param in group["params"]}
+            mine = [gain for name, gain in gains.items() if id(self.weights[name].weight) in held]
+            if mine:
+                rate = ratio * own_rate(group)
+                optimizer.add_param_group({"params": mine, "weight_decay": 0.0, "lr": rate})
 
     def progress(self, share: float) -> None:
         """Say how much of the phase in which weights go to zero is over, 0..1; before each step."""
@@ -106,7 +133,7 @@ class Overlay(Conditioning, ABC):
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None, **options: Any) -> None:
         super().__init__(model, names, **options)
         self._stash: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # name -> V's values, leaf, f(leaf)
-        self.handles.append(model.register_forward_pre_hook(lambda module, _: self._cover(module)))
+        self.handles.append(model.register_forward_pre_hook(self._cover))
 
     @abstractmethod
     def effective(self, name: str, v: Tensor) -> Tensor:
@@ -115,10 +142,7 @@ class Overlay(Conditioning, ABC):
     def active(self) -> bool:
         return True
 
-    def attach(self, optimizer: Optimizer) -> None:
-        self.handles.append(optimizer.register_step_pre_hook(lambda *_: self.restore()))
-
-    def _cover(self, module: nn.Module) -> None:
+    def _cover(self, module: nn.Module, _: Any) -> None:
         if self._stash:
             # Evaluation between the passes of a step sees V, and the gradient stays due.
             for name, (values, _, seen) in self._stash.items():

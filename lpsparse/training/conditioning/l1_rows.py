@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lpsparse.errors import UsageError
+from lpsparse.training.attached import around_step
 from lpsparse.training.conditioning.base import Overlay, check_share
 
 
@@ -57,13 +58,15 @@ class L1Rows(Overlay):
         self._fresh = False  # a backward pass has left gradients that are not split yet
 
     def attach(self, optimizer: Optimizer) -> None:
-        super().attach(optimizer)
-        if self.gains:
-            group = {"params": list(self.gains.values()), "weight_decay": 0.0}
-            optimizer.add_param_group({**group, "lr": optimizer.param_groups[0]["lr"]})
-            # Here, and not with the split: by now a loss scaler has taken its factor out of the gradients.
-            self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._penalize()))
-            self.handles.append(optimizer.register_step_post_hook(lambda *_: self._spend()))
+        self._check_held(optimizer)
+        self._give(optimizer, self.gains)
+        hooks = around_step(optimizer, "conditioning", self._before, self._spend, uncover=self.restore)
+        self.handles.append(hooks)
+
+    def _before(self) -> None:
+        self.restore()
+        # Here, and not with the split: by now a loss scaler has taken its factor out of the gradients.
+        self._penalize()
 
     def active(self) -> bool:
         return 0 < self.ramp < 1 and self.sparsity > 0
@@ -84,8 +87,8 @@ class L1Rows(Overlay):
         rows = item.rows(v)
         return item.unrows((1 - self.ramp) * rows + self.ramp * self._project(name, rows))
 
-    def _cover(self, module: nn.Module) -> None:
-        super()._cover(module)
+    def _cover(self, module: nn.Module, _: Any) -> None:
+        super()._cover(module, _)
         self._fresh = self._fresh or (module.training and torch.is_grad_enabled())
 
     @torch.no_grad()
@@ -112,6 +115,8 @@ class L1Rows(Overlay):
 
     @torch.no_grad()
     def _penalize(self) -> None:
+        if not self.gains:
+            return
         path = torch.stack([gain.detach() for gain in self.gains.values()]).prod()
         for gain in self.gains.values():
             if gain.grad is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpsparse.errors import UsageError
+from lpsparse.training.attached import Attached
 from lpsparse.training.conditioning.base import Conditioned, Conditioning
 from lpsparse.training.conditioning.spectral import PowerIteration
 
@@ -25,18 +25,15 @@ _ITERATIONS = 2  # a step; an update turns faster than a weight does
 
 class Modular(Conditioning):
     def attach(self, optimizer: Optimizer) -> None:
-        """Raises UsageError when a conditioned weight is not the optimizer's."""
+        self._check_held(optimizer)
         self._old: dict[str, Tensor] = {}
         self._power: dict[str, PowerIteration] = {}
         self._optimizer = optimizer
-        rates = self._rates()
-        missing = [name for name, item in self.weights.items() if id(item.weight) not in rates]
-        if missing:
-            raise UsageError(
-                225, f"{missing[0]} is not in the optimizer", hint="attach the one that moves it"
-            )
-        self.handles.append(optimizer.register_step_pre_hook(lambda *_: self._before()))
-        self.handles.append(optimizer.register_step_post_hook(lambda *_: self._after()))
+        handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._before()),
+            optimizer.register_step_post_hook(lambda *_: self._after()),
+        ]
+        self.handles.append(Attached(optimizer, "conditioning", handles))
 
     def _rates(self) -> dict[int, float]:
         """Learning rate by id of the parameter, now: loading a state makes new groups."""

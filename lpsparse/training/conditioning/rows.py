@@ -39,9 +39,12 @@ class RowConditioning(Conditioning):
         super().__init__(model, names, **options)
         self.norms = {name: item.rows().norm(dim=1) for name, item in self.weights.items()}  # g
         self._versions = {name: item.weight._version for name, item in self.weights.items()}
-        self.handles.append(model.register_forward_pre_hook(lambda *_: self.retract()))
+        self.handles.append(model.register_forward_pre_hook(self._enter))
         for name, item in self.weights.items():
             self.handles.append(item.weight.register_post_accumulate_grad_hook(self._hook(name, item)))
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.retract()
 
     def _hook(self, name: str, item: Conditioned):
         def hook(weight: Tensor) -> None:

@@ -58,8 +58,11 @@ class Spectral(Conditioning):
         self._tight = dict.fromkeys(self.weights, True)
         for name, item in self.weights.items():
             self.handles.append(item.weight.register_post_accumulate_grad_hook(self._hook(name)))
-        self.handles.append(model.register_forward_pre_hook(lambda *_: self.retract()))
+        self.handles.append(model.register_forward_pre_hook(self._enter))
         self._versions = {name: item.weight._version for name, item in self.weights.items()}
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.retract()
 
     def _hook(self, name: str):
         @torch.no_grad()

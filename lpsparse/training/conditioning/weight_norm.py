@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lpsparse.distributed import average_
 from lpsparse.errors import UsageError
+from lpsparse.training.attached import around_step
 from lpsparse.training.conditioning.base import Conditioned
 from lpsparse.training.conditioning.layout import as_rows
 from lpsparse.training.conditioning.rows import RowConditioning
@@ -43,17 +44,19 @@ class WeightNorm(RowConditioning):
         self.ratio = gain_lr_ratio
         self.gains = {name: nn.Parameter(norms.clone()) for name, norms in self.norms.items()}
         self._due = False  # whether a backward pass has left gradients that are not averaged
-        self.handles.append(model.register_forward_pre_hook(lambda module, _: self._expect(module)))
         self._floor = {name: _LEAST * norms for name, norms in self.norms.items()}
 
     def attach(self, optimizer: Optimizer) -> None:
+        self._check_held(optimizer)
+        after = None
         if self.gains and self.ratio:
-            group = {"params": list(self.gains.values()), "weight_decay": 0.0, "lr_ratio": self.ratio}
-            optimizer.add_param_group({**group, "lr": self.ratio * optimizer.param_groups[0]["lr"]})
-            self.handles.append(optimizer.register_step_pre_hook(lambda *_: self.restore()))
-            self.handles.append(optimizer.register_step_post_hook(lambda *_: self._spend()))
+            self._give(optimizer, self.gains, self.ratio)
+            after = self._spend
+        hooks = around_step(optimizer, "conditioning", self.restore, after, uncover=self.restore)
+        self.handles.append(hooks)
 
-    def _expect(self, module: nn.Module) -> None:
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        super()._enter(module, _)
         self._due = self._due or (module.training and torch.is_grad_enabled())
 
     def project_gradient(self, name: str, item: Conditioned, grad: Tensor) -> None:

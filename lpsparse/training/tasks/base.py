@@ -4,14 +4,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import write_json
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, UsageError
+from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.training.data import held_out_of
+from lpsparse.training.labels import Classes, Labelled, check_rows, unseen
 from lpsparse.training.model import Loaded, first_line, quiet_transformers
 
 Batch = dict[str, Tensor]
@@ -38,13 +41,68 @@ class Task:
     measured: Callable[[Batch, list[int]], Batch] | None = None
     count: Callable[[Batch], int] = rows_of  # labels of a batch, as far as batches are weighed by them
     sidecars: Callable[[Path], None] | None = None  # files that the task changes in OUT (config.json)
+    notes: tuple[str, ...] = ()  # how the data were understood
+    view: str = ""  # in words, what is done to an image before the model sees it
 
     @property
     def higher_is_better(self) -> bool:
         return self.metric == "accuracy"
 
 
-def hold_out(examples: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+E = TypeVar("E", bound=Labelled)
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Generic[E]):
+    """What was read of one split."""
+
+    examples: list[E]  # of the part that was asked for
+    places: dict[str, str]  # every label of the split -> where it stands first
+    notes: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()  # names that the data give to numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Examples(Generic[E]):
+    """Labelled examples, looked through before anything is trained."""
+
+    train: list[E]
+    held: list[E]
+    places: dict[str, str]  # every label of all that was read -> where it stands first
+    notes: tuple[str, ...]
+    told: tuple[str, ...]  # names that the data give to numbers
+    shared: bool = False  # whether those held out were set aside from those that train
+
+    @property
+    def all(self) -> list[E]:
+        return [*self.train, *self.held]
+
+    def check(self, classes: Classes) -> None:
+        """Raises InputError for classes that cannot be learnt from these examples."""
+        if self.train:
+            check_rows(classes, self.train, self.held, shared=self.shared)
+
+
+def examples_of(step: FinetuneStep | EvalStep, read: Callable[[str, str], Read[E]]) -> Examples[E]:
+    """Those that train and those that are held out (the only ones, for `eval`), with the labels of both."""
+    first = read(step.data, step.split)
+    if isinstance(step, EvalStep):
+        return Examples([], first.examples, first.places, first.notes, first.told)
+    apart = held_out_of(step)
+    if apart is None:
+        train, held = hold_out(first.examples, step.eval_fraction, step.seed)
+        notes = (*first.notes, *unseen(first.examples, first.places))
+        return Examples(train, held, first.places, notes, first.told, shared=True)
+    other = read(*apart)
+    if first.told and other.told and first.told != other.told:
+        what = f"{apart[1]} of {apart[0]} gives other names to the numbers of its labels than {step.data}"
+        raise InputError(349, what, hint="write the labels as names")
+    places = other.places | first.places
+    notes = (*first.notes, *other.notes, *unseen(first.examples, places))
+    return Examples(first.examples, other.examples, places, notes, first.told or other.told)
+
+
+def hold_out(examples: Sequence[E], fraction: float, seed: int) -> tuple[list[E], list[E]]:
     """Split at random, a pure function of the seed; at least one example on each side."""
     if len(examples) < 2:
         raise InputError(
@@ -71,6 +129,36 @@ def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
     if len(tokenizer) > rows:
         what = f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows"
         raise InputError(399, what, hint="use the tokenizer of this checkpoint")
+
+
+def length_of(step: FinetuneStep | EvalStep, model: Any, name: str) -> int:
+    """Most tokens of a row or block: --max-length, as far as it is the default within the model's positions.
+
+    Raises UsageError for a --max-length above them, InputError for a model that has fewer than two.
+    """
+    most = _positions(model)
+    if most is None or step.max_length <= most:
+        return step.max_length
+    if most < 2:
+        what = f"{name}: config.json: max_position_embeddings leaves {most} positions"
+        raise InputError(392, what, hint="fix config.json")
+    if "max_length" in step.model_fields_set:
+        what = f"--max-length {step.max_length}: {name} has {most} positions"
+        raise UsageError(253, what, hint=f"give --max-length {most} or less")
+    return most
+
+
+def _positions(model: Any) -> int | None:
+    """Tokens that the model has positions for; None where it does not say. Models like RoBERTa count from
+    behind the place of padding, which is a row of the table of positions."""
+    most: Any = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    words = model.get_input_embeddings()
+    for part in model.modules():
+        if isinstance(part, nn.Embedding) and part is not words and part.num_embeddings == most:
+            return most if part.padding_idx is None else most - part.padding_idx - 1
+    return most
 
 
 def draws(seeds: list[int], kinds: int, each: int) -> Tensor:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpsparse import distributed
-from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.writer import write_text
 from lpsparse.errors import InputError
@@ -173,13 +172,3 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line
     except UnicodeDecodeError as error:
         raise InputError(375, f"{path}: not UTF-8: {error.reason}", hint="convert it to UTF-8") from None
-
-
-def block_length(step: FinetuneStep | EvalStep, model: Any, checkpoint: Checkpoint) -> int:
-    """Tokens of a block: as asked for, as far as the model has positions."""
-    most: Any = getattr(model.config, "max_position_embeddings", None)
-    length = min(step.max_length, most) if isinstance(most, int) else step.max_length
-    if length < 2:
-        what = f"{checkpoint.name}: config.json: max_position_embeddings is {most}"
-        raise InputError(392, what, hint="fix config.json")
-    return length

@@ -9,8 +9,8 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.model import load_transformer
-from lpsparse.training.tasks.base import Batch, Task, check_vocabulary, tokenizer_of
-from lpsparse.training.tasks.blocks import block_length, make_blocks
+from lpsparse.training.tasks.base import Batch, Task, check_vocabulary, length_of, tokenizer_of
+from lpsparse.training.tasks.blocks import make_blocks
 
 
 def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
@@ -23,7 +23,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
         raise InputError(396, what, hint="check --task")
     model: Any = loaded.module
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], checkpoint.name)
-    length = block_length(step, model, checkpoint)
+    length = length_of(step, model, checkpoint.name)
     train, held = make_blocks(step, tokenizer, length)
     return Task(loaded, train, held, _collate, _predict, metric="loss", unit="tokens")
 

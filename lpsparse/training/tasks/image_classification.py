@@ -2,8 +2,11 @@
 Metric: accuracy.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,119 +14,136 @@ from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import find, held_out_of
-from lpsparse.training.images import Images, read_images
-from lpsparse.training.model import Loaded, load_module, load_transformer, read_config
-from lpsparse.training.tasks.base import Batch, Task, draws, hold_out, write_head
+from lpsparse.training.data import class_names, find, split_folders
+from lpsparse.training.images import Image, read_images
+from lpsparse.training.labels import Classes, config_names, number
+from lpsparse.training.model import (
+    Loaded,
+    first_line,
+    has_head,
+    load_module,
+    load_transformer,
+    read_config,
+)
+from lpsparse.training.pixels import View, check_sizes, same_channels, view_of
+from lpsparse.training.tasks.base import Batch, Examples, Read, Task, draws, examples_of, write_head
 
 _PAD = 4  # pixels of the usual CIFAR crop
+_Example = tuple[Any, int]  # pixels of one image, as `same_channels` gives them; number of its class
 
 
 def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
-    train, held = _examples(step)
     in_folder = checkpoint.root is not None and (checkpoint.root / "config.json").is_file()
     if step.model_fn is None and not in_folder:
         raise UsageError(
             243, "image-classification of a bare state dict needs --model-fn",
             hint="give MODULE:CALLABLE or FILE.py:CALLABLE",
         )  # fmt: skip
-    if step.model_fn is None:
-        return _of_folder(step, checkpoint, train, held)
-    loaded = load_module(checkpoint, step.model_fn)
-    classes = distributed.of_first(lambda: _classes(loaded.module, (train or held)[0]))
-    return _task(step, loaded, train, held, classes, None)
+    examples, folders = _examples(step)
+    return (_of_folder if step.model_fn is None else _of_module)(step, checkpoint, examples, folders)
+
+
+def _examples(step: FinetuneStep | EvalStep) -> tuple[Examples[Image], bool]:
+    """And whether all labels are names of folders."""
+    kinds: list[bool] = []
+
+    def read(data: str, split: str) -> Read[Image]:
+        files, part, _ = find(data, split)
+        splits = split_folders(data, files[0]) if files[0].is_dir() else []
+        found = read_images(files, part, step.label_field, splits)
+        kinds.append(found.folders)
+        return Read(found.images, found.places, told=class_names(files, step.label_field))
+
+    return examples_of(step, read), all(kinds)
 
 
 def _of_folder(
-    step: FinetuneStep | EvalStep, checkpoint: Checkpoint, train: list[Any], held: list[Any]
+    step: FinetuneStep | EvalStep, checkpoint: Checkpoint, examples: Examples[Image], folders: bool
 ) -> Task:
-    """A Hugging Face vision model; its labels are those of its config, or with a fresh head 0, 1, 2, ..."""
+    """A Hugging Face vision model."""
     from transformers import AutoModelForImageClassification
 
-    config = read_config(checkpoint)
-    known: Any = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    asked = max(int(y) for _, y in (*train, *held)) + 1
-    has_head = any(".".join(tensor.name.split(".")[:1]) == "classifier" for tensor in checkpoint.tensors)
-    changes: dict[str, Any] = {} if has_head or asked <= len(known) else _numbered(asked)
-    loaded = load_transformer(checkpoint, AutoModelForImageClassification, changes)
+    names = config_names(read_config(checkpoint), checkpoint)
+    head = has_head(checkpoint, AutoModelForImageClassification)
+    classes = number(
+        examples.places, names, checkpoint, head=head, folders=folders, told=examples.told
+    )  # fmt: skip
+    examples.check(classes)
+    loaded = load_transformer(checkpoint, AutoModelForImageClassification, classes.changes())
     if isinstance(step, EvalStep) and loaded.new:
         what = f"{checkpoint.name}: has no head to measure ({', '.join(loaded.new)})"
         raise InputError(399, what, hint="fine-tune it first")
-    model: Any = loaded.module
-    size: Any = getattr(model.config, "image_size", None)
-    return _task(step, loaded, train, held, int(model.config.num_labels), size)
+    view = view_of(step, checkpoint, getattr(loaded.module.config, "image_size", None))
+    channels, _ = distributed.of_first(lambda: _fit(step, loaded.module, view, examples.all))
+    task = _task(step, loaded, view, channels, classes, examples)
+    return replace(task, sidecars=lambda folder: write_head(folder, loaded.module))
 
 
-def _numbered(count: int) -> dict[str, Any]:
-    names = {i: str(i) for i in range(count)}
-    return {"num_labels": count, "id2label": names, "label2id": {name: i for i, name in names.items()}}
+def _of_module(
+    step: FinetuneStep | EvalStep, checkpoint: Checkpoint, examples: Examples[Image], folders: bool
+) -> Task:
+    """What --model-fn builds: a head without names, whose outputs are counted."""
+    assert step.model_fn is not None
+    loaded, view = load_module(checkpoint, step.model_fn), view_of(step, checkpoint, None)
+    channels, outputs = distributed.of_first(lambda: _fit(step, loaded.module, view, examples.all))
+    names = [f"LABEL_{i}" for i in range(outputs)]
+    classes = number(examples.places, names, checkpoint, head=True, folders=folders)
+    examples.check(classes)
+    return _task(step, loaded, view, channels, classes, examples)
+
+
+def _fit(
+    step: FinetuneStep | EvalStep, module: nn.Module, view: View, images: Sequence[Image]
+) -> tuple[int, int]:
+    """Channels that the module takes, and its outputs, by an image. Gray may stand for colours."""
+    if not view.any_size:
+        check_sizes(images)
+    most = max(images, key=lambda each: each.pixels.shape[2])
+    own = most.pixels.shape[2]
+    ways = [way for way in ((own, 3) if own == 1 else (own,)) if len(step.mean or (0.5,)) in (1, way)]
+    if not ways:
+        what = f"--mean has {len(step.mean or ())} values, images have {own} channels"
+        raise UsageError(244, what, hint="one each")
+    module.eval()
+    failed: list[str] = []
+    for channels in ways:
+        try:
+            with torch.no_grad():
+                return channels, int(_logits(module, view.batch(same_channels([most], channels))).shape[-1])
+        except (RuntimeError, ValueError) as error:
+            failed.append(first_line(error))
+    what = f"{most.where}: the module does not take images of {tuple(most.pixels.shape)}: {failed[0]}"
+    raise InputError(398, what, hint="check the model, its preprocessor_config.json and the data")
 
 
 def _task(
-    step: FinetuneStep | EvalStep, loaded: Loaded, train: list[Any], held: list[Any], classes: int, size: Any
-) -> Task:
-    """Images are brought to `size` (a number, or height and width) where the model knows one."""
-    for x, y in (*train, *held):
-        if not 0 <= y < classes:
-            what = (
-                f"{step.data}: label {y} of an image of {tuple(x.shape)} is outside the model's "
-                f"{classes} classes"
-            )
-            raise InputError(349, what, hint="fix the labels")
-    channels = train[0][0].shape[0] if train else held[0][0].shape[0]
-    if len(step.mean) not in (1, channels):
-        raise UsageError(
-            244, f"--mean has {len(step.mean)} values, images have {channels} channels", hint="one each"
-        )
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (step.mean, step.std))
+    step: FinetuneStep | EvalStep, loaded: Loaded, view: View, channels: int, classes: Classes,
+    examples: Examples[Image],
+) -> Task:  # fmt: skip
+    def collate(batch: list[_Example]) -> Batch:
+        return {"x": view.batch([pixels for pixels, _ in batch]), "y": torch.tensor([y for _, y in batch])}
 
-    def collate(examples: list[tuple[torch.Tensor, int]]) -> Batch:
-        x = torch.stack([image for image, _ in examples]).float() / 255  # (batch, channels, height, width)
-        x = (x - mean) / std
-        if size is not None:
-            x = _resized(x, (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
-        return {"x": x, "y": torch.tensor([label for _, label in examples])}
+    def numbered(images: list[Image]) -> list[_Example]:
+        pixels = same_channels(images, channels)
+        return [(own, classes.ids[image.label]) for own, image in zip(pixels, images, strict=True)]
 
+    said = [f"pixels: {view.words} ({view.source})"]
+    if view.bits == 8 and any(image.pixels.dtype != np.uint8 for image in examples.all):
+        said.append("16-bit images are read with 8 bits, as the model's image processor takes no more")
     augment = _crop_flip if isinstance(step, FinetuneStep) and step.augment == "crop-flip" else None
     return Task(
-        loaded, train, held, collate, _predict, metric="accuracy", unit="images", augment=augment,
-        sidecars=None if step.model_fn else lambda folder: write_head(folder, loaded.module),
+        loaded, numbered(examples.train), numbered(examples.held), collate, _predict, metric="accuracy",
+        unit="images", augment=augment, notes=(*examples.notes, *classes.notes, *said), view=view.words,
     )  # fmt: skip
 
 
-def _resized(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    if tuple(x.shape[2:]) == size:
-        return x
-    return nn.functional.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-
-
-def _examples(step: FinetuneStep | EvalStep) -> tuple[list[Any], list[Any]]:
-    def read(data: str, split: str) -> list[tuple[torch.Tensor, int]]:
-        files, part, _ = find(data, split)
-        images: Images = read_images(files, part, step.label_field)
-        pixels = torch.from_numpy(images.x).permute(0, 3, 1, 2)
-        return list(zip(pixels, images.y.tolist(), strict=True))
-
-    rows = read(step.data, step.split)
-    if isinstance(step, EvalStep):
-        return [], rows
-    held = held_out_of(step)
-    return hold_out(rows, step.eval_fraction, step.seed) if held is None else (rows, read(*held))
-
-
-def _classes(module: nn.Module, example: tuple[torch.Tensor, int]) -> int:
-    module.eval()
-    try:
-        with torch.no_grad():
-            return int(module(example[0][None].float()).shape[-1])
-    except RuntimeError as error:
-        what = f"the module does not take images of {tuple(example[0].shape)}: {str(error).splitlines()[0]}"
-        raise InputError(398, what, hint="check --model-fn and the data") from None
-
-
 def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    found = model(batch["x"])
-    return (found if isinstance(found, torch.Tensor) else found.logits).float(), batch["y"]
+    return _logits(model, batch["x"]).float(), batch["y"]
+
+
+def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    found = model(x)
+    return found if isinstance(found, torch.Tensor) else found.logits
 
 
 def _crop_flip(batch: Batch, seeds: list[int]) -> Batch:

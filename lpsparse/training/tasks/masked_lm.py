@@ -15,8 +15,8 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.training.model import load_transformer
-from lpsparse.training.tasks.base import Batch, Task, check_vocabulary, draws, tokenizer_of
-from lpsparse.training.tasks.blocks import block_length, make_blocks
+from lpsparse.training.tasks.base import Batch, Task, check_vocabulary, draws, length_of, tokenizer_of
+from lpsparse.training.tasks.blocks import make_blocks
 
 SHARE = 0.15
 _NOT = -100  # the label of what is not to be guessed
@@ -38,7 +38,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     check_vocabulary(tokenizer, rows, checkpoint.name)
     mask = _mask(tokenizer, rows)
     marks = [token for token in (tokenizer.cls_token_id, tokenizer.sep_token_id) if token is not None]
-    length = block_length(step, model, checkpoint) - len(marks)
+    length = length_of(step, model, checkpoint.name) - len(marks)
     if length < 1:
         what = f"--max-length {step.max_length} leaves no token between the marks"
         raise UsageError(253, what, hint="give a larger one")

@@ -2,6 +2,7 @@
 classification head, old or fresh. Metric: accuracy."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +10,19 @@ from torch import nn
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, UsageError
 from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.training.data import Row, find, held_out_of, read_rows
-from lpsparse.training.model import load_transformer, read_config
+from lpsparse.training.data import Row, class_names, find, read_rows
+from lpsparse.training.labels import Classes, config_names, first_places, number
+from lpsparse.training.model import has_head, load_transformer, read_config
 from lpsparse.training.tasks.base import (
     Batch,
+    Read,
     Task,
     check_vocabulary,
     draws,
-    hold_out,
+    examples_of,
+    length_of,
     tokenizer_of,
     write_head,
 )
@@ -31,98 +35,59 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     from transformers import AutoModelForSequenceClassification
 
     config = read_config(checkpoint)
-    train, held = _rows(step)
-    labels = _labels(train or held, config, checkpoint, training=bool(train))
-    changes = (
-        {} if config.get("id2label") == {str(i): name for i, name in enumerate(labels)} else _changes(labels)
-    )
+    examples = examples_of(step, partial(_read, step))
+    names = config_names(config, checkpoint)
+    head = has_head(checkpoint, AutoModelForSequenceClassification)
+    classes = number(examples.places, names, checkpoint, head=head, told=examples.told)
+    examples.check(classes)
     tokenizer = tokenizer_of(checkpoint)
-    loaded = load_transformer(checkpoint, AutoModelForSequenceClassification, changes)
+    loaded = load_transformer(checkpoint, AutoModelForSequenceClassification, classes.changes())
     if isinstance(step, EvalStep) and loaded.new:
         what = f"{checkpoint.name}: has no head to measure ({', '.join(loaded.new)})"
         raise InputError(399, what, hint="fine-tune it first")
     model: Any = loaded.module
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], checkpoint.name)
     pad = model.config.pad_token_id = _padding(tokenizer, config, checkpoint)
-    encode = _encoder(tokenizer, labels, step.max_length)
-    with phase("tokenising", len(train) + len(held), "rows"):
-        train, held = encode(train), encode(held)
+    encode = _encoder(tokenizer, classes, length_of(step, model, checkpoint.name))
+    with phase("tokenising", len(examples.all), "rows"):
+        train, held = encode(examples.train), encode(examples.held)
     return Task(
         loaded, train, held, _collate(pad), _predict, metric="accuracy", unit="rows",
         length=lambda example: len(example[0]),
         sidecars=lambda folder: write_head(folder, model, pad_token_id=pad),
         augment=_noise(tokenizer) if isinstance(step, FinetuneStep) and step.augment == "noise" else None,
+        notes=(*examples.notes, *classes.notes),
     )  # fmt: skip
 
 
-def _rows(step: FinetuneStep | EvalStep) -> tuple[list[Row], list[Row]]:
-    def read(data: str, split: str) -> list[Row]:
-        files, part, _ = find(data, split)
-        return read_rows(files, part, step.text_field, step.label_field)
-
-    rows = read(step.data, step.split)
-    if isinstance(step, EvalStep):
-        return [], rows
-    held = held_out_of(step)
-    return hold_out(rows, step.eval_fraction, step.seed) if held is None else (rows, read(*held))
+def _read(step: FinetuneStep | EvalStep, data: str, split: str) -> Read[Row]:
+    files, part, _ = find(data, split)
+    notes: list[str] = []
+    rows = read_rows(files, slice(None), step.text_field, step.label_field, say=notes.append)
+    if not rows[part]:
+        raise InputError(376, f"{files[0]}: no rows in the part of {split!r}", hint="give another part")
+    return Read(rows[part], first_places(rows), tuple(notes), class_names(files, step.label_field))
 
 
-def _labels(rows: list[Row], config: dict[str, Any], checkpoint: Checkpoint, *, training: bool) -> list[str]:
-    """Label names by id: the checkpoint's own where the rows fit them,
-    else the training rows' in sorted order."""
-    known = _known_labels(config, checkpoint)
-    seen = sorted({str(row.label) for row in rows}, key=lambda text: (not _is_number(text), text.zfill(9)))
-    if all(label in _ids(known) for label in seen):
-        return known
-    has_head = any(tensor.name.startswith(("classifier.", "score.")) for tensor in checkpoint.tensors)
-    if training and not has_head:
-        return seen
-    bad = next(row for row in rows if row.label not in _ids(known))
-    what = f"{bad.where}: label {bad.label!r} is outside the model's set ({', '.join(known[:8])})"
-    raise InputError(349, what, hint="fix the row, or start from a checkpoint without a head")
-
-
-def _known_labels(config: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
-    """The names in config.json by their ids, which count from 0."""
-    table = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(table, dict) or set(table) != {str(i) for i in range(len(table))}:
-        what = f"{checkpoint.name}: config.json: id2label is no table of ids from 0"
-        raise InputError(392, what, hint="fix config.json")
-    return [str(table[str(i)]) for i in range(len(table))]
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
-
-
-def _ids(labels: list[str]) -> dict[str | None, int]:
-    """Id of each label: by name, and by number where no name is a number itself."""
-    ids: dict[str | None, int] = (
-        {} if any(map(_is_number, labels)) else {str(i): i for i in range(len(labels))}
-    )
-    return ids | {name: i for i, name in enumerate(labels)}
-
-
-def _changes(labels: list[str]) -> dict[str, Any]:
-    table = dict(enumerate(labels))
-    return {"num_labels": len(labels), "id2label": table, "label2id": {name: i for i, name in table.items()}}
-
-
-def _encoder(tokenizer: Any, labels: list[str], max_length: int) -> Any:
-    ids = _ids(labels)
+def _encoder(tokenizer: Any, classes: Classes, max_length: int) -> Any:
+    """Rows -> token ids and number of the class. Raises InputError naming a row whose text has no tokens."""
+    marks = tokenizer("")["input_ids"]
+    if max_length <= len(marks):
+        what = f"--max-length {max_length} leaves no token between the marks"
+        raise UsageError(253, what, hint="give a larger one")
 
     def encode(rows: list[Row]) -> list[tuple[list[int], int]]:
-        for row in rows:
-            if row.label not in ids:
-                what = f"{row.where}: label {row.label!r} is outside the set ({', '.join(labels[:8])})"
-                raise InputError(349, what, hint="fix or drop the row")
         found: list[tuple[list[int], int]] = []
         for first in range(0, len(rows), _AT_ONCE):
             some = rows[first : first + _AT_ONCE]
-            tokens = tokenizer([row.text for row in some], truncation=True, max_length=max_length)[
-                "input_ids"
-            ]
-            found += [(token_ids, ids[row.label]) for token_ids, row in zip(tokens, some, strict=True)]
+            texts = [row.text for row in some]
+            tokens = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            for token_ids, row in zip(tokens, some, strict=True):
+                if token_ids == marks:
+                    raise InputError(
+                        377, f"{row.where}: the text gives no tokens", hint="fix or drop the row"
+                    )
+                found.append((token_ids, classes.ids[row.label]))
             advance(len(some), "rows")
         return found
 
