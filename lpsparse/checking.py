@@ -13,7 +13,7 @@ from lpsparse.check_data import check_data
 from lpsparse.check_patterns import check_patterns
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import own_manifest, read_manifest
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.opening import Checkpoint, no_key, open_checkpoint
 from lpsparse.checkpoint.output import has_states, left_bytes, partial_of
 from lpsparse.checkpoint.preflight import check_keeps, check_place
 from lpsparse.checkpoint.remote import read_remote
@@ -105,12 +105,13 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
     if isinstance(step, VerifyStep) and step.model not in look.made:
         read_manifest(Path(step.model))
     key = getattr(step, "key", None)
-    held = _take(
-        link.model, getattr(step, "weights", None), None if isinstance(step, VerifyStep) else key, look
-    )
-    for name in ("base", "source", "against"):
-        if getattr(step, name, None) is not None:
-            _take(getattr(step, name), None, key, look)
+    own = None if isinstance(step, VerifyStep) else key  # it is of SOURCE alone
+    held = _take(link.model, getattr(step, "weights", None), own, look)
+    others = [getattr(step, name) for name in ("base", "source", "against") if getattr(step, name, None)]
+    for other in others:
+        _take(other, None, key, look)
+    if own is not None and not others and not held.checkpoint.is_torch:
+        raise no_key(link.model, own)
     if isinstance(step, EvalStep):
         step = _as_trained(step, held.checkpoint, made=step.model in look.made)
     if isinstance(step, ReportStep) and step.baseline is not None:

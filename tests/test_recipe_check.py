@@ -255,3 +255,23 @@ def test_steps_after_one_that_adds_a_head_count_what_the_step_before_them_chose(
     write(here, tune, *steps, model=str(tiny_bert), data=str(table))
     found = [each["prunable_weights"] for each in check_recipe("r.yaml")["steps"]]
     assert {number for number in found if number is not None} == {found[0]} and found[0] > 1000
+
+
+def test_the_report_of_a_recipe_compares_with_the_table_that_was_cut(tmp_path: Path, cli: Cli) -> None:
+    import torch
+
+    state = {"a.weight": torch.arange(1.0, 92).reshape(7, 13)}
+    torch.save({"params": state, "params_ema": {"a.weight": torch.ones(7, 13)}}, tmp_path / "net.pth")
+    recipe = tmp_path / "r.yaml"
+    cut = {"prune": {"sparsity": 0.5, "key": "params"}}
+    recipe.write_text(json.dumps({"model": "net.pth", "out": "made", "steps": [cut, {"report": {}}]}))
+    for command in (("recipe", "check"), ("run",)):
+        ran = cli(
+            *command, recipe, "--set", f"model={tmp_path / 'net.pth'}", "--set", f"out={tmp_path / 'made'}"
+        )
+        assert ran.rc == 0, ran.stderr
+    assert "45 set to zero" in ran.stdout + ran.stderr
+    cut["prune"]["key"] = "other"
+    recipe.write_text(json.dumps({"model": "net.pth", "out": "made", "steps": [cut]}))
+    given = ["--set", f"model={tmp_path / 'net.pth'}", "--set", f"out={tmp_path / 'again'}"]
+    assert cli("recipe", "check", recipe, *given).rc == 2

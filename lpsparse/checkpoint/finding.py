@@ -17,7 +17,7 @@ from lpsparse.errors import InputError, RemoteError, UsageError
 
 _NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
 _INDEX_AGAIN = "download the checkpoint again"
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", re.ASCII)  # model-00001-of-00002.safetensors
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})((?:\.\w+)+)", re.ASCII)  # model-00001-of-00002.safetensors
 
 
 def locate(model: str | Path) -> tuple[Path, str, str | None]:
@@ -74,7 +74,7 @@ def find_weights(folder: Path) -> Path:
     choice = find_weight_names(names)
     refuse_whole(folder, names, choice)
     if len(choice) != 1:
-        refuse_parts(folder, names)
+        refuse_parts(folder, names, within=not choice)
     if len(choice) > 1:
         indexed = choice[0] in FOLDER_ORDER or is_index(choice[0])
         what = "two checkpoints here" if indexed else "several weight files and no index"
@@ -144,9 +144,9 @@ def _open_all(shards: list[str]) -> str:
 def _set_of(name: str) -> list[str]:
     """All shards of the set that a file is one of, by its name; else its name alone."""
     shard = _SHARD.fullmatch(name)
-    if shard is None:
+    if shard is None or not 1 <= int(shard[2]) <= int(shard[3]):
         return [name]
-    return [f"{shard[1]}-{i:05d}-of-{shard[2]}{shard[3]}" for i in range(1, int(shard[2]) + 1)]
+    return [f"{shard[1]}-{i:05d}-of-{shard[3]}{shard[4]}" for i in range(1, int(shard[3]) + 1)]
 
 
 def shards_of(file: Path) -> list[Path]:

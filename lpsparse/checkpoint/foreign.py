@@ -5,6 +5,7 @@ import os
 import re
 import zipfile
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from lpsparse.checkpoint.dtypes import DTYPES
@@ -21,7 +22,7 @@ def refuse_archive(path: Path) -> None:
     """Raises InputError for a part of a distributed checkpoint, and for an archive of torch that holds a
     program."""
     if path.name.endswith((_OPTIMIZER_PART, _PART)):
-        refuse_parts(path.parent, [path.name])
+        refuse_parts(path.parent, [path.name], within=False)
     check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -62,15 +63,14 @@ def refuse_whole(folder: Path, names: Collection[str], weights: Collection[str])
         raise InputError(339, what, hint=f"give one of its snapshots: {snapshots[-1]}")
 
 
-def refuse_parts(folder: Path, names: Collection[str]) -> None:
-    """Raises InputError where the names in a folder, or in one in it, are those of a checkpoint that each
-    process of a training wrote its part of."""
-    within = {folder: names} | {
-        folder / name: [path.name for path in (folder / name).iterdir()]
-        for name in sorted(names)
-        if (folder / name).is_dir() and not (folder / name).is_symlink()
-    }
-    for place, inside in within.items():
+def refuse_parts(folder: Path, names: Collection[str], *, within: bool) -> None:
+    """Raises InputError where the names in a folder, or in the folders `within` it, are those of a checkpoint
+    that each process of a training wrote its part of."""
+    places = {folder: list(names)}
+    for path in sorted(folder / name for name in names) if within else ():
+        with suppress(OSError):  # a file, or closed to us
+            places[path] = os.listdir(path)
+    for place, inside in places.items():
         parts = [name for name in inside if name.endswith(_PART)]
         if parts:
             what = f"{place}: a checkpoint of torch.distributed in {len(parts)} parts ({_PART}), not gathered"
@@ -81,8 +81,8 @@ def refuse_parts(folder: Path, names: Collection[str]) -> None:
             what = (
                 f"{place}: a checkpoint of DeepSpeed in {len(parts)} parts (*{_OPTIMIZER_PART}), not gathered"
             )
-            tag = f" -t {place.name}" if place == folder else ""
-            top = place.parent
+            tag = f" -t {place.resolve().name}" if place == folder else ""
+            top = place.parent if place.name else Path("..")
             hint = f"`python {top / 'zero_to_fp32.py'} {top} gathered{tag}`, then take the folder gathered"
             raise InputError(316, what, hint=hint)
 

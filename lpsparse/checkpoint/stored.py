@@ -24,7 +24,7 @@ def open_file(path: Path, key: str | None = None) -> tuple[list[Tensor], dict[st
     if path.suffix in TORCH_FILES:
         return _open_torch(path, key)
     header = read_header(path)
-    layout, version = (header.metadata.get(f"lpsparse.{key}") for key in ("layout", "format_version"))
+    layout, version = (header.metadata.get(f"lpsparse.{each}") for each in ("layout", "format_version"))
     if layout not in (None, "bitmask", "packed") or version not in (None, "1"):
         what = f"{path}: layout {layout!r}, version {version!r}: written by a newer lpsparse"
         raise InputError(336, what, hint="upgrade lpsparse")
