@@ -28,7 +28,8 @@ def check_patterns(
     names = [tensor.name for tensor in source.tensors]
     if isinstance(step, FinetuneStep) and step.task in _HEADED and step.model_fn is None:
         plain = choose(source, needed=False)
-        renamed = renamed or not any(each.role == "head" for each in plain.values())
+        heads = [name for name, each in plain.items() if each.role == "head" and "pooler" not in name]
+        renamed = renamed or not heads
     notes = _check_budgets(step, names, renamed=renamed) if isinstance(step, ReportStep) else []
     freeze = step.freeze if isinstance(step, FinetuneStep) else ()
     if renamed:
