@@ -46,7 +46,7 @@ from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report, TensorRow
 from lpsparse.reporting.reread import read_report
 
-_LEAST_LEFT = 0.05  # of a layer type; models do not survive less, where much is left elsewhere
+_EMPTIED, _FEW = 0.01, 0.05  # shares of a layer type that are left: nothing any more, and too little
 
 Say = Callable[[str], None]
 Stamps = dict[Path, tuple[int, int, int] | None]
@@ -152,26 +152,33 @@ def complete(
     return found
 
 
-def check_left(source: Checkpoint, found: Report, out: Path, *, trained: bool = False) -> None:
-    """Raises VerdictError where what was done to `source` left nothing of a prunable tensor. Where nothing
-    was trained, also where it left less than 5 % of a layer type, and less than half of the share that is
+def check_left(
+    source: Checkpoint, found: Report, out: Path, say: Say, *, allow_empty: bool, trained: bool = False
+) -> None:
+    """Raises VerdictError where what was done to `source` left nothing of a prunable tensor, or, untrained,
+    under 1 % of a layer type; says so under 5 %. A layer type is meant that keeps less than half of what is
     left of all. OUT is complete."""
     rows = [row for row in found.tensors if row.prunable and row.weights]
     kinds: dict[str, list[TensorRow]] = {}
-    for row in rows:
+    for row in rows if not trained else ():
         kinds.setdefault(row.kind, []).append(row)
-    least = min(_LEAST_LEFT, (1 - found.prunable.sparsity) / 2)
+    low = {kind: some for kind, some in kinds.items() if _left(some) < (1 - found.prunable.sparsity) / 2}
     groups = [(row.name, [row]) for row in rows if row.zeros == row.weights]
-    groups += [
-        (f"layer type {kind}", some) for kind, some in kinds.items() if not trained and _left(some) < least
-    ]
+    groups += [(f"layer type {kind}", some) for kind, some in low.items() if _left(some) < _EMPTIED]
     before = {tensor.name: tensor for tensor in source.tensors}
-    emptied = [name for name, some in groups if not _was_empty([before.get(row.name) for row in some], least)]
-    if emptied:
+    emptied = [
+        name
+        for name, some in groups
+        if not _was_empty([before.get(row.name) for row in some], _EMPTIED if len(some) > 1 else 0)
+    ]
+    if emptied and not allow_empty:
         more = f" and {len(emptied) - 4} more" if len(emptied) > 4 else ""
         what = f"{out}: the cut left next to nothing of {', '.join(emptied[:4])}{more}; OUT is complete"
         hint = "--exclude it, spread the cut with --scope tensor, or allow it with --allow-empty"
         raise VerdictError(103, what, hint=hint)
+    for kind, some in low.items():
+        if _EMPTIED <= _left(some) < _FEW:
+            say(f"only {_left(some):.1%} of the layer type {kind} is left; --scope tensor spreads the cut")
 
 
 def _left(rows: list[TensorRow]) -> float:
@@ -179,11 +186,11 @@ def _left(rows: list[TensorRow]) -> float:
     return 1 - sum(row.zeros for row in rows) / sum(row.weights for row in rows)
 
 
-def _was_empty(tensors: list[Tensor | None], least: float) -> bool:
-    """Whether there was as little in them before."""
+def _was_empty(tensors: list[Tensor | None], share: float) -> bool:
+    """Whether no more than this share was left of them before."""
     known = [tensor for tensor in tensors if tensor is not None]
-    zeros = sum(count(tensor, tensor.blocks()).zeros for tensor in known)
-    return 1 - zeros / max(sum(tensor.size for tensor in known), 1) < max(least, 1e-12)
+    left = sum(tensor.size - count(tensor, tensor.blocks()).zeros for tensor in known)
+    return bool(known) and left <= share * sum(tensor.size for tensor in known)
 
 
 def keep_quality(folder: Path, quality: Quality) -> None:

@@ -216,8 +216,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         if alert is not None:
             say(str(alert))
     distributed.wait()
-    if not step.allow_empty:
-        check_left(source, found, step.out, trained=True)
+    check_left(source, found, step.out, say, allow_empty=step.allow_empty, trained=True)
     return called_after(found, step.out)
 
 

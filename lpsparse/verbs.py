@@ -26,7 +26,7 @@ from lpsparse.launch import is_one_of_several, name_as_launched
 from lpsparse.opened import on_threads, opened, silent
 from lpsparse.proof import inspect_step, verify_step, write_report
 from lpsparse.pruning.plan import plan_prune
-from lpsparse.pruning.prunable import kept_in_words
+from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipe import (
     EvalStep,
@@ -183,7 +183,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         return foretell(step, source, chosen, counts, took, plan.cut)
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         cut = [tensor for tensor in source.tensors if chosen[tensor.name].prunable]
-        written = rewrite(source, folder, plan.cut, step.layout, finite={tensor.name for tensor in cut})
+        written = rewrite(source, folder, plan.cut, step.layout, finite=_finite(chosen))
         _say_nonfinite(written, say)
         counts = written.counts
         alert = drained((tensor.name, counts[tensor.name].zeros, tensor.size) for tensor in cut)
@@ -197,9 +197,14 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
                 "`lpsparse eval OUT --against DENSE --save`, DENSE being the model before any cut"
             )
         found = finish(written, quality if same else ())
-    if not step.allow_empty:
-        check_left(source, found, step.out)
+    check_left(source, found, step.out, say, allow_empty=step.allow_empty)
     return found
+
+
+def _finite(chosen: Chosen) -> set[str]:
+    """The tensors that may hold no NaN or Inf: all but masks, which are often made of -Inf, and what --exclude
+    takes out."""
+    return {name for name, each in chosen.items() if each.role != "mask" and each.reason != "--exclude"}
 
 
 def _say_nonfinite(written: Written, say: Say) -> None:

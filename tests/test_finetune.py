@@ -209,7 +209,7 @@ def test_dry_run_says_zeros_disk_and_memory_in_words(tmp_path: Path, cli: Any) -
     words = ["finetune", "bundled:stories260k", tmp_path / "out", *options, "--dry-run"]
     shown = cli(*words, "--target-sparsity", "0.7").stdout
     assert "158,592 of 226,560 prunable weights would be zero (70.00 %)" in shown
-    assert "12 steps of lp" in shown and "1 embedding, 11 biases/norms" in shown
+    assert "12 steps of lp" in shown and "1 embedding, 11 norms" in shown
     assert re.search(
         r"would take +1\.\d\d MB of disk \(.+ are free\)\n +5\.29 MB of memory, 8\.01 MB at", shown
     )

@@ -366,7 +366,7 @@ def test_an_index_that_names_other_tensors_than_its_shard_exits_3(hub: Hub, tmp_
         (["pytorch_model.bin"], "LPS345", "hf download org/name"), (["README.md"], "LPS345", "hf download"),
         (["a.safetensors", "b.safetensors"], "LPS328", "--weights"), ([], "LPS345", "hf download"),
         (["model.safetensors", "model.safetensors.index.json"], "LPS328", "--weights"),
-        (["a.safetensors", "training_args.bin"], "LPS328", "--weights"),
+        (["a.safetensors", "b.bin"], "LPS328", "--weights"),
         (["pytorch_model.bin.index.json"], "LPS345", "hf download"),
     ],
 )  # fmt: skip

@@ -94,7 +94,9 @@ def test_a_model_with_nothing_to_cut_is_still_reported_inspected_and_packed(tmp_
 def test_what_prune_left_meets_the_budget_of_the_same_number(
     sparsity: str, tiny: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    prune(tiny, tmp_path / "out", sparsity=sparsity, allow_empty=True)  # 364 weights: no whole number of zeros
+    prune(
+        tiny, tmp_path / "out", sparsity=sparsity, allow_empty=True
+    )  # 364 weights: no whole number of zeros
     assert cli("report", tmp_path / "out", "--min-sparsity", sparsity).rc == 0
     if sparsity not in ("1", "0"):
         assert cli("report", tmp_path / "out", "--min-sparsity", str(float(sparsity) + 0.003)).rc == 1

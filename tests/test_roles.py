@@ -1,6 +1,7 @@
 """What a tensor is, by names, shapes, config.json and modules; and what a folder is."""
 
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,29 @@ def test_without_a_model_to_ask_the_likely_role_holds(config: str, unclear: Path
     assert (found["prunable"], found["role"], found["told_by"]) == (False, "embedding", "a guess")
 
 
+def test_a_look_that_fails_is_not_kept_and_runs_nothing_of_the_folder_it_starts_in(
+    unclear: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(words: list[Any], *, cwd: str, **_: Any) -> None:
+        assert "-P" in words and {path.name for path in Path(cwd).iterdir()} == {"config.json"}
+        raise subprocess.TimeoutExpired(words, 1)
+
+    monkeypatch.chdir(unclear)
+    with monkeypatch.context() as patch:
+        patch.setattr(looking.subprocess, "run", failing)
+        assert inspect(unclear)["tensors"][0]["told_by"] == "a guess"
+    assert not list(unclear.parent.glob("cache/**/*.json"))
+
+
+def test_what_a_manifest_says_of_a_tensor_is_its_role(tmp_path: Path) -> None:
+    prune(scaled(tmp_path), tmp_path / "out", sparsity=0.3, scope="tensor")
+    assert {each["role"] for each in inspect(tmp_path / "out")["tensors"]} == {"linear"}
+
+
+def test_a_name_of_a_million_letters_is_looked_at_no_longer() -> None:
+    assert guess_roles([("a." + "_token" * 200_000, (7, 13))])["a." + "_token" * 200_000].role == "unknown"
+
+
 # Quantised
 
 
@@ -230,12 +254,26 @@ def test_a_cut_that_empties_a_tensor_is_exit_1_unless_allowed(tmp_path: Path, cl
     assert cli("prune", model, tmp_path / "c", "--sparsity", "0.6", "--scope", "tensor").rc == 0
 
 
-def test_a_layer_type_that_is_nearly_lost_is_exit_1_and_what_was_empty_is_not(tmp_path: Path) -> None:
+def test_what_was_empty_before_the_cut_is_not_held_against_it(tmp_path: Path) -> None:
     model = scaled(tmp_path, **{"layers.1.mlp.weight": np.zeros((7, 13), "f4")})
     assert prune(model, tmp_path / "half", sparsity=0.5, scope="tensor").prunable.sparsity > 0.5
-    with pytest.raises(VerdictError, match="layer type other"):
-        prune(model, tmp_path / "most", sparsity=0.52)
+    with pytest.raises(VerdictError, match="layers\\.0\\.attn"):
+        prune(model, tmp_path / "most", sparsity=0.6)
     assert (tmp_path / "most" / "lpsparse.json").is_file()
+
+
+@pytest.mark.parametrize(("kept", "code"), [(6, 1), (20, 0), (80, 0)])
+def test_a_layer_type_of_which_little_is_left_is_said_or_exit_1(
+    kept: int, code: int, tmp_path: Path, cli: Cli
+) -> None:
+    small = np.full((20, 50), 1e-4, "f4")
+    small.reshape(-1)[:kept] = 9
+    large = np.ones((100, 100), "f4")
+    save_file({"h.0.mlp.weight": large, "h.0.attn.q_proj.weight": small}, tmp_path / "m.safetensors")
+    ran = cli("prune", tmp_path / "m.safetensors", tmp_path / "out", "--below", "1e-3")
+    assert ran.rc == code
+    assert ("layer type attention q" in ran.stderr) == (kept < 50)
+    assert ("2.0% of the layer type" in ran.stderr) == (kept == 20)
 
 
 def test_infinity_in_a_mask_is_carried_as_it_is(tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ def baked(tensors: Iterable[Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
     such. A mask must be of the shape and dtype of its weight."""
     given = {tensor.name: tensor for tensor in tensors}
     pairs = {name: name.removesuffix("_orig") + "_mask" for name in given if name.endswith("_orig")}
-    pairs = {name: mask for name, mask in pairs.items() if _is_mask(given.get(mask), given[name])}
+    pairs = {
+        name: mask
+        for name, mask in pairs.items()
+        if _is_mask(given.get(mask), given[name]) and name.removesuffix("_orig") not in given
+    }
     masks = set(pairs.values())
     found = [
         _baked(tensor, given[pairs[name]]) if name in pairs else tensor

@@ -213,7 +213,7 @@ def _ties(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     found = {
         name: first.setdefault((each.data_ptr(), each.dtype, each.shape, each.stride()), name)
         for name, each in tensors.items()
-        if each.numel()
+        if each.numel() and not (name.endswith("_orig") and name.removesuffix("_orig") + "_mask" in tensors)
     }
     return {name: other for name, other in found.items() if name != other}
 

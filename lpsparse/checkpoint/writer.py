@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.header import table_of
-from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, is_index, is_part
+from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, as_left, is_index, is_part
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import OutputError
 
@@ -69,7 +69,7 @@ def weight_file_names(source: Checkpoint, *, packed: bool) -> dict[str, str]:
             return {names[0]: "lpsparse.safetensors"}
         return {name: f"lpsparse-{i:05d}-of-{len(names):05d}.safetensors" for i, name in enumerate(names, 1)}
     if len(names) > 1:
-        ours = any(name.startswith("lpsparse-") for name in names)
+        ours = any(name.startswith("lpsparse-") or name in FOLDER_ORDER for name in names)
         if source.index is not None and not ours and all(name.endswith(".safetensors") for name in names):
             return {name: name for name in names}
         stem = _stem(source)

@@ -50,24 +50,21 @@ def _role(name: str, roles: dict[str, str], prefix: str) -> str | None:
 
 
 def _kept(config: str, release: str) -> dict[str, Any]:
-    """The answer of an earlier look at the same config by the same code, or a new one."""
+    """The answer of an earlier look at the same config by the same code, or a new one. One that failed is not
+    kept."""
     code = Path(__file__).parents[1]
-    asked = [
-        config,
-        release,
-        *(
-            (code / name).read_text("utf-8")
-            for name in ("integrations/look.py", "training/modules.py", "pruning/roles.py")
-        ),
-    ]
+    files = ("integrations/look.py", "training/modules.py", "pruning/roles.py")
+    asked = [config, release, *((code / name).read_text("utf-8") for name in files)]
     key = hashlib.sha256("\0".join(asked).encode()).hexdigest()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home) / "lpsparse" / "looks" / f"{key}.json"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(home, "lpsparse", "looks", f"{key}.json")
     with suppress(OSError, ValueError):
         found: Any = json.loads(path.read_text("utf-8"))
         if _is_answer(found):
             return found
     found = _asked(config)
+    if not _is_answer(found):
+        return {"class": None}
     with suppress(OSError):  # a home that cannot be written to
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f"{path.name}.{os.getpid()}")
@@ -76,18 +73,20 @@ def _kept(config: str, release: str) -> dict[str, Any]:
     return found
 
 
-def _asked(config: str) -> dict[str, Any]:
+def _asked(config: str) -> Any:
+    """What the process wrote; None where it wrote nothing. It starts in a folder of its own, as Python would
+    import from the one that it starts in."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    found: Any = None
     with TemporaryDirectory() as folder, suppress(OSError, ValueError, subprocess.SubprocessError):
         given, answer = Path(folder, "config.json"), Path(folder, "answer.json")
         given.write_text(config, "utf-8")
         subprocess.run(
-            [sys.executable, "-c", _CHILD, given, answer], env=environment, timeout=_SECONDS, check=False,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [sys.executable, "-P", "-c", _CHILD, given, answer], env=environment, timeout=_SECONDS,
+            check=False, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        found = json.loads(answer.read_text("utf-8"))
-    return found if _is_answer(found) else {"class": None, "prefix": "", "roles": {}}
+        return json.loads(answer.read_text("utf-8"))
+    return None
 
 
 def _is_answer(found: Any) -> bool:

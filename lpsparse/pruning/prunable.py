@@ -12,12 +12,13 @@ from typing import Any
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import Brief
-from lpsparse.checkpoint.rescue import config_of
+from lpsparse.checkpoint.rescue import config_of, folder_of
+from lpsparse.checkpoint.threads import of_one
 from lpsparse.checkpoint.weights import Named
 from lpsparse.errors import UsageError
 from lpsparse.pruning.look import look
 from lpsparse.pruning.quantised import quantised
-from lpsparse.pruning.roles import PRUNED, bare, guess_roles
+from lpsparse.pruning.roles import PRUNED, ROLES, bare, guess_roles
 
 _NOT_FLOAT = " is not a float that can be pruned"
 _IN_SHORT = {  # reasons, as what such tensors are called, by ones and more
@@ -41,6 +42,11 @@ class Decision:
 
 
 Chosen = dict[str, Decision]
+
+
+def recorded(prunable: bool, reason: str) -> Decision:
+    """What a manifest says of a tensor. The reason is the role, where nothing overruled that."""
+    return Decision(prunable, reason, reason if reason in ROLES else "unknown", "the manifest")
 
 
 def decide(
@@ -110,10 +116,10 @@ def choose(
     although something is `needed`.
     """
     named = [(tensor.name, tensor.dtype, tensor.shape) for tensor in source.tensors]
-    config = config_of(source.root)
+    config = config_of(folder_of(source))
     table = decide(named, include, exclude, config)
     asked = list(table) if always_look else [name for name, each in table.items() if each.by == "a guess"]
-    if asked and (seen := look(config, asked)) is not None:
+    if asked and (seen := of_one(lambda: look(config, asked))) is not None:  # the same in all processes
         table = decide(named, include, exclude, config, seen[1], seen[0])
     return check_chosen(table, include, exclude, needed=needed, strict=strict)
 
@@ -166,7 +172,7 @@ def _told(table: Chosen) -> str:
     """What told the roles, where it was more than names and shapes."""
     counts = Counter(decision.by for decision in table.values())
     guessed = counts.pop("a guess", 0)
-    others = [by for by in counts if by not in ("names and shapes", "the rule")]
+    others = [by for by in counts if by not in ("names and shapes", "the rule", "the manifest")]
     text = f" Told by {others[0]}." if others else ""
     if guessed:
         text += f" Guessed of {guessed}, as names and shapes leave it open; see `lpsparse inspect`."

@@ -28,6 +28,7 @@ _METHODS = (  # ends of the names of stored values and of their scales, and what
     (".codes", ".codebooks", "AQLM"),
     ("_blocks", "_scales", "MXFP4"),
 )
+_INTEGERS = ("I8", "U8", "I16", "I32", "U32")  # wider ones are indexes
 _ANY = "integers with scales"
 
 
@@ -38,27 +39,25 @@ def quantised(tensors: Iterable[Named]) -> dict[str, str]:
     makes no scale. The pairs that are known give the method its name.
     """
     dtypes = {name: (dtype, shape) for name, dtype, shape in tensors}
-    groups: dict[str, list[str]] = {}
-    for name in dtypes:
-        groups.setdefault(_prefix(name), []).append(name)
+    beside_integers: dict[str, list[str]] = {_prefix(name): [] for name in dtypes}
+    scales: dict[str, list[str]] = {_prefix(name): [] for name in dtypes}
+    for name, (dtype, _) in dtypes.items():
+        if DTYPES[dtype].is_float and not name.endswith("bias"):
+            beside_integers[_prefix(name)].append(name)
+            if dtype in _UNSCALED and "scale" in name:
+                scales[_prefix(name)].append(name)
     found: dict[str, str] = {}
     for name, (dtype, shape) in dtypes.items():
         if dtype in _UNSCALED:
             continue
-        for values, scales, method in _METHODS:
-            beside = name.removesuffix(values) + scales
+        for values, ends, method in _METHODS:
+            beside = name.removesuffix(values) + ends
             if name.endswith(values) and beside in dtypes:
                 found |= {each: found.get(each, method) for each in (name, beside)}
-        small = (
-            DTYPES[dtype].bits <= 8 if DTYPES[dtype].is_float else dtype in ("I8", "U8", "I16", "I32", "U32")
-        )
-        if small and sum(size > 1 for size in shape) > 1 and not is_buffer(name):
-            floats = [
-                each for each in groups[_prefix(name)]
-                if DTYPES[dtypes[each][0]].is_float and each != name and not each.endswith("bias")
-            ]  # fmt: skip
-            if DTYPES[dtype].is_float:  # values of 8 bits that are not scaled have siblings of their own size
-                floats = [each for each in floats if dtypes[each][0] in _UNSCALED and "scale" in each]
+        small = DTYPES[dtype].bits <= 8 if DTYPES[dtype].is_float else dtype in _INTEGERS
+        prefix = _prefix(name)
+        if small and prefix and sum(size > 1 for size in shape) > 1 and not is_buffer(name):
+            floats = scales[prefix] if DTYPES[dtype].is_float else beside_integers[prefix]
             if floats:
                 method = found.get(name, _ANY)
                 found |= {each: method for each in (name, *floats)}

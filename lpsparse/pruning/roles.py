@@ -69,6 +69,7 @@ _HEAD = _any(
 )
 _BUFFER = _any(r"(^|_)(masks?|bias|ids?|idx|index|indices|positions?|tracked|tid2eid|g_idx)(_|$)")
 _HEADS = {"output.weight", "linear.weight", "proj_out.weight"}  # whole names
+_LONGEST = 1000  # letters of a name; looking at one of millions would take hours
 _BLOCKS = frozenset(
     {"layers", "layer", "blocks", "block", "h", "stages"}
 )  # a head with such in it is a model
@@ -78,10 +79,12 @@ def guess_roles(
     tensors: Iterable[tuple[str, tuple[int, ...]]], config: Mapping[str, Any] | None = None
 ) -> dict[str, Guess]:
     """The role of each tensor by name. `config` is config.json: it tells an embedding by its rows."""
-    shapes = dict(tensors)
+    given = dict(tensors)
+    shapes = {name: shape for name, shape in given.items() if len(name) <= _LONGEST}
     with_experts = {parent for name in shapes for parent in _holders_of_experts(bare(name))}
     words = _vocabularies(config or {})
-    return {name: _guess(bare(name), shape, with_experts, words) for name, shape in shapes.items()}
+    found = dict.fromkeys(given, Guess("unknown", sure=False))
+    return found | {name: _guess(bare(name), shape, with_experts, words) for name, shape in shapes.items()}
 
 
 def bare(name: str) -> str:
@@ -121,8 +124,8 @@ def _vocabularies(config: Mapping[str, Any]) -> set[int]:
         for key, value in table.items():
             if isinstance(value, dict) and depth < 4:
                 walk(value, depth + 1)  # pyright: ignore[reportUnknownArgumentType]
-            elif isinstance(value, int):
-                (sizes if "vocab" in key else others).add(value)
+            elif type(value) is int:
+                (sizes if "vocab" in str(key) else others).add(value)
 
     walk(config)
     return sizes - others

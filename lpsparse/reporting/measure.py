@@ -15,7 +15,7 @@ from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.limits import REPORTED_N_M
-from lpsparse.pruning.prunable import Chosen, Decision, choose
+from lpsparse.pruning.prunable import Chosen, Decision, choose, recorded
 from lpsparse.reporting.bound import sampled_bytes
 from lpsparse.reporting.kinds import KINDS, kind_of
 from lpsparse.reporting.records import (
@@ -117,7 +117,7 @@ def prunable_of(
     rule. A `strict` one raises UsageError for a pattern that matches nothing."""
     manifest = own_manifest(checkpoint)
     if manifest is not None and not include and not exclude and not always_look:
-        known = {each.name: Decision(each.prunable, each.reason) for each in manifest.tensors}
+        known = {each.name: recorded(each.prunable, each.reason) for each in manifest.tensors}
         if all(tensor.name in known for tensor in checkpoint.tensors):
             return known
     return choose(checkpoint, include, exclude, needed=False, strict=strict, always_look=always_look)

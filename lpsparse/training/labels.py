@@ -74,7 +74,9 @@ def config_names(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]
             f"{checkpoint.name}: config.json: problem_type is {kind}, which is not trained or measured here"
         )
         raise InputError(347, what, hint="give a model that chooses one class of several")
-    table = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    count: Any = config.get("num_labels", 2)
+    count = count if type(count) is int else 2
+    table = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
     if not isinstance(table, dict) or set(table) != {str(i) for i in range(len(table))}:
         what = f"{checkpoint.name}: config.json: id2label is no table of ids from 0"
         raise InputError(392, what, hint="fix config.json")

@@ -117,7 +117,7 @@ def choose_weights(
     described += [(out, _dtype_name(state[name]), shape) for out, (name, shape) in loaded.fused.items()]
     config: Any = getattr(loaded.module, "config", None)
     told = {names[name]: role for name, role in roles_of(loaded.module).items() if name in names}
-    config = config.to_dict() if config is not None else None
+    config = config.to_dict() if callable(getattr(config, "to_dict", None)) else None  # transformers' own
     by = type(loaded.module).__name__
     prunable = decide(described, step.include, step.exclude, config, told, by)
     check_chosen(prunable, step.include, step.exclude)

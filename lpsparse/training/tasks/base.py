@@ -178,5 +178,7 @@ def write_head(folder: Path, model: Any, **more: Any) -> None:
         "label2id": {name: int(i) for i, name in table.items()},
         "problem_type": "single_label_classification", **more,
     }  # fmt: skip
+    if "num_labels" in config:  # transformers takes it before the table
+        changed["num_labels"] = len(table)
     if any(config.get(key) != value for key, value in changed.items()):
         write_json(path, config | changed)
