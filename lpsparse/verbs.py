@@ -202,7 +202,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
 
 
 def _finite(chosen: Chosen) -> set[str]:
-    """The tensors that may hold no NaN or Inf: all but masks, which are often made of -Inf, and what --exclude
+    """The tensors that may hold no NaN or Inf: all but masks, often made of -Inf, and what --exclude
     takes out."""
     return {name for name, each in chosen.items() if each.role != "mask" and each.reason != "--exclude"}
 
