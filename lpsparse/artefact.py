@@ -45,6 +45,7 @@ from lpsparse.reporting import card, figure
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report, TensorRow
 from lpsparse.reporting.reread import read_report
+from lpsparse.reporting.text import percent
 
 _EMPTIED, _FEW = 0.01, 0.05  # shares of a layer type that are left: nothing any more, and too little
 
@@ -155,30 +156,42 @@ def complete(
 def check_left(
     source: Checkpoint, found: Report, out: Path, say: Say, *, allow_empty: bool, trained: bool = False
 ) -> None:
-    """Raises VerdictError where what was done to `source` left nothing of a prunable tensor, or, untrained,
-    under 1 % of a layer type; says so under 5 %. A layer type is meant that keeps less than half of what is
-    left of all. OUT is complete."""
-    rows = [row for row in found.tensors if row.prunable and row.weights]
-    kinds: dict[str, list[TensorRow]] = {}
-    for row in rows if not trained else ():
-        kinds.setdefault(row.kind, []).append(row)
-    low = {kind: some for kind, some in kinds.items() if _left(some) < (1 - found.prunable.sparsity) / 2}
-    groups = [(row.name, [row]) for row in rows if row.zeros == row.weights]
-    groups += [(f"layer type {kind}", some) for kind, some in low.items() if _left(some) < _EMPTIED]
+    """Raises VerdictError where what was done to `source` left next to nothing of something (`emptied`), and
+    says where it left little of a layer type. OUT is complete."""
+    names = emptied(source, found, trained=trained)
+    if names and not allow_empty:
+        what = f"{out}: the cut left next to nothing of {names}; OUT is complete"
+        hint = "--exclude it, spread the cut with --scope tensor, or allow it with --allow-empty"
+        raise VerdictError(103, what, hint=hint)
+    for kind, some in ({} if trained else _low(found)).items():
+        if _EMPTIED <= _left(some) < _FEW:
+            left = percent(_left(some))
+            say(f"only {left} of the layer type {kind} is left; --scope tensor spreads the cut")
+
+
+def emptied(source: Checkpoint, found: Report, *, trained: bool = False) -> str:
+    """In words, the prunable tensors of which nothing is left, and, untrained, the layer types of which under
+    1 % is; empty where there are none. What `source` had no more of does not count."""
+    groups = [(row.name, [row]) for row in found.tensors if row.prunable and row.zeros == row.weights > 0]
+    if not trained:
+        groups += [(f"layer type {k}", some) for k, some in _low(found).items() if _left(some) < _EMPTIED]
     before = {tensor.name: tensor for tensor in source.tensors}
-    emptied = [
+    names = [
         name
         for name, some in groups
         if not _was_empty([before.get(row.name) for row in some], _EMPTIED if len(some) > 1 else 0)
     ]
-    if emptied and not allow_empty:
-        more = f" and {len(emptied) - 4} more" if len(emptied) > 4 else ""
-        what = f"{out}: the cut left next to nothing of {', '.join(emptied[:4])}{more}; OUT is complete"
-        hint = "--exclude it, spread the cut with --scope tensor, or allow it with --allow-empty"
-        raise VerdictError(103, what, hint=hint)
-    for kind, some in low.items():
-        if _EMPTIED <= _left(some) < _FEW:
-            say(f"only {_left(some):.1%} of the layer type {kind} is left; --scope tensor spreads the cut")
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _low(found: Report) -> dict[str, list[TensorRow]]:
+    """The layer types that keep less than half of the share that is left of all prunable weights."""
+    kinds: dict[str, list[TensorRow]] = {}
+    for row in found.tensors:
+        if row.prunable and row.weights:
+            kinds.setdefault(row.kind, []).append(row)
+    least = (1 - found.prunable.sparsity) / 2
+    return {kind: some for kind, some in kinds.items() if _left(some) < least}
 
 
 def _left(rows: list[TensorRow]) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
-from lpsparse.artefact import Say, check_left, stamps_of, writing
+from lpsparse.artefact import Say, check_left, emptied, stamps_of, writing
 from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import read_manifest
@@ -18,7 +18,7 @@ from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import Written, rewrite
-from lpsparse.checkpoint.threads import of_each, of_one
+from lpsparse.checkpoint.threads import of_one
 from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.dry_run import foretell, foretell_unread, say_left
 from lpsparse.errors import VerdictError
@@ -180,7 +180,10 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         decided = perf_counter()
         counts = count_all(source, plan.cut)
         took = (decided - began, perf_counter() - decided)
-        return foretell(step, source, chosen, counts, took, plan.cut)
+        found = foretell(step, source, chosen, counts, took, plan.cut)
+        if not step.allow_empty and (names := emptied(source, found)):
+            say(f"the run would exit 1, as next to nothing is left of {names}; --allow-empty allows it")
+        return found
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         cut = [tensor for tensor in source.tensors if chosen[tensor.name].prunable]
         written = rewrite(source, folder, plan.cut, step.layout, finite=_finite(chosen))
@@ -219,7 +222,7 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     if source.layout in LAYOUTS:
         refuse_quantised(source)
     stamps = stamps_of(source)
-    chosen = of_each(lambda: prunable_of(source))
+    chosen = of_one(lambda: prunable_of(source))
     of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
     if step.dry_run:
         say("dry run: nothing is written")

@@ -172,6 +172,12 @@ def test_without_a_model_to_ask_the_likely_role_holds(config: str, unclear: Path
     assert (found["prunable"], found["role"], found["told_by"]) == (False, "embedding", "a guess")
 
 
+def test_a_role_is_taken_of_a_tensor_of_the_models_own_shape_alone(unclear: Path) -> None:
+    (unclear / "config.json").write_text(json.dumps(AMBIGUOUS | {"state_dim": 5}))
+    found = {each["name"]: each for each in inspect(unclear)["tensors"]}["embed_state.weight"]
+    assert (found["role"], found["told_by"]) == ("embedding", "a guess")
+
+
 def test_a_look_that_fails_is_not_kept_and_runs_nothing_of_the_folder_it_starts_in(
     unclear: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +255,10 @@ def test_a_cut_that_empties_a_tensor_is_exit_1_unless_allowed(tmp_path: Path, cl
     model = scaled(tmp_path)
     ran = cli("prune", model, tmp_path / "out", "--sparsity", "0.6")
     assert ran.rc == 1 and "LPS103" in ran.stderr and "layers.0.attn.weight" in ran.stderr
+    foretold = cli("prune", model, tmp_path / "dry", "--sparsity", "0.6", "--dry-run")
+    assert (
+        foretold.rc == 0 and "would exit 1" in foretold.stderr and "layers.0.attn.weight" in foretold.stderr
+    )
     assert cli("verify", tmp_path / "out", model).rc == 0  # it is complete
     assert cli("prune", model, tmp_path / "b", "--sparsity", "0.6", "--allow-empty").rc == 0
     assert cli("prune", model, tmp_path / "c", "--sparsity", "0.6", "--scope", "tensor").rc == 0
@@ -273,7 +283,7 @@ def test_a_layer_type_of_which_little_is_left_is_said_or_exit_1(
     ran = cli("prune", tmp_path / "m.safetensors", tmp_path / "out", "--below", "1e-3")
     assert ran.rc == code
     assert ("layer type attention q" in ran.stderr) == (kept < 50)
-    assert ("2.0% of the layer type" in ran.stderr) == (kept == 20)
+    assert ("2.00 % of the layer type" in ran.stderr) == (kept == 20)
 
 
 def test_infinity_in_a_mask_is_carried_as_it_is(tmp_path: Path) -> None:
@@ -323,6 +333,20 @@ def test_an_index_of_any_name_is_found_and_kept(tmp_path: Path) -> None:
         prune(source, tmp_path / f"{folder}-out", below=0.5)
         there = {path.name for path in (tmp_path / f"{folder}-out").iterdir()}
         assert {index, *table.values()} <= there and not any("index" in n for n in there - {index})
+
+
+def test_the_weights_of_an_adapter_are_refused_by_their_own_name_too(tmp_path: Path, cli: Cli) -> None:
+    save_file({"q_proj.lora_A.weight": np.ones((5, 13), "f4")}, tmp_path / "adapter_model.safetensors")
+    for command in (("inspect", tmp_path / "adapter_model.safetensors"),
+                    ("inspect", tmp_path, "--weights", "adapter_model.safetensors")):  # fmt: skip
+        ran = cli(*command)
+        assert ran.rc == 3 and "LPS318" in ran.stderr
+
+
+def test_a_model_that_is_called_as_trainers_call_their_files_is_found(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(7, 13)}, tmp_path / "scheduler_net.pth")
+    torch.save({"state": {}}, tmp_path / "scheduler.pt")
+    assert inspect(tmp_path)["files"][0]["name"] == "scheduler_net.pth"
 
 
 def test_an_adapter_a_pipeline_and_a_cache_are_refused_by_what_they_are(tmp_path: Path, cli: Cli) -> None:

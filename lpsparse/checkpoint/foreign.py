@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.header import check_regular, table_of
+from lpsparse.checkpoint.header import check_regular, json_table
 from lpsparse.checkpoint.names import find_weight_names
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.errors import InputError
@@ -46,14 +46,9 @@ def refuse_whole(folder: Path, names: Collection[str], weights: Collection[str])
     """Raises InputError for a folder that is not a model but an adapter of one, a pipeline of several, or the
     hub's cache around one."""
     if "adapter_config.json" in names and not weights:
-        base = table_of(folder / "adapter_config.json").get("base_model_name_or_path")
-        base = base if isinstance(base, str) and base else "another model"
-        what = f"{folder}: an adapter of {base}, not a model"
-        merge = f'AutoPeftModel.from_pretrained("{folder}").merge_and_unload().save_pretrained("merged")'
-        hint = f"merge it first, with peft: {merge}"
-        raise InputError(318, what, hint=hint)
+        _refuse_adapter(folder, folder)
     if "model_index.json" in names and not weights:
-        parts = [name for name in table_of(folder / "model_index.json") if (folder / name).is_dir()]
+        parts = [name for name in json_table(folder / "model_index.json") if (folder / name).is_dir()]
         of = [name for name in sorted(parts) if find_weight_names(os.listdir(folder / name))]
         what = f"{folder}: a diffusers pipeline, of {', '.join(of) or 'no component with weights'}"
         raise InputError(319, what, hint=f"give one component: {folder / (of[0] if of else 'unet')}")
@@ -61,6 +56,20 @@ def refuse_whole(folder: Path, names: Collection[str], weights: Collection[str])
     if snapshots:
         what = f"{folder}: a repository in the hub's cache, not a model folder"
         raise InputError(339, what, hint=f"give one of its snapshots: {snapshots[-1]}")
+
+
+def refuse_adapter(file: Path) -> None:
+    """Raises InputError for the weights of an adapter, given by their own name."""
+    if file.name in ("adapter_model.safetensors", "adapter_model.bin"):
+        _refuse_adapter(file, file.parent)
+
+
+def _refuse_adapter(given: Path, folder: Path) -> None:
+    base = json_table(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = base if isinstance(base, str) and base else "another model"
+    merge = f'AutoPeftModel.from_pretrained("{folder}").merge_and_unload().save_pretrained("merged")'
+    hint = f"merge it first, with peft: {merge}"
+    raise InputError(318, f"{given}: an adapter of {base}, not a model", hint=hint)
 
 
 def refuse_parts(folder: Path, names: Collection[str], *, within: bool) -> None:

@@ -11,15 +11,15 @@ import re
 import stat
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.errors import InputError, LpsparseError
+from lpsparse.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's cap
+_MAX_TABLE_BYTES = 10_000_000
 MAX_TENSORS = 500_000  # 700,000 empty tensors took the reference reader 6 s to open
 MAX_TENSORS_VARIABLE = "LPSPARSE_MAX_TENSORS"
 MAX_DIMENSIONS = 64  # numpy's
@@ -151,12 +151,15 @@ def _by_offset(entry: Entry) -> tuple[int, int, str]:
     return entry.offset, entry.nbytes, entry.name
 
 
-def table_of(path: Path) -> dict[str, Any]:
-    """What a small file of JSON says; one that is not there or cannot be read says nothing."""
-    with suppress(OSError, ValueError, RecursionError, LpsparseError):
-        found: Any = unique_json(path.read_bytes()) if check_regular(path) <= MAX_HEADER_BYTES else None
-        return found if isinstance(found, dict) else {}
-    return {}
+def json_table(path: Path) -> dict[str, Any]:
+    """What a small JSON file beside weights says. One that is not there or cannot be read says nothing."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_TABLE_BYTES:
+            return {}
+        found: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def unique_json(text: bytes | str) -> Any:

@@ -23,7 +23,8 @@ _LEFT_BY_TRAINING = re.compile(
 )
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _NO_WEIGHTS = re.compile(  # what trainers put beside a model, in files like those of weights
-    r"training_args\.bin|(optimizer|scheduler|scaler|rng_state)[\w-]*\.(bin|pt|pth)|.*adapter_model\.(safetensors|bin)"
+    r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state)(_\d+)?\.(bin|pt|pth)"
+    r"|adapter_model\.(safetensors|bin)"
 )
 LEGACY_NORMS = {".weight": ".gamma", ".bias": ".beta"}  # of LayerNorm in BERT's first checkpoints
 _TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")

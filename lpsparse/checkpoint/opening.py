@@ -17,7 +17,7 @@ from lpsparse.checkpoint.finding import (
     read_index,
     shards_of,
 )
-from lpsparse.checkpoint.foreign import refuse_hollow
+from lpsparse.checkpoint.foreign import refuse_adapter, refuse_hollow
 from lpsparse.checkpoint.masked import baked
 from lpsparse.checkpoint.names import TORCH_FILES, is_index
 from lpsparse.checkpoint.stored import open_file, stored_names
@@ -110,6 +110,7 @@ def _open_located(
         )
     else:
         file, root = path, path.parent if is_index(path.name) else None
+    refuse_adapter(file)
     if is_index(file.name):
         files = read_index(file)
         checkpoint = replace(_open_files(name, root, list(files), files, key), index=file.name)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.header import Entry
+from lpsparse.checkpoint.header import Entry, json_table
 from lpsparse.checkpoint.layouts import bitmask
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.stored import bitmask_tensor
@@ -30,7 +30,6 @@ from lpsparse.errors import InputError
 
 LAYOUTS = ("sparse-bitmask", "sparse-24-bitmask")
 CONFIGS = ("quantization_config", "compression_config")  # where config.json says how weights are stored
-_MAX_CONFIG_BYTES = 10_000_000
 _AGAIN = "download the checkpoint again"
 
 Parts = dict[str, Tensor]
@@ -191,15 +190,7 @@ def folder_of(checkpoint: Checkpoint) -> Path | None:
 
 def config_of(folder: Path | None) -> dict[str, Any]:
     """What config.json says. One that cannot be read says nothing: it is carried as it is."""
-    path = folder / "config.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        with path.open("rb") as file:
-            config: Any = json.loads(file.read(_MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    return {} if folder is None else json_table(folder / "config.json")
 
 
 def _says_sparse(config: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lpsparse.checkpoint.header import table_of
+from lpsparse.checkpoint.header import json_table
 from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, as_left, is_index, is_part
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import OutputError
@@ -92,7 +92,7 @@ def index_name(source: Checkpoint, *, packed: bool) -> str:
 
 def _stem(source: Checkpoint) -> str:
     """What files in OUT are called that cannot keep their names: as loaders look for them."""
-    config = {} if source.root is None else table_of(source.root / "config.json")
+    config = {} if source.root is None else json_table(source.root / "config.json")
     of_diffusers = source.files[0].name.startswith(_DIFFUSERS) or "_diffusers_version" in config
     return _DIFFUSERS if of_diffusers else "model"
 

@@ -40,10 +40,12 @@ def build(config: dict[str, Any]) -> nn.Module | None:
 
 
 def answer(config: Path, into: Path) -> None:
-    """Write what there is to say of a config.json: {"class", "prefix", "roles"}."""
+    """Write what there is to say of a config.json: {"class", "prefix", "roles"}, each role with the shape of
+    its tensor in the model."""
     model = build(json.loads(config.read_text("utf-8")))
     found: dict[str, Any] = {"class": None, "prefix": "", "roles": {}}
     if model is not None:
-        prefix = str(getattr(model, "base_model_prefix", ""))
-        found = {"class": type(model).__name__, "prefix": prefix, "roles": roles_of(model)}
+        state, prefix = model.state_dict(), str(getattr(model, "base_model_prefix", ""))
+        roles = {name: (role, list(state[name].shape)) for name, role in roles_of(model).items()}
+        found = {"class": type(model).__name__, "prefix": prefix, "roles": roles}
     into.write_text(json.dumps(found), "utf-8")

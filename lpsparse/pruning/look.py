@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,9 +22,9 @@ _SECONDS = 120  # a config of a billion layers is not waited for
 _MEMORY = 16 << 30  # bytes of addresses that the process may have: torch alone takes a few
 
 
-def look(config: dict[str, Any], names: Iterable[str]) -> tuple[str, dict[str, str]] | None:
-    """What was asked, and the role of each of these tensors that the model has. None without transformers,
-    and where it knows no model of this config or cannot build it."""
+def look(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, str]] | None:
+    """What was asked, and the role of each of these tensors that the model has in the same shape. None where
+    there is no transformers, or it knows no model of this config or cannot build it."""
     if not isinstance(config.get("model_type"), str):
         return None
     try:
@@ -34,19 +34,17 @@ def look(config: dict[str, Any], names: Iterable[str]) -> tuple[str, dict[str, s
     found = _kept(json.dumps(config, sort_keys=True), release)
     if not found.get("class"):
         return None
-    roles: dict[str, str] = {
-        name: role for name, role in found["roles"].items() if isinstance(name, str) and role in ROLES
-    }
-    matched = {
-        name: role for name in names if (role := _role(name, roles, f"{found['prefix']}.")) is not None
-    }
-    return f"{found['class']} of transformers {release}", matched
+    told = {name: _role(name, shape, found["roles"], f"{found['prefix']}.") for name, shape in shapes.items()}
+    roles = {name: role for name, role in told.items() if role in ROLES}
+    return f"{found['class']} of transformers {release}", roles
 
 
-def _role(name: str, roles: dict[str, str], prefix: str) -> str | None:
-    """By the name as it is or without wrappers, with or without the base model's prefix."""
+def _role(name: str, shape: tuple[int, ...], told: dict[str, Any], prefix: str) -> str:
+    """By the name as it is or without wrappers, with or without the base model's prefix; empty where there is
+    none of this shape."""
     near = (name, bare(name), prefix + name, prefix + bare(name), name.removeprefix(prefix))
-    return next((roles[each] for each in near if each in roles), None)
+    role, own = next((told[each] for each in near if each in told), ("", []))
+    return role if tuple(own) == shape else ""
 
 
 def _kept(config: str, release: str) -> dict[str, Any]:

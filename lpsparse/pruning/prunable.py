@@ -118,7 +118,7 @@ def choose(
     named = [(tensor.name, tensor.dtype, tensor.shape) for tensor in source.tensors]
     config = config_of(folder_of(source))
     table = decide(named, include, exclude, config)
-    asked = list(table) if always_look else [name for name, each in table.items() if each.by == "a guess"]
+    asked = {name: shape for name, _, shape in named if always_look or table[name].by == "a guess"}
     if asked and (seen := of_one(lambda: look(config, asked))) is not None:  # the same in all processes
         table = decide(named, include, exclude, config, seen[1], seen[0])
     return check_chosen(table, include, exclude, needed=needed, strict=strict)

@@ -70,9 +70,8 @@ _HEAD = _any(
 _BUFFER = _any(r"(^|_)(masks?|bias|ids?|idx|index|indices|positions?|tracked|tid2eid|g_idx)(_|$)")
 _HEADS = {"output.weight", "linear.weight", "proj_out.weight"}  # whole names
 _LONGEST = 1000  # letters of a name; looking at one of millions would take hours
-_BLOCKS = frozenset(
-    {"layers", "layer", "blocks", "block", "h", "stages"}
-)  # a head with such in it is a model
+# What has such behind a name of a head is a model of its own.
+_BLOCKS = frozenset({"layers", "layer", "blocks", "block", "h", "stages"})
 
 
 def guess_roles(

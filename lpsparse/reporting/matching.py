@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.names import LEGACY_NORMS
 from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.rescue import config_of
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.pruning.roles import is_head
-from lpsparse.reporting.survey import read_config
 
 _MOST_PARTS = 8  # of a name that may be its prefix
 _LEAST = 2  # tensors that a prefix must match: one may do so by accident
@@ -123,14 +123,14 @@ def _is_head(name: str, prefix: str) -> bool:
 
 def _is_other_class(checkpoint: Checkpoint, base: Checkpoint) -> bool:
     """Whether both config.json say so."""
-    classes = [read_config(each).get("architectures") for each in (checkpoint, base)]
+    classes = [config_of(each.root).get("architectures") for each in (checkpoint, base)]
     return all(classes) and classes[0] != classes[1]
 
 
 def _tied(lost: list[str], checkpoint: Checkpoint, base: Checkpoint) -> list[str]:
     """Of these those that a tied embedding stands for: an output projection has its shape, one row for each
     word. A config says that they are tied also where the class has no such projection."""
-    config = read_config(checkpoint)
+    config = config_of(checkpoint.root)
     words = config.get("vocab_size")
     if config.get("tie_word_embeddings") is not True or not isinstance(words, int):
         return []

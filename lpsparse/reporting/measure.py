@@ -9,7 +9,7 @@ from lpsparse.checkpoint.files import entries_of, room
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, own_manifest
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rescue import LAYOUTS
+from lpsparse.checkpoint.rescue import LAYOUTS, config_of
 from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.threads import parallel
@@ -32,7 +32,7 @@ from lpsparse.reporting.records import (
     TensorRow,
     groups,
 )
-from lpsparse.reporting.survey import read_config, survey
+from lpsparse.reporting.survey import survey
 
 _PACKED = "lpsparse (load, unpack){}; ordinary loaders refuse it by its file name"
 _HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it
@@ -100,7 +100,7 @@ def _opens_with(checkpoint: Checkpoint) -> str:
     """By what the files say: config.json tells the library that builds a model of it."""
     if checkpoint.is_torch:
         return _TORCH
-    config = read_config(checkpoint)
+    config = config_of(checkpoint.root)
     by = next((library for key, library in _LIBRARIES.items() if key in config), "")
     if (
         by and checkpoint.layout != "dense"

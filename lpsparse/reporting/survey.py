@@ -1,7 +1,6 @@
 """All that one look at every value tells: zeros, special values, magnitudes by powers of two, and whether
 patterns of zeros (N:M, rows, columns, heads, blocks) happen to be there."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -14,6 +13,7 @@ from lpsparse.checkpoint.dtypes import DTYPES, FIELDS, Bits, infinity, magnitude
 from lpsparse.checkpoint.layouts.exponents import counts_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.progress import advance, phase
+from lpsparse.checkpoint.rescue import config_of
 from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.checkpoint.threads import parallel
 from lpsparse.reporting.bound import bound_bytes
@@ -290,7 +290,7 @@ def _none_of(kept: Flags, size: int) -> tuple[int, int]:
 
 def _head_size(checkpoint: Checkpoint) -> int | None:
     """Rows of an attention head, as config.json tells; None where it does not."""
-    config = read_config(checkpoint)
+    config = config_of(checkpoint.root)
     text = config.get("text_config")
     table = cast("dict[str, Any]", text) if isinstance(text, dict) else config
     heads, width = (
@@ -298,18 +298,6 @@ def _head_size(checkpoint: Checkpoint) -> int | None:
     )
     given = _whole(table, "head_dim")
     return given or (width // heads if heads and width and width % heads == 0 else None)
-
-
-def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json beside the weights; empty where none can be read: nothing here needs it."""
-    path = checkpoint.root / "config.json" if checkpoint.root is not None else None
-    if path is None or not path.is_file() or path.stat().st_size > 10_000_000:
-        return {}
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return {}
-    return cast("dict[str, Any]", config) if isinstance(config, dict) else {}
 
 
 def _whole(table: dict[str, Any], *names: str) -> int | None:
