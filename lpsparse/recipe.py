@@ -134,8 +134,8 @@ _WEIGHTS = Field(
 )
 _KEY = Field(
     None,
-    description="Table of tensors in a torch file that is meant, such as params_ema or ema.model. Default: "
-    "the one that is there.",
+    description="Table of tensors to read from a torch file, such as params_ema or ema.model. Default: the "
+    "only one.",
 )
 _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")

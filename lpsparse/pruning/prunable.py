@@ -26,7 +26,7 @@ _IN_SHORT = {  # reasons, as what such tensors are called, by ones and more
     "head": ("tensor of the output head", "tensors of the output head"), "mask": ("mask", "masks"),
     "norm": ("norm", "norms"), "position": ("position table", "position tables"),
     "router": ("router", "routers"), "scale": ("scale", "scales"), "state": ("state", "states"),
-    "token": ("token", "tokens"), "unknown": ("of unknown role (--include cuts such)",) * 2,
+    "token": ("token", "tokens"), "unknown": ("of unknown role (cut with --include)",) * 2,
     "empty": ("empty tensor", "empty tensors"), "--exclude": ("by --exclude", "by --exclude"),
 }  # fmt: skip
 
@@ -173,9 +173,9 @@ def _told(table: Chosen) -> str:
     counts = Counter(decision.by for decision in table.values())
     guessed = counts.pop("a guess", 0)
     others = [by for by in counts if by not in ("names and shapes", "the rule", "the manifest")]
-    text = f" Told by {others[0]}." if others else ""
+    text = f" {others[0]} says what names leave open." if others else ""
     if guessed:
-        text += f" Guessed of {guessed}, as names and shapes leave it open; see `lpsparse inspect`."
+        text += f" The roles of {guessed} are guessed from their names; see `lpsparse inspect`."
     return text
 
 
