@@ -102,6 +102,9 @@ def _linked(
     if getattr(step, "dry_run", False):
         hint = "leave it out; `lpsparse recipe check` looks without writing"
         raise UsageError(282, f"{where}: dry_run leaves nothing for the steps after it", hint=hint)
+    if getattr(step, "component", ()):
+        hint = "give the component as the step's model: model: PIPELINE/unet"
+        raise UsageError(282, f"{where}: component makes no model for the steps after it", hint=hint)
     return Link(i, name, step.as_finetune() if isinstance(step, RecoverStep) else step, origin, called)
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -341,7 +342,8 @@ def launch(processes: int, arguments: list[str]) -> None:
     )  # fmt: skip
     _quiet_elastic()
     try:
-        launcher(config, sys.executable)("-u", "-m", "lpsparse", *arguments)
+        with _same_handlers_after():
+            launcher(config, sys.executable)("-u", "-m", "lpsparse", *arguments)
     except ChildFailedError as error:
         raise _first_failure(error.failures) from None
     except SignalException as error:
@@ -349,6 +351,22 @@ def launch(processes: int, arguments: list[str]) -> None:
         raise LaunchError(ExitCode.INTERRUPT if stop else ExitCode.RESUMABLE) from None
     finally:
         shutil.rmtree(logs, ignore_errors=True)
+
+
+@contextmanager
+def _same_handlers_after() -> Generator[None]:
+    """torch's launcher leaves its handlers of signals behind, which raise SignalException wherever they find
+    the program, at its very end too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 def _torchrun(processes: int, arguments: list[str]) -> None:

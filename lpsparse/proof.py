@@ -1,5 +1,6 @@
 """report, verify and inspect: what is there, by the files alone."""
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.artefact import Say, called_after
+from lpsparse.checkpoint.components import components_in
 from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, write_beside
@@ -143,6 +145,24 @@ def _compared(
 
 @on_threads
 def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
+    """Of a diffusers pipeline all components that lpsparse wrote."""
+    parts = [] if (Path(step.model) / MANIFEST).is_file() else components_in(Path(step.model))
+    ours = [name for name in parts if (Path(step.model) / name / MANIFEST).is_file()]
+    if not ours:
+        return _verify(step, say)
+    if others := [name for name in parts if name not in ours]:
+        say(f"not checked, as lpsparse did not write them: {', '.join(others)}")
+    each: dict[str, dict[str, Any]] = {}
+    for name in ours:
+        source = None if step.source is None else os.path.join(step.source, name)
+        place = {"model": os.path.join(step.model, name), "source": source}
+        each[name] = _verify(step.model_copy(update=place), say)
+    problems = [f"{name}: {problem}" for name, found in each.items() for problem in found["problems"]]
+    sums = {key: sum(found[key] for found in each.values()) for key in ("files", "tensors")}
+    return {"ok": not problems, **sums, "problems": problems}
+
+
+def _verify(step: VerifyStep, say: Say) -> dict[str, Any]:
     folder = Path(step.model)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"

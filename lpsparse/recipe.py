@@ -137,6 +137,11 @@ _KEY = Field(
     description="Table of tensors to read from a torch file, such as params_ema or ema.model. Default: the "
     "only one.",
 )
+_COMPONENT = Field(
+    (),
+    description="Glob over the components of MODEL, a diffusers pipeline's folder, that are pruned, each by "
+    "itself; repeatable. All else is copied.",
+)
 _OUT = Field(description="Folder to write; must not exist yet.")
 _OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
 _THREADS = Field(None, ge=1, description="Threads; the result is the same. Default: one a core.")
@@ -157,13 +162,13 @@ _DRY_PRUNE = Field(
 
 POSITIONAL = ("model", "out", "base", "source", "folder", "repo")
 REPEATED = (  # flags that may be given more than once
-    "include", "exclude", "freeze", "min_sparsity", "max_bytes", "max_quality_drop", "max_layer_sparsity",
-    "min_nm", "warn",
+    "component", "include", "exclude", "freeze", "min_sparsity", "max_bytes", "max_quality_drop",
+    "max_layer_sparsity", "min_nm", "warn",
 )  # fmt: skip
 _UNRECORDED = {
     "model", "weights", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data",
     "model_fn", "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track",
-    "rank_timeout", "look", "allow_empty",
+    "rank_timeout", "look", "allow_empty", "component",
 }  # fmt: skip
 
 
@@ -224,6 +229,7 @@ class PruneStep(Step):
     model: str = MODEL
     weights: str | None = _WEIGHTS
     key: str | None = _KEY
+    component: Patterns = _COMPONENT
     out: Path = _OUT
     sparsity: Fraction | None = Field(
         None, ge=0, le=1,
@@ -266,6 +272,8 @@ class PruneStep(Step):
             raise ValueError("--block goes with --sparsity, of --scope global or tensor")
         if self.scope != "global" and self.sparsity is None:
             raise ValueError(f"--scope {self.scope} goes with --sparsity only")
+        if self.component and (self.overwrite or self.weights or self.key):
+            raise ValueError("--component goes without --overwrite, --weights and --key")
         return self
 
 

@@ -4,22 +4,24 @@ The command line calls only these.
 Torch is imported where training begins, nowhere else.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, cast, overload
 
-from lpsparse.artefact import Say, check_left, emptied, stamps_of, writing
+from lpsparse.artefact import Say, called_after, check_left, emptied, stamps_of, writing
+from lpsparse.checkpoint.components import asked_components
 from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import Written, rewrite
 from lpsparse.checkpoint.threads import of_one
-from lpsparse.checkpoint.writer import MANIFEST
+from lpsparse.checkpoint.writer import MANIFEST, copy_sidecars, find_sidecars
 from lpsparse.dry_run import foretell, foretell_unread, say_left
 from lpsparse.errors import VerdictError
 from lpsparse.launch import is_one_of_several, name_as_launched
@@ -65,10 +67,18 @@ def together() -> Generator[None]:
         yield
 
 
-def prune(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Cut the smallest weights of `model` to exact zeros and write `out`.
+@overload  # the first that fits is taken
+def prune(  # pyright: ignore[reportOverlappingOverload]
+    model: str | Path, out: str | Path, *, component: str | Sequence[str], **options: Any
+) -> dict[str, Report]: ...
+@overload
+def prune(model: str | Path, out: str | Path, **options: Any) -> Report: ...
+def prune(model: str | Path, out: str | Path, **options: Any) -> Report | dict[str, Report]:
+    """Cut the smallest weights of `model` to exact zeros and write `out`; given `component`, those of each of
+    these components of a diffusers pipeline, with a report for each name.
     Options: fields of recipe.PruneStep."""
-    return cast("Report", prune_step(resolve(PruneStep, {"model": str(model), "out": out, **options})))
+    step = resolve(PruneStep, {"model": str(model), "out": out, **options})
+    return prune_components(step) if step.component else cast("Report", prune_step(step))
 
 
 def pack(model: str | Path, out: str | Path, **options: Any) -> Report:
@@ -155,6 +165,47 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     """With dry_run of a hub id that would have to be downloaded: what its headers tell, as plain data."""
     if step.dry_run and of_one(lambda: is_remote(step.model)):
         return of_one(lambda: foretell_unread(step, say))
+    source, found = _prune(step, say)
+    if not step.dry_run:
+        check_left(source, found, step.out, say, allow_empty=step.allow_empty)
+    return found
+
+
+@on_threads
+def prune_components(step: PruneStep, say: Say = silent) -> dict[str, Report]:
+    """Each component that was asked for, pruned by itself into OUT's folder of its name; the rest of the
+    pipeline is copied. With dry_run nothing is written."""
+    folder, out = Path(step.model), step.out
+    names = of_one(lambda: asked_components(folder, step.component))
+    rest = Checkpoint(folder.resolve().name, folder, (), (), {})
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    of_one(lambda: check_output(out, rest, size, overwrite=False))
+    for name in names:  # before the first is written
+        refuse_quantised(opened(str(folder / name), silent))
+    pruned: dict[str, tuple[Checkpoint, Report]] = {}
+
+    def prune_each(into: Callable[[str], Path]) -> None:
+        for name in names:
+            say(f"component {name}")
+            one = step.model_copy(update={"model": str(folder / name), "out": into(name), "component": ()})
+            source, found = _prune(one, say)
+            pruned[name] = source, called_after(found, out / name)
+
+    if step.dry_run:
+        prune_each(lambda _: out)
+        left = find_sidecars(rest, names)[1]
+    else:
+        with shared_folder(out, overwrite=False) as partial:
+            prune_each(partial.__truediv__)
+            left = of_one(lambda: copy_sidecars(rest, partial, names))
+    if left:
+        say(f"{'would be ' if step.dry_run else ''}left behind: {', '.join(left)}")
+    for name, (source, found) in pruned.items() if not step.dry_run else ():
+        check_left(source, found, out / name, say, allow_empty=step.allow_empty)
+    return {name: found for name, (_, found) in pruned.items()}
+
+
+def _prune(step: PruneStep, say: Say) -> tuple[Checkpoint, Report]:
     began = perf_counter()
     source = opened(step.model, say, step.weights, step.key)
     refuse_quantised(source)
@@ -183,7 +234,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
         found = foretell(step, source, chosen, counts, took, plan.cut)
         if not step.allow_empty and (names := emptied(source, found)):
             say(f"the run would exit 1, as next to nothing is left of {names}; --allow-empty allows it")
-        return found
+        return source, found
     with writing(step, source, stamps, chosen, say) as (folder, finish):
         cut = [tensor for tensor in source.tensors if chosen[tensor.name].prunable]
         written = rewrite(source, folder, plan.cut, step.layout, finite=_finite(chosen))
@@ -199,9 +250,7 @@ def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
                 "quality recorded in MODEL is left out: the cut changed weights; measure again with "
                 "`lpsparse eval OUT --against DENSE --save`, DENSE being the model before any cut"
             )
-        found = finish(written, quality if same else ())
-    check_left(source, found, step.out, say, allow_empty=step.allow_empty)
-    return found
+        return source, finish(written, quality if same else ())
 
 
 def _finite(chosen: Chosen) -> set[str]:

@@ -36,6 +36,7 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
     "lpsparse finetune MODEL OUT --data DATA --task causal-lm --processes 8": "eight GPUs; "
     "tests/test_distributed.py runs --processes and --shard",
     "accelerate launch": "several machines; tests/test_distributed.py launches it on one",
+    "lpsparse prune PIPELINE": "a folder of diffusers; tests/test_components.py prunes one",
     "torchrun": "several processes; tests/test_together.py and tests/test_distributed.py run it with two",
 }
 PAGES_ELSEWHERE = {

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from lpsparse.checkpoint.components import components_in, is_pipeline
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.header import check_regular, json_table
-from lpsparse.checkpoint.names import find_weight_names
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.errors import InputError
 
@@ -47,11 +47,12 @@ def refuse_whole(folder: Path, names: Collection[str], weights: Collection[str])
     hub's cache around one."""
     if "adapter_config.json" in names and not weights:
         _refuse_adapter(folder, folder)
-    if "model_index.json" in names and not weights:
-        parts = [name for name in json_table(folder / "model_index.json") if (folder / name).is_dir()]
-        of = [name for name in sorted(parts) if find_weight_names(os.listdir(folder / name))]
+    if is_pipeline(names):
+        of = components_in(folder)
         what = f"{folder}: a diffusers pipeline, of {', '.join(of) or 'no component with weights'}"
-        raise InputError(319, what, hint=f"give one component: {folder / (of[0] if of else 'unet')}")
+        some = of[0] if of else "unet"
+        hint = f"give one component: {folder / some}; `prune` takes all of it, with --component {some}"
+        raise InputError(319, what, hint=hint)
     snapshots = sorted((folder / "snapshots").glob("*")) if {"snapshots", "blobs"} <= set(names) else []
     if snapshots:
         what = f"{folder}: a repository in the hub's cache, not a model folder"

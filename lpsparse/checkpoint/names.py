@@ -27,6 +27,7 @@ _NO_WEIGHTS = re.compile(  # what trainers put beside a model, in files like tho
     r"|adapter_model\.(safetensors|bin)"
 )
 LEGACY_NORMS = {".weight": ".gamma", ".bias": ".beta"}  # of LayerNorm in BERT's first checkpoints
+DIFFUSERS = "diffusion_pytorch_model"  # what diffusers calls its weight files
 _TORCH_ORDER = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
@@ -71,7 +72,8 @@ def find_weight_names(names: Collection[str]) -> list[str]:
     names = [name for name in names if not is_hidden(name) and not _NO_WEIGHTS.fullmatch(name)]
     present = [name for name in FOLDER_ORDER if name in names]
     others = sorted(name for name in names if is_index(name) and ".safetensors.index." in name)
-    present = present or [name for name in others if name.endswith(".index.json")] or others
+    present = present or [name for name in others if name.endswith(".index.json")]
+    present = present or [name for name in names if name == f"{DIFFUSERS}.safetensors"] or others
     loose = sorted(name for name in names if name.endswith(".safetensors"))
     torch_named = [name for name in _TORCH_ORDER if name in names]
     torch_loose = sorted(name for name in names if name.endswith(TORCH_SUFFIXES))

@@ -5,13 +5,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.components import components_in
 from lpsparse.checkpoint.header import json_table
-from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, as_left, is_index, is_part
+from lpsparse.checkpoint.names import DIFFUSERS, FOLDER_ORDER, WEIGHT_SUFFIXES, as_left, is_index, is_part
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import OutputError
 
@@ -26,7 +27,6 @@ OWNER = ".lpsparse-owner.json"
 REPLACED = (
     ".lpsparse-replaced"  # in an OUT that is being exchanged: only such an OUT.old is put back or deleted
 )
-_DIFFUSERS = "diffusion_pytorch_model"  # what diffusers calls its weight files
 _MOST_MODULES_BYTES = 1_000_000
 _AT_ONCE = 1 << 20  # letters
 # Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
@@ -93,8 +93,8 @@ def index_name(source: Checkpoint, *, packed: bool) -> str:
 def _stem(source: Checkpoint) -> str:
     """What files in OUT are called that cannot keep their names: as loaders look for them."""
     config = {} if source.root is None else json_table(source.root / "config.json")
-    of_diffusers = source.files[0].name.startswith(_DIFFUSERS) or "_diffusers_version" in config
-    return _DIFFUSERS if of_diffusers else "model"
+    of_diffusers = source.files[0].name.startswith(DIFFUSERS) or "_diffusers_version" in config
+    return DIFFUSERS if of_diffusers else "model"
 
 
 def write_index(folder: Path, name: str, weight_map: dict[str, str], total_bytes: int) -> None:
@@ -103,13 +103,14 @@ def write_index(folder: Path, name: str, weight_map: dict[str, str], total_bytes
     write_json(folder / name, table)
 
 
-def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
-    """Copy what else is a part of the model, byte for byte; returns what is left behind, by name.
+def copy_sidecars(source: Checkpoint, folder: Path, but: Collection[str] = ()) -> tuple[str, ...]:
+    """Copy what else is a part of the model, byte for byte, `but` the folders of these names; returns what is
+    left behind, by name.
 
     The source's README.md becomes README.base.md. Links to folders, and links out of a local model folder,
     stay behind; those of a snapshot in the hub's cache lead to its own blobs and are followed.
     """
-    found, left = find_sidecars(source)
+    found, left = find_sidecars(source, but)
     for path, name in found:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
@@ -120,20 +121,23 @@ def copy_sidecars(source: Checkpoint, folder: Path) -> tuple[str, ...]:
     return left
 
 
-def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
+def find_sidecars(
+    source: Checkpoint, but: Collection[str] = ()
+) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
     """What `copy_sidecars` copies, with the name that it gets, and what it leaves behind."""
     if source.root is None:
         return [], ()
     found: list[tuple[Path, str]] = []
     left: list[str] = []
     root = source.root.resolve()
-    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    within = next((each for each in (root, *root.parents) if each.parent.name == "snapshots"), None)
+    blobs = root if within is None else within.parents[1] / "blobs"  # of the hub's cache
     used, modules = {path.name for path in source.files}, _modules(source.root)
     ours = (source.root / MANIFEST).is_file()  # then README.md is our card, and the base's is README.base.md
     for path in sorted(source.root.rglob("*")):
         relative = path.relative_to(source.root)
         folders = relative.parts if path.is_dir() else relative.parts[:-1]
-        if any(part.startswith(".") for part in folders):
+        if any(part.startswith(".") for part in folders) or relative.parts[0] in but:
             continue
         if path.is_dir():
             if path.is_symlink():
@@ -158,15 +162,17 @@ def find_sidecars(source: Checkpoint) -> tuple[list[tuple[Path, str]], tuple[str
             else:
                 left.append(as_left(relative.as_posix()))
         elif path.name == (BASE_CARD if ours or not (source.root / CARD).is_file() else CARD):
-            found.append((path, BASE_CARD))
+            found.append((path, BASE_CARD if source.files else CARD))  # no card of ours beside no weights
         elif not ours:  # somebody else's, where ours is to be
             left.append(relative.as_posix())
     return found, tuple(dict.fromkeys(left))
 
 
 def _modules(root: Path) -> set[str]:
-    """Folders of a sentence-transformers model with its modules behind the transformer, such as 2_Dense: the
-    weights there are in no other file."""
+    """Folders whose weights are in no other file: the components of a diffusers pipeline, and of a
+    sentence-transformers model its modules behind the transformer, such as 2_Dense."""
+    if parts := components_in(root):
+        return set(parts)
     path = root / "modules.json"
     if not path.is_file() or path.stat().st_size > _MOST_MODULES_BYTES:
         return set()

@@ -58,7 +58,8 @@ _PRUNE = """\
   lpsparse prune MODEL sparse --sparsity 0.8
   lpsparse prune MODEL sparse --gap
   lpsparse prune MODEL sparse --n-m 2:4
-  lpsparse prune MODEL sparse --below 1e-3 --exclude '*.layer.0.*'"""
+  lpsparse prune MODEL sparse --below 1e-3 --exclude '*.layer.0.*'
+  lpsparse prune PIPELINE sparse --sparsity 0.5 --component unet"""
 _PUSH = """\
   lpsparse push sparse org/name --dry-run
   lpsparse push sparse org/name --private --message '80 % zeros'
@@ -104,8 +105,17 @@ def _command(words: list[str]) -> str:
 
 
 def _prune(step: recipe.PruneStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import prune_step
+    from lpsparse.verbs import prune_components, prune_step
 
+    if step.component:
+        with working(voice):
+            each = prune_components(step, voice.say)
+        if as_json:
+            print_json({name: found.model_dump(mode="json") for name, found in each.items()})
+        for name, found in each.items() if not as_json else ():
+            places = {"model": os.path.join(step.model, name), "out": step.out / name}
+            _wrote(step.model_copy(update=places), found, as_json=False, voice=voice)
+        return
     with working(voice):
         found = prune_step(step, voice.say)
     if isinstance(found, dict):
