@@ -688,6 +688,8 @@ HOLDERS: dict[str, tuple[str, Any]] = {  # what people save: where the model is 
     "with random states": ("net", {"net": matrices(), "rng_state": torch.zeros(56, dtype=torch.uint8)}),
     "gathered parts": ("app.model", {"app": {"model": matrices(), "optimizer": OPTIMIZER, "epoch": 1}}),
     "an average alone": ("ema.student", {"ema": {"decay": 0.99, "student": matrices()}}),
+    # pytorch-hair-segmentation#30
+    "with what was measured": ("weight", {"weight": matrices(), "val_iou": 0.7}),
     "with a scaler": ("weights", {"weights": matrices(), "scaler": {"scale": torch.tensor(65536.0)}}),
 }  # fmt: skip
 
@@ -705,7 +707,11 @@ def test_the_one_state_dict_is_found_under_any_key(holder: str, tmp_path: Path) 
 
 PAIRS = {
     "params": {"params_ema": matrices(2), "params": matrices()},
-    "state_dict": {"epoch": 9, "state_dict": matrices(), "state_dict_ema": matrices(2)},
+    "state_dict": {  # OpenTAD#44
+        "epoch": 9,
+        "state_dict": matrices(),
+        "state_dict_ema": {f"module.{name}": value for name, value in matrices(2).items()},
+    },
     "mpd": {"mpd": matrices(), "msd": matrices(2), "optim_d": OPTIMIZER},
     "ema.model": {"model": matrices(2), "ema": {"model": matrices()}},
     "model": {"model": matrices(), "queue": torch.ones(3, 5)},
@@ -774,6 +780,7 @@ def write_set(folder: Path, count: int, names: list[str]) -> dict[str, str]:
 
 
 def test_an_index_of_another_set_of_shards_is_refused_and_the_set_that_is_there_opens(tmp_path: Path) -> None:
+    """CoSER#3: an index of 30 shards beside all 15 of another set; sglang#32279: some are missing."""
     names = [f"layers.{i}.weight" for i in range(6)]
     stale = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(names)}
     write_set(tmp_path / "m", 2, names)
@@ -800,6 +807,7 @@ def test_shards_without_an_index_open_as_a_set_and_one_alone_says_so(tmp_path: P
 
 
 def hollow(*empty: str) -> dict[str, Any]:
+    """As transformers#20082 and OpenRLHF#839 have them."""
     names = [f"layers.{i}.{part}" for i in (0, 1) for part in ("mlp.weight", "mlp.bias", "norm.weight")]
     return {name: f32(0) if name in empty else f32(7, 13) if "mlp.w" in name else f32(7) for name in names}
 
@@ -819,6 +827,16 @@ def test_parameters_that_zero_left_empty_are_refused_by_every_command(
             command(path)
         assert "zero_to_fp32.py" in refused.value.hint
     assert not (tmp_path / "o").exists()
+
+
+def test_a_checkpoint_of_placeholders_is_refused(tmp_path: Path) -> None:
+    """DeepSpeed#1394: an older ZeRO-3 left one value in the place of each parameter."""
+    layer = {"q_proj.weight": f32(1), "k_proj.weight": f32(1), "norm.weight": f32(7)}
+    path = write_safetensors(tmp_path / "model.safetensors", layer)
+    assert "2 of 3 tensors have the shape [1]" in refusal(path) and "zero_to_fp32.py" in refusal(path)
+    activation = {"0.weight": f32(7, 13), "1.weight": f32(1), "3.weight": f32(1)}  # PReLU's have one value
+    assert len(open_checkpoint(write_safetensors(path, activation)).tensors) == 3
+    assert len(open_checkpoint(write_safetensors(path, {"scale": f32(1), "bias": f32(1)})).tensors) == 2
 
 
 def test_tensors_that_may_hold_nothing_do(tmp_path: Path) -> None:

@@ -725,6 +725,8 @@ LEFT = (  # what a training, a copy or another format leaves beside a model, and
     ("wandb/run-1/files/config.yaml", "wandb/"), ("runs/Mar01/events.out.tfevents.1", "runs/"),
     ("checkpoint-500/trainer_state.json", "checkpoint-500/"), ("checkpoints-7/a/b.json", "checkpoints-7/"),
     ("model_fsdp_0/.metadata", "model_fsdp_0/"), ("sub/__pycache__/a.py", "sub/__pycache__/"),
+    ("last-checkpoint/trainer_state.json", "last-checkpoint/"),  # transformers#13503
+    ("training_state/scheduler_state.json", "training_state/"),  # lerobot#4546
 )  # fmt: skip
 ALONG = (
     "tokenizer.model", "spiece.spm", "chat_template.jinja", "modeling_own.py", "LICENSE", "USE_POLICY.md",
@@ -765,7 +767,12 @@ def test_the_links_of_a_snapshot_are_followed_into_its_own_blobs_alone(tmp_path:
         (snapshot / name).symlink_to(blob)
     (other / "secret").write_text("secret")
     (snapshot / "merges.txt").symlink_to(other / "secret")
-    prune(snapshot, tmp_path / "out", sparsity=0.5)
+    (snapshot / "vocab.json").symlink_to("models--org--name/blobs/vocab.json")  # huggingface_hub#1388
+    said: list[str] = []
+    prune_step(
+        resolve(PruneStep, {"model": str(snapshot), "out": tmp_path / "out", "sparsity": 0.5}), said.append
+    )
+    assert any("vocab.json (no file)" in text and "left behind" in text for text in said)
     assert (tmp_path / "out" / "config.json").read_bytes() == (made / "config.json").read_bytes()
     assert (tmp_path / "out" / "extra" / "vocab.txt").is_file()
     assert not (tmp_path / "out" / "merges.txt").exists()

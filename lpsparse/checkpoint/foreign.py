@@ -100,15 +100,20 @@ def refuse_parts(folder: Path, names: Collection[str], *, within: bool) -> None:
 def refuse_hollow(name: str, tensors: Iterable[Tensor]) -> None:
     """Raises InputError where parameters have the shape [0], which no layer gives them: ZeRO-3 leaves that in
     each process's model while the values are with all of them. Other tensors may hold nothing, unless one of
-    the same name in another layer holds something."""
+    the same name in another layer holds something. Older releases left [1], which a few layers have, but
+    hardly two in a model without a matrix."""
     given = list(tensors)
-    empty = [each for each in given if each.shape == (0,) and DTYPES[each.dtype].is_float]
-    if not empty:
-        return
-    full = {_in_any_layer(each.name) for each in given if each.size}
+    floats = [each for each in given if DTYPES[each.dtype].is_float]
+    empty = [each for each in floats if each.shape == (0,)]
+    full = {_in_any_layer(each.name) for each in given if each.size} if empty else set[str]()
     hollow = [each for each in empty if each.name.endswith(".weight") or _in_any_layer(each.name) in full]
+    if not hollow and all(len(each.shape) <= 1 for each in floats):
+        single = [each for each in floats if each.shape == (1,)]
+        hollow = single if sum(each.name.endswith(".weight") for each in single) > 1 else []
     if hollow:
-        what = f"{name}: {len(hollow)} of {len(given)} tensors have the shape [0] and no values, such as "
+        what = (
+            f"{name}: {len(hollow)} of {len(given)} tensors have the shape {list(hollow[0].shape)}, such as "
+        )
         what += f"{hollow[0].name!r}: saved under DeepSpeed ZeRO-3 before they were gathered"
         hint = "gather the checkpoint: `python CHECKPOINT/zero_to_fp32.py CHECKPOINT OUT`, and take OUT"
         raise InputError(315, what, hint=hint)

@@ -18,8 +18,8 @@ _READ = (
 )  # fmt: skip
 _TERMS = ("license", "licence", "notice", "copying", "copyright", "authors", "use_policy", "readme")
 _LEFT_BY_TRAINING = re.compile(
-    r"wandb|runs|mlruns|logs|lightning_logs|tensorboard|checkpoints?([-_].+)?|global_step\d+|optimizer_\d+"
-    r"|.+_fsdp_\d+|__pycache__|.+\.mlpackage"
+    r"wandb|runs|mlruns|logs|lightning_logs|tensorboard|(last-)?checkpoints?([-_].+)?|training_state"
+    r"|global_step\d+|optimizer_\d+|.+_fsdp_\d+|__pycache__|.+\.mlpackage"
 )
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _NO_WEIGHTS = re.compile(  # what trainers put beside a model, in files like those of weights
