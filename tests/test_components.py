@@ -32,6 +32,7 @@ def pipeline(tmp_path: Path) -> Path:
     weights = {
         f"unet/{NAME}": UNET, f"vae/{NAME}": UNET, "vae/diffusion_pytorch_model.fp16.safetensors": UNET,
         "text_encoder/model.safetensors": CLIP, "old/model.safetensors": CLIP,
+        "../elsewhere/model.safetensors": CLIP,
     }  # fmt: skip
     for name, shapes in weights.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
