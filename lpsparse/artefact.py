@@ -26,7 +26,6 @@ from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.rescue import LAYOUTS, free_config
 from lpsparse.checkpoint.rewrite import Written
 from lpsparse.checkpoint.tensors import Tensor
-from lpsparse.checkpoint.threads import beside, of_one
 from lpsparse.checkpoint.writer import (
     BASE_CARD,
     CARD,
@@ -39,6 +38,7 @@ from lpsparse.checkpoint.writer import (
     write_text,
 )
 from lpsparse.errors import InputError, LpsparseError, VerdictError
+from lpsparse.parallel.threads import beside, on_rank_0
 from lpsparse.pruning.prunable import Chosen
 from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card, figure
@@ -71,8 +71,8 @@ def writing(
                 of = f"{written.kept} of {len(written.files)} weight files"
                 say(f"{of} were there already, whole, from an interrupted run")
             made_of = record()
-            found = of_one(lambda: complete(step, source, made_of, folder, chosen, say, written, quality))
-            of_one(lambda: _check_unchanged(stamps))
+            found = on_rank_0(lambda: complete(step, source, made_of, folder, chosen, say, written, quality))
+            on_rank_0(lambda: _check_unchanged(stamps))
             return called_after(found, step.out)
 
         try:

@@ -24,8 +24,8 @@ import psutil
 from lpsparse import __version__
 from lpsparse.checkpoint.disk import try_disk
 from lpsparse.checkpoint.hub import setting
-from lpsparse.checkpoint.threads import cores
 from lpsparse.errors import ExitCode
+from lpsparse.parallel.threads import cores
 from lpsparse.reporting.text import clean, size
 
 # From which version on each works with us and, where one is known, the first that does not: as in

@@ -8,7 +8,7 @@ from pathlib import Path
 from lpsparse.chain import Link
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.errors import OutputError
-from lpsparse.launch import is_first
+from lpsparse.parallel.environment import is_rank_0
 from lpsparse.recipe import ReportStep
 
 _KEPT = re.compile(r"report(-\d+)?\.json")
@@ -46,7 +46,7 @@ def earlier_reports(links: Sequence[Link], out: Path) -> list[Path]:
 def set_aside(paths: Sequence[Path]) -> Generator[None]:
     """Those of these files that are there have `.old` behind their names until the work inside is done, and
     are deleted then: after work that failed nobody takes an earlier verdict for its own, and none is lost."""
-    old = {path: path.with_name(path.name + _OLD) for path in paths} if is_first() else {}
+    old = {path: path.with_name(path.name + _OLD) for path in paths} if is_rank_0() else {}
     try:
         for path, name in old.items():
             if path.is_file():

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from lpsparse.artefact import Say
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.threads import of_each, using
 from lpsparse.errors import InputError
+from lpsparse.parallel.threads import on_every_rank, using_threads
 from lpsparse.recipe import PackStep, PruneStep, ReportStep, UnpackStep, VerifyStep
 
 S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
@@ -24,7 +24,7 @@ def on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
     @wraps(verb)
     def run(step: S, say: Say = silent) -> R:
         try:
-            with using(step.threads):
+            with using_threads(step.threads):
                 return verb(step, say)
         except OSError as error:  # what cannot be written is an OutputError by now
             what = f"{error.filename or step.model}: {error.strerror or error}"
@@ -38,7 +38,7 @@ def opened(
     strict: bool = True,
 ) -> Checkpoint:  # fmt: skip
     """`open_checkpoint`, its notes said. Raises InputError when it has no tensors, where some are needed."""
-    checkpoint = of_each(lambda: open_checkpoint(model, weights, key, strict=strict))
+    checkpoint = on_every_rank(lambda: open_checkpoint(model, weights, key, strict=strict))
     for note in checkpoint.notes:
         say(f"{checkpoint.name}: {note}")
     if not checkpoint.tensors and needed:

@@ -12,11 +12,11 @@ from lpsparse.chain import WRITES, Link, planned, trained_from
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, as_text, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.progress import Brief
 from lpsparse.checkpoint.writer import MANIFEST, write_beside
 from lpsparse.errors import InputError, OutputError
 from lpsparse.kept import check_free, earlier_reports, report_file, set_aside
-from lpsparse.launch import is_first
+from lpsparse.parallel.environment import is_rank_0
+from lpsparse.parallel.progress import Brief
 from lpsparse.recipe import (
     POSITIONAL,
     EvalStep,
@@ -79,14 +79,14 @@ def run_each(
         locate(read.model)  # a model that cannot be had fails before anything is made
         with folder_for(read.out):
             yield from _kept(links, read.out, say, on_step)
-            if is_first():
+            if is_rank_0():
                 write_resolved(read, links)
 
 
 def _kept(links: Sequence[Link], out: Path, say: Say, on_step: Callable[[Any], None]) -> Iterator[Done]:
     """Each step in turn, and the reports of report steps in `out`."""
     for link, done in zip(links, run_links(links, say, on_step), strict=True):
-        if isinstance(done.result, Report) and isinstance(link.step, ReportStep) and is_first():
+        if isinstance(done.result, Report) and isinstance(link.step, ReportStep) and is_rank_0():
             write_beside(report_file(link, links, out), as_text(done.result))
         yield done
 

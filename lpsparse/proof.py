@@ -13,8 +13,8 @@ from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, write_beside
 from lpsparse.errors import InputError, UsageError
-from lpsparse.launch import is_first
 from lpsparse.opened import on_threads, opened, silent
+from lpsparse.parallel.environment import is_rank_0
 from lpsparse.pruning.prunable import Decision
 from lpsparse.recipe import InspectStep, ReportStep, VerifyStep, flag
 from lpsparse.reporting.budgets import check_baseline, check_budgets
@@ -58,10 +58,10 @@ def write_report(step: ReportStep, files: Mapping[str, Path], say: Say = silent)
     for path in files.values():
         read = (step.model, step.base, None if step.baseline is None else str(step.baseline))
         check_report_file(path, read)
-    left = list(files.values()) if is_first() else []
+    left = list(files.values()) if is_rank_0() else []
     try:
         found = report_step(step, say)
-        for view, path in files.items() if is_first() else ():
+        for view, path in files.items() if is_rank_0() else ():
             write_beside(path, VIEWS[view](found))
             left.remove(path)
     except BaseException:

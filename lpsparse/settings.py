@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lpsparse.errors import LpsparseError, UsageError
-from lpsparse.launch import WORDS
+from lpsparse.parallel.environment import WORDS
 from lpsparse.recipe import (
     POSITIONAL,
     STEPS,

@@ -15,7 +15,7 @@ from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.writer import as_json, write_beside
 from lpsparse.errors import UsageError
 from lpsparse.kept import check_free, set_aside
-from lpsparse.launch import is_first
+from lpsparse.parallel.environment import is_rank_0
 from lpsparse.pipeline import Done, Say
 from lpsparse.recipe import EvalStep, FinetuneStep, PackStep, PruneStep, ReportStep, UnpackStep, fraction
 from lpsparse.recipe_file import read_recipe
@@ -78,7 +78,7 @@ def _swept(
                 done = list(pipeline.run_links(at.own, say, on_step, at.all))
             rows.append(_row(value, at.own, common, done, folder))
         found = _result(path, rows, _dense(first.own[0].model, common, rows))
-        if is_first():
+        if is_rank_0():
             _write(folder, found)
     return found
 

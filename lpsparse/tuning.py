@@ -12,10 +12,10 @@ from lpsparse.checkpoint.manifest import Quality, own_manifest, source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_keeps, check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
-from lpsparse.checkpoint.threads import using
 from lpsparse.errors import InputError, UsageError
-from lpsparse.launch import is_first, is_launched
 from lpsparse.opened import opened, silent
+from lpsparse.parallel.environment import is_launched, is_rank_0
+from lpsparse.parallel.threads import using_threads
 from lpsparse.proof import report_step
 from lpsparse.pruning.prunable import Decision
 from lpsparse.pruning.quantised import refuse_quantised
@@ -82,7 +82,7 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     )  # fmt: skip
     if step.dry_run:
         say("dry run: nothing is written")
-    elif is_first():
+    elif is_rank_0():
         keep_quality(place, quality)
     return found | {"saved": None if step.dry_run else str(place)}
 
@@ -143,7 +143,7 @@ def finetune_step(
     step = as_launched(step)
     source = opened(step.model, say, step.weights, step.key)
     refuse_quantised(source)
-    if is_first():
+    if is_rank_0():
         check_output(
             step.out, source, 2 * source.dense_bytes, overwrite=step.overwrite, reads=_data_files(step)
         )
@@ -161,22 +161,22 @@ def finetune_step(
         return {"model": source.name, **plan_training(step, prepare(step, source)), **room}
     if step.processes is not None and step.processes > 1 and not is_launched():
         return _launch(step, quiet=say is silent)
-    from lpsparse.distributed import missing_others
+    from lpsparse.parallel.ranks import lost_rank_errors
 
-    with missing_others():
+    with lost_rank_errors():
         return _train(step, source, say, on_step)
 
 
 def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
     say(f"loading {step.model}")  # torch and the data too, which takes seconds
-    from lpsparse import distributed
+    from lpsparse.parallel import launcher, ranks
     from lpsparse.training import job
     from lpsparse.training.loop import prepare, start, train
     from lpsparse.training.model import trained_checkpoint
     from lpsparse.training.precision import with_precision
     from lpsparse.training.quality import held_of
 
-    distributed.end_with_launcher()
+    launcher.end_with_launcher()
     asked = step
     step, precision = with_precision(asked)
     start(step)
@@ -191,12 +191,12 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         with job.recording(step, states, on_step, say) as record:
             trained = train(step, task, record, say, states)
         written = trained_checkpoint(source, task.loaded)
-        if not is_first():
+        if not is_rank_0():
             follow(written)
-            distributed.wait()
+            ranks.barrier()
             return report_step(resolve(ReportStep, {"model": str(step.out)}))
         say(f"writing {step.out}")
-        with using(1):  # a sharded tensor is gathered by all processes, one after another
+        with using_threads(1):  # a sharded tensor is gathered by all processes, one after another
             result = rewrite(written, folder, lambda _: None, "dense")
         held = held_of(step, task)
         quality = Quality(
@@ -215,7 +215,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
         alert = drained_of(found)
         if alert is not None:
             say(str(alert))
-    distributed.wait()
+    ranks.barrier()
     check_left(source, found, step.out, say, allow_empty=step.allow_empty, trained=True)
     return called_after(found, step.out)
 
@@ -239,11 +239,11 @@ def _about_held_out(step: FinetuneStep) -> list[str]:
 
 def _launch(step: FinetuneStep, *, quiet: bool) -> Report:
     """The step in `step.processes` processes, which say what there is to say; then what is in OUT."""
-    from lpsparse import distributed
+    from lpsparse.parallel import launcher
 
     words = ["finetune", step.model, str(step.out), *step.options(), "--json"]
     words += ["--quiet"] if quiet else []
-    distributed.launch(step.processes or 1, words)
+    launcher.launch(step.processes or 1, words)
     return report_step(resolve(ReportStep, {"model": str(step.out)}))
 
 

@@ -20,12 +20,12 @@ from lpsparse.checkpoint.output import shared_folder
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import Written, rewrite
-from lpsparse.checkpoint.threads import of_one
 from lpsparse.checkpoint.writer import MANIFEST, copy_sidecars, find_sidecars
 from lpsparse.dry_run import foretell, foretell_unread, say_left
 from lpsparse.errors import VerdictError
-from lpsparse.launch import is_one_of_several, name_as_launched
 from lpsparse.opened import on_threads, opened, silent
+from lpsparse.parallel.environment import has_other_ranks, set_torch_names
+from lpsparse.parallel.threads import on_rank_0
 from lpsparse.proof import inspect_step, verify_step, write_report
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import Chosen, kept_in_words
@@ -57,13 +57,13 @@ def together() -> Generator[None]:
     of prune, pack, unpack, verify and report inside, over a file system that all of them see. Alone it does
     nothing. Raises ResourceError when one of them is gone.
     """
-    name_as_launched()
-    if not is_one_of_several():
+    set_torch_names()
+    if not has_other_ranks():
         yield
         return
-    from lpsparse import distributed  # and torch with it
+    from lpsparse.parallel import ranks  # and torch with it
 
-    with distributed.together():
+    with ranks.together():
         yield
 
 
@@ -163,8 +163,8 @@ def load(
 @on_threads
 def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
     """With dry_run of a hub id that would have to be downloaded: what its headers tell, as plain data."""
-    if step.dry_run and of_one(lambda: is_remote(step.model)):
-        return of_one(lambda: foretell_unread(step, say))
+    if step.dry_run and on_rank_0(lambda: is_remote(step.model)):
+        return on_rank_0(lambda: foretell_unread(step, say))
     source, found = _prune(step, say)
     if not step.dry_run:
         check_left(source, found, step.out, say, allow_empty=step.allow_empty)
@@ -176,10 +176,10 @@ def prune_components(step: PruneStep, say: Say = silent) -> dict[str, Report]:
     """Each component that was asked for, pruned by itself into OUT's folder of its name; the rest of the
     pipeline is copied. With dry_run nothing is written."""
     folder, out = Path(step.model), step.out
-    names = of_one(lambda: asked_components(folder, step.component))
+    names = on_rank_0(lambda: asked_components(folder, step.component))
     rest = Checkpoint(folder.resolve().name, folder, (), (), {})
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    of_one(lambda: check_output(out, rest, size, overwrite=False))
+    on_rank_0(lambda: check_output(out, rest, size, overwrite=False))
     for name in names:  # before the first is written
         refuse_quantised(opened(str(folder / name), silent))
     pruned: dict[str, tuple[Checkpoint, Report]] = {}
@@ -197,7 +197,7 @@ def prune_components(step: PruneStep, say: Say = silent) -> dict[str, Report]:
     else:
         with shared_folder(out, overwrite=False) as partial:
             prune_each(partial.__truediv__)
-            left = of_one(lambda: copy_sidecars(rest, partial, names))
+            left = on_rank_0(lambda: copy_sidecars(rest, partial, names))
     if left:
         say(f"{'would be ' if step.dry_run else ''}left behind: {', '.join(left)}")
     for name, (source, found) in pruned.items() if not step.dry_run else ():
@@ -210,7 +210,7 @@ def _prune(step: PruneStep, say: Say) -> tuple[Checkpoint, Report]:
     source = opened(step.model, say, step.weights, step.key)
     refuse_quantised(source)
     stamps = stamps_of(source)
-    of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
+    on_rank_0(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
     plan = plan_prune(
         source, sparsity=step.sparsity, below=step.below, gap=step.gap, n_m=pair(step.n_m),
         block=pair(step.block), scope=step.scope, include=step.include, exclude=step.exclude,
@@ -271,8 +271,8 @@ def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     if source.layout in LAYOUTS:
         refuse_quantised(source)
     stamps = stamps_of(source)
-    chosen = of_one(lambda: prunable_of(source))
-    of_one(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
+    chosen = on_rank_0(lambda: prunable_of(source))
+    on_rank_0(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
     if step.dry_run:
         say("dry run: nothing is written")
         say_left(source, say)

@@ -22,8 +22,8 @@ from conftest import ROOT, Ran, cli_environment, tree_hash, write_tiny
 from safetensors.numpy import load_file, save_file
 
 from lpsparse import pack, prune, report, verify
-from lpsparse.checkpoint.threads import beside, check_going_on
 from lpsparse.errors import InputError
+from lpsparse.parallel.threads import beside, check_going_on
 from lpsparse.recipe import PruneStep
 from lpsparse.settings import resolve
 from lpsparse.verbs import prune_step

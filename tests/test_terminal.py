@@ -17,11 +17,12 @@ from conftest import LISTENING, ROOT, SMALL, Ran, cli_environment, run_cli, tree
 from html_reports import bare, tensors
 
 import lpsparse
-from lpsparse import ExitCode, distributed, errors, health
+from lpsparse import ExitCode, errors, health
 from lpsparse.cli.explain import exits_of, read_texts
 from lpsparse.cli.panels import _PANELS
 from lpsparse.cli.topics import read_topics
 from lpsparse.errors import MEANINGS, LpsparseError
+from lpsparse.parallel import launcher
 from lpsparse.recipe import STEPS, PushStep
 from lpsparse.reporting.records import Budget
 from lpsparse.reporting.table import render
@@ -437,17 +438,17 @@ def test_the_script_for_a_shell_is_shown_and_installed_by_nobody_unasked(tmp_pat
 def test_the_launcher_leaves_no_handler_behind_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    def launcher(*_: object) -> Callable[..., None]:
+    def elastic(*_: object) -> Callable[..., None]:
         def interrupted(*_: str) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise SignalException("got a signal", signal.SIGINT)
 
         return interrupted
 
-    monkeypatch.setattr(distributed, "borrow", lambda _: launcher)
+    monkeypatch.setattr(launcher, "borrow", lambda _: elastic)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(errors.LaunchError) as raised:
-        distributed.launch(2, ["finetune"])
+        launcher.launch(2, ["finetune"])
     assert raised.value.exit_code == ExitCode.INTERRUPT and signal.getsignal(signal.SIGINT) == before
 
 

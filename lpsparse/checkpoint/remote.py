@@ -21,8 +21,8 @@ from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weig
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import find_packed
 from lpsparse.checkpoint.tensors import Blocks, Tensor
-from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError, RemoteError
+from lpsparse.parallel.threads import parallel
 
 _PATIENCE = 6  # an answer may take so many times what huggingface_hub waits for its next byte (10 s)
 _WAITING = 4  # headers are fetched by so many threads more than there are cores: they wait for the network

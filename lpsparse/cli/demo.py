@@ -41,8 +41,8 @@ def demo(
 ) -> None:
     from lpsparse import pipeline, verbs
     from lpsparse.chain import planned
-    from lpsparse.checkpoint.progress import Brief
     from lpsparse.cli.bar import showing
+    from lpsparse.parallel.progress import Brief
     from lpsparse.recipe_file import read_recipe
 
     if folder.exists() and not any(folder.glob("*.partial")):  # of one that was interrupted

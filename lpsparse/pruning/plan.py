@@ -11,10 +11,10 @@ import numpy as np
 from lpsparse.checkpoint.counting import Cut, check_finite, nonfinite
 from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, ordered, value_of
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import phase
 from lpsparse.checkpoint.tensors import Blocks, Tensor
-from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import UsageError, VerdictError
+from lpsparse.parallel.progress import phase
+from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.gap import Band, find_band
 from lpsparse.pruning.neighbours import Pair, divides, grain_of, joined, sums_of_blocks, table_of
 from lpsparse.pruning.prunable import Chosen, Decision, choose

@@ -11,11 +11,11 @@ from typing import Any
 
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import Brief
 from lpsparse.checkpoint.rescue import config_of, folder_of
-from lpsparse.checkpoint.threads import of_one
 from lpsparse.checkpoint.weights import Named
 from lpsparse.errors import UsageError
+from lpsparse.parallel.progress import Brief
+from lpsparse.parallel.threads import on_rank_0
 from lpsparse.pruning.look import look
 from lpsparse.pruning.quantised import quantised
 from lpsparse.pruning.roles import PRUNED, ROLES, bare, guess_roles
@@ -119,7 +119,7 @@ def choose(
     config = config_of(folder_of(source))
     table = decide(named, include, exclude, config)
     asked = {name: shape for name, _, shape in named if always_look or table[name].by == "a guess"}
-    if asked and (seen := of_one(lambda: look(config, asked))) is not None:  # the same in all processes
+    if asked and (seen := on_rank_0(lambda: look(config, asked))) is not None:  # the same in all processes
         table = decide(named, include, exclude, config, seen[1], seen[0])
     return check_chosen(table, include, exclude, needed=needed, strict=strict)
 

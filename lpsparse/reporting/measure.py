@@ -12,9 +12,9 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS, config_of
 from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
-from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.limits import REPORTED_N_M
+from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.prunable import Chosen, Decision, choose, recorded
 from lpsparse.reporting.bound import sampled_bytes
 from lpsparse.reporting.kinds import KINDS, kind_of

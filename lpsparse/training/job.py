@@ -11,13 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lpsparse import __version__, distributed
+from lpsparse import __version__
 from lpsparse.checkpoint.manifest import source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.output import output_folder, partial_of
 from lpsparse.checkpoint.writer import METRICS, write_text
 from lpsparse.errors import StateError
-from lpsparse.launch import local_rank
+from lpsparse.parallel import ranks
+from lpsparse.parallel.environment import local_rank
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training.resume import States
 from lpsparse.training.run import Progress
@@ -33,15 +34,15 @@ def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> d
     files = None
     if local_rank() == 0:  # it is read once a machine
         files = {record.name: record.sha256 for record in source_of(source).files}
-    distributed.wait()
-    files = distributed.gathered(files)[distributed.rank() - local_rank()]
+    ranks.barrier()
+    files = ranks.all_gather(files)[ranks.rank() - local_rank()]
     numbers = {"lpsparse": __version__, "torch": version("torch")}
     versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
     found = {
         "recipe": recipe, "model": files, "versions": versions, "shard": step.shard,
         "code": {"model_fn": _code(step.model_fn), "optimizer": _code(step.optimizer)},
     }  # fmt: skip
-    odd = distributed.odd_one(json.dumps(found, sort_keys=True))
+    odd = ranks.first_different_rank(json.dumps(found, sort_keys=True))
     if odd is not None:
         what = f"process {odd} has other options, another model or other data than process 0"
         raise StateError(707, what, hint="give every process the same")
@@ -59,7 +60,7 @@ def _code(spec: str | None) -> str | None:
 @contextmanager
 def training_folder(step: FinetuneStep) -> Generator[Path]:
     """OUT.partial, which process 0 makes and completes."""
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         yield partial_of(step.out)
         return
     states = "drop" if step.resume == "never" else "resume"
@@ -70,10 +71,10 @@ def training_folder(step: FinetuneStep) -> Generator[Path]:
 def find_states(step: FinetuneStep, folder: Path, made: dict[str, Any], say: Say) -> States:
     """The run's states, and in `found` the one to go on from. Raises StateError where it cannot be used, and
     where the processes see different ones."""
-    distributed.wait()
+    ranks.barrier()
     states = States(folder, made, keep=step.keep_last, shard=step.shard)
     states.find(step.resume, say)
-    if distributed.odd_one(str(states.found and states.found[1]["step"])) is not None:
+    if ranks.first_different_rank(str(states.found and states.found[1]["step"])) is not None:
         what = f"{folder}: the processes do not find the same training state"
         raise StateError(710, what, hint="put OUT on a disk that all machines see")
     return states
@@ -82,7 +83,7 @@ def find_states(step: FinetuneStep, folder: Path, made: dict[str, Any], say: Say
 @contextmanager
 def recording(step: FinetuneStep, states: States, on_step: OnStep, say: Say) -> Generator[OnStep]:
     """A function that takes progress to the metrics, the tracker and `on_step`; nowhere but on process 0."""
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         yield lambda progress: None
         return
     path = states.folder / METRICS

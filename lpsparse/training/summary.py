@@ -1,6 +1,6 @@
 """A run in words: what it is about to do, for the person at the terminal and for the manifest."""
 
-from lpsparse.checkpoint.progress import Brief
+from lpsparse.parallel.progress import Brief
 from lpsparse.recipe import FinetuneStep
 from lpsparse.training.control import SparsityControl
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from lpsparse.checkpoint.threads import share_of
+from lpsparse.parallel.threads import share_of_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def phase(what: str, total: int, unit: str = "bytes", *, done: int = 0) -> Gener
     if _now is not None:
         yield
         return
-    _now = Position(what, unit, done, share_of(total) if unit.startswith("bytes") else total)
+    _now = Position(what, unit, done, share_of_rank(total) if unit.startswith("bytes") else total)
     advance(0, unit)
     try:
         yield

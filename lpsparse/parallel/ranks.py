@@ -1,47 +1,35 @@
-"""What processes tell one another, and starting them. The only file that uses torch.distributed.
+"""Collectives between ranks, and models sharded over them. The only file that uses torch.distributed.
 
-One process is the same code: every function then answers at once. A function that says "of all" or "all
-processes" is a collective: all of them call it, or none.
+One process is world size 1: every function then returns at once. A function that says "all ranks" is a
+collective: all of them call it, or none.
 """
 
-import ctypes
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from lpsparse.borrowed import borrow
-from lpsparse.checkpoint.threads import Processes, among
 from lpsparse.errors import (
-    ExitCode,
-    LaunchError,
     LpsparseError,
     ResourceError,
     UsageError,
     is_out_of_memory,
 )
+from lpsparse.parallel.threads import Processes, sharing_with
 
 T = TypeVar("T")
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-_PATIENCE = 24 * 3600  # seconds that processes which were asked to stop have to end their step and save
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
 _MEETING = timedelta(minutes=10)  # that processes have to find one another
+
 _patient: Any = None  # a process group without a time limit to speak of
+
 MISSED = 604  # code of the error of a process that waited for one that is gone or late
-_TOGETHER = 2.0  # seconds: failures so near to the first one may be its cause
 
 
 def _is_one() -> bool:
@@ -52,7 +40,7 @@ def rank() -> int:
     return 0 if _is_one() else distributed.get_rank()
 
 
-def ranks() -> int:
+def world_size() -> int:
     return 1 if _is_one() else distributed.get_world_size()
 
 
@@ -62,7 +50,7 @@ def _device() -> torch.device:
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
-def sums(numbers: Sequence[float]) -> list[float]:
+def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
     """The sum over all processes of each number, in float64."""
     if _is_one():
         return list(numbers)
@@ -71,7 +59,7 @@ def sums(numbers: Sequence[float]) -> list[float]:
     return held.tolist()
 
 
-def summed(counts: Tensor) -> Tensor:
+def all_reduce_counts(counts: Tensor) -> Tensor:
     """The sum over all processes of an integer tensor."""
     if _is_one():
         return counts
@@ -80,7 +68,7 @@ def summed(counts: Tensor) -> Tensor:
     return held.to(counts.device)
 
 
-def most(numbers: Sequence[float]) -> list[float]:
+def all_reduce_max(numbers: Sequence[float]) -> list[float]:
     """The largest over all processes of each number."""
     if _is_one():
         return list(numbers)
@@ -89,7 +77,7 @@ def most(numbers: Sequence[float]) -> list[float]:
     return held.tolist()
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """`value` of every process, by rank. Small things: they travel as Python objects between our own."""
     if _is_one():
         return [value]
@@ -98,7 +86,7 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
-def of_first(make: Callable[[], T]) -> T:
+def run_on_rank_0(make: Callable[[], T]) -> T:
     """What `make` gives on process 0, on all processes, however long it takes; a LpsparseError of it, too."""
     if _is_one():
         return make()
@@ -109,16 +97,16 @@ def of_first(make: Callable[[], T]) -> T:
             found = make()
         except LpsparseError as raised:
             error = raised
-    found, told = gathered_late((found, error))[0]
+    found, told = all_gather_no_timeout((found, error))[0]
     if told is not None:
         raise error or told
     return cast("T", found)
 
 
-def gathered_late(value: Any) -> list[Any]:
+def all_gather_no_timeout(value: Any) -> list[Any]:
     """`gathered`, however long one of them works before it has its value."""
-    wait()
-    return gathered(value)
+    barrier()
+    return all_gather(value)
 
 
 @contextmanager
@@ -132,11 +120,11 @@ def together() -> Generator[None]:
     """
     if _is_one():
         _meet()
-    with missing_others():
-        make_patient()
-        with among(Processes(rank(), ranks(), gathered_late, of_first)):
+    with lost_rank_errors():
+        make_barrier_group()
+        with sharing_with(Processes(rank(), world_size(), all_gather_no_timeout, run_on_rank_0)):
             yield
-        wait()
+        barrier()
 
 
 def _meet() -> None:
@@ -152,16 +140,16 @@ def _meet() -> None:
         raise ResourceError(MISSED, what, hint="see what ended the other processes") from error
 
 
-def make_patient() -> None:
+def make_barrier_group() -> None:
     """What `wait` needs. All processes call it, early: only one that was met is missed when it dies."""
     global _patient
     if not _is_one() and _patient is None:
         _patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes have come here, however long one of them works alone (writing, tokenising)."""
-    make_patient()
+    make_barrier_group()
     if not _is_one():
         distributed.barrier(_patient)
 
@@ -173,7 +161,7 @@ def _is_of_waiting(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def missing_others(doing: str = "") -> Generator[None]:
+def lost_rank_errors(doing: str = "") -> Generator[None]:
     """Raises ResourceError for an error of what waited for a process that is gone or late; others pass."""
     try:
         yield
@@ -186,7 +174,7 @@ def missing_others(doing: str = "") -> Generator[None]:
         raise ResourceError(MISSED, what, hint=hint) from error
 
 
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give all processes the buffers (running statistics) of process 0, which are those that are written."""
     if not _is_one():
         for buffer in model.buffers():
@@ -204,13 +192,13 @@ def average_(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(mean)
 
 
-def odd_one(value: str) -> int | None:
+def first_different_rank(value: str) -> int | None:
     """The first process, on all of them, whose value is not that of process 0; None where all are alike."""
-    found = gathered(value)
+    found = all_gather(value)
     return next((i for i, each in enumerate(found) if each != found[0]), None)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, on the same memory; any other tensor is its own."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -219,12 +207,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")  # a DTensor, whose import takes a second
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process, which all call it; what is not sharded is its own."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def spread(
+def distribute(
     model: nn.Module, device: torch.device, blocks: Iterable[nn.Module] = (), *, shard: bool, bf16: bool
 ) -> None:
     """Bring `model` to `device` with the values of process 0 on all processes; those of the others may be on
@@ -244,7 +232,7 @@ def spread(
     elif not _is_one():
         _receive(model, device)
     model.to(device)
-    share_buffers(model)
+    broadcast_buffers(model)
 
 
 def _receive(module: nn.Module, device: torch.device) -> None:
@@ -261,7 +249,7 @@ def _receive(module: nn.Module, device: torch.device) -> None:
             param.data = value
 
 
-def share_again(model: Any) -> None:
+def reshard(model: Any) -> None:
     """After a forward pass without a backward one: FSDP2 leaves the outermost parameters whole, in the place
     of those that train."""
     if hasattr(model, "reshard"):
@@ -269,7 +257,7 @@ def share_again(model: Any) -> None:
 
 
 @contextmanager
-def without_sync(model: Any) -> Generator[None]:
+def no_sync(model: Any) -> Generator[None]:
     """Backward passes whose gradients only add up on each process."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         model.set_requires_gradient_sync(False)
@@ -280,9 +268,9 @@ def without_sync(model: Any) -> Generator[None]:
             yield
 
 
-def number(value: Any) -> float:
+def to_float(value: Any) -> float:
     """A 0-dim tensor, sharded or not, as a number; nothing is 0. All processes call it."""
-    return float(whole(value)) if isinstance(value, Tensor) else float(value or 0)
+    return float(full_tensor(value)) if isinstance(value, Tensor) else float(value or 0)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -313,118 +301,3 @@ def _like(param: Any, part: Tensor) -> Tensor:
     return DTensor.from_local(
         part, param.device_mesh, param.placements, shape=param.shape, stride=param.stride()
     )
-
-
-def launch(processes: int, arguments: list[str]) -> None:
-    """Run `python -m lpsparse ARGUMENTS` in that many processes on this machine, and wait for them.
-
-    Raises LaunchError with the exit code of the process that failed first, and ResourceError for one that
-    was killed.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    launcher = borrow("torch.distributed.launcher.api:elastic_launch")
-    if launcher is None:
-        _torchrun(processes, arguments)
-        return
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig
-
-    logs = Path(tempfile.mkdtemp(prefix="lpsparse-ranks-"))
-    # torch 2.10 gives processes that were asked to stop 30 seconds, and cannot be told otherwise.
-    known = {each.name for each in fields(LaunchConfig)}
-    patience: dict[str, Any] = {"shutdown_timeout": _PATIENCE} if "shutdown_timeout" in known else {}
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=str(os.getpid()), max_restarts=0,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.OUT),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", **patience,
-    )  # fmt: skip
-    _quiet_elastic()
-    try:
-        with _same_handlers_after():
-            launcher(config, sys.executable)("-u", "-m", "lpsparse", *arguments)
-    except ChildFailedError as error:
-        raise _first_failure(error.failures) from None
-    except SignalException as error:
-        stop = error.sigval == signal.SIGINT
-        raise LaunchError(ExitCode.INTERRUPT if stop else ExitCode.RESUMABLE) from None
-    finally:
-        shutil.rmtree(logs, ignore_errors=True)
-
-
-@contextmanager
-def _same_handlers_after() -> Generator[None]:
-    """torch's launcher leaves its handlers of signals behind, which raise SignalException wherever they find
-    the program, at its very end too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None and signal.getsignal(number) != handler:
-                signal.signal(number, handler)
-
-
-def _torchrun(processes: int, arguments: list[str]) -> None:
-    """`launch` by torch's own command, which does not pass on the exit code of what failed."""
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "lpsparse"]
-    if subprocess.run([sys.executable, *words, *arguments], stdout=subprocess.DEVNULL).returncode:
-        raise LaunchError(ExitCode.RESOURCE)
-
-
-def end_with_launcher() -> None:
-    """Have this process asked to stop when its launcher is killed, which cannot ask any more."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Linux sends it once for every thread of the dying parent: one that may be repeated.
-        end_with_parent(signal.SIGUSR1)
-
-
-def end_with_parent(number: int) -> None:
-    """Get signal `number` when the process that started this one is gone. Only Linux can do that."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(number))
-
-
-def _quiet_elastic() -> None:
-    import logging
-
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
-    """What ended the run: a process that was killed before one that then missed it."""
-    earliest = min(failure.timestamp for failure in failures.values())
-    near = sorted(
-        (each for each in failures.values() if each.timestamp <= earliest + _TOGETHER),
-        key=lambda each: (each.exitcode >= 0 or each.exitcode == -signal.SIGTERM, each.local_rank),
-    )
-    first = near[0]
-    if first.exitcode < 0 and first.exitcode != -signal.SIGTERM:
-        name = signal.Signals(-first.exitcode).name
-        what = f"process {first.local_rank} was ended by {name}; the others were stopped"
-        hint = "run the same command again: it goes on from the last training state, if there is one"
-        return ResourceError(603, what, hint=hint)
-    failed = [each for each in near if each.exitcode > 0]
-    # What misses another process says so, and what the launcher then stops ends as if it were asked to.
-    after = (ExitCode.RESUMABLE, ExitCode.INTERRUPT)
-    causes = (each for each in failed if each.exitcode not in after and _said(each, "code") != f"LPS{MISSED}")
-    cause = next(causes, first)
-    code = ExitCode(cause.exitcode) if cause.exitcode in list(ExitCode) else ExitCode.RESOURCE
-    said = _said(cause, "message")
-    if not said:
-        said = f"process {cause.local_rank} ended with exit code {cause.exitcode}"
-    elif cause.local_rank == 0:
-        said = ""  # it spoke for itself
-    return LaunchError(code, said=said)
-
-
-def _said(failure: Any, key: str) -> str:
-    """What the command line of a process that failed wrote of it, if it did."""
-    said = str(failure.error_file_data.get(key, ""))
-    return "" if said == "<NONE>" else said  # elastic's own word

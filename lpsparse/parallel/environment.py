@@ -19,7 +19,7 @@ _MPI = (
 )
 
 
-def name_as_launched() -> None:
+def set_torch_names() -> None:
     """Give a process of an srun step, or of mpirun (which `accelerate launch --cpu` calls), the names that
     torch's own launchers give. A batch script, where SLURM tells of tasks too, is no step of several."""
     given = os.environ.get
@@ -47,12 +47,12 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
-def is_first() -> bool:
+def is_rank_0() -> bool:
     """Whether this is process 0 of a job, or alone: the others are silent."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_one_of_several() -> bool:
+def has_other_ranks() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

@@ -33,12 +33,12 @@ class Processes:
     of_first: Callable[[Callable[[], Any]], Any]  # what a function gives on the first, or its error
 
 
-def among(processes: Processes | None) -> AbstractContextManager[None]:
+def sharing_with(processes: Processes | None) -> AbstractContextManager[None]:
     """Share the work inside with other processes, or not."""
     return _holding(_processes, processes)
 
 
-def using(count: int | None) -> AbstractContextManager[None]:
+def using_threads(count: int | None) -> AbstractContextManager[None]:
     """With `count` threads, None being one a core."""
     return _holding(_count, count)
 
@@ -52,16 +52,16 @@ def _holding(variable: ContextVar[A], value: A) -> Generator[None]:
         variable.reset(token)
 
 
-def of_one(make: Callable[[], B]) -> B:
+def on_rank_0(make: Callable[[], B]) -> B:
     """What only one process does, such as writing: what `make` gives there, or its error, on all of them."""
     processes = _processes.get()
     if processes is None:
         return make()
-    with among(None):
+    with sharing_with(None):
         return processes.of_first(make)
 
 
-def of_each(make: Callable[[], B]) -> B:
+def on_every_rank(make: Callable[[], B]) -> B:
     """What `make` gives here, where it fails on none of the processes; else its error on all of them."""
     processes = _processes.get()
     if processes is None:
@@ -77,7 +77,7 @@ def _from_all(processes: Processes, make: Callable[[], B]) -> list[B]:
     found: B | None = None
     error: Exception | None = None
     try:
-        with among(None):
+        with sharing_with(None):
             found = make()
     except Exception as raised:
         error = raised
@@ -88,7 +88,7 @@ def _from_all(processes: Processes, make: Callable[[], B]) -> list[B]:
     return [share for share, _ in shares]
 
 
-def share_of(amount: int) -> int:
+def share_of_rank(amount: int) -> int:
     """What of an amount of work is this process's, about."""
     processes = _processes.get()
     return amount if processes is None else amount // processes.count
@@ -132,7 +132,7 @@ def _dealt(sizes: list[float], count: int) -> list[list[int]]:
     return shares
 
 
-def in_turn(function: Callable[[A], B], items: Iterable[A]) -> Generator[B]:
+def parallel_in_order(function: Callable[[A], B], items: Iterable[A]) -> Generator[B]:
     """`function` of each item, in their order, on all threads and a few items ahead of who takes them."""
     count = _count.get() or cores()
     if count < 2:
