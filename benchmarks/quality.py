@@ -19,8 +19,8 @@ from lpsparse import pipeline, verbs
 from lpsparse.chain import planned
 from lpsparse.cli.output import TrainingBar
 from lpsparse.cli.run import overrides
-from lpsparse.recipe import EvalStep, FinetuneStep
 from lpsparse.recipe_file import read_recipe
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 
 
 def main() -> None:

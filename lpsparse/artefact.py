@@ -40,12 +40,15 @@ from lpsparse.checkpoint.writer import (
 from lpsparse.errors import InputError, LpsparseError, VerdictError
 from lpsparse.parallel.threads import beside, on_rank_0
 from lpsparse.pruning.prunable import Chosen
-from lpsparse.recipe import FinetuneStep, PackStep, PruneStep, Step, UnpackStep
 from lpsparse.reporting import card, figure
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report, TensorRow
 from lpsparse.reporting.reread import read_report
 from lpsparse.reporting.text import percent
+from lpsparse.steps.base import Step
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.pack import PackStep, UnpackStep
+from lpsparse.steps.prune import PruneStep
 
 _EMPTIED, _FEW = 0.01, 0.05  # shares of a layer type that are left: nothing any more, and too little
 

@@ -7,19 +7,14 @@ from typing import Any
 
 from lpsparse.checkpoint.names import is_report_name
 from lpsparse.errors import OutputError, UsageError
-from lpsparse.recipe import (
-    STEPS,
-    EvalStep,
-    FinetuneStep,
-    PackStep,
-    PruneStep,
-    RecoverStep,
-    ReportStep,
-    Step,
-    UnpackStep,
-)
 from lpsparse.recipe_file import Recipe, overrides_of
-from lpsparse.settings import resolve
+from lpsparse.steps.base import Step
+from lpsparse.steps.finetune import EvalStep, FinetuneStep, RecoverStep
+from lpsparse.steps.pack import PackStep, UnpackStep
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.report import ReportStep
+from lpsparse.steps.resolve import resolve
+from lpsparse.steps.table import STEPS
 
 WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
 TAKEN = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import check_apart, find, held_out_of
 
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet")

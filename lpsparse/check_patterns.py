@@ -4,11 +4,14 @@ from fnmatch import fnmatchcase
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import UsageError
-from lpsparse.limits import BUDGETS, limit_of
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import Chosen, choose, no_match
-from lpsparse.recipe import FinetuneStep, PruneStep, ReportStep, Step, pair
 from lpsparse.reporting.measure import prunable_of
+from lpsparse.steps.base import Step
+from lpsparse.steps.budgets import BUDGETS, limit_of
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.prune import PruneStep, pair
+from lpsparse.steps.report import ReportStep
 
 _HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
 _NOT_YET = "matches no tensor yet; the new head may give it one"

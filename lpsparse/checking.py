@@ -25,12 +25,15 @@ from lpsparse.pipeline import is_finished
 from lpsparse.proof import check_reread
 from lpsparse.pruning.prunable import Chosen
 from lpsparse.pruning.quantised import refuse_quantised
-from lpsparse.recipe import EvalStep, FinetuneStep, PruneStep, ReportStep, Step, VerifyStep
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.budgets import check_budgets
 from lpsparse.reporting.estimate import PROCESS_BYTES, estimate
 from lpsparse.reporting.reread import is_report, read_report
-from lpsparse.settings import as_trained
+from lpsparse.steps.base import Step
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.report import ReportStep, VerifyStep
+from lpsparse.steps.resolve import as_trained
 from lpsparse.training import memory
 
 _SPARE = 1.05  # as preflight asks for

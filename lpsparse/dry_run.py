@@ -11,9 +11,10 @@ from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
-from lpsparse.recipe import PackStep, PruneStep, UnpackStep, pair
 from lpsparse.reporting.estimate import estimate, report_of
 from lpsparse.reporting.records import Report
+from lpsparse.steps.pack import PackStep, UnpackStep
+from lpsparse.steps.prune import PruneStep, pair
 
 
 def foretell(

@@ -9,7 +9,7 @@ from lpsparse.chain import Link
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.errors import OutputError
 from lpsparse.parallel.environment import is_rank_0
-from lpsparse.recipe import ReportStep
+from lpsparse.steps.report import ReportStep
 
 _KEPT = re.compile(r"report(-\d+)?\.json")
 _OLD = ".old"

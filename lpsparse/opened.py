@@ -8,7 +8,9 @@ from lpsparse.artefact import Say
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.errors import InputError
 from lpsparse.parallel.threads import on_every_rank, using_threads
-from lpsparse.recipe import PackStep, PruneStep, ReportStep, UnpackStep, VerifyStep
+from lpsparse.steps.pack import PackStep, UnpackStep
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.report import ReportStep, VerifyStep
 
 S = TypeVar("S", PruneStep, PackStep, PackStep | UnpackStep, ReportStep, VerifyStep)
 R = TypeVar("R")

@@ -17,20 +17,14 @@ from lpsparse.errors import InputError, OutputError
 from lpsparse.kept import check_free, earlier_reports, report_file, set_aside
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.parallel.progress import Brief
-from lpsparse.recipe import (
-    POSITIONAL,
-    EvalStep,
-    FinetuneStep,
-    PackStep,
-    PruneStep,
-    ReportStep,
-    Step,
-    UnpackStep,
-    VerifyStep,
-)
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.records import Report
 from lpsparse.resolved import write_resolved
+from lpsparse.steps.base import POSITIONAL, Step
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.pack import PackStep, UnpackStep
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.report import ReportStep, VerifyStep
 
 Say = Callable[[str], None]
 _TOLD = (

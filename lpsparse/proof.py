@@ -16,7 +16,6 @@ from lpsparse.errors import InputError, UsageError
 from lpsparse.opened import on_threads, opened, silent
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.pruning.prunable import Decision
-from lpsparse.recipe import InspectStep, ReportStep, VerifyStep, flag
 from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
 from lpsparse.reporting.check import check_against, check_folder, check_weights
@@ -35,6 +34,8 @@ from lpsparse.reporting.records import Report
 from lpsparse.reporting.reread import is_report, read_report
 from lpsparse.reporting.spectra import spectra
 from lpsparse.reporting.views import VIEWS
+from lpsparse.steps.base import flag
+from lpsparse.steps.report import InspectStep, ReportStep, VerifyStep
 
 _OF_FILES = ("base", "weights", "key", "include", "exclude", "spectra")  # what a written report has no more
 

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lpsparse.errors import InputError, UsageError
 from lpsparse.plain_yaml import read_yaml
-from lpsparse.recipe import MODEL, STEPS
-from lpsparse.settings import resolve
+from lpsparse.steps.base import MODEL
+from lpsparse.steps.resolve import resolve
+from lpsparse.steps.table import STEPS
 
 # ${NAME} anywhere, or a path that begins with ~ or $NAME: what a shell would put in place of it, we do not.
 SHELL = re.compile(r"\$\{|^(?:~[^/\s]*|\$\w+)(?:/|$)")

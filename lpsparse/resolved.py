@@ -11,8 +11,8 @@ from lpsparse.chain import Link
 from lpsparse.checkpoint.hub import is_hub_id
 from lpsparse.checkpoint.manifest import read_manifest
 from lpsparse.checkpoint.writer import write_beside
-from lpsparse.recipe import Step
 from lpsparse.recipe_file import Recipe
+from lpsparse.steps.base import Step
 
 RESOLVED = "recipe.resolved.yaml"
 _PATHS = ("data", "eval_data", "model_fn", "source", "base", "baseline", "against")

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from lpsparse.recipe import STEPS, RecoverStep, Step
 from lpsparse.recipe_file import SHELL, Recipe
+from lpsparse.steps.base import Step
+from lpsparse.steps.finetune import RecoverStep
+from lpsparse.steps.table import STEPS
 
 # YAML 1.1, which we read, takes 4e-3 for text; editors take it for a number.
 _EXPONENT = r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"

@@ -17,10 +17,14 @@ from lpsparse.errors import UsageError
 from lpsparse.kept import check_free, set_aside
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.pipeline import Done, Say
-from lpsparse.recipe import EvalStep, FinetuneStep, PackStep, PruneStep, ReportStep, UnpackStep, fraction
 from lpsparse.recipe_file import read_recipe
 from lpsparse.reporting.curve import draw
 from lpsparse.reporting.records import Budget, Report
+from lpsparse.steps.base import fraction
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.pack import PackStep, UnpackStep
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.report import ReportStep
 
 _FILES = ("sweep.json", "sweep.csv", "sweep.svg")
 _COLUMNS = (

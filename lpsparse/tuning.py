@@ -19,12 +19,13 @@ from lpsparse.parallel.threads import using_threads
 from lpsparse.proof import report_step
 from lpsparse.pruning.prunable import Decision
 from lpsparse.pruning.quantised import refuse_quantised
-from lpsparse.recipe import EvalStep, FinetuneStep, ReportStep
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.estimate import estimate
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained_of
-from lpsparse.settings import as_launched, as_trained, resolve
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.report import ReportStep
+from lpsparse.steps.resolve import as_launched, as_trained, resolve
 
 _NOT_OURS = Decision(False, "not part of the model")
 

@@ -30,24 +30,17 @@ from lpsparse.proof import inspect_step, verify_step, write_report
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
-from lpsparse.recipe import (
-    EvalStep,
-    FinetuneStep,
-    InspectStep,
-    PackStep,
-    PruneStep,
-    PushStep,
-    ReportStep,
-    UnpackStep,
-    VerifyStep,
-    pair,
-)
 from lpsparse.reporting import text
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.measure import own_quality, prunable_of
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.pack import PackStep, UnpackStep
+from lpsparse.steps.prune import PruneStep, pair
+from lpsparse.steps.push import PushStep
+from lpsparse.steps.report import InspectStep, ReportStep, VerifyStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.tuning import evaluate_step, finetune_step
 
 
@@ -76,23 +69,23 @@ def prune(model: str | Path, out: str | Path, **options: Any) -> Report: ...
 def prune(model: str | Path, out: str | Path, **options: Any) -> Report | dict[str, Report]:
     """Cut the smallest weights of `model` to exact zeros and write `out`; given `component`, those of each of
     these components of a diffusers pipeline, with a report for each name.
-    Options: fields of recipe.PruneStep."""
+    Options: fields of PruneStep."""
     step = resolve(PruneStep, {"model": str(model), "out": out, **options})
     return prune_components(step) if step.component else cast("Report", prune_step(step))
 
 
 def pack(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Store `model` losslessly in a packed layout. Options: fields of recipe.PackStep."""
+    """Store `model` losslessly in a packed layout. Options: fields of PackStep."""
     return pack_step(resolve(PackStep, {"model": str(model), "out": out, **options}))
 
 
 def unpack(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Store `model` densely again, bit for bit. Options: fields of recipe.UnpackStep."""
+    """Store `model` densely again, bit for bit. Options: fields of UnpackStep."""
     return pack_step(resolve(UnpackStep, {"model": str(model), "out": out, **options}))
 
 
 def finetune(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Train `model` so that weights go to zero, and write `out`. Options: fields of recipe.FinetuneStep."""
+    """Train `model` so that weights go to zero, and write `out`. Options: fields of FinetuneStep."""
     return cast("Report", finetune_step(resolve(FinetuneStep, {"model": str(model), "out": out, **options})))
 
 
@@ -102,7 +95,7 @@ def report(
     junit: str | Path | None = None, csv: str | Path | None = None, **options: Any,
 ) -> Report:  # fmt: skip
     """Measure `model`, and what it came from; `json` to `csv` are files to write views of it to.
-    Options: fields of recipe.ReportStep."""
+    Options: fields of ReportStep."""
     views = {
         "json": json, "html": html, "markdown": markdown, "comment": comment, "junit": junit, "csv": csv
     }  # fmt: skip
@@ -118,18 +111,18 @@ def verify(model: str | Path, source: str | Path | None = None, *, key: str | No
 
 
 def inspect(model: str | Path, **options: Any) -> dict[str, Any]:
-    """What a checkpoint holds, from its headers. Options: fields of recipe.InspectStep."""
+    """What a checkpoint holds, from its headers. Options: fields of InspectStep."""
     return inspect_step(resolve(InspectStep, {"model": str(model), **options}))
 
 
 def push(folder: str | Path, repo: str, **options: Any) -> dict[str, Any]:
     """Upload `folder`, which lpsparse wrote, to the hub: {"url", "commit", "files", "bytes", ...}.
-    Options: fields of recipe.PushStep."""
+    Options: fields of PushStep."""
     return push_step(resolve(PushStep, {"folder": folder, "repo": repo, **options}))
 
 
 def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
-    """Loss and accuracy of `model` on data. Options: fields of recipe.EvalStep."""
+    """Loss and accuracy of `model` on data. Options: fields of EvalStep."""
     return evaluate_step(resolve(EvalStep, {"model": str(model), **options}))
 
 

@@ -30,9 +30,10 @@ import lpsparse
 from lpsparse import ExitCode, pipeline, verify
 from lpsparse.cli import main
 from lpsparse.errors import UsageError
-from lpsparse.recipe import STEPS, FinetuneStep
 from lpsparse.resolved import RESOLVED
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
+from lpsparse.steps.table import STEPS
 
 Cli = Callable[..., Ran]
 COMMANDS = (

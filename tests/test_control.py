@@ -12,8 +12,8 @@ from conftest import on_two_ranks
 from torch import Tensor, nn
 
 from lpsparse.errors import LpsparseError
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.allocation import SHARES, allocate, fisher, keep_only_, kth_smallest, smallest_masks
 from lpsparse.training.conditioning import condition
 from lpsparse.training.control import SparsityControl, quantile

@@ -25,8 +25,8 @@ from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.writer import OWNER, STATE
 from lpsparse.parallel import ranks
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.distill import blocks
 from lpsparse.training.loop import prepare
 from lpsparse.training.model import load_transformer

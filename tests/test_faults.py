@@ -24,8 +24,8 @@ from safetensors.numpy import load_file, save_file
 from lpsparse import pack, prune, report, verify
 from lpsparse.errors import InputError
 from lpsparse.parallel.threads import beside, check_going_on
-from lpsparse.recipe import PruneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.verbs import prune_step
 
 Cli = Callable[..., Ran]

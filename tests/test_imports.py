@@ -14,45 +14,43 @@ from conftest import ROOT, cli_environment
 from typer.main import get_command
 
 from lpsparse.cli.main import _app
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 
 PACKAGE = ROOT / "lpsparse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "accelerate"}
 # Room -> the rooms it may import from; its own is understood, and the root's version number is everyone's.
 VERBS_MAY = {
-    "training", "pruning", "reporting", "checkpoint", "settings", "parallel", "recipe", "errors"
+    "training", "pruning", "reporting", "checkpoint", "parallel", "steps", "errors"
 }  # fmt: skip
 MAY_IMPORT = {
     "borrowed": set[str](),
     "errors": set[str](),
-    "limits": set[str](),
-    "recipe": {"limits", "errors"},
     "parallel": {"errors"},
-    "settings": {"recipe", "parallel", "errors"},
+    "steps": {"parallel", "errors"},
     "plain_yaml": {"errors"},
-    "recipe_file": {"settings", "recipe", "plain_yaml", "errors"},
+    "recipe_file": {"steps", "plain_yaml", "errors"},
     "checkpoint": {"parallel", "errors"},
     "pruning": {"checkpoint", "parallel", "errors"},
-    "training": {"pruning", "checkpoint", "recipe", "settings", "parallel", "errors"},
+    "training": {"pruning", "checkpoint", "steps", "parallel", "errors"},
     # What counts is decided by one rule.
-    "reporting": {"checkpoint", "parallel", "recipe", "limits", "plain_yaml", "errors", "pruning"},
-    "integrations": {"training", "parallel", "checkpoint", "recipe", "errors"},
+    "reporting": {"checkpoint", "parallel", "steps", "plain_yaml", "errors", "pruning"},
+    "integrations": {"training", "parallel", "checkpoint", "steps", "errors"},
     "artefact": VERBS_MAY,
     "dry_run": VERBS_MAY | {"artefact"},
-    "opened": {"artefact", "parallel", "checkpoint", "recipe", "errors"},
+    "opened": {"artefact", "parallel", "checkpoint", "steps", "errors"},
     "proof": VERBS_MAY | {"opened", "artefact"},
     "tuning": VERBS_MAY | {"opened", "artefact", "proof"},
     "verbs": VERBS_MAY | {"opened", "artefact", "dry_run", "proof", "tuning"},
     "health": {"checkpoint", "parallel", "reporting", "errors"},
-    "schema": {"recipe_file", "recipe"},
-    "chain": {"checkpoint.names", "recipe_file", "settings", "recipe", "errors"},
-    "resolved": {"chain", "checkpoint", "recipe_file", "recipe"},
-    "kept": {"chain", "checkpoint", "recipe", "parallel", "errors"},
+    "schema": {"recipe_file", "steps"},
+    "chain": {"checkpoint.names", "recipe_file", "steps", "errors"},
+    "resolved": {"chain", "checkpoint", "recipe_file", "steps"},
+    "kept": {"chain", "checkpoint", "steps", "parallel", "errors"},
     "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file", "chain", "kept", "resolved"},
-    "check_data": {"training.data", "checkpoint", "recipe", "errors"},
-    "check_patterns": {"pruning", "checkpoint", "reporting", "recipe", "limits", "errors"},
+    "check_data": {"training.data", "checkpoint", "steps", "errors"},
+    "check_patterns": {"pruning", "checkpoint", "reporting", "steps", "errors"},
     "checking": VERBS_MAY
     | {"chain", "check_data", "check_patterns", "kept", "pipeline", "proof", "recipe_file"},
     "sweeping": VERBS_MAY | {"chain", "kept", "pipeline", "recipe_file", "verbs"},

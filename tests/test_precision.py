@@ -10,8 +10,8 @@ import torch
 
 import lpsparse
 from lpsparse.errors import LpsparseError
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training import precision
 from lpsparse.tuning import finetune_step
 

@@ -23,10 +23,11 @@ from lpsparse.cli.panels import _PANELS
 from lpsparse.cli.topics import read_topics
 from lpsparse.errors import MEANINGS, LpsparseError
 from lpsparse.parallel import launcher
-from lpsparse.recipe import STEPS, PushStep
 from lpsparse.reporting.records import Budget
 from lpsparse.reporting.table import render
 from lpsparse.reporting.text import columns, fitted
+from lpsparse.steps.push import PushStep
+from lpsparse.steps.table import STEPS
 
 Cli = Callable[..., Ran]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

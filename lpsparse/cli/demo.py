@@ -17,8 +17,9 @@ from lpsparse.errors import ExitCode, OutputError
 from lpsparse.reporting.text import columns, percent, size
 
 if TYPE_CHECKING:
-    from lpsparse.recipe import FinetuneStep, Step
     from lpsparse.reporting.records import Report
+    from lpsparse.steps.base import Step
+    from lpsparse.steps.finetune import FinetuneStep
 
 RECIPE = Path(__file__).parents[1] / "bundled" / "demo.yaml"
 _HELP = """Run finetune, prune and report on a bundled model, offline; exit 1 below its bounds.
@@ -87,7 +88,7 @@ def demo(
 def _rival(steps: "list[Step]") -> "FinetuneStep":
     """Gradual magnitude pruning with everything else as in the recipe's sparse fine-tune, but for LAMP
     allocation, with which magnitudes do better on this model."""
-    from lpsparse.recipe import FinetuneStep
+    from lpsparse.steps.finetune import FinetuneStep
 
     trained = (step for step in steps if isinstance(step, FinetuneStep))
     sparse = next(step for step in trained if step.target_sparsity is not None)

@@ -56,7 +56,7 @@ def _run(words: list[str]) -> None:
     try:
         set_torch_names()
         if any(key.startswith("LPSPARSE_") for key in os.environ):
-            from lpsparse.settings import check_environment
+            from lpsparse.steps.resolve import check_environment
 
             check_environment()
         named = any(not word.startswith("-") for word in words) or "_LPSPARSE_COMPLETE" in os.environ

@@ -9,7 +9,7 @@ from lpsparse.cli.commands import show_report
 from lpsparse.cli.options import add_command
 from lpsparse.cli.output import Voice, print_file, tell_runner
 from lpsparse.errors import ExitCode, UsageError
-from lpsparse.recipe import ReportStep
+from lpsparse.steps.report import ReportStep
 
 _EXAMPLES = """\
   lpsparse report sparse dense

@@ -13,7 +13,6 @@ from lpsparse.checkpoint.rescue import LAYOUTS, config_of
 from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.weights import Named, file_size
-from lpsparse.limits import REPORTED_N_M
 from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.prunable import Chosen, Decision, choose, recorded
 from lpsparse.reporting.bound import sampled_bytes
@@ -33,6 +32,7 @@ from lpsparse.reporting.records import (
     groups,
 )
 from lpsparse.reporting.survey import survey
+from lpsparse.steps.budgets import REPORTED_N_M
 
 _PACKED = "lpsparse (load, unpack){}; ordinary loaders refuse it by its file name"
 _HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lpsparse.parallel import ranks
 from lpsparse.pruning.select import target_count
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.allocation import allocate, fisher, keep_only_, kth_smallest, smallest_masks
 from lpsparse.training.attached import own_rate
 from lpsparse.training.decay import LpDecay, budget_lambda, kill_magnitude

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lpsparse.errors import UsageError
 from lpsparse.parallel import ranks
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.tasks.base import Batch, Task
 
 

@@ -19,7 +19,7 @@ from lpsparse.checkpoint.writer import METRICS, write_text
 from lpsparse.errors import StateError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.environment import local_rank
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.resume import States
 from lpsparse.training.run import Progress
 from lpsparse.training.tracking import Tracker

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lpsparse.parallel import launcher, ranks
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.stopping import ASKS
 from lpsparse.training.tasks.base import Batch, Task
 

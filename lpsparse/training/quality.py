@@ -12,7 +12,7 @@ from torch import nn
 from lpsparse.errors import NumericError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.progress import advance, phase
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import digests, find, held_out_of
 from lpsparse.training.tasks.base import Task
 

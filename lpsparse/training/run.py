@@ -16,7 +16,7 @@ from torch import nn
 from lpsparse.errors import InterruptError, NumericError, ResourceError, ResumableError, is_out_of_memory
 from lpsparse.parallel import ranks
 from lpsparse.parallel.progress import advance, phase
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.distill import Teacher
 from lpsparse.training.loss import batch_loss
 from lpsparse.training.model import first_line

@@ -14,7 +14,7 @@ _CLASSES = {"tensorboard": "TensorBoardTracker", "trackio": "TrackioTracker", "w
 
 class Tracker:
     def __init__(self, name: str, out: Path, say: Callable[[str], None]) -> None:
-        """`name` is one of recipe.TRACKERS. Tensorboard's files go to `runs` beside `out`."""
+        """`name` is a value of `--track`. Tensorboard's files go to `runs` beside `out`."""
         self.name, self.say = name, say
         self._inner: Any = None
         self._try(lambda: self._start(out))

@@ -20,7 +20,7 @@ from lpsparse.checkpoint.writer import write_text
 from lpsparse.errors import InputError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.progress import advance, phase
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import find, held_out_of, read_text
 
 LARGE = 32 * 2**20  # bytes

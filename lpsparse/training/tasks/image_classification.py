@@ -13,7 +13,7 @@ from torch import nn
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel import ranks
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import class_names, find, split_folders
 from lpsparse.training.images import Image, read_images
 from lpsparse.training.labels import Classes, config_names, number

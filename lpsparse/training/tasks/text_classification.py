@@ -11,7 +11,7 @@ from torch import nn
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel.progress import advance, phase
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import Row, class_names, find, read_rows
 from lpsparse.training.labels import Classes, config_names, first_places, number
 from lpsparse.training.model import has_head, load_transformer, read_config

@@ -11,17 +11,11 @@ from pydantic import BaseModel, ValidationError
 
 from lpsparse.errors import LpsparseError, UsageError
 from lpsparse.parallel.environment import WORDS
-from lpsparse.recipe import (
-    POSITIONAL,
-    STEPS,
-    EvalStep,
-    FinetuneStep,
-    InspectStep,
-    PushStep,
-    Step,
-    flag,
-    other_names,
-)
+from lpsparse.steps.base import POSITIONAL, Step, flag, other_names
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.push import PushStep
+from lpsparse.steps.report import InspectStep
+from lpsparse.steps.table import STEPS
 
 S = TypeVar("S", bound=BaseModel)
 _COMMANDS: dict[str, type[Step]] = {**STEPS, "inspect": InspectStep, "push": PushStep}
