@@ -15,11 +15,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lpsparse import pipeline, verbs
-from lpsparse.chain import planned
+from lpsparse import verbs
 from lpsparse.cli.output import TrainingBar
 from lpsparse.cli.run import overrides
-from lpsparse.recipe_file import read_recipe
+from lpsparse.recipes.file import read_recipe
+from lpsparse.recipes.plan import planned
+from lpsparse.recipes.run import is_finished
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 
 
@@ -60,7 +61,7 @@ def run(sparse: FinetuneStep, evaluation: EvalStep, method: str, sparsity: str, 
 
 
 def train(step: FinetuneStep) -> None:
-    if pipeline.is_finished(step):  # by these settings, on this data
+    if is_finished(step):  # by these settings, on this data
         return
     step.out.parent.mkdir(parents=True, exist_ok=True)
     with TrainingBar(quiet=False) as bar:

@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "prune": "verbs", "pack": "verbs", "unpack": "verbs", "verify": "verbs", "report": "verbs",
     "inspect": "verbs", "push": "verbs", "together": "verbs", "doctor": "health",
-    "finetune": "verbs", "evaluate": "verbs", "open": "verbs", "load": "verbs", "run": "pipeline",
-    "sweep": "sweeping", "check_recipe": "checking", "recipe_schema": "schema",
+    "finetune": "verbs", "evaluate": "verbs", "open": "verbs", "load": "verbs", "run": "recipes.run",
+    "sweep": "recipes.sweep", "check_recipe": "recipes.check", "recipe_schema": "recipes.schema",
     "LpDecay": "training.decay", "LpAdamW": "training.fused", "Sparsity": "training.sparsity",
     "condition": "training.conditioning", "fold": "training.conditioning",
     "ExitCode": "errors", "LpsparseError": "errors",

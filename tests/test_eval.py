@@ -13,9 +13,9 @@ from test_cli import ERROR, failed
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.chain import planned
 from lpsparse.checkpoint.manifest import read_manifest
-from lpsparse.recipe_file import read_recipe
+from lpsparse.recipes.file import read_recipe
+from lpsparse.recipes.plan import planned
 from lpsparse.reporting.reread import read_report
 from lpsparse.steps.finetune import EvalStep
 

@@ -29,13 +29,12 @@ MAY_IMPORT = {
     "errors": set[str](),
     "parallel": {"errors"},
     "steps": {"parallel", "errors"},
-    "plain_yaml": {"errors"},
-    "recipe_file": {"steps", "plain_yaml", "errors"},
+    "safe_yaml": {"errors"},
     "checkpoint": {"parallel", "errors"},
     "pruning": {"checkpoint", "parallel", "errors"},
     "training": {"pruning", "checkpoint", "steps", "parallel", "errors"},
     # What counts is decided by one rule.
-    "reporting": {"checkpoint", "parallel", "steps", "plain_yaml", "errors", "pruning"},
+    "reporting": {"checkpoint", "parallel", "steps", "safe_yaml", "errors", "pruning"},
     "integrations": {"training", "parallel", "checkpoint", "steps", "errors"},
     "artefact": VERBS_MAY,
     "dry_run": VERBS_MAY | {"artefact"},
@@ -44,18 +43,8 @@ MAY_IMPORT = {
     "tuning": VERBS_MAY | {"opened", "artefact", "proof"},
     "verbs": VERBS_MAY | {"opened", "artefact", "dry_run", "proof", "tuning"},
     "health": {"checkpoint", "parallel", "reporting", "errors"},
-    "schema": {"recipe_file", "steps"},
-    "chain": {"checkpoint.names", "recipe_file", "steps", "errors"},
-    "resolved": {"chain", "checkpoint", "recipe_file", "steps"},
-    "kept": {"chain", "checkpoint", "steps", "parallel", "errors"},
-    "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file", "chain", "kept", "resolved"},
-    "check_data": {"training.data", "checkpoint", "steps", "errors"},
-    "check_patterns": {"pruning", "checkpoint", "reporting", "steps", "errors"},
-    "checking": VERBS_MAY
-    | {"chain", "check_data", "check_patterns", "kept", "pipeline", "proof", "recipe_file"},
-    "sweeping": VERBS_MAY | {"chain", "kept", "pipeline", "recipe_file", "verbs"},
-    "cli": VERBS_MAY
-    | {"verbs", "recipe_file", "pipeline", "chain", "checking", "schema", "sweeping", "health"},
+    "recipes": VERBS_MAY | {"safe_yaml", "artefact", "proof", "verbs"},
+    "cli": VERBS_MAY | {"verbs", "recipes", "health"},
     "__main__": {"cli"},
     "__init__": {"integrations.hook"},  # standard library only
 }

@@ -27,7 +27,7 @@ def test_every_recipe_is_valid_and_fails_early_with_a_hint_when_its_model_is_not
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from lpsparse import ExitCode, LpsparseError, check_recipe
-    from lpsparse.recipe_file import read_recipe
+    from lpsparse.recipes.file import read_recipe
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -40,25 +40,26 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    from lpsparse import pipeline, verbs
-    from lpsparse.chain import planned
+    from lpsparse import verbs
     from lpsparse.cli.bar import showing
     from lpsparse.parallel.progress import Brief
-    from lpsparse.recipe_file import read_recipe
+    from lpsparse.recipes import run
+    from lpsparse.recipes.file import read_recipe
+    from lpsparse.recipes.plan import planned
 
     if folder.exists() and not any(folder.glob("*.partial")):  # of one that was interrupted
         raise OutputError(401, f"{folder}: exists already", hint="remove it, or give another DIR")
     say = Voice(quiet, verbose).say
     changes = {"out": str(folder)}
     rival = _rival([link.step for link in planned(read_recipe(RECIPE, changes), changes, RECIPE)])
-    command = pipeline.command_line("finetune", rival)
-    done: list[pipeline.Done] = []
+    command = run.command_line("finetune", rival)
+    done: list[run.Done] = []
     with showing(Voice(quiet)), _children() as children:
-        for each in pipeline.run_each(RECIPE, changes, say):
+        for each in run.run_each(RECIPE, changes, say):
             done.append(each)
             # Each trains on one thread: two fill two cores.
             if str(getattr(each.step, "out", "")) == rival.model:
-                say(Brief(f"[beside] {pipeline.in_short('finetune', rival)}", f"[beside] {command}"))
+                say(Brief(f"[beside] {run.in_short('finetune', rival)}", f"[beside] {command}"))
                 words = [sys.executable, "-m", *shlex.split(command), "--quiet", "--json"]
                 children.append(subprocess.Popen(words, stdout=subprocess.DEVNULL))
         if children:
@@ -77,11 +78,11 @@ def demo(
     final = by_name["report"]
     if as_json:
         print_json(
-            {"table": rows, "passed": pipeline.passed(done), "report": str(folder / "sparse" / "report.json")}
+            {"table": rows, "passed": run.passed(done), "report": str(folder / "sparse" / "report.json")}
         )
     else:
         _print(rows, final, folder)
-    if not pipeline.passed(done):
+    if not run.passed(done):
         raise typer.Exit(ExitCode.VERDICT)
 
 

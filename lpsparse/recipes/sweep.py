@@ -9,15 +9,16 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from lpsparse import pipeline, verbs
-from lpsparse.chain import TAKEN, Link, planned
+from lpsparse import verbs
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.writer import as_json, write_beside
 from lpsparse.errors import UsageError
-from lpsparse.kept import check_free, set_aside
 from lpsparse.parallel.environment import is_rank_0
-from lpsparse.pipeline import Done, Say
-from lpsparse.recipe_file import read_recipe
+from lpsparse.recipes import run
+from lpsparse.recipes.file import read_recipe
+from lpsparse.recipes.outputs import check_free, set_aside
+from lpsparse.recipes.plan import TAKEN, Link, planned
+from lpsparse.recipes.run import Done, Say
 from lpsparse.reporting.curve import draw
 from lpsparse.reporting.records import Budget, Report
 from lpsparse.steps.base import fraction
@@ -71,15 +72,15 @@ def _swept(
 ) -> dict[str, Any]:  # fmt: skip
     """The runs at all sparsities, and their table, which is in `folder`, too."""
     first = next(iter(placed.values()))
-    with pipeline.folder_for(folder):
+    with run.folder_for(folder):
         shared = [link for link in first.all if link.index not in varied]
-        with pipeline.folder_for(folder / "shared"):
-            common = list(pipeline.run_links(shared, say, on_step, first.all))
+        with run.folder_for(folder / "shared"):
+            common = list(run.run_links(shared, say, on_step, first.all))
         rows: list[dict[str, Any]] = []
         for value, at in placed.items():
             say(f"sparsity {value}:")
-            with pipeline.folder_for(folder / f"s{_short(value)}"):
-                done = list(pipeline.run_links(at.own, say, on_step, at.all))
+            with run.folder_for(folder / f"s{_short(value)}"):
+                done = list(run.run_links(at.own, say, on_step, at.all))
             rows.append(_row(value, at.own, common, done, folder))
         found = _result(path, rows, _dense(first.own[0].model, common, rows))
         if is_rank_0():
@@ -168,7 +169,7 @@ def _row(
         "file_bytes": report.bytes.file_bytes, "bitmask_bytes": report.bytes.bitmask_bytes,
         "metric": metric, "before": before, "after": after, "higher_is_better": higher,
         "budgets": [budget.model_dump(mode="json") for budget in budgets],
-        "passed": pipeline.passed([*common, *own]),
+        "passed": run.passed([*common, *own]),
     }  # fmt: skip
 
 

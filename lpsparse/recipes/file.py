@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from lpsparse.errors import InputError, UsageError
-from lpsparse.plain_yaml import read_yaml
+from lpsparse.safe_yaml import read_yaml
 from lpsparse.steps.base import MODEL
 from lpsparse.steps.resolve import resolve
 from lpsparse.steps.table import STEPS

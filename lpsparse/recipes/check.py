@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lpsparse.chain import WRITES, Link, planned
-from lpsparse.check_data import check_data
-from lpsparse.check_patterns import check_patterns
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import own_manifest, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, no_key, open_checkpoint
@@ -20,12 +17,15 @@ from lpsparse.checkpoint.remote import read_remote
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.errors import InputError, LpsparseError, OutputError
-from lpsparse.kept import check_free, report_file
-from lpsparse.pipeline import is_finished
 from lpsparse.proof import check_reread
 from lpsparse.pruning.prunable import Chosen
 from lpsparse.pruning.quantised import refuse_quantised
-from lpsparse.recipe_file import read_recipe
+from lpsparse.recipes.check_data import check_data
+from lpsparse.recipes.check_patterns import check_patterns
+from lpsparse.recipes.file import read_recipe
+from lpsparse.recipes.outputs import check_free, report_file
+from lpsparse.recipes.plan import WRITES, Link, planned
+from lpsparse.recipes.run import is_finished
 from lpsparse.reporting.budgets import check_budgets
 from lpsparse.reporting.estimate import PROCESS_BYTES, estimate
 from lpsparse.reporting.reread import is_report, read_report

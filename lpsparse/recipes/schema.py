@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lpsparse.recipe_file import SHELL, Recipe
+from lpsparse.recipes.file import SHELL, Recipe
 from lpsparse.steps.base import Step
 from lpsparse.steps.finetune import RecoverStep
 from lpsparse.steps.table import STEPS

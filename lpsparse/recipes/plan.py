@@ -7,7 +7,7 @@ from typing import Any
 
 from lpsparse.checkpoint.names import is_report_name
 from lpsparse.errors import OutputError, UsageError
-from lpsparse.recipe_file import Recipe, overrides_of
+from lpsparse.recipes.file import Recipe, overrides_of
 from lpsparse.steps.base import Step
 from lpsparse.steps.finetune import EvalStep, FinetuneStep, RecoverStep
 from lpsparse.steps.pack import PackStep, UnpackStep

@@ -8,18 +8,17 @@ from typing import Any
 
 from lpsparse import verbs
 from lpsparse.artefact import recorded
-from lpsparse.chain import WRITES, Link, planned, trained_from
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, as_text, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, write_beside
 from lpsparse.errors import InputError, OutputError
-from lpsparse.kept import check_free, earlier_reports, report_file, set_aside
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.parallel.progress import Brief
-from lpsparse.recipe_file import read_recipe
+from lpsparse.recipes.file import read_recipe
+from lpsparse.recipes.outputs import check_free, earlier_reports, report_file, set_aside, write_resolved
+from lpsparse.recipes.plan import WRITES, Link, planned, trained_from
 from lpsparse.reporting.records import Report
-from lpsparse.resolved import write_resolved
 from lpsparse.steps.base import POSITIONAL, Step
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.steps.pack import PackStep, UnpackStep
