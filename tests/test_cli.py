@@ -201,7 +201,7 @@ def test_a_bug_shows_its_traceback_and_exits_70(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("lpsparse.verbs.inspect_step", broken)
+    monkeypatch.setattr("lpsparse.commands.inspect.inspect_step", broken)
     with pytest.raises(SystemExit) as left:
         main(["inspect", "anything"])
     assert left.value.code == ExitCode.BUG
@@ -503,7 +503,7 @@ def test_a_shown_command_gives_back_the_step_that_it_was_made_of(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[FinetuneStep] = []
-    monkeypatch.setattr("lpsparse.verbs.finetune_step", lambda step, *_: given.append(step) or {})
+    monkeypatch.setattr("lpsparse.commands.finetune.finetune_step", lambda step, *_: given.append(step) or {})
     options: dict[str, Any] = {
         "data": "a b.txt", "task": "causal-lm", "target_sparsity": "0.80", "selective": False,
         "masked_forward": False, "cautious": True, "freeze": ["*emb*", "head.?"], "mean": "0.5,0.25,1",

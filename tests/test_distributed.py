@@ -24,6 +24,7 @@ import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.writer import OWNER, STATE
+from lpsparse.commands.finetune import finetune_step
 from lpsparse.parallel import ranks
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
@@ -31,7 +32,6 @@ from lpsparse.training.distill import blocks
 from lpsparse.training.loop import prepare
 from lpsparse.training.model import load_transformer
 from lpsparse.training.quality import evaluate
-from lpsparse.verbs import finetune_step
 
 Options = dict[str, Any]
 

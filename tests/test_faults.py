@@ -22,11 +22,11 @@ from conftest import ROOT, Ran, cli_environment, tree_hash, write_tiny
 from safetensors.numpy import load_file, save_file
 
 from lpsparse import pack, prune, report, verify
+from lpsparse.commands.prune import prune_step
 from lpsparse.errors import InputError
 from lpsparse.parallel.threads import beside, check_going_on
 from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.resolve import resolve
-from lpsparse.verbs import prune_step
 
 Cli = Callable[..., Ran]
 

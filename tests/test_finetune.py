@@ -20,11 +20,11 @@ from torch import nn
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.commands.finetune import finetune_step
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
-from lpsparse.verbs import finetune_step
 
 
 def test_finetune_meets_the_target_exactly_and_writes_the_inputs_keys_shapes_and_dtypes(

@@ -188,7 +188,7 @@ def showing(voice: Voice) -> Generator[None]:
 @contextmanager
 def working(voice: Voice) -> Generator[None]:
     """What a command does on a checkpoint: shared among processes, and its progress shown."""
-    from lpsparse.verbs import together
+    from lpsparse.parallel.environment import together
 
     _keep_freed_memory()
     with together(), showing(voice):

@@ -105,7 +105,7 @@ def _command(words: list[str]) -> str:
 
 
 def _prune(step: prune.PruneStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import prune_components, prune_step
+    from lpsparse.commands.prune import prune_components, prune_step
 
     if step.component:
         with working(voice):
@@ -156,7 +156,7 @@ def _known(zeros: int | None) -> str:
 
 
 def _pack(step: pack.PackStep | pack.UnpackStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import pack_step
+    from lpsparse.commands.pack import pack_step
 
     with working(voice):
         found = pack_step(step, voice.say)
@@ -164,7 +164,8 @@ def _pack(step: pack.PackStep | pack.UnpackStep, as_json: bool, voice: Voice) ->
 
 
 def _finetune(step: finetune.FinetuneStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import finetune_step, silent
+    from lpsparse.commands.base import silent
+    from lpsparse.commands.finetune import finetune_step
 
     if voice.verbose:  # also in the processes that it starts
         os.environ["LPSPARSE_VERBOSE"] = "1"
@@ -221,7 +222,7 @@ def _facts(found: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _verify(step: report.VerifyStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import verify_step
+    from lpsparse.commands.verify import verify_step
 
     with working(voice):
         found = verify_step(step, voice.say)
@@ -243,8 +244,8 @@ def _verify(step: report.VerifyStep, as_json: bool, voice: Voice) -> None:
 
 
 def _inspect(step: report.InspectStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.commands.inspect import inspect_step
     from lpsparse.pruning.prunable import in_short
-    from lpsparse.verbs import inspect_step
 
     found = inspect_step(step, voice.say)
     if as_json:
@@ -286,7 +287,7 @@ def _shape(shape: list[int], count: int) -> str:
 
 
 def _push(step: push.PushStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import push_step
+    from lpsparse.commands.push import push_step
 
     with showing(voice):
         found = push_step(step, voice.say, bars=not voice.quiet and has_terminal())
@@ -301,7 +302,7 @@ def _push(step: push.PushStep, as_json: bool, voice: Voice) -> None:
 
 
 def _eval(step: finetune.EvalStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import evaluate_step
+    from lpsparse.commands.evaluate import evaluate_step
 
     with showing(voice):
         found = evaluate_step(step, voice.say)

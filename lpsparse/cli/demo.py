@@ -40,7 +40,7 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    from lpsparse import verbs
+    from lpsparse import api
     from lpsparse.cli.bar import showing
     from lpsparse.parallel.progress import Brief
     from lpsparse.recipes import run
@@ -68,7 +68,7 @@ def demo(
             if child.wait() != 0:  # it has said why, on the same stderr
                 raise typer.Exit(child.returncode)
     by_name = {Path(str(getattr(each.step, "out", each.name))).name: each.result for each in done}
-    magnitude = verbs.report(rival.out)
+    magnitude = api.report(rival.out)
     reports: dict[str, Any] = {
         "dense": by_name["dense"],
         "magnitude": magnitude,

@@ -34,8 +34,8 @@ def register(app: typer.Typer) -> None:
 
 
 def _report(step: ReportStep, files: dict[str, str | None], voice: Voice) -> None:
+    from lpsparse.commands.report import write_report
     from lpsparse.reporting.views import VIEWS
-    from lpsparse.verbs import write_report
 
     asked = {view: file for view, file in files.items() if file is not None}
     _check(asked)

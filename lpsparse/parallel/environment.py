@@ -5,6 +5,8 @@ Apart from `settings`, since `--help` needs these and no steps.
 
 import os
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 
 from lpsparse.errors import UsageError
 
@@ -67,3 +69,19 @@ def switched_on(name: str) -> bool:
     if value.lower() not in WORDS:
         raise UsageError(201, f"{name} {value!r}: must be 1 or 0", hint=f"{name}=1, or unset it")
     return WORDS[value.lower()]
+
+
+@contextmanager
+def together() -> Generator[None]:
+    """Have the processes of a launched job (torchrun, accelerate, srun), which all come here, share the work
+    of prune, pack, unpack, verify and report inside, over a file system that all of them see. Alone it does
+    nothing. Raises ResourceError when one of them is gone.
+    """
+    set_torch_names()
+    if not has_other_ranks():
+        yield
+        return
+    from lpsparse.parallel import ranks  # and torch with it
+
+    with ranks.together():
+        yield

@@ -16,8 +16,8 @@ from lpsparse.checkpoint.preflight import check_keeps, check_place
 from lpsparse.checkpoint.remote import read_remote
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
+from lpsparse.commands.report import check_reread
 from lpsparse.errors import InputError, LpsparseError, OutputError
-from lpsparse.proof import check_reread
 from lpsparse.pruning.prunable import Chosen
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipes.check_data import check_data

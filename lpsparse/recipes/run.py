@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpsparse import verbs
-from lpsparse.artefact import recorded
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, as_text, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, write_beside
+from lpsparse.commands import evaluate, finetune, pack, prune, report, verify
+from lpsparse.commands.artefact import recorded
 from lpsparse.errors import InputError, OutputError
+from lpsparse.parallel import environment
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.parallel.progress import Brief
 from lpsparse.recipes.file import read_recipe
@@ -118,7 +119,7 @@ def run_links(
             )
         if isinstance(step, WRITES) and is_finished(step):
             say(f"  finished already: {step.out}")
-            yield Done(link.name, step, verbs.report(step.out), skipped=True)
+            yield Done(link.name, step, report.report_on(step.out), skipped=True)
         elif isinstance(step, WRITES) and (step.out / MANIFEST).is_file() and not step.overwrite:
             what = f"{step.out}: holds what other settings, data or another input made"
             hint = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
@@ -130,18 +131,18 @@ def run_links(
 def execute(step: Step, say: Say, on_step: Callable[[Any], None]) -> Report | dict[str, Any]:
     """One step, by its kind."""
     if isinstance(step, FinetuneStep):
-        return verbs.finetune_step(step, say, on_step)
+        return finetune.finetune_step(step, say, on_step)
     if isinstance(step, EvalStep):
-        return verbs.evaluate_step(step, say)
-    with verbs.together():
+        return evaluate.evaluate_step(step, say)
+    with environment.together():
         if isinstance(step, PruneStep):
-            return verbs.prune_step(step, say)
+            return prune.prune_step(step, say)
         if isinstance(step, (PackStep, UnpackStep)):
-            return verbs.pack_step(step, say)
+            return pack.pack_step(step, say)
         if isinstance(step, VerifyStep):
-            return verbs.verify_step(step, say)
+            return verify.verify_step(step, say)
         assert isinstance(step, ReportStep)
-        return verbs.write_report(step, {}, say)
+        return report.write_report(step, {}, say)
 
 
 def passed(done: list[Done]) -> bool:

@@ -9,9 +9,10 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from lpsparse import verbs
 from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.writer import as_json, write_beside
+from lpsparse.commands import base
+from lpsparse.commands.report import report_on
 from lpsparse.errors import UsageError
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.recipes import run
@@ -44,8 +45,8 @@ class _Placed:
 
 def sweep(
     recipe: str | Path, sparsity: Iterable[Any], out: str | Path | None = None,
-    overrides: Mapping[str, str] | None = None, say: Say = verbs.silent,
-    on_step: Callable[[Any], None] = verbs.silent,
+    overrides: Mapping[str, str] | None = None, say: Say = base.silent,
+    on_step: Callable[[Any], None] = base.silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Run a recipe once for each sparsity: {"rows", "dense", "smallest", ...}, which OUT/sweep.json,
     sweep.csv and sweep.svg hold, too. `smallest` is the folder, in OUT, of the model with the fewest bytes
@@ -158,7 +159,7 @@ def _row(
     every report, of this folder's first."""
     out = _named(links, own)
     mine = [each.result for each in own if isinstance(each.step, ReportStep) and each.step.model == str(out)]
-    report = mine[-1] if mine else verbs.report(out)
+    report = mine[-1] if mine else report_on(out)
     assert isinstance(report, Report)
     budgets = [budget for each in (*reversed(own), *common) for budget in _budgets(each)]
     budgets.sort(key=lambda budget: budget not in report.budgets)
@@ -222,7 +223,7 @@ def _measured(done: Sequence[Done], alike: set[str]) -> tuple[str | None, float 
 
 def _dense(model: str, common: Sequence[Done], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The model that all the runs begin with."""
-    report = verbs.report(model)
+    report = report_on(model)
     metric, value = _measured(common, _alike(model, common))
     recorded = [row["before"] for row in rows if row["before"] is not None]
     return {

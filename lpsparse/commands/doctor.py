@@ -1,8 +1,4 @@
-"""Is this machine fit for lpsparse: versions, memory, devices, processes, disk and hub. Never a secret.
-
-torch and transformers are imported in processes of their own alone, with a time limit: a broken driver
-hangs or crashes there.
-"""
+"""Check this machine: versions, libraries, GPU, disk, launcher, and a toy model packed and opened."""
 
 import json
 import os
@@ -12,8 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +19,9 @@ from typing import Any
 import psutil
 
 from lpsparse import __version__
-from lpsparse.checkpoint.disk import try_disk
 from lpsparse.checkpoint.hub import setting
+from lpsparse.checkpoint.output import exchange_names
+from lpsparse.checkpoint.writer import fsync
 from lpsparse.errors import ExitCode
 from lpsparse.parallel.threads import cores
 from lpsparse.reporting.text import clean, size
@@ -36,16 +34,28 @@ FLOORS: dict[str, tuple[str, str]] = {
     "safetensors": ("0.8", ""), "huggingface_hub": ("1.31", ""), "numpy": ("2", ""),
     "zstandard": ("0.22", ""),
 }  # fmt: skip
+
+
 _SECONDS = 60  # that torch gets to start, and two processes to meet
+
+
 _LEAST_BYTES = 1e9  # of free memory or disk, below which there is a warning
+
+
 _CGROUPS = Path("/sys/fs/cgroup")  # limits of a container
+
+
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
 _DISK = {  # trial -> what to do where it fails, and whether we can do without
     "rename": ("write OUT to a disk that can rename folders, and copy it when it is whole", "fail"),
     "exchange": ("nothing is needed: --overwrite takes two renames here", "warn"),
     "fsync": ("choose another disk: results may be lost when the power fails", "fail"),
     "lock": ("do not start two runs with one OUT at the same moment", "warn"),
 }
+
+
 _DEVICES = """
 import json, torch
 from lpsparse.training.precision import has_bf16, slowdown
@@ -55,12 +65,16 @@ if not has_bf16() and not torch.accelerator.is_available():
     found["slowdown"] = slowdown()
 print(json.dumps({**found, "bf16": has_bf16()}))
 """
+
+
 _MEET = """
 import lpsparse
 from lpsparse.checkpoint.threads import parallel
 with lpsparse.together():
     assert parallel(float, range(2)) == [0.0, 1.0]
 """
+
+
 _OPEN = """
 import json, tempfile, warnings
 from pathlib import Path
@@ -75,6 +89,8 @@ with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=Tru
 assert found.keys() == wanted.keys() and all(found[name].equal(wanted[name]) for name in wanted)
 print(json.dumps(any(each.category.__name__ == "InMemoryWarning" for each in noted)))
 """
+
+
 Check = dict[str, str]
 
 
@@ -265,3 +281,56 @@ def _without_home(path: Path) -> str:
     home, text = os.path.expanduser("~").rstrip("/"), str(path)
     inside = home not in ("", "~") and f"{text}/".startswith(f"{home}/")
     return f"~{text.removeprefix(home)}" if inside else text
+
+
+def try_disk(folder: Path) -> Iterator[tuple[str, float, str]]:
+    """Name of each trial, seconds that it took, and why it failed ("" where it did not). Nothing is left.
+
+    Raises OSError where `folder` cannot be written at all.
+    """
+    probe = Path(tempfile.mkdtemp(prefix=".lpsparse-doctor-", dir=folder))
+    try:
+        for name, trial in _TRIALS.items():
+            started, why = time.perf_counter(), ""
+            try:
+                trial(probe)
+            except OSError as error:
+                why = error.strerror or str(error)
+            except ImportError:
+                why = "this system has none"
+            yield name, time.perf_counter() - started, why
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+
+
+def _rename(probe: Path) -> None:
+    (probe / "a").mkdir()
+    (probe / "a").rename(probe / "b")
+
+
+def _exchange(probe: Path) -> None:
+    for name in ("c", "d"):
+        (probe / name).mkdir()
+    if not exchange_names(probe / "c", probe / "d"):
+        raise OSError("two names cannot be exchanged in one call")
+
+
+def _fsync(probe: Path) -> None:
+    (probe / "file").write_bytes(bytes(1 << 20))
+    fsync(probe / "file")
+    fsync(probe)
+
+
+def _lock(probe: Path) -> None:
+    import fcntl
+
+    descriptor = os.open(probe, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
+
+
+_TRIALS: dict[str, Callable[[Path], None]] = {
+    "rename": _rename, "exchange": _exchange, "fsync": _fsync, "lock": _lock,
+}  # fmt: skip

@@ -1,24 +1,22 @@
-"""report, verify and inspect: what is there, by the files alone."""
+"""Measure a checkpoint by its files alone, and check budgets."""
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lpsparse.artefact import Say, called_after
-from lpsparse.checkpoint.components import components_in
 from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, write_beside
+from lpsparse.commands.artefact import Say, called_after
+from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.errors import InputError, UsageError
-from lpsparse.opened import on_threads, opened, silent
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.pruning.prunable import Decision
 from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
-from lpsparse.reporting.check import check_against, check_folder, check_weights
+from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.history import read_history
 from lpsparse.reporting.matching import left_behind, match
 from lpsparse.reporting.measure import (
@@ -35,7 +33,8 @@ from lpsparse.reporting.reread import is_report, read_report
 from lpsparse.reporting.spectra import spectra
 from lpsparse.reporting.views import VIEWS
 from lpsparse.steps.base import flag
-from lpsparse.steps.report import InspectStep, ReportStep, VerifyStep
+from lpsparse.steps.report import ReportStep
+from lpsparse.steps.resolve import resolve
 
 _OF_FILES = ("base", "weights", "key", "include", "exclude", "spectra")  # what a written report has no more
 
@@ -47,6 +46,11 @@ def report_step(step: ReportStep, say: Say = silent) -> Report:
     if step.baseline is not None:
         found = check_baseline(found, read_report(step.baseline), step)
     return check_budgets(found, step)
+
+
+def report_on(model: str | Path) -> Report:
+    """The report of a checkpoint, with no budgets."""
+    return report_step(resolve(ReportStep, {"model": str(model)}))
 
 
 def write_report(step: ReportStep, files: Mapping[str, Path], say: Say = silent) -> Report:
@@ -142,57 +146,3 @@ def _compared(
     found = found.model_copy(update={"quality": quality})
     changed, left = changes(checkpoint, base, names), left_behind(checkpoint, base, found_of)
     return compare(found, beside, changed, names, left, is_source=is_source), source.base_sha256
-
-
-@on_threads
-def verify_step(step: VerifyStep, say: Say = silent) -> dict[str, Any]:
-    """Of a diffusers pipeline all components that lpsparse wrote."""
-    parts = [] if (Path(step.model) / MANIFEST).is_file() else components_in(Path(step.model))
-    ours = [name for name in parts if (Path(step.model) / name / MANIFEST).is_file()]
-    if not ours:
-        return _verify(step, say)
-    if others := [name for name in parts if name not in ours]:
-        say(f"not checked, as lpsparse did not write them: {', '.join(others)}")
-    each: dict[str, dict[str, Any]] = {}
-    for name in ours:
-        source = None if step.source is None else os.path.join(step.source, name)
-        place = {"model": os.path.join(step.model, name), "source": source}
-        each[name] = _verify(step.model_copy(update=place), say)
-    problems = [f"{name}: {problem}" for name, found in each.items() for problem in found["problems"]]
-    sums = {key: sum(found[key] for found in each.values()) for key in ("files", "tensors")}
-    return {"ok": not problems, **sums, "problems": problems}
-
-
-def _verify(step: VerifyStep, say: Say) -> dict[str, Any]:
-    folder = Path(step.model)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
-        raise InputError(327, f"{folder}: {what}", hint="give a folder that lpsparse wrote")
-    found = check_folder(folder)
-    if step.source is not None and found["ok"]:
-        found["problems"] = list(
-            check_against(open_checkpoint(folder), opened(step.source, say, key=step.key))
-        )
-        found["ok"] = not found["problems"]
-    return found
-
-
-def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
-    checkpoint = opened(step.model, say, step.weights, step.key, needed=False)
-    chosen = prunable_of(checkpoint, always_look=step.look)
-    tensors = [
-        {
-            "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
-            "layout": tensor.layout, "bytes": tensor.stored_bytes, "prunable": chosen[tensor.name].prunable,
-            "reason": chosen[tensor.name].reason, "role": chosen[tensor.name].role,
-            "told_by": chosen[tensor.name].by,
-        }
-        for tensor in checkpoint.tensors
-    ]  # fmt: skip
-    return {
-        "model": checkpoint.name, "revision": checkpoint.revision, "layout": checkpoint.layout,
-        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
-        "weights": sum(tensor.size for tensor in checkpoint.tensors),
-        "prunable_weights": sum(tensor.size for tensor in checkpoint.tensors if chosen[tensor.name].prunable),
-        "tensors": tensors, "notes": list(checkpoint.notes),
-    }  # fmt: skip

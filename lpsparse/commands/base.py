@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-from lpsparse.artefact import Say
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.commands.artefact import Say
 from lpsparse.errors import InputError
 from lpsparse.parallel.threads import on_every_rank, using_threads
 from lpsparse.steps.pack import PackStep, UnpackStep

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lpsparse.artefact import Say, called_after
 from lpsparse.checkpoint.counting import Count, Cuts
 from lpsparse.checkpoint.files import packed_sizes
 from lpsparse.checkpoint.opening import Checkpoint, no_key
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.writer import find_sidecars
+from lpsparse.commands.artefact import Say, called_after
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.quantised import refuse_quantised
