@@ -43,7 +43,7 @@ def say_left(source: Checkpoint, say: Say) -> None:
 
 def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
     """What can be known of `step` without downloading MODEL."""
-    from lpsparse.checkpoint.remote import read_remote
+    from lpsparse.hub.headers import read_remote
 
     if step.key is not None:  # headers are those of safetensors
         raise no_key(step.model, step.key)

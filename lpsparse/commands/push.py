@@ -18,7 +18,7 @@ def push_step(step: PushStep, say: Say = silent, *, bars: bool = False) -> dict[
 
     Raises VerdictError where the folder is not what its manifest says.
     """
-    from lpsparse.checkpoint.push import Target, check_access, choose_files, push_files
+    from lpsparse.hub.push import Target, check_access, choose_files, push_files
 
     folder = step.folder
     if folder.is_dir() and not step.dry_run:

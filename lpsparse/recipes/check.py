@@ -13,11 +13,11 @@ from lpsparse.checkpoint.manifest import own_manifest, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, no_key, open_checkpoint
 from lpsparse.checkpoint.output import has_states, left_bytes, partial_of
 from lpsparse.checkpoint.preflight import check_keeps, check_place
-from lpsparse.checkpoint.remote import read_remote
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.commands.report import check_reread
 from lpsparse.errors import InputError, LpsparseError, OutputError
+from lpsparse.hub.headers import read_remote
 from lpsparse.pruning.prunable import Chosen
 from lpsparse.pruning.quantised import refuse_quantised
 from lpsparse.recipes.check_data import check_data
