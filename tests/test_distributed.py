@@ -453,13 +453,13 @@ def test_sigterm_before_the_first_step_exits_75_and_leaves_nothing(plain: Option
 
 SLOW = """
 import time
-from lpsparse import tuning
+from lpsparse.commands import finetune
 from lpsparse.cli import main
 
 def slow(*_):
     print("loading", flush=True)
     time.sleep(60)
 
-tuning.opened = slow
+finetune.opened = slow
 main()
 """

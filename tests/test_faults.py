@@ -97,8 +97,8 @@ def test_a_report_names_the_tensor_that_is_not_the_manifests(tiny: Path, tmp_pat
 HELD = """
 import sys
 from pathlib import Path
-from lpsparse.recipe import PruneStep
-from lpsparse.verbs import prune_step
+from lpsparse.steps.prune import PruneStep
+from lpsparse.commands.prune import prune_step
 
 def say(text):
     if "100 % zero" in text:

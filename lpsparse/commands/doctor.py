@@ -69,7 +69,7 @@ print(json.dumps({**found, "bf16": has_bf16()}))
 
 _MEET = """
 import lpsparse
-from lpsparse.checkpoint.threads import parallel
+from lpsparse.parallel.threads import parallel
 with lpsparse.together():
     assert parallel(float, range(2)) == [0.0, 1.0]
 """
