@@ -16,7 +16,7 @@ from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.manifest import read_manifest
 from lpsparse.recipes.file import read_recipe
 from lpsparse.recipes.plan import planned
-from lpsparse.reporting.reread import read_report
+from lpsparse.reporting.history import read_report
 from lpsparse.steps.finetune import EvalStep
 
 Cli = Callable[..., Ran]

@@ -128,7 +128,7 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    from lpsparse.pruning.prunable import in_short
+    from lpsparse.pruning.targets import in_short
     from lpsparse.reporting import table
     from lpsparse.reporting.records import Estimate
 
@@ -245,7 +245,7 @@ def _verify(step: report.VerifyStep, as_json: bool, voice: Voice) -> None:
 
 def _inspect(step: report.InspectStep, as_json: bool, voice: Voice) -> None:
     from lpsparse.commands.inspect import inspect_step
-    from lpsparse.pruning.prunable import in_short
+    from lpsparse.pruning.targets import in_short
 
     found = inspect_step(step, voice.say)
     if as_json:

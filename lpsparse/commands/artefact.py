@@ -39,11 +39,11 @@ from lpsparse.checkpoint.writer import (
 )
 from lpsparse.errors import InputError, LpsparseError, VerdictError
 from lpsparse.parallel.threads import beside, on_rank_0
-from lpsparse.pruning.prunable import Chosen
+from lpsparse.pruning.targets import Chosen
 from lpsparse.reporting import card, figure
+from lpsparse.reporting.history import read_report
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report, TensorRow
-from lpsparse.reporting.reread import read_report
 from lpsparse.reporting.text import percent
 from lpsparse.steps.base import Step
 from lpsparse.steps.finetune import FinetuneStep

@@ -20,8 +20,7 @@ from lpsparse.commands.base import opened, silent
 from lpsparse.commands.report import report_on
 from lpsparse.parallel.environment import is_launched, is_rank_0
 from lpsparse.parallel.threads import using_threads
-from lpsparse.pruning.prunable import Decision
-from lpsparse.pruning.quantised import refuse_quantised
+from lpsparse.pruning.targets import Decision, refuse_quantised
 from lpsparse.reporting.estimate import estimate
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained_of

@@ -10,7 +10,7 @@ from lpsparse.commands.artefact import Say, stamps_of, writing
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.preview import foretell, say_left
 from lpsparse.parallel.threads import on_rank_0
-from lpsparse.pruning.quantised import refuse_quantised
+from lpsparse.pruning.targets import refuse_quantised
 from lpsparse.reporting.measure import own_quality, prunable_of
 from lpsparse.reporting.records import Report
 from lpsparse.steps.pack import PackStep, UnpackStep

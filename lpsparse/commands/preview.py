@@ -9,8 +9,7 @@ from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.commands.artefact import Say, called_after
 from lpsparse.pruning.plan import plan_unread
-from lpsparse.pruning.prunable import Chosen, kept_in_words
-from lpsparse.pruning.quantised import refuse_quantised
+from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
 from lpsparse.reporting.estimate import estimate, report_of
 from lpsparse.reporting.records import Report
 from lpsparse.steps.pack import PackStep, UnpackStep

@@ -19,8 +19,7 @@ from lpsparse.commands.pack import say_nonfinite
 from lpsparse.commands.preview import foretell, foretell_unread, say_left
 from lpsparse.parallel.threads import on_rank_0
 from lpsparse.pruning.plan import plan_prune
-from lpsparse.pruning.prunable import Chosen, kept_in_words
-from lpsparse.pruning.quantised import refuse_quantised
+from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
 from lpsparse.reporting.measure import own_quality
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained

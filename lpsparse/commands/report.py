@@ -13,11 +13,11 @@ from lpsparse.commands.artefact import Say, called_after
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel.environment import is_rank_0
-from lpsparse.pruning.prunable import Decision
+from lpsparse.pruning.targets import Decision
 from lpsparse.reporting.budgets import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
 from lpsparse.reporting.check import check_weights
-from lpsparse.reporting.history import read_history
+from lpsparse.reporting.history import is_report, read_history, read_report
 from lpsparse.reporting.matching import left_behind, match
 from lpsparse.reporting.measure import (
     beside_base,
@@ -29,7 +29,6 @@ from lpsparse.reporting.measure import (
     prunable_of,
 )
 from lpsparse.reporting.records import Report
-from lpsparse.reporting.reread import is_report, read_report
 from lpsparse.reporting.spectra import spectra
 from lpsparse.reporting.views import VIEWS
 from lpsparse.steps.base import flag

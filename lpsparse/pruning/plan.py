@@ -17,7 +17,6 @@ from lpsparse.parallel.progress import phase
 from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.gap import Band, find_band
 from lpsparse.pruning.neighbours import Pair, divides, grain_of, joined, sums_of_blocks, table_of
-from lpsparse.pruning.prunable import Chosen, Decision, choose
 from lpsparse.pruning.select import (
     Scored,
     cut_blocks,
@@ -27,6 +26,7 @@ from lpsparse.pruning.select import (
     select,
     target_count,
 )
+from lpsparse.pruning.targets import Chosen, Decision, choose
 
 Scope = Literal["global", "tensor", "row"]
 

@@ -18,8 +18,7 @@ from lpsparse.checkpoint.writer import MANIFEST, REPORT
 from lpsparse.commands.report import check_reread
 from lpsparse.errors import InputError, LpsparseError, OutputError
 from lpsparse.hub.headers import read_remote
-from lpsparse.pruning.prunable import Chosen
-from lpsparse.pruning.quantised import refuse_quantised
+from lpsparse.pruning.targets import Chosen, refuse_quantised
 from lpsparse.recipes.check_data import check_data
 from lpsparse.recipes.check_patterns import check_patterns
 from lpsparse.recipes.file import read_recipe
@@ -28,7 +27,7 @@ from lpsparse.recipes.plan import WRITES, Link, planned
 from lpsparse.recipes.run import is_finished
 from lpsparse.reporting.budgets import check_budgets
 from lpsparse.reporting.estimate import PROCESS_BYTES, estimate
-from lpsparse.reporting.reread import is_report, read_report
+from lpsparse.reporting.history import is_report, read_report
 from lpsparse.steps.base import Step
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.steps.prune import PruneStep

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import UsageError
 from lpsparse.pruning.plan import plan_unread
-from lpsparse.pruning.prunable import Chosen, choose, no_match
+from lpsparse.pruning.targets import Chosen, choose, no_match
 from lpsparse.reporting.measure import prunable_of
 from lpsparse.steps.base import Step
 from lpsparse.steps.budgets import BUDGETS, limit_of

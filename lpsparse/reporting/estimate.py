@@ -17,7 +17,7 @@ from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.parallel.threads import cores
-from lpsparse.pruning.prunable import Chosen
+from lpsparse.pruning.targets import Chosen
 from lpsparse.reporting.measure import measure
 from lpsparse.reporting.records import Estimate, Report
 

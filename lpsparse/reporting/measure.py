@@ -14,10 +14,10 @@ from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.parallel.threads import parallel
-from lpsparse.pruning.prunable import Chosen, Decision, choose, recorded
+from lpsparse.pruning.targets import Chosen, Decision, choose, recorded
 from lpsparse.reporting.bound import sampled_bytes
-from lpsparse.reporting.kinds import KINDS, kind_of
 from lpsparse.reporting.records import (
+    KINDS,
     Base,
     Bytes,
     Change,
@@ -30,6 +30,7 @@ from lpsparse.reporting.records import (
     Share,
     TensorRow,
     groups,
+    kind_of,
 )
 from lpsparse.reporting.survey import survey
 from lpsparse.steps.budgets import REPORTED_N_M

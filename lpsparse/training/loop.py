@@ -14,8 +14,8 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.environment import has_other_ranks
-from lpsparse.pruning.prunable import Chosen, kept_in_words
 from lpsparse.pruning.select import target_count
+from lpsparse.pruning.targets import Chosen, kept_in_words
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import check_apart, held_out_of
 from lpsparse.training.distill import blocks, make_teacher

@@ -10,7 +10,7 @@ from torch import nn
 
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel import ranks
-from lpsparse.pruning.prunable import Chosen, check_chosen, decide, no_match
+from lpsparse.pruning.targets import Chosen, check_chosen, decide, no_match
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training import optimizers
 from lpsparse.training.allocation import SETTLED

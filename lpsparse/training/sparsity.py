@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lpsparse.errors import StateError, UsageError
-from lpsparse.pruning.prunable import Chosen, kept_in_words
+from lpsparse.pruning.targets import Chosen, kept_in_words
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
 from lpsparse.training.allocation import keep_only_
