@@ -97,6 +97,23 @@ def test_the_command_says_and_records_what_it_trained_in(
         assert [text for text in told if text.startswith("fp32")]
 
 
+def test_what_was_measured_of_emulation_is_said_and_not_recorded(
+    net: dict[str, Any], tmp_path: Path, cpu: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by a run that was stopped and went on: its manifest had another factor in it."""
+    cpu({"avx2": True})
+    manifests: list[bytes] = []
+    for factor in (7.0, 9.0):
+        monkeypatch.setattr(precision, "slowdown", lambda factor=factor: factor)
+        said: list[str] = []
+        out = tmp_path / f"{factor:.0f}"
+        step = resolve(FinetuneStep, {**net, "out": out, "steps": 2, "mixed_precision": "bf16"})
+        finetune_step(step, said.append)
+        assert any(f"{factor:.1f} times as long" in text for text in said)
+        manifests.append((out / "lpsparse.json").read_bytes())
+    assert manifests[0] == manifests[1]
+
+
 def test_auto_and_what_it_stands_for_end_in_the_same_bits(
     net: dict[str, Any], tmp_path: Path, cpu: Known
 ) -> None:

@@ -82,9 +82,11 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     step, precision = with_precision(asked)
     start(step)
     task = prepare(step, source, spread=False)
-    notes = (*precision, *task.loaded.notes, *task.notes, *_about_held_out(step))
-    for note in notes:
+    notes = (*task.loaded.notes, *task.notes, *_about_held_out(step))
+    for note in (*precision, *notes):
         say(note)
+    if asked.mixed_precision == "auto":  # what it chose; a time that was measured differs from run to run
+        notes = (*precision, *notes)
     recipe = recorded(asked)
     of_run = job.made_by(step, source, recorded(step))
     with job.training_folder(step) as folder:
