@@ -1,4 +1,4 @@
-"""What verbs begin with: a checkpoint opened, with its notes said; a step on its own number of threads."""
+"""Open a command's input checkpoint, and set its number of threads."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -21,7 +21,7 @@ def silent(_: Any) -> None:
 
 
 def on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
-    """The verb, on the step's own number of threads. Raises InputError for a disk that cannot be read."""
+    """Run a command on the step's own number of threads. Raises InputError for a disk that cannot be read."""
 
     @wraps(verb)
     def run(step: S, say: Say = silent) -> R:

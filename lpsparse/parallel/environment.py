@@ -1,6 +1,6 @@
-"""What the environment says of this process: its place among others, by whichever launcher, and switches.
+"""Rank and world size from the launcher's environment variables, and switches such as LPSPARSE_QUIET.
 
-Apart from `settings`, since `--help` needs these and no steps.
+Imports nothing heavy: `--help` needs it.
 """
 
 import os
@@ -22,8 +22,8 @@ _MPI = (
 
 
 def set_torch_names() -> None:
-    """Give a process of an srun step, or of mpirun (which `accelerate launch --cpu` calls), the names that
-    torch's own launchers give. A batch script, where SLURM tells of tasks too, is no step of several."""
+    """Set RANK, WORLD_SIZE and LOCAL_RANK, as torchrun does, in a process that srun or mpirun started
+    (`accelerate launch --cpu` calls mpirun). A SLURM batch script with tasks is not a step of several."""
     given = os.environ.get
     if "RANK" in os.environ:
         return
@@ -45,12 +45,12 @@ def set_torch_names() -> None:
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, accelerate, our own) started this process, be it alone."""
+    """Whether a launcher (torchrun, accelerate, our own) started this process, even as the only one."""
     return "RANK" in os.environ
 
 
 def is_rank_0() -> bool:
-    """Whether this is process 0 of a job, or alone: the others are silent."""
+    """Whether this is rank 0 of a job, or its only process. Other ranks print nothing."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -59,7 +59,7 @@ def has_other_ranks() -> bool:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine."""
+    """Rank of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

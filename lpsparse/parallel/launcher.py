@@ -91,14 +91,14 @@ def _torchrun(processes: int, arguments: list[str]) -> None:
 
 
 def end_with_launcher() -> None:
-    """Have this process asked to stop when its launcher is killed, which cannot ask any more."""
+    """Ask this process to stop when its launcher is killed."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Linux sends it once for every thread of the dying parent: one that may be repeated.
         end_with_parent(signal.SIGUSR1)
 
 
 def end_with_parent(number: int) -> None:
-    """Get signal `number` when the process that started this one is gone. Only Linux can do that."""
+    """Send this process signal `number` when its parent is gone. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(number))
 
@@ -139,6 +139,6 @@ def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
 
 
 def _said(failure: Any, key: str) -> str:
-    """What the command line of a process that failed wrote of it, if it did."""
+    """What a failed rank's command line recorded about its error, if anything."""
     said = str(failure.error_file_data.get(key, ""))
     return "" if said == "<NONE>" else said  # elastic's own word

@@ -45,13 +45,13 @@ def world_size() -> int:
 
 
 def _device() -> torch.device:
-    """Where the process group takes its tensors."""
+    """Device that the process group's tensors must be on."""
     on_cpu = "gloo" in distributed.get_backend() or "cpu" in str(distributed.get_backend_config())
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
 def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
-    """The sum over all processes of each number, in float64."""
+    """Sum each number over all ranks, in float64."""
     if _is_one():
         return list(numbers)
     held = torch.tensor(numbers, dtype=torch.float64, device=_device())
@@ -60,7 +60,7 @@ def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
 
 
 def all_reduce_counts(counts: Tensor) -> Tensor:
-    """The sum over all processes of an integer tensor."""
+    """Sum an integer tensor over all ranks."""
     if _is_one():
         return counts
     held = counts.to(_device())
@@ -69,7 +69,7 @@ def all_reduce_counts(counts: Tensor) -> Tensor:
 
 
 def all_reduce_max(numbers: Sequence[float]) -> list[float]:
-    """The largest over all processes of each number."""
+    """Maximum of each number over all ranks."""
     if _is_one():
         return list(numbers)
     held = torch.tensor(numbers, dtype=torch.float64, device=_device())
@@ -78,7 +78,7 @@ def all_reduce_max(numbers: Sequence[float]) -> list[float]:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """`value` of every process, by rank. Small things: they travel as Python objects between our own."""
+    """`value` of every rank, in order. For small values: they are sent as Python objects."""
     if _is_one():
         return [value]
     found: list[Any] = [None] * distributed.get_world_size()
@@ -87,7 +87,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def run_on_rank_0(make: Callable[[], T]) -> T:
-    """What `make` gives on process 0, on all processes, however long it takes; a LpsparseError of it, too."""
+    """Run `make` on rank 0 and return its result on all ranks, or raise its LpsparseError. No timeout."""
     if _is_one():
         return make()
     found: T | None = None
@@ -104,7 +104,7 @@ def run_on_rank_0(make: Callable[[], T]) -> T:
 
 
 def all_gather_no_timeout(value: Any) -> list[Any]:
-    """`gathered`, however long one of them works before it has its value."""
+    """`all_gather` without a timeout: a rank may work for hours before it has its value."""
     barrier()
     return all_gather(value)
 
@@ -141,14 +141,14 @@ def _meet() -> None:
 
 
 def make_barrier_group() -> None:
-    """What `wait` needs. All processes call it, early: only one that was met is missed when it dies."""
+    """Make the group that `barrier` uses. All ranks call it, early: a rank that dies before is not missed."""
     global _patient
     if not _is_one() and _patient is None:
         _patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def barrier() -> None:
-    """Until all processes have come here, however long one of them works alone (writing, tokenising)."""
+    """Wait for all ranks, without a timeout: one of them may work alone for long (writing, tokenising)."""
     make_barrier_group()
     if not _is_one():
         distributed.barrier(_patient)
@@ -162,7 +162,7 @@ def _is_of_waiting(error: RuntimeError) -> bool:
 
 @contextmanager
 def lost_rank_errors(doing: str = "") -> Generator[None]:
-    """Raises ResourceError for an error of what waited for a process that is gone or late; others pass."""
+    """Turn the error of a collective whose other rank is gone or late into ResourceError."""
     try:
         yield
     except RuntimeError as error:
@@ -175,14 +175,14 @@ def lost_rank_errors(doing: str = "") -> Generator[None]:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give all processes the buffers (running statistics) of process 0, which are those that are written."""
+    """Copy the buffers (running statistics) of rank 0, which are the ones that are written, to all ranks."""
     if not _is_one():
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
 
 
 def average_(tensors: Sequence[Tensor]) -> None:
-    """Replace each 1-D tensor by its mean over all processes, in place; alone, leave them."""
+    """Replace each 1-D tensor by its mean over all ranks, in place."""
     if not tensors or _is_one():
         return
     flat = torch.cat(list(tensors))
@@ -193,13 +193,13 @@ def average_(tensors: Sequence[Tensor]) -> None:
 
 
 def first_different_rank(value: str) -> int | None:
-    """The first process, on all of them, whose value is not that of process 0; None where all are alike."""
+    """First rank whose value differs from rank 0's; None if all are equal."""
     found = all_gather(value)
     return next((i for i, each in enumerate(found) if each != found[0]), None)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, on the same memory; any other tensor is its own."""
+    """This rank's part of a sharded tensor, on the same memory; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -208,7 +208,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every process, which all call it; what is not sharded is its own."""
+    """All of a sharded tensor, on every rank (a collective); any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -236,7 +236,7 @@ def distribute(
 
 
 def _receive(module: nn.Module, device: torch.device) -> None:
-    """The parameters of process 0 that are not sharded yet; tied ones stay tied."""
+    """Receive the parameters of rank 0 that are not sharded yet. Tied ones stay tied."""
     for param in module.parameters():
         if is_sharded(param):
             continue
@@ -250,15 +250,15 @@ def _receive(module: nn.Module, device: torch.device) -> None:
 
 
 def reshard(model: Any) -> None:
-    """After a forward pass without a backward one: FSDP2 leaves the outermost parameters whole, in the place
-    of those that train."""
+    """Shard again after a forward pass without a backward pass: FSDP2 leaves the outermost parameters
+    gathered, in the place of those that train."""
     if hasattr(model, "reshard"):
         model.reshard()
 
 
 @contextmanager
 def no_sync(model: Any) -> Generator[None]:
-    """Backward passes whose gradients only add up on each process."""
+    """Accumulate gradients on each rank, without all-reducing them."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         model.set_requires_gradient_sync(False)
         yield
@@ -269,12 +269,12 @@ def no_sync(model: Any) -> Generator[None]:
 
 
 def to_float(value: Any) -> float:
-    """A 0-dim tensor, sharded or not, as a number; nothing is 0. All processes call it."""
+    """A 0-dim tensor, sharded or not, as a float; None is 0. A collective."""
     return float(full_tensor(value)) if isinstance(value, Tensor) else float(value or 0)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Different for tensors that a lost or doubled update has made different; cheap."""
+    """A cheap checksum that differs once an update was lost or applied twice."""
     total = 0
     for place, tensor in enumerate(tensors, 1):
         bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])

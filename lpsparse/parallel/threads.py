@@ -1,6 +1,4 @@
-"""Work on all cores, where numpy and hashlib let other threads run while they compute; and in all processes
-of a launched job, each with its share.
-"""
+"""Share work among threads (numpy and hashlib release the GIL) and among the ranks of a launched job."""
 
 import heapq
 import os
@@ -25,7 +23,7 @@ _processes: ContextVar["Processes | None"] = ContextVar("processes", default=Non
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The processes of a job that take the same steps; each function is called by all of them."""
+    """The ranks of a job that take the same steps. All of them call each function."""
 
     number: int  # of this one
     count: int
@@ -34,12 +32,12 @@ class Processes:
 
 
 def sharing_with(processes: Processes | None) -> AbstractContextManager[None]:
-    """Share the work inside with other processes, or not."""
+    """Share the work inside with other ranks; None: do all of it here."""
     return _holding(_processes, processes)
 
 
 def using_threads(count: int | None) -> AbstractContextManager[None]:
-    """With `count` threads, None being one a core."""
+    """Use `count` threads inside; None: one per core."""
     return _holding(_count, count)
 
 
@@ -53,7 +51,7 @@ def _holding(variable: ContextVar[A], value: A) -> Generator[None]:
 
 
 def on_rank_0(make: Callable[[], B]) -> B:
-    """What only one process does, such as writing: what `make` gives there, or its error, on all of them."""
+    """Run `make` on rank 0, and return its result or raise its error on every rank."""
     processes = _processes.get()
     if processes is None:
         return make()
@@ -62,7 +60,7 @@ def on_rank_0(make: Callable[[], B]) -> B:
 
 
 def on_every_rank(make: Callable[[], B]) -> B:
-    """What `make` gives here, where it fails on none of the processes; else its error on all of them."""
+    """Run `make` on every rank, and return its result here. If it fails on any, raise that error on all."""
     processes = _processes.get()
     if processes is None:
         return make()
@@ -72,7 +70,7 @@ def on_every_rank(make: Callable[[], B]) -> B:
 
 
 def _from_all(processes: Processes, make: Callable[[], B]) -> list[B]:
-    """What `make` gives on each process, alone there; the error of the first that has one is told to all, so
+    """Run `make` on every rank, and return all results by rank. The first rank's error is raised on all, so
     that none waits for it."""
     found: B | None = None
     error: Exception | None = None
@@ -89,13 +87,13 @@ def _from_all(processes: Processes, make: Callable[[], B]) -> list[B]:
 
 
 def share_of_rank(amount: int) -> int:
-    """What of an amount of work is this process's, about."""
+    """About how much of an amount of work is done by this rank."""
     processes = _processes.get()
     return amount if processes is None else amount // processes.count
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Cores that this process may use."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, count // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
@@ -122,7 +120,7 @@ def parallel(
 
 
 def _dealt(sizes: list[float], count: int) -> list[list[int]]:
-    """Which items each of `count` takes: the largest first, each to whom has least."""
+    """Deal items to `count` ranks, the largest first, each to the one that has least. Returns places."""
     shares: list[list[int]] = [[] for _ in range(count)]
     held = [(0.0, number) for number in range(count)]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
