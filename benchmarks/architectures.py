@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import lpsparse
 from lpsparse.errors import LpsparseError
-from lpsparse.pruning.prunable import decide
+from lpsparse.pruning.targets import decide
 from lpsparse.training.modules import roles_of
 
 SMALL = {  # words in the names of a config's numbers -> what they become

@@ -1,7 +1,7 @@
 """Memory and communication a GPU under FSDP2, by the code's own accounting: python benchmarks/memory.py"""
 
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.memory import estimate
 
 GB = 1e9

@@ -137,8 +137,8 @@ def training_times(model: Path, device: str) -> dict[str, float]:
     from transformers import AutoModelForSequenceClassification
 
     import lpsparse
-    from lpsparse.recipe import FinetuneStep
-    from lpsparse.settings import resolve
+    from lpsparse.steps.finetune import FinetuneStep
+    from lpsparse.steps.resolve import resolve
     from lpsparse.training.control import SparsityControl
     from lpsparse.training.phases import plan_phases
 

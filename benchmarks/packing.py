@@ -42,7 +42,7 @@ from rivals import measured, profile, timed
 import lpsparse
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.tensors import Tensor
-from lpsparse.checkpoint.threads import using
+from lpsparse.parallel.threads import using_threads
 
 FIELDS = {"BF16": (8, 7), "F32": (8, 23)}  # bits of exponent and mantissa
 MODELS = ("minilm-bf16", "minilm-f32", "generated")
@@ -220,7 +220,7 @@ def unpack(todo: Iterator[Cut], rounds: int) -> None:
         dense = [tensor.read() for tensor in tensors]
 
         def load(threads: int, path: Path = path) -> Any:
-            with using(threads):
+            with using_threads(threads):
                 return lpsparse.load(path)
 
         ways: dict[str, Way] = {

@@ -15,12 +15,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lpsparse import pipeline, verbs
-from lpsparse.chain import planned
+from lpsparse import api
 from lpsparse.cli.output import TrainingBar
 from lpsparse.cli.run import overrides
-from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.recipe_file import read_recipe
+from lpsparse.commands import evaluate, finetune
+from lpsparse.recipes.file import read_recipe
+from lpsparse.recipes.plan import planned
+from lpsparse.recipes.run import is_finished
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 
 
 def main() -> None:
@@ -60,16 +62,16 @@ def run(sparse: FinetuneStep, evaluation: EvalStep, method: str, sparsity: str, 
 
 
 def train(step: FinetuneStep) -> None:
-    if pipeline.is_finished(step):  # by these settings, on this data
+    if is_finished(step):  # by these settings, on this data
         return
     step.out.parent.mkdir(parents=True, exist_ok=True)
     with TrainingBar(quiet=False) as bar:
-        verbs.finetune_step(step, print, bar.update)
+        finetune.finetune_step(step, print, bar.update)
 
 
 def measured(method: str, sparsity: str, seed: int | None, evaluation: EvalStep) -> dict[str, Any]:
-    found = verbs.evaluate_step(evaluation)
-    report = verbs.report(evaluation.model, include=(), exclude=()) if method != "dense" else None
+    found = evaluate.evaluate_step(evaluation)
+    report = api.report(evaluation.model, include=(), exclude=()) if method != "dense" else None
     share = None if report is None else report.prunable.sparsity
     return {"method": method, "sparsity": sparsity, "seed": seed, "zeros": share, **found, "model": method}
 

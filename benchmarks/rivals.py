@@ -21,7 +21,7 @@ from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.layouts import bitmask, chunks
 from lpsparse.checkpoint.layouts import packed as layout
 from lpsparse.checkpoint.opening import Tensor
-from lpsparse.checkpoint.threads import parallel, using
+from lpsparse.parallel.threads import parallel, using_threads
 
 SLOW = 64 << 20  # bytes: zstd -19 is tried on no more, and once
 Bytes = NDArray[np.uint8]
@@ -61,7 +61,7 @@ def measured(tensors: tuple[Tensor, ...], rounds: int, *, slow: bool) -> dict[st
             part = dense[: SLOW if codec.slow else None]
             took, stored = timed(partial(codec.encode, part.copy()))
             seconds[way, "pack"].append(took * dense.size / part.size)
-            with using(1):
+            with using_threads(1):
                 took, found = timed(partial(codec.decode, stored), time.process_time)
             seconds[way, "unpack"].append(took * dense.size / part.size)
             assert np.array_equal(np.frombuffer(found, np.uint8), part), way

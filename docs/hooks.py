@@ -69,8 +69,10 @@ def _command(path: tuple[str, ...], command: Any) -> Iterator[str]:
 
 def _variable(command: str, field: str) -> str | None:
     """The environment's name of an option, where it has one: `settings.resolve` reads those of steps."""
-    from lpsparse.recipe import STEPS, InspectStep, PushStep
-    from lpsparse.settings import variable
+    from lpsparse.steps.push import PushStep
+    from lpsparse.steps.report import InspectStep
+    from lpsparse.steps.resolve import variable
+    from lpsparse.steps.table import STEPS
 
     step = {**STEPS, "inspect": InspectStep, "push": PushStep}.get(command)
     fields = {} if step is None else step.model_fields

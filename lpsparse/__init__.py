@@ -12,10 +12,10 @@ from lpsparse.integrations import hook
 __version__ = "0.1.0"
 
 _HOMES = {
-    "prune": "verbs", "pack": "verbs", "unpack": "verbs", "verify": "verbs", "report": "verbs",
-    "inspect": "verbs", "push": "verbs", "together": "verbs", "doctor": "health",
-    "finetune": "verbs", "evaluate": "verbs", "open": "verbs", "load": "verbs", "run": "pipeline",
-    "sweep": "sweeping", "check_recipe": "checking", "recipe_schema": "schema",
+    "prune": "api", "pack": "api", "unpack": "api", "verify": "api", "report": "api",
+    "inspect": "api", "push": "api", "together": "parallel.environment", "doctor": "commands.doctor",
+    "finetune": "api", "evaluate": "api", "open": "api", "load": "api", "run": "recipes.run",
+    "sweep": "recipes.sweep", "check_recipe": "recipes.check", "recipe_schema": "recipes.schema",
     "LpDecay": "training.decay", "LpAdamW": "training.fused", "Sparsity": "training.sparsity",
     "condition": "training.conditioning", "fold": "training.conditioning",
     "ExitCode": "errors", "LpsparseError": "errors",

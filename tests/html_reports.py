@@ -3,7 +3,6 @@
 from typing import Any
 
 from lpsparse.checkpoint.manifest import FileRecord, Quality
-from lpsparse.reporting.kinds import kind_of
 from lpsparse.reporting.records import (
     Base,
     Budget,
@@ -19,6 +18,7 @@ from lpsparse.reporting.records import (
     Share,
     Spectrum,
     TensorRow,
+    kind_of,
 )
 
 PARTS = (

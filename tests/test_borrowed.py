@@ -12,10 +12,10 @@ from conftest import ROOT, cli_environment
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 import lpsparse
-from lpsparse import distributed
 from lpsparse.borrowed import BORROWED, borrow
 from lpsparse.checkpoint.hub import setting
 from lpsparse.errors import ExitCode, LaunchError, UsageError
+from lpsparse.parallel import launcher
 from lpsparse.training import compiled
 from lpsparse.training.names import turned_back
 
@@ -80,7 +80,7 @@ def without_elastic_launch(request: pytest.FixtureRequest, _: Any) -> None:
     lpsparse.finetune(out=out / "a", **net, **BRIEF, processes=2)
     assert (out / "a" / "lpsparse.json").is_file()
     with pytest.raises(LaunchError) as failed:
-        distributed.launch(2, ["inspect", str(out / "missing")])
+        launcher.launch(2, ["inspect", str(out / "missing")])
     assert failed.value.exit_code == ExitCode.RESOURCE
 
 

@@ -22,8 +22,8 @@ from markdown_it import MarkdownIt
 
 from lpsparse import prune, report
 from lpsparse.cli import github
+from lpsparse.reporting.history import read_report
 from lpsparse.reporting.records import Budget
-from lpsparse.reporting.reread import read_report
 
 Cli = Callable[..., Ran]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())

@@ -27,12 +27,14 @@ from conftest import (
 from safetensors.numpy import save_file
 
 import lpsparse
-from lpsparse import ExitCode, pipeline, verify
+from lpsparse import ExitCode, verify
 from lpsparse.cli import main
 from lpsparse.errors import UsageError
-from lpsparse.recipe import STEPS, FinetuneStep
-from lpsparse.resolved import RESOLVED
-from lpsparse.settings import resolve
+from lpsparse.recipes import run
+from lpsparse.recipes.outputs import RESOLVED
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
+from lpsparse.steps.table import STEPS
 
 Cli = Callable[..., Ran]
 COMMANDS = (
@@ -199,7 +201,7 @@ def test_a_bug_shows_its_traceback_and_exits_70(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("lpsparse.verbs.inspect_step", broken)
+    monkeypatch.setattr("lpsparse.commands.inspect.inspect_step", broken)
     with pytest.raises(SystemExit) as left:
         main(["inspect", "anything"])
     assert left.value.code == ExitCode.BUG
@@ -501,14 +503,14 @@ def test_a_shown_command_gives_back_the_step_that_it_was_made_of(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[FinetuneStep] = []
-    monkeypatch.setattr("lpsparse.verbs.finetune_step", lambda step, *_: given.append(step) or {})
+    monkeypatch.setattr("lpsparse.commands.finetune.finetune_step", lambda step, *_: given.append(step) or {})
     options: dict[str, Any] = {
         "data": "a b.txt", "task": "causal-lm", "target_sparsity": "0.80", "selective": False,
         "masked_forward": False, "cautious": True, "freeze": ["*emb*", "head.?"], "mean": "0.5,0.25,1",
         "std": "1,1,0.125", "lambda_p": 2,
     }  # fmt: skip
     step = resolve(FinetuneStep, {"model": "m", "out": "o", **options})
-    shown = pipeline.command_line("finetune", step)
+    shown = run.command_line("finetune", step)
     assert "--no-selective" in shown
     assert cli(*shlex.split(shown)[1:], "--json").rc == 0
     assert given == [step]
@@ -617,9 +619,9 @@ def test_the_environment_sets_a_recipes_settings_but_set_wins(
     recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LPSPARSE_SPARSITY", "0.5")
-    done = pipeline.run("r.yaml")
+    done = run.run("r.yaml")
     assert done[0].step.model_dump(mode="json")["sparsity"] == "0.5"
-    done = pipeline.run("r.yaml", {"prune.sparsity": "0.9", "out": "second"})
+    done = run.run("r.yaml", {"prune.sparsity": "0.9", "out": "second"})
     assert done[0].step.model_dump(mode="json")["sparsity"] == "0.9"
 
 
@@ -628,11 +630,11 @@ def test_the_environment_reaches_the_steps_and_not_the_recipes_own_keys(
 ) -> None:
     for name in ("STEPS", "VERSION"):
         monkeypatch.setenv(f"LPSPARSE_{name}", "5")
-    assert len(pipeline.run("r.yaml")) == 4
+    assert len(run.run("r.yaml")) == 4
 
 
 def test_an_out_given_by_set_lies_under_the_recipes_out(recipe: Path) -> None:
-    pipeline.run("r.yaml", {"sparse.out": "other"})
+    run.run("r.yaml", {"sparse.out": "other"})
     assert sorted(path.name for path in (recipe.parent / "made").iterdir() if path.is_dir()) == [
         "other",
         "packed",
@@ -644,7 +646,7 @@ def test_a_model_in_the_environment_starts_the_chain_and_does_not_break_it(
 ) -> None:
     write_tiny(recipe.parent / "other", seed=1)
     monkeypatch.setenv("LPSPARSE_MODEL", "other")
-    done = pipeline.run("r.yaml")
+    done = run.run("r.yaml")
     assert [getattr(each.step, "model", None) for each in done] == [
         "other",
         "made/sparse",

@@ -11,10 +11,9 @@ import torch.distributed
 from conftest import on_two_ranks
 from torch import Tensor, nn
 
-from lpsparse import distributed
 from lpsparse.errors import LpsparseError
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.allocation import SHARES, allocate, fisher, keep_only_, kth_smallest, smallest_masks
 from lpsparse.training.conditioning import condition
 from lpsparse.training.control import SparsityControl, quantile
@@ -554,7 +553,7 @@ def _trained(rank: int, ranks: int, way: str) -> dict[str, Tensor]:
     torch.manual_seed(19)
     model: nn.Module = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5)).double()
     if way == "FSDP2" and ranks > 1:
-        distributed.spread(model, torch.device("cpu"), [model[0]], shard=True, bf16=False)  # type: ignore[index]
+        ranks.distribute(model, torch.device("cpu"), [model[0]], shard=True, bf16=False)  # type: ignore[index]
     weights = {name: param for name, param in model.named_parameters() if name.endswith("weight")}
     inner = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     if way == "DDP":
@@ -571,7 +570,7 @@ def _trained(rank: int, ranks: int, way: str) -> dict[str, Tensor]:
         control.after_backward(t)
         inner.step()
         control.after_step(t)
-    return {name: distributed.whole(weight.detach()) for name, weight in weights.items()}
+    return {name: ranks.full_tensor(weight.detach()) for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])

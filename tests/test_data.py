@@ -11,8 +11,8 @@ import pytest
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.manifest import Trained
-from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.data import (
     Row,
     check_apart,

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lpsparse import LpsparseError
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.distill import Teacher, blocks, make_teacher
 from lpsparse.training.model import Loaded
 from lpsparse.training.tasks.base import Task

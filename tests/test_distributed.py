@@ -21,16 +21,17 @@ from test_tasks import experts, gemma, gpt2, llama
 from transformers import AutoModelForCausalLM
 
 import lpsparse
-from lpsparse import ExitCode, LpsparseError, distributed
+from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.writer import OWNER, STATE
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.commands.finetune import finetune_step
+from lpsparse.parallel import ranks
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.distill import blocks
 from lpsparse.training.loop import prepare
 from lpsparse.training.model import load_transformer
 from lpsparse.training.quality import evaluate
-from lpsparse.verbs import finetune_step
 
 Options = dict[str, Any]
 
@@ -154,10 +155,10 @@ def _load(rank: int, folder: str) -> None:
     for shard in (False, True):
         model: Any = load_transformer(checkpoint, AutoModelForCausalLM, {}).module
         assert all(param.is_meta == (rank > 0) for param in model.parameters())
-        distributed.spread(model, torch.device("cpu"), blocks(model), shard=shard, bf16=False)
+        ranks.distribute(model, torch.device("cpu"), blocks(model), shard=shard, bf16=False)
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        parts = [distributed.local(param).numel() for param in model.parameters()]
-        whole = {name: distributed.whole(value) for name, value in model.state_dict().items()}
+        parts = [ranks.local_tensor(param).numel() for param in model.parameters()]
+        whole = {name: ranks.full_tensor(value) for name, value in model.state_dict().items()}
         torch.save((parts, whole, dict(model.named_buffers())), f"{folder}/{shard}-{rank}.pt")
 
 
@@ -452,13 +453,13 @@ def test_sigterm_before_the_first_step_exits_75_and_leaves_nothing(plain: Option
 
 SLOW = """
 import time
-from lpsparse import tuning
+from lpsparse.commands import finetune
 from lpsparse.cli import main
 
 def slow(*_):
     print("loading", flush=True)
     time.sleep(60)
 
-tuning.opened = slow
+finetune.opened = slow
 main()
 """

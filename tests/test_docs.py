@@ -19,7 +19,7 @@ import yaml
 from conftest import BUNDLED, ROOT, Ran, write_tiny
 
 import lpsparse
-from lpsparse.recipe_file import read_recipe
+from lpsparse.recipes.file import read_recipe
 
 hub = test_push.hub
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

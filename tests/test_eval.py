@@ -13,11 +13,11 @@ from test_cli import ERROR, failed
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.chain import planned
 from lpsparse.checkpoint.manifest import read_manifest
-from lpsparse.recipe import EvalStep
-from lpsparse.recipe_file import read_recipe
-from lpsparse.reporting.reread import read_report
+from lpsparse.recipes.file import read_recipe
+from lpsparse.recipes.plan import planned
+from lpsparse.reporting.history import read_report
+from lpsparse.steps.finetune import EvalStep
 
 Cli = Callable[..., Ran]
 LM = "bundled:stories260k"

@@ -22,11 +22,11 @@ from conftest import ROOT, Ran, cli_environment, tree_hash, write_tiny
 from safetensors.numpy import load_file, save_file
 
 from lpsparse import pack, prune, report, verify
-from lpsparse.checkpoint.threads import beside, check_going_on
+from lpsparse.commands.prune import prune_step
 from lpsparse.errors import InputError
-from lpsparse.recipe import PruneStep
-from lpsparse.settings import resolve
-from lpsparse.verbs import prune_step
+from lpsparse.parallel.threads import beside, check_going_on
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.resolve import resolve
 
 Cli = Callable[..., Ran]
 
@@ -97,8 +97,8 @@ def test_a_report_names_the_tensor_that_is_not_the_manifests(tiny: Path, tmp_pat
 HELD = """
 import sys
 from pathlib import Path
-from lpsparse.recipe import PruneStep
-from lpsparse.verbs import prune_step
+from lpsparse.steps.prune import PruneStep
+from lpsparse.commands.prune import prune_step
 
 def say(text):
     if "100 % zero" in text:

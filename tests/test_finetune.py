@@ -20,11 +20,11 @@ from torch import nn
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.commands.finetune import finetune_step
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
-from lpsparse.verbs import finetune_step
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 
 
 def test_finetune_meets_the_target_exactly_and_writes_the_inputs_keys_shapes_and_dtypes(
@@ -261,8 +261,8 @@ def test_a_recipe_trains_again_when_its_data_changed_and_not_otherwise(tmp_path:
 
 
 def test_noise_masks_or_exchanges_words_only_and_follows_its_generator(tiny_bert: Path, table: Path) -> None:
-    from lpsparse.recipe import FinetuneStep
-    from lpsparse.settings import resolve
+    from lpsparse.steps.finetune import FinetuneStep
+    from lpsparse.steps.resolve import resolve
     from lpsparse.training.loop import prepare
     from lpsparse.training.tasks.base import Task
 
@@ -317,8 +317,8 @@ def test_every_method_and_conditioning_trains_a_real_model_to_the_target(
 def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lpsparse.recipe import FinetuneStep
-    from lpsparse.settings import resolve
+    from lpsparse.steps.finetune import FinetuneStep
+    from lpsparse.steps.resolve import resolve
     from lpsparse.training.setup import resolve_auto
 
     given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5"}
@@ -422,8 +422,8 @@ def test_training_goes_on_when_the_reader_of_its_progress_has_gone(tmp_path: Pat
     ],
 )  # fmt: skip
 def test_an_option_of_another_method_is_refused(options: dict[str, object], says: str) -> None:
-    from lpsparse.recipe import FinetuneStep
-    from lpsparse.settings import resolve
+    from lpsparse.steps.finetune import FinetuneStep
+    from lpsparse.steps.resolve import resolve
 
     given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5", **options}
     with pytest.raises(LpsparseError, match=says):

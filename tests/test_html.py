@@ -21,8 +21,7 @@ from lpsparse import prune
 from lpsparse.reporting.html.layers import in_order
 from lpsparse.reporting.html.page import render
 from lpsparse.reporting.html.parts import named, number, percent
-from lpsparse.reporting.kinds import KINDS
-from lpsparse.reporting.records import Budget, Estimate, Histogram, Report
+from lpsparse.reporting.records import KINDS, Budget, Estimate, Histogram, Report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 VIEWS = (

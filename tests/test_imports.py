@@ -14,53 +14,34 @@ from conftest import ROOT, cli_environment
 from typer.main import get_command
 
 from lpsparse.cli.main import _app
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 
 PACKAGE = ROOT / "lpsparse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "accelerate"}
 # Room -> the rooms it may import from; its own is understood, and the root's version number is everyone's.
-VERBS_MAY = {
-    "training", "pruning", "reporting", "checkpoint", "settings", "launch", "recipe", "distributed", "errors"
+_BELOW_COMMANDS = {
+    "training", "integrations", "hub", "pruning", "reporting", "checkpoint", "parallel", "steps", "errors"
 }  # fmt: skip
 MAY_IMPORT = {
-    "borrowed": set[str](),
     "errors": set[str](),
-    "limits": set[str](),
-    "recipe": {"limits", "errors"},
-    "launch": {"errors"},
-    "settings": {"recipe", "launch", "errors"},
-    "plain_yaml": {"errors"},
-    "recipe_file": {"settings", "recipe", "plain_yaml", "errors"},
-    "checkpoint": {"errors"},
-    "pruning": {"checkpoint", "errors"},
-    "training": {"pruning", "checkpoint", "recipe", "settings", "launch", "distributed", "errors"},
-    # What counts is decided by one rule.
-    "reporting": {"checkpoint", "recipe", "limits", "plain_yaml", "errors", "pruning"},
-    "integrations": {"training", "checkpoint", "recipe", "errors"},
-    "artefact": VERBS_MAY,
-    "dry_run": VERBS_MAY | {"artefact"},
-    "opened": {"artefact", "checkpoint", "recipe", "errors"},
-    "proof": VERBS_MAY | {"opened", "artefact"},
-    "tuning": VERBS_MAY | {"opened", "artefact", "proof"},
-    "verbs": VERBS_MAY | {"opened", "artefact", "dry_run", "proof", "tuning"},
-    "health": {"checkpoint", "reporting", "errors"},
-    "schema": {"recipe_file", "recipe"},
-    "chain": {"checkpoint.names", "recipe_file", "settings", "recipe", "errors"},
-    "resolved": {"chain", "checkpoint", "recipe_file", "recipe"},
-    "kept": {"chain", "checkpoint", "recipe", "launch", "errors"},
-    "pipeline": VERBS_MAY | {"artefact", "verbs", "recipe_file", "chain", "kept", "resolved"},
-    "check_data": {"training.data", "checkpoint", "recipe", "errors"},
-    "check_patterns": {"pruning", "checkpoint", "reporting", "recipe", "limits", "errors"},
-    "checking": VERBS_MAY
-    | {"chain", "check_data", "check_patterns", "kept", "pipeline", "proof", "recipe_file"},
-    "sweeping": VERBS_MAY | {"chain", "kept", "pipeline", "recipe_file", "verbs"},
-    "cli": VERBS_MAY
-    | {"verbs", "recipe_file", "pipeline", "chain", "checking", "schema", "sweeping", "health"},
+    "borrowed": set[str](),
+    "safe_yaml": {"errors"},
+    "parallel": {"errors"},
+    "steps": {"parallel", "errors"},
+    "checkpoint": {"parallel", "errors"},
+    "pruning": {"checkpoint", "parallel", "errors"},
+    "reporting": {"pruning", "checkpoint", "parallel", "steps", "safe_yaml", "errors"},
+    "hub": {"checkpoint", "parallel", "errors"},
+    "training": {"pruning", "checkpoint", "parallel", "steps", "errors"},
+    "integrations": {"training", "checkpoint", "parallel", "steps", "errors"},
+    "commands": _BELOW_COMMANDS,
+    "recipes": _BELOW_COMMANDS | {"commands", "safe_yaml"},
+    "api": _BELOW_COMMANDS | {"commands"},
+    "cli": _BELOW_COMMANDS | {"api", "recipes", "commands"},
     "__main__": {"cli"},
     "__init__": {"integrations.hook"},  # standard library only
-    "distributed": {"checkpoint.threads", "errors"},
 }
 
 
@@ -97,7 +78,7 @@ def test_imports_point_one_way(path: Path) -> None:
 def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
     found = {name.partition(".")[0] for name in imported(path)} & HEAVY
     room, name = room_of(path), identify(path)
-    if name == "checkpoint/torchfile.py" or room == "distributed":
+    if name == "checkpoint/torchfile.py" or name.startswith("parallel/"):
         assert found <= {"torch"}
     elif room not in ("training", "integrations"):
         assert not found
@@ -105,7 +86,7 @@ def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
 
 def test_torch_distributed_is_imported_in_one_file_only() -> None:
     users = {identify(p) for p in MODULES if any(n.startswith("torch.distributed") for n in imported(p))}
-    assert users == {"distributed.py"}
+    assert users == {"parallel/launcher.py", "parallel/ranks.py"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=identify)

@@ -15,8 +15,8 @@ import lpsparse
 from lpsparse import LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.integrations.transformers import SparsityCallback
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.loop import prepare
 from lpsparse.training.order import batches
 

@@ -14,8 +14,8 @@ from PIL import Image
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.recipe import EvalStep, FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.data import class_names, read_rows
 from lpsparse.training.labels import config_names, label_of, number
 from lpsparse.training.loop import prepare

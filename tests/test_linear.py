@@ -16,8 +16,8 @@ from lpsparse import inspect, pack, prune, report, unpack
 from lpsparse.checkpoint.files import names_taken
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.tensors import Tensor
-from lpsparse.proof import verify_step
-from lpsparse.recipe import VerifyStep
+from lpsparse.commands.verify import verify_step
+from lpsparse.steps.report import VerifyStep
 
 COUNTS = (20, 40, 60)
 COMMANDS: dict[str, Callable[[Path, Path], Any]] = {

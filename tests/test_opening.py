@@ -26,10 +26,11 @@ from safetensors.numpy import save_file
 from test_header import JSON
 
 import lpsparse
-from lpsparse import inspect, load, pipeline, prune, report, verify
+from lpsparse import inspect, load, prune, report, verify
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError, UsageError
+from lpsparse.recipes import run
 
 Cli = Callable[..., Ran]
 EMPTY_INDEX = "model.safetensors.index.json"
@@ -163,10 +164,10 @@ def test_a_recipe_names_the_weights_of_a_step_and_finds_it_finished(
     monkeypatch.chdir(several.parent)
     step = "steps: [prune: {sparsity: 0.5, weights: net.pt}]"
     (several.parent / "r.yaml").write_text(f"model: tiny\nout: made\n{step}")
-    assert not pipeline.run("r.yaml")[0].skipped
-    assert pipeline.run("r.yaml")[0].skipped
+    assert not run.run("r.yaml")[0].skipped
+    assert run.run("r.yaml")[0].skipped
     torch.save({"b.weight": torch.zeros(7, 13)}, several / "net.pt")
-    assert pipeline.run("r.yaml", {"prune.overwrite": "true"})[0].skipped is False
+    assert run.run("r.yaml", {"prune.overwrite": "true"})[0].skipped is False
 
 
 def write_index(folder: Path, table: Any) -> Path:

@@ -495,8 +495,8 @@ def test_keep_zeros_holds_the_zeros_of_every_tensor(optimizer: str) -> None:
 
 
 def test_a_fresh_head_is_not_held_at_its_zeros() -> None:
-    from lpsparse.recipe import FinetuneStep
-    from lpsparse.settings import resolve
+    from lpsparse.steps.finetune import FinetuneStep
+    from lpsparse.steps.resolve import resolve
     from lpsparse.training.sparsity import Method
 
     model = network()

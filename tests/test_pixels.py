@@ -14,8 +14,8 @@ from PIL import Image as Pillow
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.recipe import EvalStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import EvalStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.images import Image, read_images
 from lpsparse.training.loop import prepare
 from lpsparse.training.pixels import same_channels

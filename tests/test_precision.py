@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import lpsparse
+from lpsparse.commands.finetune import finetune_step
 from lpsparse.errors import LpsparseError
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training import precision
-from lpsparse.tuning import finetune_step
 
 Known = Callable[[dict[str, bool]], None]
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from conftest import LISTENING, built, cli_environment
 
-from lpsparse.checkpoint.progress import Position, advance, phase, told_to
 from lpsparse.cli.bar import Bar, Pace
 from lpsparse.cli.output import Voice
+from lpsparse.parallel.progress import Position, advance, phase, told_to
 
 
 def left_after(times: Iterable[float], total: int, done: int = 0) -> list[float | None]:

@@ -41,11 +41,11 @@ from lpsparse.checkpoint import files
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.checkpoint.output import remove_ours
 from lpsparse.checkpoint.writer import OWNER, REPLACED
+from lpsparse.commands.prune import prune_step
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
-from lpsparse.recipe import PruneStep
 from lpsparse.reporting.words import drained
-from lpsparse.settings import resolve
-from lpsparse.verbs import prune_step
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.resolve import resolve
 
 Cli = Callable[..., Ran]
 

@@ -280,8 +280,8 @@ def test_hidden_files_metrics_and_marks_stay_and_the_rest_still_verifies(hub: Hu
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).touch()
     said: list[str] = []
-    from lpsparse.recipe import PushStep
-    from lpsparse.verbs import push_step
+    from lpsparse.commands.push import push_step
+    from lpsparse.steps.push import PushStep
 
     push_step(PushStep(folder=tmp_path / "out", repo="org/name"), said.append)
     files = hub.repos["org/name"].files() or {}

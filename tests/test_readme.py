@@ -1,4 +1,4 @@
-"""The README's tree is the architecture document: it names every file, and no file that is not there."""
+"""README and CONTRIBUTING name what is there, and nothing else."""
 
 import re
 from pathlib import Path
@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TREE = README.partition("## The house")[2]
+MAP = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_the_tree_names_every_module_and_nothing_else() -> None:
-    named = set(re.findall(r"\b([a-z0-9_]+\.py)\b", TREE))
-    found = {path.name for path in (ROOT / "lpsparse").rglob("*.py")} - {"__init__.py", "__main__.py"}
-    assert named == found
+def test_the_map_has_a_line_for_every_folder_of_code_and_no_other() -> None:
+    named = re.findall(r"^\| `(lpsparse/[\w/]+)` \|", MAP, re.MULTILINE)
+    found = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "lpsparse").rglob("*.py")}
+    assert set(named) == found - {"lpsparse"} | {"lpsparse/bundled"} and len(named) == len(set(named))
 
 
 def test_every_recipe_and_document_that_the_readme_names_is_there() -> None:
@@ -27,7 +27,7 @@ def test_every_recipe_is_valid_and_fails_early_with_a_hint_when_its_model_is_not
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from lpsparse import ExitCode, LpsparseError, check_recipe
-    from lpsparse.recipe_file import read_recipe
+    from lpsparse.recipes.file import read_recipe
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -13,7 +13,8 @@ import yaml
 from conftest import BUNDLED, PRUNABLE_WEIGHTS, ROOT, Ran, built, tree_hash
 from test_cli import failed
 
-from lpsparse import check_recipe, pipeline
+from lpsparse import check_recipe
+from lpsparse.recipes import run
 from lpsparse.reporting.records import Report
 
 Cli = Callable[..., Ran]
@@ -58,7 +59,7 @@ def test_a_report_counts_what_the_step_before_it_chose_as_the_run_does(here: Pat
     every = {"report": {"include": ["*.attn.weight", "*.mlp.weight"]}}
     recipe = write(here, {"prune": cut}, {"pack": {}}, {"report": {}}, every)
     new = [each["prunable_weights"] for each in check_recipe(recipe)["steps"]]
-    ran = [each.result for each in pipeline.run(recipe)]
+    ran = [each.result for each in run.run(recipe)]
     assert new == [3 * 91, None, 3 * 91, 4 * 91]
     assert [each.prunable.weights for each in ran if isinstance(each, Report)] == [273, 273, 273, 364]
     assert [each["prunable_weights"] for each in check_recipe(recipe)["steps"]] == new  # of finished ones
@@ -101,7 +102,7 @@ def test_a_baseline_that_an_earlier_step_makes_is_there_in_a_run(baseline: str, 
     steps = ({"prune": {"sparsity": 0.5, "out": "cut"}}, {"report": {}}, {"report": {"baseline": baseline}})
     write(here, *steps)
     assert len(check_recipe("r.yaml")["steps"]) == 3
-    assert pipeline.passed(pipeline.run("r.yaml"))
+    assert run.passed(run.run("r.yaml"))
 
 
 @pytest.mark.parametrize("model", ["made/report-2.json", "old.json"])
@@ -113,7 +114,7 @@ def test_a_report_step_may_be_of_a_report_that_is_there_or_made(model: str, here
     found = check_recipe("r.yaml")["steps"][2]
     assert (found["model"], found["state"], found["disk_bytes"]) == (model, "looks", 0)
     assert found["prunable_weights"] == (PRUNABLE_WEIGHTS if model == "old.json" else None)
-    assert pipeline.passed(pipeline.run("r.yaml"))
+    assert run.passed(run.run("r.yaml"))
 
 
 REPORTS: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -142,13 +143,13 @@ def test_a_report_is_not_compared_with_a_folder_of_several_checkpoints(here: Pat
     prune = {"prune": {"sparsity": 0.5, "weights": "one.safetensors"}}
     write(here, prune, {"report": {"min_sparsity": 0.5}}, {"report": {"base": "tiny/one.safetensors"}})
     assert len(check_recipe("r.yaml")["steps"]) == 3
-    found = [each.result for each in pipeline.run("r.yaml")][1:]
+    found = [each.result for each in run.run("r.yaml")][1:]
     assert [isinstance(each, Report) and each.base is not None for each in found] == [False, True]
 
 
 def test_a_folder_in_the_way_is_refused_and_one_that_is_finished_is_not(here: Path, cli: Cli) -> None:
     write(here, {"prune": {"sparsity": 0.5, "out": "cut"}}, {"pack": {"out": "packed"}})
-    pipeline.run("r.yaml")
+    run.run("r.yaml")
     assert [each["state"] for each in check_recipe("r.yaml")["steps"]] == ["finished", "finished"]
     shutil.rmtree(here / "made" / "packed")
     found = check_recipe("r.yaml")["steps"]
@@ -160,7 +161,7 @@ def test_a_folder_in_the_way_is_refused_and_one_that_is_finished_is_not(here: Pa
 
 def test_a_replaced_step_asks_the_steps_after_it_to_be_replaced_too(here: Path, cli: Cli) -> None:
     write(here, {"prune": {"sparsity": 0.5}}, {"pack": {}})
-    pipeline.run("r.yaml")
+    run.run("r.yaml")
     words = ["recipe", "check", "r.yaml", "--set", "prune.sparsity=0.6", "--set", "prune.overwrite=true"]
     assert "2-pack" in failed(cli(*words), 4)
     assert cli(*words, "--set", "pack.overwrite=true").rc == 0

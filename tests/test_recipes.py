@@ -16,11 +16,12 @@ from jsonschema import Draft202012Validator
 from test_cli import BROKEN, failed
 
 import lpsparse
-from lpsparse import LpsparseError, pipeline
-from lpsparse.chain import Link, planned, trained_from
-from lpsparse.recipe_file import read_recipe
+from lpsparse import LpsparseError
+from lpsparse.recipes import run
+from lpsparse.recipes.file import read_recipe
+from lpsparse.recipes.outputs import RESOLVED, resolved
+from lpsparse.recipes.plan import Link, planned, trained_from
 from lpsparse.reporting.records import Report
-from lpsparse.resolved import RESOLVED, resolved
 
 Cli = Callable[..., Ran]
 RECOVER = {**SMALL, "threads": 1}
@@ -135,7 +136,7 @@ def test_recover_is_a_finetune_that_a_person_can_type(here: Path) -> None:
     settings = {"task": "causal-lm", "data": "text.txt", "steps": 7}
     write(here / "r.yaml", {"prune": {"sparsity": 0.5}}, {"recover": settings})
     link = links_of(here / "r.yaml", recover__lr="0.002")[1]
-    line = pipeline.command_line(link.name, link.step)
+    line = run.command_line(link.name, link.step)
     assert line.startswith("lpsparse finetune made/1-prune made/2-recover --task causal-lm")
     assert "--method dense --keep-zeros" in line and "--lr 0.002" in line
 
@@ -179,11 +180,11 @@ def test_the_resolved_recipe_makes_the_same_bytes_again(
 def test_a_run_of_the_resolved_recipe_in_its_place_finds_everything_finished(here: Path) -> None:
     write(here / "r.yaml", {"prune": {"n_m": "2:4", "exclude": "*attn*"}}, {"pack": {"model": "tiny"}})
     with pytest.raises(LpsparseError):  # 7 columns are not made of 4
-        pipeline.run("r.yaml")
+        run.run("r.yaml")
     write(here / "r.yaml", {"prune": {"below": 0.1}}, {"pack": {"model": "tiny"}}, {"verify": None})
-    pipeline.run("r.yaml")
+    run.run("r.yaml")
     text = (here / "made" / RESOLVED).read_text()
-    assert [each.skipped for each in pipeline.run(here / "made" / RESOLVED)] == [True, True, False]
+    assert [each.skipped for each in run.run(here / "made" / RESOLVED)] == [True, True, False]
     assert (here / "made" / RESOLVED).read_text() == text
 
 
@@ -192,7 +193,7 @@ def test_the_resolved_recipe_names_the_revision_of_a_hub_id(
     revision: str | None, model: str, here: Path
 ) -> None:
     write(here / "r.yaml", {"prune": {"sparsity": 0.5}}, {"report": {}})
-    pipeline.run("r.yaml")
+    run.run("r.yaml")
     manifest = json.loads((here / "made/1-prune/lpsparse.json").read_text())
     manifest["source"]["revision"] = revision
     (here / "made/1-prune/lpsparse.json").write_text(json.dumps(manifest))
@@ -240,20 +241,20 @@ def kept(folder: Path) -> list[str]:
 @pytest.mark.parametrize("change", [{"report.base": "gone"}, {"model": "gone"}, {"prune.overwrite": "false"}])
 def test_a_run_that_fails_leaves_no_report_that_could_be_its_own(change: dict[str, str], here: Path) -> None:
     write(here / "r.yaml", {"report": {}}, {"prune": {"sparsity": 0.5}}, {"report": {}})
-    pipeline.run("r.yaml")
+    run.run("r.yaml")
     before = (here / "made/report.json").read_bytes()
     for _ in range(2):
         with pytest.raises(LpsparseError):
-            pipeline.run("r.yaml", {"prune.sparsity": "0.3", "prune.overwrite": "true", **change})
+            run.run("r.yaml", {"prune.sparsity": "0.3", "prune.overwrite": "true", **change})
         assert "report.json" not in kept(here / "made")
         assert (here / "made/report.json.old").read_bytes() == before
-    pipeline.run("r.yaml", {"prune.overwrite": "true"})
+    run.run("r.yaml", {"prune.overwrite": "true"})
     assert kept(here / "made") == ["report-1.json", "report.json"]
 
 
 def test_an_earlier_report_may_be_the_baseline_and_files_of_others_stay(here: Path, cli: Cli) -> None:
     steps = ({"prune": {"sparsity": 0.5}}, {"report": {}}, {"report": {}})
-    pipeline.run(write(here / "r.yaml", *steps))
+    run.run(write(here / "r.yaml", *steps))
     (here / "made/report-mine.json").write_text("mine")
     write(here / "r.yaml", *steps[:2], {"report": {"baseline": "made/report.json"}})
     assert cli("run", "r.yaml").rc == 0
@@ -292,7 +293,7 @@ def test_every_recipe_fits_the_schema(path: Path) -> None:
 
 def test_what_the_reader_writes_fits_the_schema(here: Path) -> None:
     write(here / "r.yaml", {"prune": {"below": 0.1}}, {"pack": {}}, {"verify": None}, {"report": {}})
-    pipeline.run("r.yaml")
+    run.run("r.yaml")
     assert valid(yaml.safe_load((here / "made" / RESOLVED).read_text()))
 
 

@@ -124,9 +124,9 @@ def test_every_command_that_reads_reads_them(folder: str, layout: str, tmp_path:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_config_loses_what_it_said_of_the_layout_and_no_other_byte(folder: str, tmp_path: Path) -> None:
     said: list[str] = []
-    from lpsparse.recipe import UnpackStep
-    from lpsparse.settings import resolve
-    from lpsparse.verbs import pack_step
+    from lpsparse.commands.pack import pack_step
+    from lpsparse.steps.pack import UnpackStep
+    from lpsparse.steps.resolve import resolve
 
     step = resolve(UnpackStep, {"model": str(GOLDEN / folder), "out": tmp_path / "out"})
     pack_step(step, said.append)

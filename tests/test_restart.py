@@ -15,10 +15,10 @@ from conftest import tree_hash
 from lpsparse import pack, prune, verify
 from lpsparse.checkpoint.output import output_folder
 from lpsparse.checkpoint.writer import OWNER, REPLACED
+from lpsparse.commands.prune import prune_step
 from lpsparse.errors import OutputError, TerminatedError
-from lpsparse.recipe import PruneStep
-from lpsparse.settings import resolve
-from lpsparse.verbs import prune_step
+from lpsparse.steps.prune import PruneStep
+from lpsparse.steps.resolve import resolve
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 

@@ -23,11 +23,11 @@ import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.output import _take  # pyright: ignore[reportPrivateUsage]
 from lpsparse.checkpoint.writer import METRICS, OWNER, STATE
+from lpsparse.commands.finetune import finetune_step
 from lpsparse.errors import StateError
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training import resume as resume_module
-from lpsparse.verbs import finetune_step
 
 Options = dict[str, Any]
 STEPS = 15  # of the run of `faulty`; 5 an epoch

@@ -19,8 +19,8 @@ from lpsparse import inspect, prune
 from lpsparse.errors import InputError, VerdictError
 from lpsparse.integrations.look import build
 from lpsparse.pruning import look as looking
-from lpsparse.pruning.prunable import decide
 from lpsparse.pruning.roles import guess_roles, is_head
+from lpsparse.pruning.targets import decide
 from lpsparse.training.modules import roles_of
 
 Cli = Callable[..., Ran]

@@ -32,8 +32,8 @@ from lpsparse.checkpoint.dtypes import (
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.errors import InputError, UsageError, VerdictError
 from lpsparse.pruning.plan import Plan, plan_prune
-from lpsparse.pruning.prunable import decide, no_match
 from lpsparse.pruning.select import Scored, cut_smallest, select, target_count
+from lpsparse.pruning.targets import decide, no_match
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

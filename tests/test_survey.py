@@ -12,13 +12,12 @@ from lpsparse import prune, report
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.manifest import Quality
 from lpsparse.errors import InputError, UsageError
-from lpsparse.pruning.prunable import decide
-from lpsparse.recipe import ReportStep
+from lpsparse.pruning.targets import decide
 from lpsparse.reporting.budgets import check_baseline, check_budgets
-from lpsparse.reporting.kinds import KINDS, kind_of
-from lpsparse.reporting.records import Bytes, Detail, Identity, Report, Share, TensorRow
+from lpsparse.reporting.records import KINDS, Bytes, Detail, Identity, Report, Share, TensorRow, kind_of
 from lpsparse.reporting.survey import N_M
-from lpsparse.settings import resolve
+from lpsparse.steps.report import ReportStep
+from lpsparse.steps.resolve import resolve
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 import lpsparse
 from lpsparse import LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.commands.finetune import finetune_step
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.loop import prepare
 from lpsparse.training.tasks import blocks as blocks_module
-from lpsparse.verbs import finetune_step
 
 TEXT = "The quick brown fox jumps over the lazy dog and says that it is a fine day. " * 60
 

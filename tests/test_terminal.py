@@ -17,15 +17,18 @@ from conftest import LISTENING, ROOT, SMALL, Ran, cli_environment, run_cli, tree
 from html_reports import bare, tensors
 
 import lpsparse
-from lpsparse import ExitCode, distributed, errors, health
+from lpsparse import ExitCode, errors
 from lpsparse.cli.explain import exits_of, read_texts
 from lpsparse.cli.panels import _PANELS
 from lpsparse.cli.topics import read_topics
+from lpsparse.commands import doctor
 from lpsparse.errors import MEANINGS, LpsparseError
-from lpsparse.recipe import STEPS, PushStep
+from lpsparse.parallel import launcher
 from lpsparse.reporting.records import Budget
 from lpsparse.reporting.table import render
 from lpsparse.reporting.text import columns, fitted
+from lpsparse.steps.push import PushStep
+from lpsparse.steps.table import STEPS
 
 Cli = Callable[..., Ran]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -200,12 +203,12 @@ def test_json_and_quiet_can_be_set_for_all(
     ],
 )  # fmt: skip
 def test_a_version_is_good_from_its_floor_on(found: str, least: str, end: str, good: bool) -> None:
-    assert health.is_good(found, least, end) is good
+    assert doctor.is_good(found, least, end) is good
 
 
 def test_doctor_wants_the_versions_that_pip_does() -> None:
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    ours = {f"{name}>={least}{f',<{end}' if end else ''}" for name, (least, end) in health.FLOORS.items()}
+    ours = {f"{name}>={least}{f',<{end}' if end else ''}" for name, (least, end) in doctor.FLOORS.items()}
     assert ours <= set(wanted)
 
 
@@ -241,20 +244,20 @@ UNREAD = "import lpsparse.integrations.loader as loader\ndel loader.LazyTensor._
 def test_doctor_says_how_a_packed_model_opens(
     before: str, status: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_OPEN", before + health._OPEN)
-    check = health._opens()
+    monkeypatch.setattr(doctor, "_OPEN", before + doctor._OPEN)
+    check = doctor._opens()
     assert check["status"] == status and found in check["found"] and check["hint"]
 
 
 def test_the_disk_is_tried_in_a_folder_that_goes_again(tmp_path: Path) -> None:
-    checks = {check["name"]: check for check in health._disk(tmp_path)}
+    checks = {check["name"]: check for check in doctor._disk(tmp_path)}
     assert set(checks) == {"folder", "rename", "exchange", "fsync", "lock"}
     assert checks["rename"]["status"] == checks["fsync"]["status"] == "ok"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor_is_a_function_too() -> None:
-    assert lpsparse.doctor is health.doctor
+    assert lpsparse.doctor is doctor.doctor
 
 
 # Ctrl-C
@@ -437,17 +440,17 @@ def test_the_script_for_a_shell_is_shown_and_installed_by_nobody_unasked(tmp_pat
 def test_the_launcher_leaves_no_handler_behind_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    def launcher(*_: object) -> Callable[..., None]:
+    def elastic(*_: object) -> Callable[..., None]:
         def interrupted(*_: str) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise SignalException("got a signal", signal.SIGINT)
 
         return interrupted
 
-    monkeypatch.setattr(distributed, "borrow", lambda _: launcher)
+    monkeypatch.setattr(launcher, "borrow", lambda _: elastic)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(errors.LaunchError) as raised:
-        distributed.launch(2, ["finetune"])
+        launcher.launch(2, ["finetune"])
     assert raised.value.exit_code == ExitCode.INTERRUPT and signal.getsignal(signal.SIGINT) == before
 
 

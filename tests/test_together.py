@@ -13,7 +13,7 @@ from test_restart import SHARDS, again
 
 import lpsparse
 from lpsparse.errors import ExitCode
-from lpsparse.launch import name_as_launched
+from lpsparse.parallel.environment import set_torch_names
 
 # Every command on four processes, as a program of theirs; each says what it read to select, and what it got.
 PROGRAM = """
@@ -139,11 +139,11 @@ def test_the_first_host_of_a_step_is_where_processes_meet(
         monkeypatch.setenv(name, "")  # to be put back as it was
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_PROCID", "3")
-    name_as_launched()
+    set_torch_names()
     assert "RANK" not in os.environ  # a batch script
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
-    name_as_launched()
+    set_torch_names()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "8")
     assert os.environ["MASTER_ADDR"] == first
 

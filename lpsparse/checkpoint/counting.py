@@ -8,10 +8,10 @@ import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, ordered
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.tensors import Blocks, Tensor
-from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import InputError
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.parallel.threads import parallel
 
 _TASK_BYTES = 32 << 20  # what a thread counts at a time
 

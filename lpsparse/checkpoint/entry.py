@@ -19,9 +19,9 @@ from lpsparse.checkpoint.header import Entry, read_header, unique_json
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.stored import read_exactly, stored_names
 from lpsparse.checkpoint.tensors import BLOCK_BYTES
-from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.writer import fsync
 from lpsparse.errors import InputError
+from lpsparse.parallel.threads import parallel
 
 KEY = "quantization_config"
 _METHOD = "lpsparse"

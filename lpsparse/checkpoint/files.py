@@ -13,9 +13,7 @@ from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.layouts.chunks import encode_chunk
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import advance
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor, regrouped
-from lpsparse.checkpoint.threads import in_turn
 from lpsparse.checkpoint.weights import (
     Named,
     Part,
@@ -25,6 +23,8 @@ from lpsparse.checkpoint.weights import (
     place,
     write_tensors,
 )
+from lpsparse.parallel.progress import advance
+from lpsparse.parallel.threads import parallel_in_order
 
 _ROOM = 32  # bytes that an entry of a header may be longer than was thought
 
@@ -68,7 +68,7 @@ def _flow(tensors: list[Tensor], cut: Cuts, sums: Sums) -> Iterator[tuple[Tensor
             block = np.concatenate([each for _, each in tensor.blocks(line, last)])
         return tensor, line, block, sums_of(line, block)
 
-    for tensor, line, block, (stored, total) in in_turn(made, wanted()):
+    for tensor, line, block, (stored, total) in parallel_in_order(made, wanted()):
         known = sums[tensor.name]
         sums[tensor.name] = known[0] + stored, (known[1] + total) % 2**64
         advance(block.nbytes)
@@ -198,7 +198,7 @@ def _encoded(tensors: list[Tensor], cut: Cuts, level: str, sums: Sums) -> _Chunk
             blocks = (block.reshape(-1) for _, _, block in flow)
             yield from ((tensor, each) for each in regrouped(blocks, _chunk_values(tensor)))
 
-    return in_turn(lambda item: (item[0], encode_chunk(item[1], item[0].dtype, level)), values())
+    return parallel_in_order(lambda item: (item[0], encode_chunk(item[1], item[0].dtype, level)), values())
 
 
 def _chunk_values(tensor: Tensor) -> int:

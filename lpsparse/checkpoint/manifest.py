@@ -11,10 +11,10 @@ from pydantic.dataclasses import dataclass
 from lpsparse import __version__
 from lpsparse.checkpoint.header import unique_json
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import HASHED, advance
-from lpsparse.checkpoint.threads import check_going_on, parallel
 from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_text
 from lpsparse.errors import InputError
+from lpsparse.parallel.progress import HASHED, advance
+from lpsparse.parallel.threads import check_going_on, parallel
 
 _READ_BYTES = 1 << 20  # that are hashed at a time
 # Of records of which there is one a tensor: with slots they take a sixth of a BaseModel's memory.

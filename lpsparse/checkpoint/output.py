@@ -17,9 +17,9 @@ from typing import Literal
 
 import psutil
 
-from lpsparse.checkpoint.threads import of_one
 from lpsparse.checkpoint.writer import METRICS, OWNER, REPLACED, STATE, fsync
 from lpsparse.errors import OutputError, StateError, TerminatedError
+from lpsparse.parallel.threads import on_rank_0
 
 _NEW = f"{OWNER}.new"
 _NOBODY = -1  # a process id that no process has
@@ -77,12 +77,12 @@ def shared_folder(out: Path, *, overwrite: bool) -> Generator[Path]:
     """`output_folder` for all processes of a job, `among` which one makes and renames it; their weights stay
     where it says."""
     with ExitStack() as stack:
-        of_one(lambda: stack.enter_context(output_folder(out, overwrite=overwrite, weights="keep")))
+        on_rank_0(lambda: stack.enter_context(output_folder(out, overwrite=overwrite, weights="keep")))
         try:
             yield partial_of(out)
         except OSError as error:
             raise failed(out, error) from error
-        of_one(stack.close)
+        on_rank_0(stack.close)
 
 
 def failed(out: Path, error: OSError) -> OutputError:

@@ -19,11 +19,11 @@ from lpsparse.checkpoint.counting import (
 from lpsparse.checkpoint.files import WRITERS, names_taken
 from lpsparse.checkpoint.manifest import FileRecord, digest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.progress import phase
 from lpsparse.checkpoint.tensors import Tensor
-from lpsparse.checkpoint.threads import of_one, parallel
 from lpsparse.checkpoint.writer import drop_weights, index_name, weight_file_names, write_index
 from lpsparse.errors import InputError, OutputError
+from lpsparse.parallel.progress import phase
+from lpsparse.parallel.threads import on_rank_0, parallel
 
 WAITING = 2  # threads that write, more than there are cores
 
@@ -57,7 +57,7 @@ def rewrite(
         what = f"{source.name}: {taken[0]!r}: this name belongs to the {layout} layout"
         raise InputError(342, what, hint="keep this model dense, or rename the tensor")
     names = weight_file_names(source, packed=layout != "dense")
-    of_one(lambda: drop_weights(folder, but=set(names.values())))
+    on_rank_0(lambda: drop_weights(folder, but=set(names.values())))
     by_file = source.by_file
 
     def written(path: Path) -> tuple[tuple[str, ...], dict[str, Count], FileRecord, bool]:
@@ -85,8 +85,8 @@ def rewrite(
         kept += same
     if len(source.files) > 1:
         index = index_name(source, packed=layout != "dense")
-        of_one(lambda: write_index(folder, index, weight_map, source.dense_bytes))
-    of_one(lambda: _check_complete(open_checkpoint(folder), source))
+        on_rank_0(lambda: write_index(folder, index, weight_map, source.dense_bytes))
+    on_rank_0(lambda: _check_complete(open_checkpoint(folder), source))
     return Written(counts, tuple(files), kept)
 
 

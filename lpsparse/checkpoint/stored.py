@@ -13,8 +13,8 @@ from lpsparse.checkpoint.header import Entry, Header, read_header, sniff, unique
 from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.names import TORCH_FILES
 from lpsparse.checkpoint.tensors import Blocks, Tensor, grid_of, lines_at_once, regrouped
-from lpsparse.checkpoint.threads import check_going_on
 from lpsparse.errors import InputError
+from lpsparse.parallel.threads import check_going_on
 
 
 def open_file(path: Path, key: str | None = None) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.threads import among, parallel
+from lpsparse.parallel.threads import parallel, sharing_with
 
 BLOCK_BYTES = 2 << 20  # lines are read about this much at a time: with the work on it, it stays in the cache
 _TRIES = 4096  # numbers of pieces to try for a long row: one of them nearly always divides it
@@ -108,7 +108,7 @@ def read_all(tensors: Iterable[Tensor]) -> list[Bits]:
             found[line : line + len(block)] = block
 
     grids = [(each, np.empty(each.grid, DTYPES[each.dtype].storage)) for each in tensors]
-    with among(None):
+    with sharing_with(None):
         parallel(fill, [(*item, *lines) for item in grids for lines in item[0].tasks(BLOCK_BYTES)])
     return [found.reshape(each.shape if DTYPES[each.dtype].bits >= 8 else -1) for each, found in grids]
 

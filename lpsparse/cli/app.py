@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-from lpsparse.launch import switched_on
+from lpsparse.parallel.environment import switched_on
 
 try:
     from lpsparse.cli.panels import Command, Group

@@ -6,9 +6,9 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from lpsparse.checkpoint.progress import Position, told_to
 from lpsparse.cli.output import Voice, has_terminal, tell
-from lpsparse.launch import is_first
+from lpsparse.parallel.environment import is_rank_0
+from lpsparse.parallel.progress import Position, told_to
 from lpsparse.reporting.text import cells, clean, shorten, size
 
 _SILENCE = 15.0  # seconds between lines where there is no terminal
@@ -52,7 +52,7 @@ class Bar:
     """Listens to `checkpoint.progress`. Steps and rows are stages of minutes: each is announced by a line."""
 
     def __init__(self, voice: Voice) -> None:
-        self.quiet = voice.quiet or not is_first()
+        self.quiet = voice.quiet or not is_rank_0()
         self.live = not self.quiet and has_terminal()
         self._at: Position | None = None
         self._pace = Pace(0, 0, 0.0)
@@ -188,7 +188,7 @@ def showing(voice: Voice) -> Generator[None]:
 @contextmanager
 def working(voice: Voice) -> Generator[None]:
     """What a command does on a checkpoint: shared among processes, and its progress shown."""
-    from lpsparse.verbs import together
+    from lpsparse.parallel.environment import together
 
     _keep_freed_memory()
     with together(), showing(voice):

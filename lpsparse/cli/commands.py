@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from lpsparse import recipe
 from lpsparse.cli.bar import showing, working
 from lpsparse.cli.options import add_command
 from lpsparse.cli.output import (
@@ -19,6 +18,7 @@ from lpsparse.cli.output import (
 )
 from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
+from lpsparse.steps import finetune, pack, prune, push, report
 
 if TYPE_CHECKING:  # numpy comes with it, which --help can do without
     from lpsparse.reporting.fold import Fold
@@ -26,27 +26,27 @@ if TYPE_CHECKING:  # numpy comes with it, which --help can do without
 
 
 def register(app: typer.Typer) -> None:
-    add_command(app, "finetune", recipe.FinetuneStep, _finetune, examples=_FINETUNE)
-    add_command(app, "prune", recipe.PruneStep, _prune, examples=_PRUNE)
-    add_command(app, "pack", recipe.PackStep, _pack, examples="  lpsparse pack sparse packed")
-    add_command(app, "unpack", recipe.UnpackStep, _pack, examples="  lpsparse unpack packed dense")
+    add_command(app, "finetune", finetune.FinetuneStep, _finetune, examples=_FINETUNE)
+    add_command(app, "prune", prune.PruneStep, _prune, examples=_PRUNE)
+    add_command(app, "pack", pack.PackStep, _pack, examples="  lpsparse pack sparse packed")
+    add_command(app, "unpack", pack.UnpackStep, _pack, examples="  lpsparse unpack packed dense")
     add_command(
         app,
         "verify",
-        recipe.VerifyStep,
+        report.VerifyStep,
         _verify,
         examples="  lpsparse verify sparse\n  lpsparse verify sparse MODEL",
     )
     add_command(
         app,
         "inspect",
-        recipe.InspectStep,
+        report.InspectStep,
         _inspect,
         examples="  lpsparse inspect org/name@main",
         full=True,
     )
-    add_command(app, "push", recipe.PushStep, _push, examples=_PUSH)
-    add_command(app, "eval", recipe.EvalStep, _eval, examples=_EVAL)
+    add_command(app, "push", push.PushStep, _push, examples=_PUSH)
+    add_command(app, "eval", finetune.EvalStep, _eval, examples=_EVAL)
 
 
 _SHOWN = 50  # differences that verify prints
@@ -90,7 +90,7 @@ def _wrote(step: Any, report: "Report", *, as_json: bool, voice: Voice) -> None:
         key = ["--key", step.key] if base and step.key else []
         following = [["report", *key, str(step.out), *base]]
         packed, held = report.bytes.packed_bytes, report.bytes.file_bytes
-        if packed is not None and packed < held and not isinstance(step, recipe.UnpackStep):
+        if packed is not None and packed < held and not isinstance(step, pack.UnpackStep):
             following.append(["pack", str(step.out), f"{step.out}-packed"])
         for i, words in enumerate(following):
             voice.say(f"{'      ' if i else 'next: '}{_command(words)}", fit=False)  # to be pasted
@@ -104,8 +104,8 @@ def _command(words: list[str]) -> str:
     return shlex.join(["lpsparse", name, *options, *ends, *places])
 
 
-def _prune(step: recipe.PruneStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import prune_components, prune_step
+def _prune(step: prune.PruneStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.commands.prune import prune_components, prune_step
 
     if step.component:
         with working(voice):
@@ -128,7 +128,7 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    from lpsparse.pruning.prunable import in_short
+    from lpsparse.pruning.targets import in_short
     from lpsparse.reporting import table
     from lpsparse.reporting.records import Estimate
 
@@ -155,16 +155,17 @@ def _known(zeros: int | None) -> str:
     return "not known" if zeros is None else f"{zeros:,} or more"
 
 
-def _pack(step: recipe.PackStep | recipe.UnpackStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import pack_step
+def _pack(step: pack.PackStep | pack.UnpackStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.commands.pack import pack_step
 
     with working(voice):
         found = pack_step(step, voice.say)
     _wrote(step, found, as_json=as_json, voice=voice)
 
 
-def _finetune(step: recipe.FinetuneStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import finetune_step, silent
+def _finetune(step: finetune.FinetuneStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.commands.base import silent
+    from lpsparse.commands.finetune import finetune_step
 
     if voice.verbose:  # also in the processes that it starts
         os.environ["LPSPARSE_VERBOSE"] = "1"
@@ -220,8 +221,8 @@ def _facts(found: dict[str, Any], *, as_json: bool) -> None:
         print_result(f"{key.replace('_', ' '):<18} {text.clean(str(shown))}")
 
 
-def _verify(step: recipe.VerifyStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import verify_step
+def _verify(step: report.VerifyStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.commands.verify import verify_step
 
     with working(voice):
         found = verify_step(step, voice.say)
@@ -242,9 +243,9 @@ def _verify(step: recipe.VerifyStep, as_json: bool, voice: Voice) -> None:
         raise typer.Exit(ExitCode.VERDICT)
 
 
-def _inspect(step: recipe.InspectStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.pruning.prunable import in_short
-    from lpsparse.verbs import inspect_step
+def _inspect(step: report.InspectStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.commands.inspect import inspect_step
+    from lpsparse.pruning.targets import in_short
 
     found = inspect_step(step, voice.say)
     if as_json:
@@ -285,8 +286,8 @@ def _shape(shape: list[int], count: int) -> str:
     return (f"{count} x " if count > 1 else "") + "x".join(map(str, shape))
 
 
-def _push(step: recipe.PushStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import push_step
+def _push(step: push.PushStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.commands.push import push_step
 
     with showing(voice):
         found = push_step(step, voice.say, bars=not voice.quiet and has_terminal())
@@ -300,8 +301,8 @@ def _push(step: recipe.PushStep, as_json: bool, voice: Voice) -> None:
         print_result(text.clean(found["pull_request"] or found["url"]))
 
 
-def _eval(step: recipe.EvalStep, as_json: bool, voice: Voice) -> None:
-    from lpsparse.verbs import evaluate_step
+def _eval(step: finetune.EvalStep, as_json: bool, voice: Voice) -> None:
+    from lpsparse.commands.evaluate import evaluate_step
 
     with showing(voice):
         found = evaluate_step(step, voice.say)

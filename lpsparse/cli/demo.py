@@ -17,8 +17,9 @@ from lpsparse.errors import ExitCode, OutputError
 from lpsparse.reporting.text import columns, percent, size
 
 if TYPE_CHECKING:
-    from lpsparse.recipe import FinetuneStep, Step
     from lpsparse.reporting.records import Report
+    from lpsparse.steps.base import Step
+    from lpsparse.steps.finetune import FinetuneStep
 
 RECIPE = Path(__file__).parents[1] / "bundled" / "demo.yaml"
 _HELP = """Run finetune, prune and report on a bundled model, offline; exit 1 below its bounds.
@@ -39,25 +40,26 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    from lpsparse import pipeline, verbs
-    from lpsparse.chain import planned
-    from lpsparse.checkpoint.progress import Brief
+    from lpsparse import api
     from lpsparse.cli.bar import showing
-    from lpsparse.recipe_file import read_recipe
+    from lpsparse.parallel.progress import Brief
+    from lpsparse.recipes import run
+    from lpsparse.recipes.file import read_recipe
+    from lpsparse.recipes.plan import planned
 
     if folder.exists() and not any(folder.glob("*.partial")):  # of one that was interrupted
         raise OutputError(401, f"{folder}: exists already", hint="remove it, or give another DIR")
     say = Voice(quiet, verbose).say
     changes = {"out": str(folder)}
     rival = _rival([link.step for link in planned(read_recipe(RECIPE, changes), changes, RECIPE)])
-    command = pipeline.command_line("finetune", rival)
-    done: list[pipeline.Done] = []
+    command = run.command_line("finetune", rival)
+    done: list[run.Done] = []
     with showing(Voice(quiet)), _children() as children:
-        for each in pipeline.run_each(RECIPE, changes, say):
+        for each in run.run_each(RECIPE, changes, say):
             done.append(each)
             # Each trains on one thread: two fill two cores.
             if str(getattr(each.step, "out", "")) == rival.model:
-                say(Brief(f"[beside] {pipeline.in_short('finetune', rival)}", f"[beside] {command}"))
+                say(Brief(f"[beside] {run.in_short('finetune', rival)}", f"[beside] {command}"))
                 words = [sys.executable, "-m", *shlex.split(command), "--quiet", "--json"]
                 children.append(subprocess.Popen(words, stdout=subprocess.DEVNULL))
         if children:
@@ -66,7 +68,7 @@ def demo(
             if child.wait() != 0:  # it has said why, on the same stderr
                 raise typer.Exit(child.returncode)
     by_name = {Path(str(getattr(each.step, "out", each.name))).name: each.result for each in done}
-    magnitude = verbs.report(rival.out)
+    magnitude = api.report(rival.out)
     reports: dict[str, Any] = {
         "dense": by_name["dense"],
         "magnitude": magnitude,
@@ -76,18 +78,18 @@ def demo(
     final = by_name["report"]
     if as_json:
         print_json(
-            {"table": rows, "passed": pipeline.passed(done), "report": str(folder / "sparse" / "report.json")}
+            {"table": rows, "passed": run.passed(done), "report": str(folder / "sparse" / "report.json")}
         )
     else:
         _print(rows, final, folder)
-    if not pipeline.passed(done):
+    if not run.passed(done):
         raise typer.Exit(ExitCode.VERDICT)
 
 
 def _rival(steps: "list[Step]") -> "FinetuneStep":
     """Gradual magnitude pruning with everything else as in the recipe's sparse fine-tune, but for LAMP
     allocation, with which magnitudes do better on this model."""
-    from lpsparse.recipe import FinetuneStep
+    from lpsparse.steps.finetune import FinetuneStep
 
     trained = (step for step in steps if isinstance(step, FinetuneStep))
     sparse = next(step for step in trained if step.target_sparsity is not None)

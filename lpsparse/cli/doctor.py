@@ -26,10 +26,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no messages.")] = False,
 ) -> None:
-    from lpsparse import health
+    from lpsparse.commands import doctor
 
     Voice(quiet).say("looking; torch and two processes take some seconds to start")
-    found = health.doctor(folder)
+    found = doctor.doctor(folder)
     if as_json:
         print_json(found)
     else:

@@ -7,15 +7,14 @@ from typing import NoReturn
 
 import typer
 
-_RECIPE = Path(__file__).parents[1] / "recipe.py"
+_FILES = Path(__file__).parents[1] / "steps"
 _STEPS = ("finetune", "prune", "pack", "unpack", "verify", "inspect", "push", "eval", "report")
 
 
 def register(app: typer.Typer) -> None:
     """`commands` and `report` register the same, with their options."""
-    classes = {
-        node.name: node for node in ast.parse(_RECIPE.read_bytes()).body if isinstance(node, ast.ClassDef)
-    }
+    nodes = (node for path in _FILES.glob("*.py") for node in ast.parse(path.read_bytes()).body)
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     for name in _STEPS:
         app.command(name, help=ast.get_docstring(classes[f"{name.capitalize()}Step"]))(_run)
 

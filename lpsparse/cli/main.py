@@ -20,7 +20,7 @@ from lpsparse.cli.app import App
 from lpsparse.cli.output import silence, tell, tell_runner_error
 from lpsparse.cli.suggestions import MEANT
 from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
-from lpsparse.launch import is_first, is_one_of_several, name_as_launched
+from lpsparse.parallel.environment import has_other_ranks, is_rank_0, set_torch_names
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 
@@ -54,9 +54,9 @@ def _run(words: list[str]) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII still shows every name
     try:
-        name_as_launched()
+        set_torch_names()
         if any(key.startswith("LPSPARSE_") for key in os.environ):
-            from lpsparse.settings import check_environment
+            from lpsparse.steps.resolve import check_environment
 
             check_environment()
         named = any(not word.startswith("-") for word in words) or "_LPSPARSE_COMPLETE" in os.environ
@@ -154,13 +154,13 @@ def _say_error(code: str, what: str, hint: str) -> None:
     note = os.environ.get("TORCHELASTIC_ERROR_FILE")  # where a launcher looks for the error of a process
     if note:
         Path(note).write_text(json.dumps({"message": text, "code": code, "timestamp": int(time.time())}))
-    if is_first():
+    if is_rank_0():
         tell(text)
         tell_runner_error(code, what, hint)
 
 
 def _leave(text: str, code: ExitCode) -> NoReturn:
-    if text and is_first():
+    if text and is_rank_0():
         tell(f"\n{text}")
     _end(int(code))
 
@@ -168,7 +168,7 @@ def _leave(text: str, code: ExitCode) -> NoReturn:
 def _end(code: int) -> NoReturn:
     """Exit. One of several processes goes at once: torch's threads would wait for the others, or abort."""
     interrupts.end_quietly(code)
-    if is_one_of_several():
+    if has_other_ranks():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()

@@ -10,8 +10,8 @@ import typer
 from pydantic.fields import FieldInfo
 
 from lpsparse.cli.output import QUIET, VERBOSE, Voice
-from lpsparse.recipe import POSITIONAL, REPEATED, Step, flag, other_names
-from lpsparse.settings import resolve
+from lpsparse.steps.base import POSITIONAL, REPEATED, Step, flag, other_names
+from lpsparse.steps.resolve import resolve
 
 _EPILOG = (
     "Each option can also be set as LPSPARSE_NAME, such as LPSPARSE_JSON=1; a flag wins (`lpsparse help "

@@ -12,7 +12,7 @@ import typer
 
 from lpsparse.cli import github
 from lpsparse.errors import OutputError
-from lpsparse.launch import is_first
+from lpsparse.parallel.environment import is_rank_0
 from lpsparse.reporting.text import IN_JSON, clean, fitted, harmless, without_order
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Verbose = Annotated[bool, typer.Option(*VERBOSE[:-1], help=VERBOSE[-1])]
 def print_result(text: str) -> None:
     """Print on stdout, at most as wide as the terminal is; a reader that has gone away (`| head -1`) is no
     error."""
-    if is_first():
+    if is_rank_0():
         _tell_person(sys.stdout, fitted(text, width()))
 
 
@@ -39,7 +39,7 @@ def print_text(text: str) -> None:
 
 def print_file(text: str) -> None:
     """A whole file on stdout, as it is."""
-    if is_first():
+    if is_rank_0():
         _write(sys.stdout, text.removesuffix("\n"))
 
 
@@ -54,13 +54,13 @@ def _tell_person(stream: TextIO | None, text: str) -> None:
 
 def tell_runner(report: "Report") -> None:
     """On GitHub Actions: a summary, and an annotation for each budget that failed."""
-    if is_first():
+    if is_rank_0():
         _tell_runner(github.summarise(report), lambda: github.annotations(report))
 
 
 def tell_runner_of_sweep(found: dict[str, Any]) -> None:
     """Likewise: the table, and an annotation where no model meets the budgets."""
-    if is_first():
+    if is_rank_0():
         _tell_runner(github.summarise_sweep(found), lambda: github.sweep_annotations(found))
 
 
@@ -119,7 +119,7 @@ class Voice:
 
     def say(self, text: str, *, fit: bool = True) -> None:
         """Say one message on stderr. On a terminal it is made to `fit`, with no word broken."""
-        if not self.quiet and is_first():
+        if not self.quiet and is_rank_0():
             text = clean(getattr(text, "full", text) if self.verbose else text)  # of a progress.Brief
             fit = fit and has_terminal()
             tell(fitted(text, shutil.get_terminal_size((100, 24)).columns) if fit else text)

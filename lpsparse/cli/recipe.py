@@ -47,7 +47,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    from lpsparse.checking import check_recipe
+    from lpsparse.recipes.check import check_recipe
 
     found = check_recipe(recipe, overrides(set_ or []))
     if as_json:
@@ -57,7 +57,7 @@ def check(
 
 
 def schema() -> None:
-    from lpsparse.schema import recipe_schema
+    from lpsparse.recipes.schema import recipe_schema
 
     print_json(recipe_schema())
 

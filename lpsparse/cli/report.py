@@ -9,7 +9,7 @@ from lpsparse.cli.commands import show_report
 from lpsparse.cli.options import add_command
 from lpsparse.cli.output import Voice, print_file, tell_runner
 from lpsparse.errors import ExitCode, UsageError
-from lpsparse.recipe import ReportStep
+from lpsparse.steps.report import ReportStep
 
 _EXAMPLES = """\
   lpsparse report sparse dense
@@ -34,8 +34,8 @@ def register(app: typer.Typer) -> None:
 
 
 def _report(step: ReportStep, files: dict[str, str | None], voice: Voice) -> None:
+    from lpsparse.commands.report import write_report
     from lpsparse.reporting.views import VIEWS
-    from lpsparse.verbs import write_report
 
     asked = {view: file for view, file in files.items() if file is not None}
     _check(asked)

@@ -33,13 +33,13 @@ def run(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    from lpsparse import pipeline
     from lpsparse.cli.bar import showing
+    from lpsparse.recipes import run
 
     voice = Voice(quiet, verbose)
     with showing(voice):
-        done: list[pipeline.Done] = []
-        for each in pipeline.run_each(recipe, overrides(set_ or []), voice.say):
+        done: list[run.Done] = []
+        for each in run.run_each(recipe, overrides(set_ or []), voice.say):
             done.append(each)
             if each.name == "report" and not isinstance(each.result, dict):
                 tell_runner(each.result)
@@ -48,7 +48,7 @@ def run(
     else:
         for each in done:
             print_result(summary(each.name, each.result))
-    if not pipeline.passed(done):
+    if not run.passed(done):
         raise typer.Exit(ExitCode.VERDICT)
 
 

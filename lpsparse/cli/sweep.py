@@ -42,13 +42,13 @@ def sweep(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    from lpsparse import sweeping
     from lpsparse.cli.bar import showing
+    from lpsparse.recipes import sweep
 
     voice = Voice(quiet, verbose)
     with showing(voice):
         parts = [part for part in sparsity.split(",") if part.strip()]
-        found = sweeping.sweep(recipe, parts, out, overrides(set_ or []), voice.say)
+        found = sweep.sweep(recipe, parts, out, overrides(set_ or []), voice.say)
     if as_json:
         print_json(found)
     else:

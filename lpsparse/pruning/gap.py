@@ -13,7 +13,7 @@ from math import log10, sqrt
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import Bits, magnitudes, value_of
-from lpsparse.checkpoint.threads import parallel
+from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.select import Counts, Scored, Task, tasks_of
 
 MIN_DECADES = 2.0

@@ -11,13 +11,12 @@ import numpy as np
 from lpsparse.checkpoint.counting import Cut, check_finite, nonfinite
 from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, ordered, value_of
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import phase
 from lpsparse.checkpoint.tensors import Blocks, Tensor
-from lpsparse.checkpoint.threads import parallel
 from lpsparse.errors import UsageError, VerdictError
+from lpsparse.parallel.progress import phase
+from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.gap import Band, find_band
 from lpsparse.pruning.neighbours import Pair, divides, grain_of, joined, sums_of_blocks, table_of
-from lpsparse.pruning.prunable import Chosen, Decision, choose
 from lpsparse.pruning.select import (
     Scored,
     cut_blocks,
@@ -27,6 +26,7 @@ from lpsparse.pruning.select import (
     select,
     target_count,
 )
+from lpsparse.pruning.targets import Chosen, Decision, choose
 
 Scope = Literal["global", "tensor", "row"]
 

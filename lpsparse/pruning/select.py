@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpsparse.checkpoint.dtypes import DTYPES, F32_INF, F64_INF, Bits, code_of, magnitudes
-from lpsparse.checkpoint.progress import advance, phase
-from lpsparse.checkpoint.threads import parallel
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.parallel.threads import parallel
 
 Counts = NDArray[np.int64]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.errors import UsageError
-from lpsparse.plain_yaml import read_yaml
+from lpsparse.safe_yaml import read_yaml
 
 _MOST_BYTES = 4_000_000  # of the file that are looked at; cards with tables of results have hundreds of kB
 _MOST_TAKEN = 20_000  # letters of the fields that are wanted

@@ -7,9 +7,9 @@ from typing import Literal
 
 from lpsparse.checkpoint.manifest import Quality
 from lpsparse.errors import InputError, UsageError
-from lpsparse.limits import BUDGETS, Limit, limit_of
-from lpsparse.recipe import ReportStep
 from lpsparse.reporting.records import Budget, Report, TensorRow, groups
+from lpsparse.steps.budgets import BUDGETS, Limit, limit_of
+from lpsparse.steps.report import ReportStep
 
 Level = Literal["error", "warn"]
 FINITE = "finite"  # the name of what is checked wherever there is a budget

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits, magnitudes, ordered
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
+from lpsparse.parallel.progress import advance, phase
 from lpsparse.reporting.records import Change
 from lpsparse.reporting.survey import on_each
 

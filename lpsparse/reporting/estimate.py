@@ -14,10 +14,10 @@ from lpsparse.checkpoint.layouts import bitmask, packed
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rewrite import WAITING, metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
-from lpsparse.checkpoint.threads import cores
 from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.checkpoint.writer import find_sidecars
-from lpsparse.pruning.prunable import Chosen
+from lpsparse.parallel.threads import cores
+from lpsparse.pruning.targets import Chosen
 from lpsparse.reporting.measure import measure
 from lpsparse.reporting.records import Estimate, Report
 

@@ -12,13 +12,12 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.rescue import LAYOUTS, config_of
 from lpsparse.checkpoint.rewrite import metadata_of
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
-from lpsparse.checkpoint.threads import parallel
 from lpsparse.checkpoint.weights import Named, file_size
-from lpsparse.limits import REPORTED_N_M
-from lpsparse.pruning.prunable import Chosen, Decision, choose, recorded
+from lpsparse.parallel.threads import parallel
+from lpsparse.pruning.targets import Chosen, Decision, choose, recorded
 from lpsparse.reporting.bound import sampled_bytes
-from lpsparse.reporting.kinds import KINDS, kind_of
 from lpsparse.reporting.records import (
+    KINDS,
     Base,
     Bytes,
     Change,
@@ -31,8 +30,10 @@ from lpsparse.reporting.records import (
     Share,
     TensorRow,
     groups,
+    kind_of,
 )
 from lpsparse.reporting.survey import survey
+from lpsparse.steps.budgets import REPORTED_N_M
 
 _PACKED = "lpsparse (load, unpack){}; ordinary loaders refuse it by its file name"
 _HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it

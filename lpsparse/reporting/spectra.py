@@ -4,9 +4,9 @@ import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.tensors import Tensor
-from lpsparse.checkpoint.threads import parallel
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.parallel.threads import parallel
 from lpsparse.reporting.changes import floats
 from lpsparse.reporting.records import Spectrum
 

@@ -12,13 +12,12 @@ from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES, FIELDS, Bits, infinity, magnitudes, ordered
 from lpsparse.checkpoint.layouts.exponents import counts_of
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.rescue import config_of
 from lpsparse.checkpoint.tensors import Blocks, Tensor
-from lpsparse.checkpoint.threads import parallel
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.parallel.threads import parallel
 from lpsparse.reporting.bound import bound_bytes
-from lpsparse.reporting.kinds import ATTENTION_ROWS, kind_of
-from lpsparse.reporting.records import Detail, Histogram
+from lpsparse.reporting.records import ATTENTION_ROWS, Detail, Histogram, kind_of
 
 N_M = {"1:4": 1, "2:4": 2, "4:8": 4}  # how many non-zeros a group may have
 _GROUPS = {name: int(name.partition(":")[2]) for name in N_M}  # how large one is

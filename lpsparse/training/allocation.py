@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpsparse import distributed
 from lpsparse.errors import UsageError
+from lpsparse.parallel import ranks
 
 SHARES = ("global", "lamp", "uniform", "erk")
 SETTLED = 10  # steps; before them an average of squared gradients is mostly noise
@@ -49,7 +49,7 @@ def _kth_across(values: Tensor, count: int) -> Tensor:
     left = bits
     for shift in range(8 * values.element_size() - 16, -1, -16):
         digits = (left >> shift) & 0xFFFF
-        reached = distributed.summed(torch.bincount(digits, minlength=1 << 16)).cumsum(0)
+        reached = ranks.all_reduce_counts(torch.bincount(digits, minlength=1 << 16)).cumsum(0)
         digit = int((reached < count).sum())
         count -= int(reached[digit - 1]) if digit else 0
         left, found = left[digits == digit], found << 16 | digit
@@ -82,8 +82,8 @@ def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor
         raise UsageError(227, what, hint="--exclude it, or use --score magnitude")
     for name, weight in weights.items():
         state: dict[str, Any] = optimizer.state[weight]
-        average = distributed.local(state["exp_avg_sq"]) / (1 - betas[id(weight)][1] ** float(state["step"]))
-        size = distributed.local(weight.detach()).abs()
+        average = ranks.local_tensor(state["exp_avg_sq"]) / (1 - betas[id(weight)][1] ** float(state["step"]))
+        size = ranks.local_tensor(weight.detach()).abs()
         scores[name] = average.sqrt_().add_(torch.finfo(weight.dtype).eps ** 2).mul_(size)
     return scores
 
@@ -103,12 +103,12 @@ def allocate(scores: dict[str, Tensor], count: int, share: str, *, across: bool 
     threshold = kth_smallest(torch.cat(ranked), count, across=across)
     below = [int((score < threshold).sum()) for score in ranked]
     ties = [int((score == threshold).sum()) for score in ranked]
-    found = distributed.gathered((below, ties)) if across else [(below, ties)]
+    found = ranks.all_gather((below, ties)) if across else [(below, ties)]
     left = count - sum(sum(each) for each, _ in found)
     for k in range(len(names)):
         for rank, (_, at) in enumerate(found):
             taken = min(left, at[k])
-            below[k] += taken if len(found) == 1 or rank == distributed.rank() else 0
+            below[k] += taken if len(found) == 1 or rank == ranks.rank() else 0
             left -= taken
     return dict(zip(names, below, strict=True))
 

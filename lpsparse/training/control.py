@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lpsparse import distributed
+from lpsparse.parallel import ranks
 from lpsparse.pruning.select import target_count
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.allocation import allocate, fisher, keep_only_, kth_smallest, smallest_masks
 from lpsparse.training.attached import own_rate
 from lpsparse.training.decay import LpDecay, budget_lambda, kill_magnitude
@@ -60,7 +60,7 @@ class SparsityControl:
             raise ValueError("score auto is not resolved")
         self.step, self.weights, self.optimizer, self.phases = step, weights, optimizer, phases
         self.others, self.top = dict(others or {}), top
-        self.across = any(distributed.is_sharded(w) for w in weights.values())
+        self.across = any(ranks.is_sharded(w) for w in weights.values())
         self.size = sum(w.numel() for w in weights.values())
         self.start = self.zeros()
         self.target = step.target_sparsity
@@ -88,7 +88,7 @@ class SparsityControl:
         self.held: dict[str, Tensor] = {}  # as `masks`, of the others
         if step.keep_zeros:
             self.masks = {name: w != 0 for name, w in self._parts().items()}
-            living = {name: distributed.local(w.detach()) != 0 for name, w in self.others.items()}
+            living = {name: ranks.local_tensor(w.detach()) != 0 for name, w in self.others.items()}
             self.held = {name: keep for name, keep in living.items() if not keep.all()}
         if step.method in ("one-shot", "rigl"):
             self._cut(self._count(self.target or Decimal(0)))
@@ -150,7 +150,7 @@ class SparsityControl:
 
     def _parts(self) -> dict[str, Tensor]:
         """The values of the weights, as far as this process has them, on the same memory."""
-        return {name: distributed.local(weight.detach()) for name, weight in self.weights.items()}
+        return {name: ranks.local_tensor(weight.detach()) for name, weight in self.weights.items()}
 
     def _living(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters of which something is held at zero, and True where they live."""
@@ -159,7 +159,7 @@ class SparsityControl:
 
     def _sums(self, counts: list[int]) -> list[int]:
         """Counts of this process's parts as counts of the whole."""
-        return [int(count) for count in distributed.sums(counts)] if self.across else counts
+        return [int(count) for count in ranks.all_reduce_sum(counts)] if self.across else counts
 
     def _magnitudes(self) -> dict[str, Tensor]:
         return {name: part.abs() for name, part in self._parts().items()}
@@ -239,7 +239,7 @@ class SparsityControl:
             self._forget()
         for weight, keep in self._living():
             if weight.grad is not None:
-                keep_only_(distributed.local(weight.grad), keep)
+                keep_only_(ranks.local_tensor(weight.grad), keep)
 
     def exchanges(self, t: int) -> bool:
         """Whether step t asks for the gradients of what is cut, too."""
@@ -297,14 +297,14 @@ class SparsityControl:
         for weight, keep in self._living():
             state: dict[str, Any] = self.optimizer.state.get(weight, {})
             for key, value in state.items():
-                part = distributed.local(value) if isinstance(value, Tensor) else None
+                part = ranks.local_tensor(value) if isinstance(value, Tensor) else None
                 if part is not None and part.shape == keep.shape and key != "exp_avg_sq":
                     part.masked_fill_(~keep, 0.0)
 
     @torch.no_grad()
     def _hold(self) -> None:
         for weight, keep in self._living():
-            keep_only_(distributed.local(weight.detach()), keep)
+            keep_only_(ranks.local_tensor(weight.detach()), keep)
 
     @torch.no_grad()
     def near_zero(self) -> float:

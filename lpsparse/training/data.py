@@ -17,7 +17,7 @@ from typing import Any
 from lpsparse.checkpoint.hub import fetch, is_hub_id
 from lpsparse.checkpoint.manifest import Trained
 from lpsparse.errors import InputError, UsageError
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.labels import label_of
 
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet")

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from lpsparse import distributed
 from lpsparse.errors import UsageError
+from lpsparse.parallel import ranks
 from lpsparse.training.attached import Attached, Closure, Given, uncover, with_closure, with_hooks
 from lpsparse.training.compiled import FLUSH, compiled
 
@@ -208,7 +208,7 @@ class LpDecay:
         shared: dict[tuple[int, torch.device], Tensor] = {}  # the scalars of this step, moved once
         for param, group in self._decayed():
             check_precision(param)
-            w, spare = distributed.local(param.detach()), self.spare.get(id(param))
+            w, spare = ranks.local_tensor(param.detach()), self.spare.get(id(param))
             kept = torch.empty_like(w)
             name = "fill" if spare is None else "fill unspared"
             if self._needs_old():
@@ -250,7 +250,7 @@ class LpDecay:
             kept = self._kept.pop(id(param), None)
             if kept is None or param.grad is None:
                 continue
-            v = distributed.local(param.detach())
+            v = ranks.local_tensor(param.detach())
             if self._needs_old():
                 lp_(
                     v, kept, lr=float(group["lr"]), p=group["lp_p"], lambda_p=group["lp_lambda"],

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lpsparse import distributed
 from lpsparse.errors import UsageError
-from lpsparse.recipe import FinetuneStep
+from lpsparse.parallel import ranks
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.tasks.base import Batch, Task
 
 
@@ -42,7 +42,7 @@ class Teacher:
         whose forward pass on `batch`, repeated `passes` times, has just run."""
         with torch.no_grad():
             theirs, _ = self.task.predict(self.model, batch)
-        distributed.share_again(self.model)
+        ranks.reshard(self.model)
         theirs = torch.cat([theirs] * passes)
         heat, share = self.step.temperature, self.step.distill
         gap = functional.kl_div(

@@ -11,19 +11,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lpsparse import __version__, distributed
+from accelerate import tracking
+
+from lpsparse import __version__
 from lpsparse.checkpoint.manifest import source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.output import output_folder, partial_of
 from lpsparse.checkpoint.writer import METRICS, write_text
 from lpsparse.errors import StateError
-from lpsparse.launch import local_rank
-from lpsparse.recipe import FinetuneStep
+from lpsparse.parallel import ranks
+from lpsparse.parallel.environment import local_rank
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.resume import States
 from lpsparse.training.run import Progress
-from lpsparse.training.tracking import Tracker
 
 Say = Callable[[str], None]
+
+
 OnStep = Callable[[Progress], None]
 
 
@@ -33,15 +37,15 @@ def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> d
     files = None
     if local_rank() == 0:  # it is read once a machine
         files = {record.name: record.sha256 for record in source_of(source).files}
-    distributed.wait()
-    files = distributed.gathered(files)[distributed.rank() - local_rank()]
+    ranks.barrier()
+    files = ranks.all_gather(files)[ranks.rank() - local_rank()]
     numbers = {"lpsparse": __version__, "torch": version("torch")}
     versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
     found = {
         "recipe": recipe, "model": files, "versions": versions, "shard": step.shard,
         "code": {"model_fn": _code(step.model_fn), "optimizer": _code(step.optimizer)},
     }  # fmt: skip
-    odd = distributed.odd_one(json.dumps(found, sort_keys=True))
+    odd = ranks.first_different_rank(json.dumps(found, sort_keys=True))
     if odd is not None:
         what = f"process {odd} has other options, another model or other data than process 0"
         raise StateError(707, what, hint="give every process the same")
@@ -59,7 +63,7 @@ def _code(spec: str | None) -> str | None:
 @contextmanager
 def training_folder(step: FinetuneStep) -> Generator[Path]:
     """OUT.partial, which process 0 makes and completes."""
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         yield partial_of(step.out)
         return
     states = "drop" if step.resume == "never" else "resume"
@@ -70,10 +74,10 @@ def training_folder(step: FinetuneStep) -> Generator[Path]:
 def find_states(step: FinetuneStep, folder: Path, made: dict[str, Any], say: Say) -> States:
     """The run's states, and in `found` the one to go on from. Raises StateError where it cannot be used, and
     where the processes see different ones."""
-    distributed.wait()
+    ranks.barrier()
     states = States(folder, made, keep=step.keep_last, shard=step.shard)
     states.find(step.resume, say)
-    if distributed.odd_one(str(states.found and states.found[1]["step"])) is not None:
+    if ranks.first_different_rank(str(states.found and states.found[1]["step"])) is not None:
         what = f"{folder}: the processes do not find the same training state"
         raise StateError(710, what, hint="put OUT on a disk that all machines see")
     return states
@@ -82,7 +86,7 @@ def find_states(step: FinetuneStep, folder: Path, made: dict[str, Any], say: Say
 @contextmanager
 def recording(step: FinetuneStep, states: States, on_step: OnStep, say: Say) -> Generator[OnStep]:
     """A function that takes progress to the metrics, the tracker and `on_step`; nowhere but on process 0."""
-    if distributed.rank() > 0:
+    if ranks.rank() > 0:
         yield lambda progress: None
         return
     path = states.folder / METRICS
@@ -122,3 +126,35 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+_CLASSES = {"tensorboard": "TensorBoardTracker", "trackio": "TrackioTracker", "wandb": "WandBTracker"}
+
+
+class Tracker:
+    def __init__(self, name: str, out: Path, say: Callable[[str], None]) -> None:
+        """`name` is a value of `--track`. Tensorboard's files go to `runs` beside `out`."""
+        self.name, self.say = name, say
+        self._inner: Any = None
+        self._try(lambda: self._start(out))
+
+    def _start(self, out: Path) -> None:
+        options: dict[str, Any] = {"logging_dir": out.parent / "runs"} if self.name == "tensorboard" else {}
+        inner = getattr(tracking, _CLASSES[self.name])(out.name, **options)
+        inner.start()
+        self._inner = inner
+
+    def log(self, progress: Any) -> None:
+        values = {key: getattr(progress, key) for key in progress.__slots__ if key not in ("step", "steps")}
+        self._try(lambda: self._inner and self._inner.log(values, step=progress.step))
+
+    def close(self) -> None:
+        self._try(lambda: self._inner and self._inner.finish())
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:  # another's code, another's server
+            self._inner = None
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            self.say(f"--track {self.name} is given up ({reason}); metrics.jsonl goes on")

@@ -9,14 +9,14 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from lpsparse import distributed
 from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
-from lpsparse.launch import is_one_of_several
-from lpsparse.pruning.prunable import Chosen, kept_in_words
+from lpsparse.parallel import ranks
+from lpsparse.parallel.environment import has_other_ranks
 from lpsparse.pruning.select import target_count
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.pruning.targets import Chosen, kept_in_words
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import check_apart, held_out_of
 from lpsparse.training.distill import blocks, make_teacher
 from lpsparse.training.loss import check_dropout
@@ -72,7 +72,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint, *, spread: bo
         raise InputError(371, what, hint="check the data and its permissions") from error
     if spread:
         device = PartialState().device or torch.device("cpu")
-        distributed.spread(task.loaded.module, device, shard=False, bf16=False)
+        ranks.distribute(task.loaded.module, device, shard=False, bf16=False)
     return task
 
 
@@ -123,7 +123,7 @@ def train(
     teacher = make_teacher(step, task)
     for each in (model,) if teacher is None else (model, teacher.model):
         bf16 = step.mixed_precision == "bf16"
-        distributed.spread(each, accelerator.device, blocks(each), shard=step.shard, bf16=bf16)
+        ranks.distribute(each, accelerator.device, blocks(each), shard=step.shard, bf16=bf16)
     prunable, weights = choose_weights(step, task.loaded)  # sharding has put others in their place
     say(kept_in_words(prunable))
     found = states.read()
@@ -132,7 +132,7 @@ def train(
     optimizer = make_optimizer(step, model, weights)
     switch(optimizer, "train")
     # Sharding is torch's own: accelerate's does not know processes without a GPU.
-    if distributed.ranks() > 1 and not step.shard and leaves_unused(task, accelerator.device):
+    if ranks.world_size() > 1 and not step.shard and leaves_unused(task, accelerator.device):
         unused: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
         accelerator.ddp_handler = unused
     prepared = model if step.shard else accelerator.prepare(model)
@@ -158,7 +158,7 @@ def train(
         teacher.close()
     if not step.shard:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # or it would be measured under autocast
-    distributed.share_buffers(model)
+    ranks.broadcast_buffers(model)
     task.loaded.round_to_storage()
     return Trained(task, prunable, run.before, evaluate(step, task, "after"), made)
 
@@ -169,7 +169,7 @@ def start(step: FinetuneStep) -> Accelerator:
     if reset is not None:
         reset()
     accelerator = _accelerator(step)
-    distributed.make_patient()
+    ranks.make_barrier_group()
     return accelerator
 
 
@@ -178,7 +178,7 @@ def _accelerator(step: FinetuneStep) -> Accelerator:
     if step.mixed_precision == "fp16" and not has_gpu:
         raise UsageError(248, "--mixed-precision fp16: needs a GPU", hint="use auto, or no in a new process")
     # Left to itself, accelerate takes processes without a GPU for one process each.
-    alone_on_cpu = is_one_of_several() and not has_gpu
+    alone_on_cpu = has_other_ranks() and not has_gpu
     try:
         limit = InitProcessGroupKwargs(timeout=timedelta(seconds=step.rank_timeout))
         accelerator = Accelerator(
@@ -191,5 +191,5 @@ def _accelerator(step: FinetuneStep) -> Accelerator:
             raise UsageError(258, what, hint=hint) from None
         what = f"--mixed-precision {step.mixed_precision}: {str(error).strip().splitlines()[0]}"
         raise UsageError(248, what, hint="use auto, or no in a new process") from None
-    assert accelerator.num_processes == distributed.ranks() or not is_one_of_several()
+    assert accelerator.num_processes == ranks.world_size() or not has_other_ranks()
     return accelerator

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lpsparse.errors import UsageError
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.distill import Teacher
 from lpsparse.training.tasks.base import Batch, Task
 

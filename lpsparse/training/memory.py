@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.tensors import Tensor
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 
 _WEIGHT, _GRADIENT = 4, 4
 _AVERAGES = {"adamw": 8, "sgd": 4, "muon": 4, "adafactor": 0}  # adafactor's are of rows and columns

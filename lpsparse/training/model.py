@@ -18,7 +18,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from lpsparse import distributed
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.entry import is_ours
 from lpsparse.checkpoint.opening import Checkpoint
@@ -27,6 +26,7 @@ from lpsparse.checkpoint.tensors import BLOCK_BYTES, Blocks, grid_of, read_all
 from lpsparse.checkpoint.tensors import Tensor as StoredTensor
 from lpsparse.checkpoint.torchfile import NAMES
 from lpsparse.errors import InputError, StateError
+from lpsparse.parallel import ranks
 from lpsparse.training.model_fn import build
 from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
 
@@ -70,7 +70,7 @@ class Loaded:
         state = self.module.state_dict()
         for name, out in self.names.items():
             if out in self.dtypes:
-                values = distributed.local(state[name])
+                values = ranks.local_tensor(state[name])
                 values.copy_(values.to(TORCH_DTYPES[self.dtypes[out]]))
 
 
@@ -212,7 +212,7 @@ def _read_once(load: Callable[[], Loaded], empty: Callable[[], nn.Module]) -> Lo
         buffers = _shared(module.named_buffers(remove_duplicate=False))
         return replace(mine[0], module=nn.Identity()), params, buffers
 
-    loaded, params, buffers = distributed.of_first(outline)
+    loaded, params, buffers = ranks.run_on_rank_0(outline)
     return mine[0] if mine else replace(loaded, module=_alike(empty(), params, buffers))
 
 
@@ -241,7 +241,7 @@ def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> 
                 setattr(module.get_submodule(parent), own, buffer)  # a buffer stays one
     found = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     if [_shared(each) for each in found] != [params, buffers]:
-        what = f"process {distributed.rank()} builds another {type(module).__name__} than process 0"
+        what = f"process {ranks.rank()} builds another {type(module).__name__} than process 0"
         raise StateError(712, what, hint="give every process the same code and versions")
     return module.eval()
 
@@ -381,8 +381,8 @@ def _part_of(module: nn.Module, name: str, tensor: StoredTensor) -> StoredTensor
     """`tensor` of the source with the values that it has in the fused tensor `name` of the module."""
 
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
-        whole = distributed.whole(module.state_dict()[name])
-        if distributed.rank() > 0:  # it only gives its part
+        whole = ranks.full_tensor(module.state_dict()[name])
+        if ranks.rank() > 0:  # it only gives its part
             return
         turned = turned_back(module, {name: whole})
         key = tensor.name if tensor.name in turned else tensor.name.removeprefix("module.")
@@ -395,8 +395,8 @@ def _part_of(module: nn.Module, name: str, tensor: StoredTensor) -> StoredTensor
 def _from_training(name: str, dtype: str, file: str, value: Tensor) -> StoredTensor:
     def blocks(first: int = 0, last: int | None = None) -> Blocks:
         if value.numel():
-            whole = distributed.whole(value)  # one tensor at a time, on all processes
-            if distributed.rank() > 0:  # it only gives its part
+            whole = ranks.full_tensor(value)  # one tensor at a time, on all processes
+            if ranks.rank() > 0:  # it only gives its part
                 return
             grid = grid_of(tuple(value.shape), dtype)
             yield from _blocks_of(from_tensor(whole, dtype).reshape(grid), first, last)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lpsparse import distributed
-from lpsparse.recipe import FinetuneStep
+from lpsparse.parallel import launcher, ranks
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.stopping import ASKS
 from lpsparse.training.tasks.base import Batch, Task
 
@@ -82,14 +82,14 @@ def batch_order(step: FinetuneStep, task: Task, epoch: int) -> list[list[int]]:
 
 def parts_of(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[Part]:
     """This process's parts, `step.accumulate` a step, of the steps from `first` on."""
-    ranks, rank = distributed.ranks(), distributed.rank()
-    count, of_epoch, order = ranks * step.accumulate, -1, list[list[int]]()
+    world_size, rank = ranks.world_size(), ranks.rank()
+    count, of_epoch, order = world_size * step.accumulate, -1, list[list[int]]()
     for t in range(first, steps):
         epoch, place = divmod(t, _steps_an_epoch(step, task))
         if epoch != of_epoch:
             of_epoch, order = epoch, batch_order(step, task, epoch)
         batch = order[place]
-        for number in range(rank, count, ranks):
+        for number in range(rank, count, world_size):
             mine = tuple(batch[number::count])
             yield Part(t, epoch, number, mine or (batch[0],), not mine)
 
@@ -150,7 +150,7 @@ def _in_worker(_: int) -> None:
     """A signal to all of a job's processes is for those that train; workers end with them."""
     for number in ASKS:
         signal.signal(number, signal.SIG_IGN)
-    distributed.end_with_parent(signal.SIGKILL)
+    launcher.end_with_parent(signal.SIGKILL)
     torch.set_num_threads(1)
 
 

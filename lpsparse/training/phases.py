@@ -12,7 +12,7 @@ Without a target there is no cut. All weights decay; with p < 1 the run ends by 
 import math
 from dataclasses import dataclass
 
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.allocation import SETTLED
 
 # Without a target, p < 1 empties a band of magnitudes, but weights on their way through it freeze there as

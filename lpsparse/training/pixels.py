@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.images import Image, Pixels
 from lpsparse.training.model import first_line, quiet_transformers
 

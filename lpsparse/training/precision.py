@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpsparse.recipe import FinetuneStep
+from lpsparse.steps.finetune import FinetuneStep
 
 # Names of the instructions, as torch.cpu.get_capabilities and Linux write them: x86, then ARM.
 _INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "arm_bf16", "sve_bf16", "bf16", "svebf16"}

@@ -9,10 +9,10 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from lpsparse import distributed
-from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.errors import NumericError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.parallel import ranks
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import digests, find, held_out_of
 from lpsparse.training.tasks.base import Task
 
@@ -70,10 +70,10 @@ def _evaluated(step: FinetuneStep | EvalStep, task: Task, unit: str) -> Measured
     # Examples of like length together: less padding. The sums do not depend on the order.
     examples = sorted(task.held_out, key=task.length) if task.length else task.held_out
     loss = square = count = correct = 0
-    rank, ranks = distributed.rank(), distributed.ranks()
+    rank, world_size = ranks.rank(), ranks.world_size()
     with torch.no_grad():
         for first in range(0, len(examples), step.batch_size):
-            places = range(first, min(first + step.batch_size, len(examples)))[rank::ranks]
+            places = range(first, min(first + step.batch_size, len(examples)))[rank::world_size]
             mine = [examples[place] for place in places]
             batch = task.collate(mine or [examples[first]])  # all of a sharded model go through it together
             if task.measured is not None:
@@ -86,8 +86,8 @@ def _evaluated(step: FinetuneStep | EvalStep, task: Task, unit: str) -> Measured
                 count += len(labels)
                 correct += int((logits.argmax(-1) == labels).sum())
             advance(min(step.batch_size, len(examples) - first), unit)
-    distributed.share_again(model)
-    loss, square, count, correct = distributed.sums([loss, square, count, correct])
+    ranks.reshard(model)
+    loss, square, count, correct = ranks.all_reduce_sum([loss, square, count, correct])
     if not math.isfinite(loss):
         what = f"loss {loss} over {int(count)} {task.unit} held out"
         raise NumericError(502, what, hint="look for NaN or Inf with `lpsparse report`")

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lpsparse import distributed
 from lpsparse.checkpoint.writer import STATE, fsync, write_json
 from lpsparse.errors import OutputError, StateError
+from lpsparse.parallel import ranks
 
 VERSION = 2
 _RECORD = "state.json"
@@ -33,7 +33,7 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, its tensors put into `tensors`. Raises TypeError for what is neither."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = distributed.local(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = ranks.local_tensor(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, dict):
         return {"pairs": [[key, encode(each, tensors)] for key, each in value.items()]}
@@ -110,16 +110,16 @@ class States:
         final = self.folder / STATE / f"step-{step:08d}"
         fresh = final.with_name(final.name + ".partial")
         try:
-            if distributed.rank() == 0:
+            if ranks.rank() == 0:
                 for left in (self.folder / STATE).glob("*.partial"):  # of a run that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 fresh.mkdir(parents=True)
-            distributed.wait()
-            own = _write_part(fresh, state) if self.shard or distributed.rank() == 0 else None
-            parts = [part for part in distributed.gathered(own) if part is not None]
-            if distributed.rank() == 0:
+            ranks.barrier()
+            own = _write_part(fresh, state) if self.shard or ranks.rank() == 0 else None
+            parts = [part for part in ranks.all_gather(own) if part is not None]
+            if ranks.rank() == 0:
                 self._complete(fresh, final, step, parts)
-            distributed.wait()
+            ranks.barrier()
         except (OSError, SafetensorError) as error:
             shutil.rmtree(fresh, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
@@ -129,7 +129,7 @@ class States:
 
     def _complete(self, fresh: Path, final: Path, step: int, parts: list[tuple[str, str, Any]]) -> None:
         record = {
-            "version": VERSION, "step": step, "processes": distributed.ranks(), "made_by": self.made_by,
+            "version": VERSION, "step": step, "processes": ranks.world_size(), "made_by": self.made_by,
             "files": {name: sha256 for name, sha256, _ in parts}, "trees": [tree for _, _, tree in parts],
         }  # fmt: skip
         write_json(fresh / _RECORD, {**record, "sha256": _digest(record)})
@@ -146,7 +146,7 @@ def _write_part(folder: Path, state: Any) -> tuple[str, str, Any]:
     """This process's file: its name, its sha256, and the rest of the state as JSON."""
     tensors: dict[str, Tensor] = {}
     tree = encode(state, tensors)
-    name = f"rank-{distributed.rank():05d}.safetensors"
+    name = f"rank-{ranks.rank():05d}.safetensors"
     save_file(tensors, folder / name)
     fsync(folder / name)
     _compare(folder / name, tensors)
@@ -209,7 +209,7 @@ def _check(path: Path, record: dict[str, Any], made_by: dict[str, Any]) -> None:
     if record["version"] != VERSION:
         what = f"{path}: is of version {record['version']}, this lpsparse knows {VERSION}"
         raise StateError(703, what, hint=hint)
-    given = {**made_by, "processes": distributed.ranks()}
+    given = {**made_by, "processes": ranks.world_size()}
     differences = list(_differences({**record["made_by"], "processes": record["processes"]}, given))
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -228,7 +228,7 @@ def _differences(found: dict[str, Any], given: dict[str, Any], where: str = "") 
 
 def _read(path: Path, record: dict[str, Any]) -> Any:
     """The state of this process. Raises StateError for a file that is no longer readable."""
-    rank = distributed.rank() if len(record["trees"]) > 1 else 0
+    rank = ranks.rank() if len(record["trees"]) > 1 else 0
     name = f"rank-{rank:05d}.safetensors"
     try:
         return decode(record["trees"][rank], load_file(path / name))

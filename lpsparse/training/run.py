@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lpsparse import distributed
-from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.errors import InterruptError, NumericError, ResourceError, ResumableError, is_out_of_memory
-from lpsparse.recipe import FinetuneStep
+from lpsparse.parallel import ranks
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.distill import Teacher
 from lpsparse.training.loss import batch_loss
 from lpsparse.training.model import first_line
@@ -112,7 +112,7 @@ class Run:
     @contextmanager
     def _guarded(self, t: int) -> Generator[None]:
         """Raises ResourceError where memory or another process is missing."""
-        with distributed.missing_others(f"step {t + 1}: "):
+        with ranks.lost_rank_errors(f"step {t + 1}: "):
             try:
                 yield
             except (MemoryError, RuntimeError, OSError, EOFError) as error:
@@ -125,11 +125,12 @@ class Run:
                 raise
 
     def _out_of_memory(self, t: int) -> ResourceError:
-        step, ranks = self.step, distributed.ranks()
+        step, world_size = self.step, ranks.world_size()
         more = min(2 * step.accumulate, step.batch_size)
-        size, half = (math.ceil(step.batch_size / (ranks * parts)) for parts in (step.accumulate, more))
+        size, half = (math.ceil(step.batch_size / (world_size * parts)) for parts in (step.accumulate, more))
         what = f"out of memory at step {t + 1}, with {size} examples at a time"
-        ways = ["--checkpointing"] * (not step.checkpointing) + ["--shard"] * (not step.shard and ranks > 1)
+        ways = [] if step.checkpointing else ["--checkpointing"]
+        ways += ["--shard"] if world_size > 1 and not step.shard else []
         hint = f"use {', '.join([*ways, 'a smaller model or more memory'])}"
         if half < size:
             hint = f"--accumulate {more} takes {half} at a time and makes the same step"
@@ -143,11 +144,11 @@ class Run:
         self.method.after_backward()
         groups: list[dict[str, Any]] = self.optimizer.param_groups
         params = [param for group in groups for param in group["params"]]  # gains included
-        norm = distributed.number(self.accelerator.clip_grad_norm_(params, self.step.clip or math.inf))
+        norm = ranks.to_float(self.accelerator.clip_grad_norm_(params, self.step.clip or math.inf))
         # A loss scaler (fp16) skips a step whose gradients overflow and goes on with a smaller scale.
         bad = not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm))
         asked = {"": 0, "SIGINT": 2}.get(self.stop.reason(), 1)
-        bad, asked, due = distributed.most([bad, asked, self._is_due(t + 1)])
+        bad, asked, due = ranks.all_reduce_max([bad, asked, self._is_due(t + 1)])
         if bad:
             self._refuse(t, loss, norm)
         self._note(t, loss)
@@ -166,8 +167,8 @@ class Run:
 
     def _backward(self, parts: list[Any]) -> float:
         """The loss of this process's share of the step's batch; its gradients are there."""
-        step, task, ranks = self.step, self.task, distributed.ranks()
-        alone, device = ranks * step.accumulate == 1, self.accelerator.device
+        step, task, world_size = self.step, self.task, ranks.world_size()
+        alone, device = world_size * step.accumulate == 1, self.accelerator.device
         ready: list[tuple[Part, Batch]] = []
         for part, batch in parts:
             batch = {key: value.to(device) for key, value in batch.items()}
@@ -175,16 +176,16 @@ class Run:
                 (part, batch if task.augment is None else task.augment(batch, part.seeds(step.seed)))
             )
         counts = [0 if part.empty else task.count(batch) for part, batch in ready]
-        total = 1.0 if alone else distributed.sums([sum(counts)])[0]
+        total = 1.0 if alone else ranks.all_reduce_sum([sum(counts)])[0]
         whole = 0.0
         for k, (part, batch) in enumerate(ready):
             last = k == len(ready) - 1
             seed_pass(step, part)
-            with nullcontext() if last else distributed.without_sync(self.model):
+            with nullcontext() if last else ranks.no_sync(self.model):
                 with self.accelerator.autocast():
                     loss = batch_loss(step, task, self.model, batch, self.teacher)
                 if not alone:  # so that the processes' mean is the mean over the whole batch
-                    loss = loss * (ranks * counts[k] / total)
+                    loss = loss * (world_size * counts[k] / total)
                 self.accelerator.backward(loss)
             whole += float(loss.detach())
         return whole
@@ -197,13 +198,13 @@ class Run:
     def _progress(self, epoch: int) -> Progress:
         control = self.method.control
         if not self.step.shard:
-            odd = distributed.odd_one(distributed.fingerprint(control.weights.values()))
+            odd = ranks.first_different_rank(ranks.fingerprint(control.weights.values()))
             if odd is not None:
                 what = f"step {self.done}: process {odd} has other weights than process 0"
                 raise ResourceError(
                     605, what, hint="run the same command again; look at that machine's memory"
                 )
-        mean = distributed.sums([sum(self.losses) / len(self.losses)])[0] / distributed.ranks()
+        mean = ranks.all_reduce_sum([sum(self.losses) / len(self.losses)])[0] / ranks.world_size()
         self.losses.clear()
         return Progress(
             self.done, len(control.rates), epoch, mean, control.rates[self.done - 1], control.lambda_p,
@@ -229,7 +230,7 @@ class Run:
         """All that decides the rest of the run; tensors, numbers and text."""
         scaler, before = self.accelerator.scaler, self.before
         return {
-            "losses": distributed.gathered(list(self.losses)), "skipped": self.skipped,
+            "losses": ranks.all_gather(list(self.losses)), "skipped": self.skipped,
             "before": None if before is None else astuple(before),
             "weights": dict(self.task.loaded.module.state_dict()),
             "optimizer": self.method.control.optimizer.state_dict(), "method": self.method.state_dict(),
@@ -238,11 +239,11 @@ class Run:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        self.losses, self.skipped = list(state["losses"][distributed.rank()]), state["skipped"]
+        self.losses, self.skipped = list(state["losses"][ranks.rank()]), state["skipped"]
         self.before = None if state["before"] is None else Measured(*state["before"])
         for name, value in self.task.loaded.module.state_dict().items():
-            distributed.local(value).copy_(state["weights"][name])
+            ranks.local_tensor(value).copy_(state["weights"][name])
         self.method.load_state_dict(moved(state["method"], self.accelerator.device))
-        distributed.load_averages(self.method.control.optimizer, state["optimizer"])
+        ranks.load_averages(self.method.control.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

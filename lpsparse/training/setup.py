@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpsparse import distributed
 from lpsparse.errors import InputError, UsageError
-from lpsparse.pruning.prunable import Chosen, check_chosen, decide, no_match
-from lpsparse.recipe import FinetuneStep
+from lpsparse.parallel import ranks
+from lpsparse.pruning.targets import Chosen, check_chosen, decide, no_match
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training import optimizers
 from lpsparse.training.allocation import SETTLED
 from lpsparse.training.conditioning import condition
@@ -56,7 +56,7 @@ def in_short(step: FinetuneStep, steps: int) -> str | None:
 
 def check_shard(step: FinetuneStep) -> None:
     """Raises UsageError for what needs whole tensors, or other processes."""
-    if distributed.ranks() == 1:
+    if ranks.world_size() == 1:
         raise UsageError(
             232, "--shard: there is one process to share among", hint="add --processes 2 or more"
         )
@@ -161,7 +161,7 @@ def choose_weights(
 
 def _empty(weights: dict[str, torch.Tensor]) -> list[str]:
     """Those with nothing but zeros. All processes call it."""
-    some = distributed.most([float(distributed.local(weight).any()) for weight in weights.values()])
+    some = ranks.all_reduce_max([float(ranks.local_tensor(weight).any()) for weight in weights.values()])
     return sorted(out for out, there in zip(weights, some, strict=True) if not there)
 
 

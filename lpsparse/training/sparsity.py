@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lpsparse.errors import StateError, UsageError
-from lpsparse.pruning.prunable import Chosen, kept_in_words
-from lpsparse.recipe import FinetuneStep
-from lpsparse.settings import resolve
+from lpsparse.pruning.targets import Chosen, kept_in_words
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.resolve import resolve
 from lpsparse.training.allocation import keep_only_
 from lpsparse.training.attached import around_step, own_rate, set_rate, with_hooks
 from lpsparse.training.conditioning import fold
@@ -132,7 +132,7 @@ class Sparsity(Method):
 
     It sets the learning rate of every step, as torch's schedulers do: its peak is each parameter group's own
     rate (`initial_lr`, or else `lr`). With `lr` the largest of them becomes that, and the others follow in
-    proportion. Options are the fields of `recipe.FinetuneStep` about sparsity, selection, decay, conditioning
+    proportion. Options are the fields of `FinetuneStep` about sparsity, selection, decay, conditioning
     and the learning rate's shape. The optimizer's own weight decay should be 0 for the weights that are to be
     sparse.
 

@@ -1,7 +1,7 @@
 """A run in words: what it is about to do, for the person at the terminal and for the manifest."""
 
-from lpsparse.checkpoint.progress import Brief
-from lpsparse.recipe import FinetuneStep
+from lpsparse.parallel.progress import Brief
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.control import SparsityControl
 
 _SAID = (  # beside what is said in words

@@ -20,8 +20,7 @@ from lpsparse.reporting.html.parts import (
     plural,
     size,
 )
-from lpsparse.reporting.kinds import KINDS
-from lpsparse.reporting.records import Budget, Report, TensorRow
+from lpsparse.reporting.records import KINDS, Budget, Report, TensorRow
 
 MOST_BARS = 400
 _HEIGHT = 240

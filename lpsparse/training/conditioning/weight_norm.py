@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lpsparse.distributed import average_
 from lpsparse.errors import UsageError
+from lpsparse.parallel.ranks import average_
 from lpsparse.training.attached import around_step
 from lpsparse.training.conditioning.base import Conditioned
 from lpsparse.training.conditioning.layout import as_rows

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import write_json
 from lpsparse.errors import InputError, UsageError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import held_out_of
 from lpsparse.training.labels import Classes, Labelled, check_rows, unseen
 from lpsparse.training.model import Loaded, first_line, quiet_transformers

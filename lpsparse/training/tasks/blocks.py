@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpsparse import distributed
-from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.checkpoint.writer import write_text
 from lpsparse.errors import InputError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.parallel import ranks
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import find, held_out_of, read_text
 
 LARGE = 32 * 2**20  # bytes
@@ -101,11 +101,11 @@ def _tokens(step: FinetuneStep | EvalStep, data: str, split: str, tokenizer: Any
     if not _is_large(files):
         return _encode(tokenizer, read_text(files, part, step.text_field))
     path = _kept(files, part, tokenizer)
-    if distributed.rank() == 0 and not _is_whole(path):
+    if ranks.rank() == 0 and not _is_whole(path):
         size = sum(path.stat().st_size for path in files)
         size = max(0, min(size, part.stop or size) - (part.start or 0))
         _write(path, _pieces(files, part), tokenizer, size)
-    distributed.wait()
+    ranks.barrier()
     return np.memmap(path, np.uint32, mode="r")
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.model import load_transformer
 from lpsparse.training.tasks.base import Batch, Task, check_vocabulary, length_of, tokenizer_of
 from lpsparse.training.tasks.blocks import make_blocks

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lpsparse import distributed
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.parallel import ranks
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import class_names, find, split_folders
 from lpsparse.training.images import Image, read_images
 from lpsparse.training.labels import Classes, config_names, number
@@ -74,7 +74,7 @@ def _of_folder(
         what = f"{checkpoint.name}: has no head to measure ({', '.join(loaded.new)})"
         raise InputError(399, what, hint="fine-tune it first")
     view = view_of(step, checkpoint, getattr(loaded.module.config, "image_size", None))
-    channels, _ = distributed.of_first(lambda: _fit(step, loaded.module, view, examples.all))
+    channels, _ = ranks.run_on_rank_0(lambda: _fit(step, loaded.module, view, examples.all))
     task = _task(step, loaded, view, channels, classes, examples)
     return replace(task, sidecars=lambda folder: write_head(folder, loaded.module))
 
@@ -85,7 +85,7 @@ def _of_module(
     """What --model-fn builds: a head without names, whose outputs are counted."""
     assert step.model_fn is not None
     loaded, view = load_module(checkpoint, step.model_fn), view_of(step, checkpoint, None)
-    channels, outputs = distributed.of_first(lambda: _fit(step, loaded.module, view, examples.all))
+    channels, outputs = ranks.run_on_rank_0(lambda: _fit(step, loaded.module, view, examples.all))
     names = [f"LABEL_{i}" for i in range(outputs)]
     classes = number(examples.places, names, checkpoint, head=True, folders=folders)
     examples.check(classes)

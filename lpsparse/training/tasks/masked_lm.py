@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.model import load_transformer
 from lpsparse.training.tasks.base import Batch, Task, check_vocabulary, draws, length_of, tokenizer_of
 from lpsparse.training.tasks.blocks import make_blocks

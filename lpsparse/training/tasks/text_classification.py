@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.progress import advance, phase
 from lpsparse.errors import InputError, UsageError
-from lpsparse.recipe import EvalStep, FinetuneStep
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import Row, class_names, find, read_rows
 from lpsparse.training.labels import Classes, config_names, first_places, number
 from lpsparse.training.model import has_head, load_transformer, read_config

@@ -1,0 +1,81 @@
+"""What `--dry-run` of prune, pack and unpack shows: what OUT would be, and what it would take."""
+
+from typing import Any
+
+from lpsparse.checkpoint.counting import Count, Cuts
+from lpsparse.checkpoint.files import packed_sizes
+from lpsparse.checkpoint.opening import Checkpoint, no_key
+from lpsparse.checkpoint.preflight import check_output
+from lpsparse.checkpoint.writer import find_sidecars
+from lpsparse.commands.artefact import Say, called_after
+from lpsparse.pruning.plan import plan_unread
+from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
+from lpsparse.reporting.estimate import estimate, report_of
+from lpsparse.reporting.records import Report
+from lpsparse.steps.pack import PackStep, UnpackStep
+from lpsparse.steps.prune import PruneStep, pair
+
+
+def foretell(
+    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, counts: dict[str, Count],
+    took: tuple[float, float], cut: Cuts = lambda _: None,
+) -> Report:  # fmt: skip
+    """What a dry run shows: the report of OUT, and what it would take."""
+    layout = "dense" if isinstance(step, UnpackStep) else step.layout
+    sizes: dict[str, int | None] = {}
+    if layout == "packed":  # only packing tells
+        sizes = packed_sizes(source, cut, step.level if isinstance(step, PackStep) else "default")
+    found = report_of(source, chosen, counts, layout, sizes)
+    size = found.bytes.file_bytes
+    # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
+    took = took[0], took[1] * (2 if found.layout == "dense" else 10)
+    needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
+    return called_after(found.model_copy(update={"estimate": needs}), step.out)
+
+
+def say_left(source: Checkpoint, say: Say) -> None:
+    """What of the source's files would not be in OUT."""
+    left = find_sidecars(source)[1]
+    if left:
+        say(f"would be left behind: {', '.join(left)}")
+
+
+def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
+    """What can be known of `step` without downloading MODEL."""
+    from lpsparse.hub.headers import read_remote
+
+    if step.key is not None:  # headers are those of safetensors
+        raise no_key(step.model, step.key)
+    remote = read_remote(step.model, step.weights)
+    source = remote.checkpoint
+    refuse_quantised(source)
+    check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite)
+    plan = plan_unread(
+        source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
+        include=step.include, exclude=step.exclude, look=step.look,
+    )  # fmt: skip
+    say(kept_in_words(plan.chosen))
+    say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
+    if plan.zeros is None:
+        say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
+    needs = estimate(
+        source, step.out, weight_bytes=source.dense_bytes, sidecar_bytes=remote.sidecar_bytes,
+        threads=step.threads,
+    )  # fmt: skip
+    return {
+        "model": source.name, "revision": source.revision, "from_headers_alone": True,
+        "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
+        "download_bytes": remote.download_bytes,
+        "weights": sum(tensor.size for tensor in source.tensors),
+        "prunable_weights": sum(each.size for each in source.tensors if plan.chosen[each.name].prunable),
+        "zeros_at_least": plan.zeros,
+        "estimate": needs.model_dump(mode="json"),
+        "tensors": [
+            {
+                "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
+                "bytes": tensor.nbytes, "prunable": plan.chosen[tensor.name].prunable,
+                "reason": plan.chosen[tensor.name].reason, "zeros_at_least": plan.each.get(tensor.name),
+            }
+            for tensor in source.tensors
+        ],
+    }  # fmt: skip

@@ -1,0 +1,124 @@
+"""Settings of prune."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from lpsparse.steps.base import (
+    ALLOW_EMPTY,
+    EXCLUDE,
+    INCLUDE,
+    KEY,
+    MODEL,
+    OUT,
+    OVERWRITE,
+    THREADS,
+    WEIGHTS,
+    Fraction,
+    Patterns,
+    Step,
+)
+
+
+def _n_m(value: Any) -> Any:
+    if isinstance(value, int):
+        raise ValueError('--n-m: write it in quotes in YAML, such as "2:4"')  # 2:4 is a time of day there
+    n, _, m = str(value).partition(":")
+    if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 1024):
+        raise ValueError(f"--n-m {value}: N:M with 0 < N < M <= 1024, such as 2:4")
+    return f"{int(n)}:{int(m)}"
+
+
+def _block(value: Any) -> Any:
+    rows, _, columns = str(value).partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) > 0 and int(columns) > 0):
+        raise ValueError(f"--block {value}: ROWSxCOLUMNS, such as 4x1 or 16x16")
+    return f"{int(rows)}x{int(columns)}"
+
+
+def pair(text: str | None) -> tuple[int, int] | None:
+    """The two numbers of --n-m or --block."""
+    if text is None:
+        return None
+    first, second = text.replace("x", ":").split(":")
+    return int(first), int(second)
+
+
+_COMPONENT = Field(
+    (),
+    description="Glob over the components of MODEL, a diffusers pipeline's folder, that are pruned, each by "
+    "itself; repeatable. All else is copied.",
+)
+
+LOOK = Field(
+    False,
+    description="Ask transformers what each tensor is: it builds the model without values. Default: only of "
+    "what names and shapes leave open.",
+)
+
+_DRY_PRUNE = Field(
+    False,
+    description="Say what would be zero, with disk, memory and time, and write nothing; of a hub id that is "
+    "not in the cache from its headers alone.",
+)
+
+
+class PruneStep(Step):
+    """Cut the smallest weights to exact zeros."""
+
+    rivals: ClassVar[tuple[str, ...]] = ("sparsity", "below", "gap", "n_m")  # one of them says how much
+
+    model: str = MODEL
+    weights: str | None = WEIGHTS
+    key: str | None = KEY
+    component: Patterns = _COMPONENT
+    out: Path = OUT
+    sparsity: Fraction | None = Field(
+        None, ge=0, le=1,
+        description="Fraction of the prunable weights that is zero afterwards, 0..1, met exactly within "
+        "each scope.",
+    )  # fmt: skip
+    below: float | None = Field(None, ge=0, description="Cut every |w| below this.")
+    gap: bool = Field(
+        False,
+        description="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none.",
+    )
+    n_m: Annotated[str, BeforeValidator(_n_m)] | None = Field(
+        None,
+        description="Leave at most N non-zeros, the largest, in each M neighbours of a row, as 2:4.",
+    )
+    scope: Literal["global", "tensor", "row"] = Field("global", description="Where --sparsity holds.")
+    block: Annotated[str, BeforeValidator(_block)] | None = Field(
+        None,
+        description="Cut whole blocks of ROWSxCOLUMNS, those with the smallest sum of magnitudes; "
+        "--sparsity is then met in blocks.",
+    )
+    include: Patterns = INCLUDE
+    exclude: Patterns = EXCLUDE
+    look: bool = LOOK
+    allow_empty: bool = ALLOW_EMPTY
+    layout: Literal["dense", "bitmask", "packed"] = Field("dense", description="How the result is stored.")
+    threads: int | None = THREADS
+    overwrite: bool = OVERWRITE
+    dry_run: bool = _DRY_PRUNE
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        given = [n for n, v in (("--sparsity", self.sparsity), ("--below", self.below)) if v is not None]
+        given += ["--gap"] * self.gap + ["--n-m"] * (self.n_m is not None)
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of --sparsity, --below, --gap, --n-m (got {', '.join(given) or 'none'})"
+            )
+        if self.block is not None and (self.sparsity is None or self.scope == "row"):
+            raise ValueError("--block goes with --sparsity, of --scope global or tensor")
+        if self.scope != "global" and self.sparsity is None:
+            raise ValueError(f"--scope {self.scope} goes with --sparsity only")
+        if self.component and (self.overwrite or self.weights or self.key):
+            raise ValueError("--component goes without --overwrite, --weights and --key")
+        return self
