@@ -29,23 +29,62 @@ from lpsparse.pruning.targets import decide
 from lpsparse.training.modules import roles_of
 
 SMALL = {  # words in the names of a config's numbers -> what they become
-    "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "encoder_layers": 2, "decoder_layers": 2,
-    "num_encoder_layers": 2, "num_decoder_layers": 2, "hidden_size": 64, "d_model": 64, "n_embd": 64,
-    "dim": 64, "intermediate_size": 96, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_ff": 96,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layer": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "hidden_size": 64,
+    "d_model": 64,
+    "n_embd": 64,
+    "dim": 64,
+    "intermediate_size": 96,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "d_ff": 96,
     "ffn_dim": 96,
-    "moe_intermediate_size": 40, "shared_expert_intermediate_size": 40, "num_attention_heads": 4, "n_head": 4,
-    "num_heads": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "vocab_size": 211, "max_position_embeddings": 72, "n_positions": 72,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 40,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "num_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 211,
+    "max_position_embeddings": 72,
+    "n_positions": 72,
     "max_source_positions": 72,
-    "max_target_positions": 72, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "image_size": 32, "patch_size": 8, "projection_dim": 48, "rotary_dim": 8, "embedding_size": 64,
-    "num_mel_bins": 16, "n_inner": None, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "max_target_positions": 72,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "projection_dim": 48,
+    "rotary_dim": 8,
+    "embedding_size": 64,
+    "num_mel_bins": 16,
+    "n_inner": None,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MOST = 3_000_000  # weights of a model that is small
 CLASSES = (
-    "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "CTC", "IMAGE_TEXT_TO_TEXT",
-    "SPEECH_SEQ_2_SEQ", "PRETRAINING", "",
-)  # fmt: skip
+    "CAUSAL_LM",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "MASKED_LM",
+    "IMAGE_CLASSIFICATION",
+    "CTC",
+    "IMAGE_TEXT_TO_TEXT",
+    "SPEECH_SEQ_2_SEQ",
+    "PRETRAINING",
+    "",
+)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS)
 TASK_HEADS = ("cls", "classifier", "score", "predictions", "generator_predictions", "heads", "head")
@@ -142,10 +181,11 @@ def inputs_of(model: Any) -> dict[str, Any]:
     name, words = model.main_input_name, torch.randint(3, 200, (1, 11))
     size = getattr(getattr(model.config, "vision_config", model.config), "image_size", 32)
     kinds: dict[str, Any] = {
-        "input_ids": words, "input_values": torch.randn(1, 4000),
+        "input_ids": words,
+        "input_values": torch.randn(1, 4000),
         "pixel_values": torch.randn(1, 3, size, size),
         "input_features": torch.randn(1, getattr(model.config, "num_mel_bins", 16), 144),
-    }  # fmt: skip
+    }
     given = {name: kinds[name]}
     if getattr(model.config, "is_encoder_decoder", False):
         given["decoder_input_ids"] = words

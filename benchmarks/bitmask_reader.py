@@ -86,10 +86,11 @@ def written_by_them(files: Path, work: Path) -> list[bool]:
 
     passed: list[bool] = []
     for packed, dense in (
-        ("parts.safetensors", "dense.safetensors"), ("old.safetensors", "old-dense.safetensors"),
+        ("parts.safetensors", "dense.safetensors"),
+        ("old.safetensors", "old-dense.safetensors"),
         ("sparse-bitmask", "sparse-bitmask-dense.safetensors"),
         ("sparse-24-bitmask", "sparse-24-bitmask-dense.safetensors"),
-    ):  # fmt: skip
+    ):
         lpsparse.unpack(files / packed, work / f"unpacked-{packed}")
         for path in (files / packed, work / f"unpacked-{packed}"):
             same = bits(lpsparse.load(path)) == bits(lpsparse.load(files / dense))
@@ -215,10 +216,12 @@ def write_old(folder: str) -> None:
     from safetensors.torch import save_file
 
     state = {
-        "a.weight": sparse((7, 13), "float32", 1), "a.bias": sparse((13,), "float16", 2),
-        "conv.weight": sparse((5, 3, 3, 3), "bfloat16", 3), "ids": sparse((3, 11), "int64", 4),
+        "a.weight": sparse((7, 13), "float32", 1),
+        "a.bias": sparse((13,), "float16", 2),
+        "conv.weight": sparse((5, 3, 3, 3), "bfloat16", 3),
+        "ids": sparse((3, 11), "int64", 4),
         "count": sparse((), "int64", 5) + 3,
-    }  # fmt: skip
+    }
     save_file(state, Path(folder) / "old-dense.safetensors")
     save_file(BitmaskCompressor(config=None).compress(state), Path(folder) / "old.safetensors")
 

@@ -74,11 +74,12 @@ def generate(folder: Path, gib: float, shard: int = SHARD, tensors: int = 4) -> 
             rows = shard // tensors // 2 // COLUMNS
             entries = {
                 f"layers.{i}.{k}.weight": {
-                    "dtype": "BF16", "shape": [rows, COLUMNS],
+                    "dtype": "BF16",
+                    "shape": [rows, COLUMNS],
                     "data_offsets": [k * shard // tensors, (k + 1) * shard // tensors],
                 }
                 for k in range(tensors)
-            }  # fmt: skip
+            }
             text = json_of({"__metadata__": {"format": "pt"}, **entries})
             file.write(len(text).to_bytes(8, "little") + text)
             for _ in entries:
@@ -143,8 +144,9 @@ def prune(sizes: list[float], rounds: int, folder: Path) -> None:
         middles.append(sorted(peaks)[rounds // 2])
         print(
             f"| {gib:g} | {copy:.1f} s | {cut:.1f} s | {ratio:.2f} | {cut / gib:.2f} | "
-            f"{middles[-1] / (1 << 20):.0f}, {max(peaks) / (1 << 20):.0f} MiB |", flush=True,
-        )  # fmt: skip
+            f"{middles[-1] / (1 << 20):.0f}, {max(peaks) / (1 << 20):.0f} MiB |",
+            flush=True,
+        )
         shutil.rmtree(source)
     print(f"memory of the last to the first: {middles[-1] / middles[0]:.3f} times")
 
@@ -184,8 +186,9 @@ def rivals(gib: float, rounds: int, folder: Path) -> None:
     for name, found in middle.items():
         print(
             f"| {name} | {found[0]:.1f} | {found[0] / ours[0]:.1f} | {found[1] / (1 << 20):.0f} MiB | "
-            f"{found[1] / ours[1]:.1f} |", flush=True,
-        )  # fmt: skip
+            f"{found[1] / ours[1]:.1f} |",
+            flush=True,
+        )
 
 
 def report(sizes: list[float], rounds: int, folder: Path) -> None:
@@ -209,8 +212,9 @@ def report(sizes: list[float], rounds: int, folder: Path) -> None:
             cat, our = sorted(cats)[rounds // 2], sorted(ours)[rounds // 2]
             print(
                 f"| {gib:g}, {name} | {cat:.2f} s | {our:.2f} s | {(our - start) / gib:.2f} | "
-                f"{our / cat:.1f} | {max(peaks) / (1 << 20):.0f} MiB |", flush=True,
-            )  # fmt: skip
+                f"{our / cat:.1f} | {max(peaks) / (1 << 20):.0f} MiB |",
+                flush=True,
+            )
         shutil.rmtree(source)
         shutil.rmtree(sparse)
     many(folder)
@@ -242,11 +246,12 @@ def inspect(folder: Path) -> None:
         rows = 10**11 // (shards * each) // 8192
         entries = {
             f"layers.{i}.{k}.weight": {
-                "dtype": "BF16", "shape": [rows, 4096],
+                "dtype": "BF16",
+                "shape": [rows, 4096],
                 "data_offsets": [k * rows * 8192, (k + 1) * rows * 8192],
             }
             for k in range(each)
-        }  # fmt: skip
+        }
         text = json_of(entries)
         with (folder / "model" / name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)

@@ -77,9 +77,18 @@ def table(columns: list[str], rows: dict[str, Counter[str]]) -> None:
 # Kills
 
 KILLS = [
-    "kills", "before the first write", "between it and the rename", "after", "OUT absent", "OUT whole",
-    "corrupted", "old OUT lost", "inputs lost", "finished after a kill", "differ or left something",
-]  # fmt: skip
+    "kills",
+    "before the first write",
+    "between it and the rename",
+    "after",
+    "OUT absent",
+    "OUT whole",
+    "corrupted",
+    "old OUT lost",
+    "inputs lost",
+    "finished after a kill",
+    "differ or left something",
+]
 
 
 def kills(folder: Path, count: int, mib: int, draw: random.Random, processes: int) -> dict[str, Counter[str]]:
@@ -111,9 +120,13 @@ def kills(folder: Path, count: int, mib: int, draw: random.Random, processes: in
             for _ in range(min(draw.randint(2, 4), half - found["kills"])):
                 overwrites = name == "--overwrite"
                 run = Run(
-                    model, out, draw.choice(("0.5", "0.8")), overwrite=overwrites, processes=processes,
+                    model,
+                    out,
+                    draw.choice(("0.5", "0.8")),
+                    overwrite=overwrites,
+                    processes=processes,
                     lost=draw.randrange(processes),
-                )  # fmt: skip
+                )
                 aimed = found["between it and the rename"] <= 0.6 * found["kills"]
                 moment = run.killed(draw.uniform(0, max(spans if aimed else wholes)), aimed=aimed)
                 if moment:
@@ -223,23 +236,45 @@ class Run:
 # Calls
 
 WRITES = (
-    "write", "writev", "pwrite", "pwritev", "sendfile", "copy_file_range", "posix_fallocate", "truncate",
+    "write",
+    "writev",
+    "pwrite",
+    "pwritev",
+    "sendfile",
+    "copy_file_range",
+    "posix_fallocate",
+    "truncate",
     "ftruncate",
-)  # fmt: skip
+)
 KINDS = {
-    **dict.fromkeys(WRITES, "write"), "fsync": "fsync", "fdatasync": "fsync", "rename": "rename",
-    "replace": "rename", "mkdir": "mkdir", "unlink": "unlink", "remove": "unlink", "rmdir": "unlink",
-    "link": "link", "symlink": "link",
-}  # fmt: skip
+    **dict.fromkeys(WRITES, "write"),
+    "fsync": "fsync",
+    "fdatasync": "fsync",
+    "rename": "rename",
+    "replace": "rename",
+    "mkdir": "mkdir",
+    "unlink": "unlink",
+    "remove": "unlink",
+    "rmdir": "unlink",
+    "link": "link",
+    "symlink": "link",
+}
 CHANGES = frozenset({"create", "mkdir", "rename", "unlink", "link"})  # what a read-only disk refuses
 FAULTS = {
-    "ENOSPC:write": frozenset({"write"}), "EDQUOT:write": frozenset({"write"}),
-    "EIO:write": frozenset({"write"}), "EIO:fsync": frozenset({"fsync"}), "EIO:close": frozenset({"close"}),
-    "EIO:rename": frozenset({"rename"}), "EIO:mkdir": frozenset({"mkdir"}), "EROFS:change": CHANGES,
-    "EMFILE:open": frozenset({"open"}), "EXDEV:rename": frozenset({"rename"}),
-    "EOPNOTSUPP:rename": frozenset({"rename"}), "SIGKILL:any": CHANGES | {"write", "fsync", "close"},
+    "ENOSPC:write": frozenset({"write"}),
+    "EDQUOT:write": frozenset({"write"}),
+    "EIO:write": frozenset({"write"}),
+    "EIO:fsync": frozenset({"fsync"}),
+    "EIO:close": frozenset({"close"}),
+    "EIO:rename": frozenset({"rename"}),
+    "EIO:mkdir": frozenset({"mkdir"}),
+    "EROFS:change": CHANGES,
+    "EMFILE:open": frozenset({"open"}),
+    "EXDEV:rename": frozenset({"rename"}),
+    "EOPNOTSUPP:rename": frozenset({"rename"}),
+    "SIGKILL:any": CHANGES | {"write", "fsync", "close"},
     "POWER:any": CHANGES | {"write", "fsync", "close"},
-}  # fmt: skip
+}
 
 
 class Disk:
@@ -353,9 +388,14 @@ class Disk:
 
     def _open(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def opened(
-            file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None,
-            errors: str | None = None, newline: str | None = None, *args: Any,
-        ) -> Any:  # fmt: skip
+            file: Any,
+            mode: str = "r",
+            buffering: int = -1,
+            encoding: str | None = None,
+            errors: str | None = None,
+            newline: str | None = None,
+            *args: Any,
+        ) -> Any:
             path, writes = path_of(file), bool(set(mode) & set("wax+"))
             if self.fails(path, *(("open", "create") if writes else ("open",))):
                 self.fail(file)
@@ -447,9 +487,18 @@ def forked(words: list[str], said: Path, disk: Disk | None = None) -> Ran:
 
 
 CALLS = [
-    "calls", "runs", "errors", "passed", "killed", "OUT absent", "OUT whole", "corrupted", "old OUT lost",
-    "inputs lost", "wrong",
-]  # fmt: skip
+    "calls",
+    "runs",
+    "errors",
+    "passed",
+    "killed",
+    "OUT absent",
+    "OUT whole",
+    "corrupted",
+    "old OUT lost",
+    "inputs lost",
+    "wrong",
+]
 
 
 class Case:
@@ -581,10 +630,13 @@ def pages(folder: Path, times: int, draw: random.Random) -> dict[str, Counter[st
         refused = reported.code == 3 and two_lines is not None
         rows[name].update(
             {
-                "times": 1, "verify found it": seen, "report refused it": refused,
-                "tensor named": "layers." in reported.said, "missed": not seen or not refused,
+                "times": 1,
+                "verify found it": seen,
+                "report refused it": refused,
+                "tensor named": "layers." in reported.said,
+                "missed": not seen or not refused,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -611,9 +663,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--command", nargs="+", default=[
-        "prune", "prune --overwrite", "prune --overwrite on 2", "pack", "unpack --overwrite",
-    ])  # fmt: skip
+    parser.add_argument(
+        "--command",
+        nargs="+",
+        default=["prune", "prune --overwrite", "prune --overwrite on 2", "pack", "unpack --overwrite"],
+    )
     parser.add_argument("--fault", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--mode", nargs="+", choices=["at", "from"], default=["at", "from"])
     arguments = parser.parse_args()

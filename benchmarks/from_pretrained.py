@@ -41,9 +41,12 @@ def make(folder: Path, mib: int) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
+        vocab_size=1024,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
         num_hidden_layers=max(1, (mib << 20) // LAYER),
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for value in model.parameters():

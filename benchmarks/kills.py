@@ -29,11 +29,32 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, draw, kills = Path(tempfile.mkdtemp(prefix="lpsparse-kills-")), random.Random(arguments.seed), 0
     command = [
-        sys.executable, "-m", "lpsparse", "finetune", "bundled:stories260k", "--data", "bundled:shakespeare",
-        "--task", "causal-lm", "--target-sparsity", "0.7", "--threads", "1", "--max-length", "32",
-        "--eval-split", "validation[:4000]", "--steps", "400", "--save-every", "5", "--quiet",
-        "--processes", str(arguments.processes), *arguments.options,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lpsparse",
+        "finetune",
+        "bundled:stories260k",
+        "--data",
+        "bundled:shakespeare",
+        "--task",
+        "causal-lm",
+        "--target-sparsity",
+        "0.7",
+        "--threads",
+        "1",
+        "--max-length",
+        "32",
+        "--eval-split",
+        "validation[:4000]",
+        "--steps",
+        "400",
+        "--save-every",
+        "5",
+        "--quiet",
+        "--processes",
+        str(arguments.processes),
+        *arguments.options,
+    ]
     begun = time.monotonic()
     subprocess.run([*command, str(folder / "whole")], check=True, stdout=subprocess.DEVNULL)
     usual = time.monotonic() - begun
@@ -47,9 +68,10 @@ def main() -> None:
             kills += 1
         if (folder / "out").exists():
             subprocess.run(
-                [sys.executable, "-m", "lpsparse", "verify", str(folder / "out")], check=True,
+                [sys.executable, "-m", "lpsparse", "verify", str(folder / "out")],
+                check=True,
                 stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            )
             if digest(folder / "out") != digest(folder / "whole"):
                 sys.exit(f"seed {arguments.seed}: differs after {kills} kills: {folder}")
             if kills < arguments.kills:

@@ -127,10 +127,14 @@ def sizes(todo: Iterator[Cut]) -> None:
             got = met(max(more) <= 0 and max(files) <= before + 65536)
             got += f": {max(more):+,}, {max(files) - before:+,}"
         row(
-            cut.name, f"{len(tensors)} of {len(dense)}, {8 * DTYPES[tensors[0].dtype].storage.itemsize}",
-            f"{8 * least / weights:.3f}", *(f"{b:.3f}, {r:.4f}" for b, r in zip(bits, ratios, strict=True)),
-            f"{files[0]:,}, {files[0] / before:.3f} of dense", expected, got,
-        )  # fmt: skip
+            cut.name,
+            f"{len(tensors)} of {len(dense)}, {8 * DTYPES[tensors[0].dtype].storage.itemsize}",
+            f"{8 * least / weights:.3f}",
+            *(f"{b:.3f}, {r:.4f}" for b, r in zip(bits, ratios, strict=True)),
+            f"{files[0]:,}, {files[0] / before:.3f} of dense",
+            expected,
+            got,
+        )
 
 
 def bound(tensor: Tensor) -> float:
@@ -171,10 +175,16 @@ def codecs(cut: Cut, rounds: int, slow: bool) -> None:
     for way, each in found.items():
         ratio, back = each.pack_seconds / zstd.pack_seconds, each.unpack_seconds / dense.unpack_seconds
         row(
-            cut.name, way, f"{each.nbytes:,}", f"{8 * each.nbytes / each.weights:.3f}",
-            f"{each.pack_seconds:.3f}", f"{ratio:.2f}", f"{each.unpack_seconds:.3f}", f"{back:.1f}",
+            cut.name,
+            way,
+            f"{each.nbytes:,}",
+            f"{8 * each.nbytes / each.weights:.3f}",
+            f"{each.pack_seconds:.3f}",
+            f"{ratio:.2f}",
+            f"{each.unpack_seconds:.3f}",
+            f"{back:.1f}",
             *((f"<= {PACK_GOAL} of zstd", met(ratio <= PACK_GOAL)) if way == "packed, default" else ("", "")),
-        )  # fmt: skip
+        )
     if "zipnn" not in found:
         row(cut.name, "zipnn: not installed", *[""] * 8)
 
@@ -228,7 +238,7 @@ def unpack(todo: Iterator[Cut], rounds: int) -> None:
             "new": partial(lambda of: [each.copy() for each in of], dense),
             "read": partial(lambda of: {each.name: each.read() for each in lpsparse.open(of).tensors}, path),
             "load": partial(load, 1),
-        }  # fmt: skip
+        }
         weights = sum(tensor.size for tensor in tensors)
         took = {way: s / weights * 1e9 for way, s in in_turns(ways, rounds, clock=time.process_time).items()}
         warm, new = took["warm"], took["new"]

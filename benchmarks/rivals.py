@@ -106,14 +106,16 @@ def codecs_of(kinds: list[Kind]) -> dict[str, Codec]:
     def packed(level: str) -> Codec:
         return by_blocks(
             lambda block, dtype: chunks.encode_chunk(block.reshape(-1), dtype, level),
-            lambda of, shape, dtype: chunks.decode_chunk(memoryview(of), math.prod(shape), dtype), len,
-        )  # fmt: skip
+            lambda of, shape, dtype: chunks.decode_chunk(memoryview(of), math.prod(shape), dtype),
+            len,
+        )
 
     def zstd(level: int) -> Codec:
         return Codec(
             lambda dense: zstandard.ZstdCompressor(level=level, threads=2).compress(dense.data),
-            lambda stored: zstandard.ZstdDecompressor().decompress(stored), slow=level > 9,
-        )  # fmt: skip
+            lambda stored: zstandard.ZstdDecompressor().decompress(stored),
+            slow=level > 9,
+        )
 
     ways = {"dense": Codec(np.copy, np.copy), "zstd -3": zstd(3), "zstd -19": zstd(19)}
     ways["bitmask"] = by_blocks(

@@ -48,12 +48,33 @@ def rate(arguments: argparse.Namespace, processes: int, words: list[str]) -> flo
 def timed(arguments: argparse.Namespace, processes: int, words: list[str], steps: int) -> float:
     folder = Path(tempfile.mkdtemp(prefix="lpsparse-scaling-"))
     command = [
-        sys.executable, "-m", "lpsparse", "finetune", arguments.model, str(folder / "out"), "--data",
-        arguments.data, "--task", "causal-lm", "--steps", str(steps), "--batch-size",
-        str(arguments.batch_size), "--max-length", str(arguments.max_length), "--threads", "1",
-        "--processes", str(processes), *(["--shard"] if arguments.shard and processes > 1 else []),
-        "--eval-split", "validation[:4000]", "--quiet", "--json", *words,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lpsparse",
+        "finetune",
+        arguments.model,
+        str(folder / "out"),
+        "--data",
+        arguments.data,
+        "--task",
+        "causal-lm",
+        "--steps",
+        str(steps),
+        "--batch-size",
+        str(arguments.batch_size),
+        "--max-length",
+        str(arguments.max_length),
+        "--threads",
+        "1",
+        "--processes",
+        str(processes),
+        *(["--shard"] if arguments.shard and processes > 1 else []),
+        "--eval-split",
+        "validation[:4000]",
+        "--quiet",
+        "--json",
+        *words,
+    ]
     begun = time.monotonic()
     try:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

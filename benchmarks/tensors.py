@@ -17,10 +17,14 @@ import time
 from pathlib import Path
 
 COMMANDS = {
-    "inspect": "inspect MODEL", "prune": "prune MODEL OUT --sparsity 0.5", "pack": "pack OUT packed",
-    "unpack": "unpack packed dense", "verify": "verify OUT MODEL", "report": "report OUT",
+    "inspect": "inspect MODEL",
+    "prune": "prune MODEL OUT --sparsity 0.5",
+    "pack": "pack OUT packed",
+    "unpack": "unpack packed dense",
+    "verify": "verify OUT MODEL",
+    "report": "report OUT",
     "report BASE": "report OUT MODEL",
-}  # fmt: skip
+}
 _FEW = 10
 
 

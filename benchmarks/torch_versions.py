@@ -14,9 +14,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TESTS = (
-    "borrowed", "conditioning", "control", "data", "decay", "distill", "distributed", "finetune",
-    "integrations", "loader", "loss", "model", "precision", "resume", "tasks", "together",
-)  # fmt: skip
+    "borrowed",
+    "conditioning",
+    "control",
+    "data",
+    "decay",
+    "distill",
+    "distributed",
+    "finetune",
+    "integrations",
+    "loader",
+    "loss",
+    "model",
+    "precision",
+    "resume",
+    "tasks",
+    "together",
+)
 
 
 def main() -> None:

@@ -36,22 +36,52 @@ SIZES = {
 }  # share of the steps, seeds
 TASKS: dict[str, dict[str, Any]] = {
     "resnet20": {
-        "task": "image-classification", "split": "train15k", "eval_split": "test_a[:1000]",
-        "mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225", "exclude": ["*linear.weight"],
-        "batch_size": 64, "lr": 4e-3, "distill": 0.9, "temperature": 4, "distill_blocks": 20,
-        "augment": "crop-flip", "mixed_precision": "bf16", "steps": 240, "threads": 1, "log_every": 100,
+        "task": "image-classification",
+        "split": "train15k",
+        "eval_split": "test_a[:1000]",
+        "mean": "0.485,0.456,0.406",
+        "std": "0.229,0.224,0.225",
+        "exclude": ["*linear.weight"],
+        "batch_size": 64,
+        "lr": 4e-3,
+        "distill": 0.9,
+        "temperature": 4,
+        "distill_blocks": 20,
+        "augment": "crop-flip",
+        "mixed_precision": "bf16",
+        "steps": 240,
+        "threads": 1,
+        "log_every": 100,
     },
     "minilm": {
-        "task": "text-classification", "max_length": 64, "batch_size": 16, "lr": 2e-4, "distill": 0.9,
-        "distill_blocks": 5, "augment": "noise", "freeze": ["*embeddings*"], "mixed_precision": "bf16",
-        "include": ["*encoder.layer.*.weight"], "exclude": ["*LayerNorm*"], "steps": 150, "threads": 1,
+        "task": "text-classification",
+        "max_length": 64,
+        "batch_size": 16,
+        "lr": 2e-4,
+        "distill": 0.9,
+        "distill_blocks": 5,
+        "augment": "noise",
+        "freeze": ["*embeddings*"],
+        "mixed_precision": "bf16",
+        "include": ["*encoder.layer.*.weight"],
+        "exclude": ["*LayerNorm*"],
+        "steps": 150,
+        "threads": 1,
         "log_every": 100,
     },
     "stories260k": {
-        "task": "causal-lm", "split": "train", "eval_split": "select", "max_length": 64, "batch_size": 16,
-        "lr": 4e-3, "distill": 0.5, "steps": 600, "threads": 1, "log_every": 100,
+        "task": "causal-lm",
+        "split": "train",
+        "eval_split": "select",
+        "max_length": 64,
+        "batch_size": 16,
+        "lr": 4e-3,
+        "distill": 0.5,
+        "steps": 600,
+        "threads": 1,
+        "log_every": 100,
     },
-}  # fmt: skip
+}
 POINTS = {"resnet20": ("0.8", "0.9", "0.95"), "minilm": ("0.7", "0.8", "0.9"), "stories260k": ("0.5", "0.8")}
 REPORT = {"resnet20": ("test_a[1000:]",), "minilm": ("dev", "test"), "stories260k": ("report",)}
 RIVALS: dict[str, dict[str, Any]] = {
@@ -103,12 +133,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ABLATED = {"resnet20": "0.9", "minilm": "0.8", "stories260k": "0.8"}
 DENSE: dict[str, dict[str, Any]] = {
     "minilm": {
-        "method": "dense", "condition": "none", "epochs": 3, "steps": None, "batch_size": 32, "lr": 1e-4,
-        "r_drop": 2.0, "weight_decay": 0.01, "distill": 0.0, "distill_blocks": 0.0, "augment": "none",
-        "include": [], "exclude": [],
+        "method": "dense",
+        "condition": "none",
+        "epochs": 3,
+        "steps": None,
+        "batch_size": 32,
+        "lr": 1e-4,
+        "r_drop": 2.0,
+        "weight_decay": 0.01,
+        "distill": 0.0,
+        "distill_blocks": 0.0,
+        "augment": "none",
+        "include": [],
+        "exclude": [],
     },
     "stories260k": {"method": "dense", "condition": "none", "distill": 0.0},
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -198,8 +238,14 @@ def planned(arguments: argparse.Namespace, models: dict[str, dict[str, Any]]) ->
     out = str(arguments.out.absolute())
     for task in models:
         base = {**TASKS[task], **models[task], "steps": round(share * TASKS[task]["steps"])}
-        yield {"name": f"{task}-dense", "task": task, "sparsity": "0", "row": "dense", "out": out,
-               "settings": {**base, "steps": 0}}  # fmt: skip
+        yield {
+            "name": f"{task}-dense",
+            "task": task,
+            "sparsity": "0",
+            "row": "dense",
+            "out": out,
+            "settings": {**base, "steps": 0},
+        }
     for seed, task in product(seeds[:1] if arguments.what == "options" else seeds, models):
         base = {**TASKS[task], **models[task], "steps": round(share * TASKS[task]["steps"])}
         of_ablation = OF_BATCH_NORM if task == "resnet20" else ABLATIONS
@@ -208,8 +254,15 @@ def planned(arguments: argparse.Namespace, models: dict[str, dict[str, Any]]) ->
             for row, changes in {"lpsparse": {}, **rows}.items():
                 tuned = {} if "score" in changes else TUNED.get((task, changes.get("method", "lp")), {})
                 settings = {**base, **tuned, **changes, "seed": seed, "target_sparsity": sparsity}
-                yield {"name": f"{task}-{sparsity}-{row}-{seed}", "task": task, "sparsity": sparsity,
-                       "row": row, "seed": seed, "settings": settings, "out": out}  # fmt: skip
+                yield {
+                    "name": f"{task}-{sparsity}-{row}-{seed}",
+                    "task": task,
+                    "sparsity": sparsity,
+                    "row": row,
+                    "seed": seed,
+                    "settings": settings,
+                    "out": out,
+                }
 
 
 def digest(point: dict[str, Any]) -> str:
@@ -277,8 +330,14 @@ def run_point(point: dict[str, Any]) -> None:
         for key in ("loss", "accuracy")
         if key in parts[0]
     }
-    line = {"digest": digest(point), "name": point["name"], "count": total, "steps": settings["steps"],
-            **trained, **figures}  # fmt: skip
+    line = {
+        "digest": digest(point),
+        "name": point["name"],
+        "count": total,
+        "steps": settings["steps"],
+        **trained,
+        **figures,
+    }
     with (out / "points.jsonl").open("a", encoding="utf-8") as store:
         store.write(json.dumps(line) + "\n")
     if point["row"] != "dense":

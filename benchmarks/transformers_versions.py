@@ -22,9 +22,11 @@ def supported() -> list[str]:
     wanted = re.search(r'"transformers>=([\d.]+),<(\d+)"', (ROOT / "pyproject.toml").read_text())
     assert wanted is not None
     listed = subprocess.run(
-        [sys.executable, "-m", "pip", "index", "versions", "transformers"], capture_output=True, text=True,
+        [sys.executable, "-m", "pip", "index", "versions", "transformers"],
+        capture_output=True,
+        text=True,
         check=True,
-    ).stdout  # fmt: skip
+    ).stdout
     found = re.search(r"Available versions: (.*)", listed)
     assert found is not None
     least = tuple(int(part) for part in wanted[1].split("."))
@@ -44,9 +46,12 @@ def main() -> None:
             subprocess.run([*pip, f"transformers=={version}"], check=True, stderr=subprocess.DEVNULL)
             path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
             ran = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-n", "0", *TESTS], cwd=ROOT, capture_output=True,
-                text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+                [sys.executable, "-m", "pytest", "-q", "-n", "0", *TESTS],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
             print(f"transformers {version}: {ran.stdout.strip().splitlines()[-1]}", flush=True)
             failed |= ran.returncode != 0
     sys.exit(failed)

@@ -12,14 +12,31 @@ from lpsparse.integrations import hook
 __version__ = "0.1.0"
 
 _HOMES = {
-    "prune": "api", "pack": "api", "unpack": "api", "verify": "api", "report": "api",
-    "inspect": "api", "push": "api", "together": "parallel.environment", "doctor": "commands.doctor",
-    "finetune": "api", "evaluate": "api", "open": "api", "load": "api", "run": "recipes.run",
-    "sweep": "recipes.sweep", "check_recipe": "recipes.check", "recipe_schema": "recipes.schema",
-    "LpDecay": "training.decay", "LpAdamW": "training.fused", "Sparsity": "training.sparsity",
-    "condition": "training.conditioning", "fold": "training.conditioning",
-    "ExitCode": "errors", "LpsparseError": "errors",
-}  # fmt: skip
+    "prune": "api",
+    "pack": "api",
+    "unpack": "api",
+    "verify": "api",
+    "report": "api",
+    "inspect": "api",
+    "push": "api",
+    "together": "parallel.environment",
+    "doctor": "commands.doctor",
+    "finetune": "api",
+    "evaluate": "api",
+    "open": "api",
+    "load": "api",
+    "run": "recipes.run",
+    "sweep": "recipes.sweep",
+    "check_recipe": "recipes.check",
+    "recipe_schema": "recipes.schema",
+    "LpDecay": "training.decay",
+    "LpAdamW": "training.fused",
+    "Sparsity": "training.sparsity",
+    "condition": "training.conditioning",
+    "fold": "training.conditioning",
+    "ExitCode": "errors",
+    "LpsparseError": "errors",
+}
 
 __all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedDunderAll]
 

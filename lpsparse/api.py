@@ -60,15 +60,20 @@ def finetune(model: str | Path, out: str | Path, **options: Any) -> Report:
 
 
 def report(
-    model: str | Path, base: str | Path | None = None, *, json: str | Path | None = None,
-    html: str | Path | None = None, markdown: str | Path | None = None, comment: str | Path | None = None,
-    junit: str | Path | None = None, csv: str | Path | None = None, **options: Any,
-) -> Report:  # fmt: skip
+    model: str | Path,
+    base: str | Path | None = None,
+    *,
+    json: str | Path | None = None,
+    html: str | Path | None = None,
+    markdown: str | Path | None = None,
+    comment: str | Path | None = None,
+    junit: str | Path | None = None,
+    csv: str | Path | None = None,
+    **options: Any,
+) -> Report:
     """Measure `model`, and what it came from; `json` to `csv` are files to write views of it to.
     Options: fields of ReportStep."""
-    views = {
-        "json": json, "html": html, "markdown": markdown, "comment": comment, "junit": junit, "csv": csv
-    }  # fmt: skip
+    views = {"json": json, "html": html, "markdown": markdown, "comment": comment, "junit": junit, "csv": csv}
     files = {view: Path(file) for view, file in views.items() if file is not None}
     given = {"model": str(model), "base": None if base is None else str(base), **options}
     return write_report(resolve(ReportStep, given), files)

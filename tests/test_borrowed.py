@@ -86,9 +86,14 @@ def without_elastic_launch(request: pytest.FixtureRequest, _: Any) -> None:
 
 def without_revert_weight_conversion(request: pytest.FixtureRequest, _: Any) -> None:
     config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=3,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
     model = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, PreTrainedModel)
     own = dict(model.state_dict())

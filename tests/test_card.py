@@ -117,8 +117,10 @@ def test_a_manifest_with_another_recipe_does_not_stop_pack(made: Any, trained: P
 def test_a_card_tells_of_every_step_and_of_which_model_before_is(trained: Path, tmp_path: Path) -> None:
     prune(trained, tmp_path / "pruned", sparsity=0.5)
     pack(tmp_path / "pruned", tmp_path / "packed")
-    manifests = [json.loads((folder / "lpsparse.json").read_text())
-                 for folder in (trained, tmp_path / "pruned", tmp_path / "packed")]  # fmt: skip
+    manifests = [
+        json.loads((folder / "lpsparse.json").read_text())
+        for folder in (trained, tmp_path / "pruned", tmp_path / "packed")
+    ]
     text = (tmp_path / "packed" / "README.md").read_text()
     block = re.search(r"\n```yaml\n(.*?)\n```\n", text, re.DOTALL)
     assert block is not None and yaml.safe_load(block.group(1)) == [each["recipe"] for each in manifests]
@@ -176,8 +178,13 @@ def test_the_figure_has_a_bar_for_each_tensor_and_no_script(tiny: Path, tmp_path
     bars = [each for each in root if each.tag.endswith("rect") and "." in each.get("height", "")]
     assert len(bars) == 10  # of 11 tensors one has no weights
     assert {each.tag.rpartition("}")[2] for each in root.iter()} == {
-        "svg", "title", "desc", "rect", "line", "text",
-    }  # fmt: skip
+        "svg",
+        "title",
+        "desc",
+        "rect",
+        "line",
+        "text",
+    }
 
 
 def test_very_many_tensors_make_no_very_wide_figure(tmp_path: Path) -> None:
@@ -214,11 +221,13 @@ GOOD = {
     "datasets:\n  - org/data\n  - squad": {"datasets": ["org/data", "squad"]},
     "pipeline_tag: text-generation": {"pipeline_tag": "text-generation"},
     "license: other\nlicense_name: x-1\nlicense_link: LICENSE.md": {
-        "license": "other", "license_name": "x-1", "license_link": "LICENSE.md",
+        "license": "other",
+        "license_name": "x-1",
+        "license_link": "LICENSE.md",
     },
     "tags: [a\nbroken: {\nlicense: mit\nmodel-index: '": {"license": "mit"},
     "license: mit\nmodel-index:\n" + "- name: x\n" * 50_000: {"license": "mit"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "found"), GOOD.items(), ids=range(len(GOOD)))
@@ -228,19 +237,27 @@ def test_what_is_copied_from_a_base_card(text: str, found: dict[str, Any], tmp_p
 
 
 HOSTILE: dict[str, str | bytes] = {
-    "no front matter": "license: mit\n", "unfinished": "---\nlicense: mit\n", "empty": "",
-    "binary": bytes(range(256)), "list": "---\nlicense: [mit, gpl]\n---\n",
-    "table": "---\nlicense: {a: b}\n---\n", "number": "---\nlicense: 1\nlanguage: 3\n---\n",
-    "date": "---\nlicense: 2024-99-99\n---\n", "script": "---\nlicense: <script>alert(1)</script>\n---\n",
-    "newline": '---\nlicense: "mit\\nx: y"\n---\n', "long": f"---\nlicense: {'x' * 5000}\n---\n",
+    "no front matter": "license: mit\n",
+    "unfinished": "---\nlicense: mit\n",
+    "empty": "",
+    "binary": bytes(range(256)),
+    "list": "---\nlicense: [mit, gpl]\n---\n",
+    "table": "---\nlicense: {a: b}\n---\n",
+    "number": "---\nlicense: 1\nlanguage: 3\n---\n",
+    "date": "---\nlicense: 2024-99-99\n---\n",
+    "script": "---\nlicense: <script>alert(1)</script>\n---\n",
+    "newline": '---\nlicense: "mit\\nx: y"\n---\n',
+    "long": f"---\nlicense: {'x' * 5000}\n---\n",
     "very long": f"---\nlanguage: [{'en, ' * 90_000}en]\n---\n",
     "alias": "---\nlanguage: &a [en, en]\ndatasets: [*a, *a]\n---\n",
     "twice": "---\nlicense: a\nlicense: b\n---\n",
     "object": "---\nlicense: !!python/object/apply:os.system ['touch x']\n---\n",
-    "nested": f"---\nlicense: {'[' * 5000}\n---\n", "control": '---\nlicense: "a\\x1b[31m"\n---\n',
+    "nested": f"---\nlicense: {'[' * 5000}\n---\n",
+    "control": '---\nlicense: "a\\x1b[31m"\n---\n',
     "name alone": "---\nlicense_name: x\nlicense_link: https://x.org\n---\n",
-    "bidi": "---\nlicense: mit\u202e\n---\n", "spaces": "---\n" + " \n" * 100_000 + "x\n",
-}  # fmt: skip
+    "bidi": "---\nlicense: mit\u202e\n---\n",
+    "spaces": "---\n" + " \n" * 100_000 + "x\n",
+}
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())

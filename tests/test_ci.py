@@ -136,8 +136,11 @@ def test_an_annotation_cannot_be_forged(name: str, sparse: Path) -> None:
     (line,) = github.annotations(found)
     shown = re.sub(r"[^\x20-\x7e]", "?", name)
     (told,) = commands(line)
-    assert told == ("error", f"lpsparse: n {shown} failed",
-                    f"{shown}: limit 1, value 0, margin -1, worst {shown}")  # fmt: skip
+    assert told == (
+        "error",
+        f"lpsparse: n {shown} failed",
+        f"{shown}: limit 1, value 0, margin -1, worst {shown}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,10 +185,12 @@ def test_an_error_is_one_annotation_of_both_lines(tmp_path: Path, runner: Path, 
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        (("prune", "gone", "out", "--sparsity", "0.5"), "LPS327"), (("run", "gone.yaml"), "LPS"),
-        (("report", "--nonsense"), "LPS200"), (("sweep", "gone.yaml", "--sparsity", "2"), "LPS284"),
+        (("prune", "gone", "out", "--sparsity", "0.5"), "LPS327"),
+        (("run", "gone.yaml"), "LPS"),
+        (("report", "--nonsense"), "LPS200"),
+        (("sweep", "gone.yaml", "--sparsity", "2"), "LPS284"),
     ],
-)  # fmt: skip
+)
 def test_an_error_of_any_command_is_two_lines_in_the_summary(
     words: tuple[str, ...], code: str, runner: Path, cli: Cli
 ) -> None:
@@ -221,7 +226,10 @@ def test_run_tells_the_runner_of_its_reports_and_keeps_them(
     kept = [Path("made") / name for name in ("report-1.json", "report-3.json", "report.json")]
     assert sorted(Path("made").glob("*.json")) == kept
     assert [[each.name for each in read_report(path).budgets] for path in kept] == [
-        ["max-bytes"], ["max-bytes"], ["min-sparsity"]]  # fmt: skip
+        ["max-bytes"],
+        ["max-bytes"],
+        ["min-sparsity"],
+    ]
 
 
 SWEEP = """{model: dense, out: made, steps: [{prune: {sparsity: 0.5}}, {report: {min_sparsity: 0.6,
@@ -231,9 +239,15 @@ max_bytes: 1B, warn: [max-bytes]}}]}"""
 @pytest.mark.parametrize(("values", "rc", "word"), [("0.25,0.5", 1, "FAILED"), ("0.5,0.75", 0, "passed")])
 @pytest.mark.parametrize("flags", [(), ("--json", "--quiet")])
 def test_a_sweep_tells_the_runner_its_verdict_and_table(
-    values: str, rc: int, word: str, flags: tuple[str, ...], sparse: Path, runner: Path, cli: Cli,
+    values: str,
+    rc: int,
+    word: str,
+    flags: tuple[str, ...],
+    sparse: Path,
+    runner: Path,
+    cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(sparse.parent)
     Path("r.yaml").write_text(SWEEP)
     ran = cli("sweep", "r.yaml", "--sparsity", values, *flags)
@@ -252,9 +266,16 @@ def test_a_sweep_tells_the_runner_its_verdict_and_table(
 def test_no_word_of_a_sweep_is_a_command_or_a_column(runner: Path) -> None:
     budget = {"name": "::error::x|y", "limit": 1, "value": 0, "passed": False, "level": "error"}
     row = {
-        "sparsity": 0.5, "zeros": 1, "file_bytes": 1, "bitmask_bytes": 1, "metric": "##[x]|<b>",
-        "before": None, "after": None, "budgets": [budget], "passed": False,
-    }  # fmt: skip
+        "sparsity": 0.5,
+        "zeros": 1,
+        "file_bytes": 1,
+        "bitmask_bytes": 1,
+        "metric": "##[x]|<b>",
+        "before": None,
+        "after": None,
+        "budgets": [budget],
+        "passed": False,
+    }
     dense = {"zeros": 0, "file_bytes": 1, "quality": None}
     found = {"recipe": "::r`.yaml", "rows": [row] * 200, "dense": dense, "smallest": None}
     assert github.summarise_sweep(found) is None
@@ -285,9 +306,13 @@ def bash(script: str, cwd: Path, **env: str) -> Ran:
     """As a runner calls it: bash --noprofile --norc -eo pipefail FILE."""
     path = f"{cwd / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script], cwd=cwd, timeout=300,
-        env=cli_environment(PATH=path, **env), capture_output=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script],
+        cwd=cwd,
+        timeout=300,
+        env=cli_environment(PATH=path, **env),
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
     return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -365,11 +390,15 @@ def test_the_action_hands_out_no_report_of_an_earlier_run(sparse: Path, tmp_path
 @pytest.mark.parametrize(
     ("inputs", "code"),
     [
-        ({"model": "broken.safetensors"}, 3), ({"budgets": "min-sparsity lots"}, 2), ({"model": "gone"}, 3),
-        ({"budgets": "no-such-budget 1"}, 2), ({"model": "--help"}, 3), ({"model": "$(touch owned)"}, 3),
+        ({"model": "broken.safetensors"}, 3),
+        ({"budgets": "min-sparsity lots"}, 2),
+        ({"model": "gone"}, 3),
+        ({"budgets": "no-such-budget 1"}, 2),
+        ({"model": "--help"}, 3),
+        ({"model": "$(touch owned)"}, 3),
         ({"budgets": "min-sparsity $(touch owned)\n`touch owned`; touch owned"}, 2),
     ],
-)  # fmt: skip
+)
 def test_the_action_fails_as_report_does_and_runs_no_input(
     inputs: dict[str, str], code: int, sparse: Path, tmp_path: Path
 ) -> None:
@@ -396,10 +425,12 @@ def test_the_gitlab_example_runs(limit: str, code: int, sparse: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        (("", ""), 0, "every budget is met"), (("0.8", "0.9"), 1, "a budget failed"),
-        (("0.8", "8"), 2, "exit code 2"), (("report sparse", "report gone"), 3, "exit code 3"),
+        (("", ""), 0, "every budget is met"),
+        (("0.8", "0.9"), 1, "a budget failed"),
+        (("0.8", "8"), 2, "exit code 2"),
+        (("report sparse", "report gone"), 3, "exit code 3"),
     ],
-)  # fmt: skip
+)
 def test_the_shell_example_runs(
     change: tuple[str, str], code: int, said: str, sparse: Path, tmp_path: Path
 ) -> None:
@@ -430,9 +461,13 @@ def test_a_job_that_cuts_measures_and_gates_quality(limit: str, code: int, langu
 
 @pytest.mark.parametrize(
     ("change", "codes"),
-    [(("", ""), [0, 0]), (("5%", "0.001"), [0, 1]), (("dev.txt", "gone.txt"), [0, 3]),
-     (("task causal-lm", "task x"), [0, 2])],
-)  # fmt: skip
+    [
+        (("", ""), [0, 0]),
+        (("5%", "0.001"), [0, 1]),
+        (("dev.txt", "gone.txt"), [0, 3]),
+        (("task causal-lm", "task x"), [0, 2]),
+    ],
+)
 def test_the_action_measures_before_it_reports(
     change: tuple[str, str], codes: list[int], language_model: Path
 ) -> None:

@@ -38,9 +38,17 @@ from lpsparse.steps.table import STEPS
 
 Cli = Callable[..., Ran]
 COMMANDS = (
-    *sorted(STEPS.keys() - {"recover"}), "inspect", "push", "run", "sweep", "recipe", "demo", "doctor",
-    "explain", "help",
-)  # fmt: skip
+    *sorted(STEPS.keys() - {"recover"}),
+    "inspect",
+    "push",
+    "run",
+    "sweep",
+    "recipe",
+    "demo",
+    "doctor",
+    "explain",
+    "help",
+)
 ERROR = re.compile(r"error\[LPS[0-9]{3}\]: \S.*\n  hint: \S.*\n")
 
 
@@ -111,12 +119,20 @@ def test_an_unknown_command_names_the_nearest(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "missing"),
     [
-        ("prune", "MODEL OUT"), ("pack", "MODEL OUT"), ("report", "MODEL"), ("push", "FOLDER REPO"),
-        ("run", "RECIPE"), ("recipe check", "RECIPE"), ("sweep", "RECIPE --sparsity"), ("prune m", "OUT"),
-        ("finetune", "MODEL OUT --task --data"), ("finetune m --data d", "OUT --task"),
-        ("finetune m o", "--task --data"), ("eval m", "--data"),
+        ("prune", "MODEL OUT"),
+        ("pack", "MODEL OUT"),
+        ("report", "MODEL"),
+        ("push", "FOLDER REPO"),
+        ("run", "RECIPE"),
+        ("recipe check", "RECIPE"),
+        ("sweep", "RECIPE --sparsity"),
+        ("prune m", "OUT"),
+        ("finetune", "MODEL OUT --task --data"),
+        ("finetune m --data d", "OUT --task"),
+        ("finetune m o", "--task --data"),
+        ("eval m", "--data"),
     ],
-)  # fmt: skip
+)
 def test_two_lines_say_all_that_is_missing(words: str, missing: str, cli: Cli) -> None:
     first, second = failed(cli(*words.split()), 2).strip().splitlines()
     named = re.findall(r"\b[A-Z]{3,}\b(?!\d)|--[a-z]+", first.partition("]: ")[2])
@@ -127,10 +143,13 @@ def test_two_lines_say_all_that_is_missing(words: str, missing: str, cli: Cli) -
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
-        ("compress", "prune"), ("diff", "report"), ("version", "--version"),
-        ("finetune m o --bf16", "--mixed-precision bf16"), ("prune m o --force", "--overwrite"),
+        ("compress", "prune"),
+        ("diff", "report"),
+        ("version", "--version"),
+        ("finetune m o --bf16", "--mixed-precision bf16"),
+        ("prune m o --force", "--overwrite"),
     ],
-)  # fmt: skip
+)
 def test_what_other_tools_call_it_gets_the_name_of_here(words: str, meant: str, cli: Cli) -> None:
     assert f"did you mean {meant}?" in failed(cli(*words.split()), 2)
 
@@ -216,8 +235,10 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     save_file(arrays, tmp_path / "m.safetensors")
     process = subprocess.Popen(
         [sys.executable, "-m", "lpsparse", "inspect", str(tmp_path / "m.safetensors")],
-        env=cli_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        env=cli_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None and process.stderr is not None
     with process.stdout, process.stderr:
         assert process.stdout.readline().startswith(b"tensor ")
@@ -240,9 +261,13 @@ def test_a_reader_that_was_never_there_is_no_error_either(arguments: list[str], 
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "lpsparse", *arguments], cwd=tiny.parent, env=cli_environment(),
-        stdout=writing, stderr=subprocess.PIPE, timeout=60,
-    )  # fmt: skip
+        [sys.executable, "-m", "lpsparse", *arguments],
+        cwd=tiny.parent,
+        env=cli_environment(),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -260,12 +285,14 @@ def test_a_stdout_that_is_closed_is_no_error_and_one_that_is_full_is_exit_4(word
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        (("inspect", "tiny", "--json"), "prunable_weights"), (("report", "tiny", "--json", "-"), "prunable"),
+        (("inspect", "tiny", "--json"), "prunable_weights"),
+        (("report", "tiny", "--json", "-"), "prunable"),
         (("prune", "tiny", "out", "--sparsity", "0.5", "--json"), "prunable"),
         (("pack", "tiny", "out", "--json"), "bytes"),
-        (("verify", "made", "--json"), "ok"), (("unpack", "made", "out", "--json"), "all"),
+        (("verify", "made", "--json"), "ok"),
+        (("unpack", "made", "out", "--json"), "all"),
     ],
-)  # fmt: skip
+)
 def test_json_is_one_object_alone_on_stdout(
     arguments: tuple[str, ...], key: str, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,12 +327,18 @@ def test_every_summary_is_headed_with_the_name_of_out(
 @pytest.mark.parametrize(
     "env",
     [
-        {"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": None, "COLUMNS": None}, {"LC_ALL": "C", "LANG": "C"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
-        {"HOME": None}, {"HOME": "/nonexistent"}, {"TZ": "Asia/Kathmandu"},
+        {"NO_COLOR": "1"},
+        {"TERM": "dumb"},
+        {"TERM": None, "COLUMNS": None},
+        {"LC_ALL": "C", "LANG": "C"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"HOME": None},
+        {"HOME": "/nonexistent"},
+        {"TZ": "Asia/Kathmandu"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_any_environment_gives_plain_text_and_the_same_bytes(
     env: dict[str, str | None], tmp_path: Path
 ) -> None:
@@ -413,8 +446,10 @@ BROKEN: dict[str, tuple[str | bytes, list[str]]] = {
     "steps empty": ("model: tiny\nsteps: []", ["steps"]),
     "no model": ("steps: [verify: {}]", ["model must be given"]),
     "misspelt key": (RECIPE.replace("out: made", "uot: made"), ["'uot'", "did you mean out?"]),
-    "misspelt setting": (RECIPE.replace("{sparsity", "{sparsty"), 
-                          ["[0].prune", "'sparsty'", "did you mean sparsity?"]),
+    "misspelt setting": (
+        RECIPE.replace("{sparsity", "{sparsty"),
+        ["[0].prune", "'sparsty'", "did you mean sparsity?"],
+    ),
     "unknown step": (RECIPE.replace("- pack", "- pakc"), ["steps[1]", "'pakc'", "did you mean pack?"]),
     "two steps in one": (RECIPE.replace("  - pack: {out: packed}", "    pack: {}"), ["[0]", "prune, pack"]),
     "step without name": (RECIPE.replace("- verify: {}", "- {}"), ["steps[2]"]),
@@ -423,7 +458,7 @@ BROKEN: dict[str, tuple[str | bytes, list[str]]] = {
     "number for a key": ("1: 2\n" + RECIPE, ["'1'"]),
     "wrong version": (RECIPE.replace("version: 1", "version: 99"), ["version"]),
     "two rules": (RECIPE.replace("0.8", "0.8, gap: true"), ["--sparsity, --gap"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("text", "words"), BROKEN.values(), ids=BROKEN.keys())
@@ -450,12 +485,14 @@ def test_a_missing_recipe_or_a_folder_in_its_place_exits_3(recipe: Path, cli: Cl
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ("sparsity", ["--set sparsity", "KEY=VALUE"]), ("uot=x", ["'uot'", "did you mean out?"]),
+        ("sparsity", ["--set sparsity", "KEY=VALUE"]),
+        ("uot=x", ["'uot'", "did you mean out?"]),
         ("prune.sparsty=0.5", ["'sparsty'", "did you mean sparsity?"]),
         ("prune.sparsity=2", ["sparsity", "2"]),
-        ("prun.sparsity=0.5", ["prun.sparsity", "prune"]), ("eval.batch_size=7", ["eval.batch_size"]),
+        ("prun.sparsity=0.5", ["prun.sparsity", "prune"]),
+        ("eval.batch_size=7", ["eval.batch_size"]),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_set_is_refused_not_ignored(pair: str, words: list[str], recipe: Path, cli: Cli) -> None:
     said = failed(cli("run", "r.yaml", "--set", pair), 2)
     assert [word for word in words if word not in said] == []
@@ -505,10 +542,17 @@ def test_a_shown_command_gives_back_the_step_that_it_was_made_of(
     given: list[FinetuneStep] = []
     monkeypatch.setattr("lpsparse.commands.finetune.finetune_step", lambda step, *_: given.append(step) or {})
     options: dict[str, Any] = {
-        "data": "a b.txt", "task": "causal-lm", "target_sparsity": "0.80", "selective": False,
-        "masked_forward": False, "cautious": True, "freeze": ["*emb*", "head.?"], "mean": "0.5,0.25,1",
-        "std": "1,1,0.125", "lambda_p": 2,
-    }  # fmt: skip
+        "data": "a b.txt",
+        "task": "causal-lm",
+        "target_sparsity": "0.80",
+        "selective": False,
+        "masked_forward": False,
+        "cautious": True,
+        "freeze": ["*emb*", "head.?"],
+        "mean": "0.5,0.25,1",
+        "std": "1,1,0.125",
+        "lambda_p": 2,
+    }
     step = resolve(FinetuneStep, {"model": "m", "out": "o", **options})
     shown = run.command_line("finetune", step)
     assert "--no-selective" in shown

@@ -30,10 +30,13 @@ def files(folder: Path) -> dict[str, bytes]:
 def pipeline(tmp_path: Path) -> Path:
     folder = tmp_path / "pipe"
     weights = {
-        f"unet/{NAME}": UNET, f"vae/{NAME}": UNET, "vae/diffusion_pytorch_model.fp16.safetensors": UNET,
-        "text_encoder/model.safetensors": CLIP, "old/model.safetensors": CLIP,
+        f"unet/{NAME}": UNET,
+        f"vae/{NAME}": UNET,
+        "vae/diffusion_pytorch_model.fp16.safetensors": UNET,
+        "text_encoder/model.safetensors": CLIP,
+        "old/model.safetensors": CLIP,
         "../elsewhere/model.safetensors": CLIP,
-    }  # fmt: skip
+    }
     for name, shapes in weights.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / name, {key: f32(*shape) for key, shape in shapes.items()})
@@ -41,10 +44,16 @@ def pipeline(tmp_path: Path) -> Path:
     for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer", "../elsewhere"):
         index[part] = ["diffusers", "Any"]
     texts = {
-        "model_index.json": json.dumps(index), "README.md": "# Pipe", "unet/config.json": "{}",
-        "vae/config.json": "{}", "text_encoder/config.json": "{}", "tokenizer/merges.txt": "a b",
-        "scheduler/scheduler_config.json": "{}", "logs/events.out": "x", "LICENSE": "none",
-    }  # fmt: skip
+        "model_index.json": json.dumps(index),
+        "README.md": "# Pipe",
+        "unet/config.json": "{}",
+        "vae/config.json": "{}",
+        "text_encoder/config.json": "{}",
+        "tokenizer/merges.txt": "a b",
+        "scheduler/scheduler_config.json": "{}",
+        "logs/events.out": "x",
+        "LICENSE": "none",
+    }
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

@@ -502,11 +502,12 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(LpsparseError, match="no option ridge"):
         condition(model, "denoise", ridge=1.0)
     for method, options, says in (
-        ("denoise", {"sparsity": 1.5}, "sparsity = 1.5"), ("l1-rows", {"sparsity": -0.1}, "sparsity = -0.1"),
+        ("denoise", {"sparsity": 1.5}, "sparsity = 1.5"),
+        ("l1-rows", {"sparsity": -0.1}, "sparsity = -0.1"),
         ("l1-rows", {"path_penalty": -1.0}, "path_penalty = -1.0"),
         ("weight-norm", {"gain_lr_ratio": -1.0}, "gain_lr_ratio = -1.0"),
         ("rows", {"names": ["nonsense"]}, "no parameter nonsense"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(LpsparseError, match=says):
             condition(model, method, **options)
     condition(model)

@@ -162,12 +162,7 @@ def test_the_target_is_met_exactly_and_no_zero_comes_back(method: str, optimizer
     make = {"adamw": torch.optim.AdamW, "sgd": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}[optimizer]
     inner = make(list(weights.values()), lr=0.05)
     step = step_of(
-        method=method,
-        target_sparsity="0.37",
-        decay_share=0.5,
-        lr=0.05,
-        optimizer=optimizer,
-        score=score,
+        method=method, target_sparsity="0.37", decay_share=0.5, lr=0.05, optimizer=optimizer, score=score
     )
     control = control_of(step, weights, inner, 60)
     zeros = drive(control, inner, 60)
@@ -183,10 +178,18 @@ def test_the_target_is_met_exactly_and_no_zero_comes_back(method: str, optimizer
 
 
 OPTIONS = (
-    {"score": "fisher"}, {"masked_forward": True}, {"cautious": True}, {"prox": "irl1"}, {"p_start": 2.0},
-    {"lambda_2": 0.1}, {"selective": False}, {"ramp": "none"}, {"allocation": "erk"},
-    {"lr_schedule": "cosine"}, {"cut": "gradual"},
-)  # fmt: skip
+    {"score": "fisher"},
+    {"masked_forward": True},
+    {"cautious": True},
+    {"prox": "irl1"},
+    {"p_start": 2.0},
+    {"lambda_2": 0.1},
+    {"selective": False},
+    {"ramp": "none"},
+    {"allocation": "erk"},
+    {"lr_schedule": "cosine"},
+    {"cut": "gradual"},
+)
 
 
 class Restless(torch.optim.Optimizer):
@@ -298,11 +301,15 @@ def test_the_decay_phase_alone_and_the_recovery_alone_can_be_run() -> None:
 @pytest.mark.parametrize(
     "way",
     [
-        {"method": "lp"}, {"method": "lp", "score": "fisher"}, {"method": "gradual"}, {"method": "one-shot"},
-        {"method": "l1", "lambda_p": 9.0}, {"method": "lp", "selective": False, "lambda_p": 300.0},
+        {"method": "lp"},
+        {"method": "lp", "score": "fisher"},
+        {"method": "gradual"},
+        {"method": "one-shot"},
+        {"method": "l1", "lambda_p": 9.0},
+        {"method": "lp", "selective": False, "lambda_p": 300.0},
     ],
     ids=lambda way: "-".join(str(value) for value in way.values()),
-)  # fmt: skip
+)
 def test_keep_zeros_never_revives_a_zero(way: dict[str, object], allocation: str) -> None:
     """Not even where its tensor has more zeros than its share, or where living weights are zero too."""
     weights = weights_of(4)
@@ -516,13 +523,7 @@ def run_from(control: SparsityControl, inner: torch.optim.Optimizer, steps: rang
 )
 @pytest.mark.parametrize("at", [17, 45])
 def test_a_run_that_is_taken_up_again_ends_in_the_same_bits(method: str, score: str, at: int) -> None:
-    step = step_of(
-        method=method,
-        target_sparsity="0.5",
-        decay_share=0.5,
-        lr=0.05,
-        score=score,
-    )
+    step = step_of(method=method, target_sparsity="0.5", decay_share=0.5, lr=0.05, score=score)
     whole, ended = weights_of(18), weights_of(18)
     inner = torch.optim.AdamW(list(whole.values()), lr=0.05)
     run_from(control_of(step, whole, inner, 60), inner, range(60))

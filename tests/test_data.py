@@ -13,16 +13,7 @@ from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.manifest import Trained
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.steps.resolve import resolve
-from lpsparse.training.data import (
-    Row,
-    check_apart,
-    copies,
-    digests,
-    find,
-    held_out_of,
-    read_rows,
-    trained_on,
-)
+from lpsparse.training.data import Row, check_apart, copies, digests, find, held_out_of, read_rows, trained_on
 from lpsparse.training.images import read_images
 from lpsparse.training.tasks.text_classification import prepare
 
@@ -99,8 +90,9 @@ def test_columns_of_any_name_can_be_asked_for(tmp_path: Path) -> None:
     table = "review\tfeeling\nfine\tgood\ndull\tbad\n"
     named = {"text_field": "review", "label_field": "feeling"}
     assert [(row.text, row.label, row.where) for row in rows_of(tmp_path / "a.tsv", table, **named)] == [
-        ("fine", "good", "a.tsv:2"), ("dull", "bad", "a.tsv:3")
-    ]  # fmt: skip
+        ("fine", "good", "a.tsv:2"),
+        ("dull", "bad", "a.tsv:3"),
+    ]
 
 
 def test_two_columns_without_a_heading_are_text_and_label_and_not_the_other_way_round(tmp_path: Path) -> None:
@@ -127,10 +119,14 @@ def test_a_row_ends_where_its_format_says(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "held", "apart"),
     [
-        ("train", "dev", True), ("train", "train", False), ("train[:10]", "train[10:]", True),
-        ("train[:10]", "train[9:]", False), ("train[5:]", "train[:5]", True), ("train", "train[:1]", False),
+        ("train", "dev", True),
+        ("train", "train", False),
+        ("train[:10]", "train[10:]", True),
+        ("train[:10]", "train[9:]", False),
+        ("train[5:]", "train[:5]", True),
+        ("train", "train[:1]", False),
     ],
-)  # fmt: skip
+)
 def test_held_out_rows_are_no_training_rows(split: str, held: str, apart: bool, tmp_path: Path) -> None:
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("a\tb\n")
@@ -224,10 +220,12 @@ def broken_images() -> dict[str, tuple[str, bytes]]:
     header = bytearray(png.getvalue())
     header[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in the PNG's header
     return {
-        "a cut zip": ("x.npz", b"PK\3\4" + bytes(40)), "a lone array": ("x.npz", array.getvalue()),
-        "nothing": ("x.npz", b""), "a huge picture": ("a/x.png", bytes(header)),
+        "a cut zip": ("x.npz", b"PK\3\4" + bytes(40)),
+        "a lone array": ("x.npz", array.getvalue()),
+        "nothing": ("x.npz", b""),
+        "a huge picture": ("a/x.png", bytes(header)),
         "no picture": ("a/x.png", b"x"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("case", broken_images())

@@ -32,9 +32,14 @@ class Net(nn.Module):
 
 def task_of(net: nn.Module) -> Task:
     return Task(
-        Loaded(net, {}, (), ()), [], [], collate=lambda examples: {}, metric="accuracy", unit="rows",
+        Loaded(net, {}, (), ()),
+        [],
+        [],
+        collate=lambda examples: {},
+        metric="accuracy",
+        unit="rows",
         predict=lambda model, batch: (model(batch["x"]), batch["y"]),
-    )  # fmt: skip
+    )
 
 
 def step_of(**options: object) -> FinetuneStep:

@@ -113,17 +113,26 @@ def test_two_processes_train_as_one_does_and_stop_together(plain: Options, tmp_p
 
 TEXT = "The quick brown fox jumps over the lazy dog and says that it is a fine day. " * 60
 MODELS: dict[str, tuple[Options, Callable[[Path], Path]]] = {
-    "gpt2": ({}, gpt2), "gemma": ({}, gemma), "llama": ({"shard": True}, llama),
+    "gpt2": ({}, gpt2),
+    "gemma": ({}, gemma),
+    "llama": ({"shard": True}, llama),
     "experts": ({"shard": True}, experts),
-}  # fmt: skip
+}
 
 
 def test_two_processes_train_transformers_as_one_does(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     given = {
-        "data": str(tmp_path / "text.txt"), "task": "causal-lm", "steps": 8, "batch_size": 4,
-        "max_length": 16, "lr": 1e-3, "target_sparsity": "0.6", "threads": 1, "distill": 0.5,
-    }  # fmt: skip
+        "data": str(tmp_path / "text.txt"),
+        "task": "causal-lm",
+        "steps": 8,
+        "batch_size": 4,
+        "max_length": 16,
+        "lr": 1e-3,
+        "target_sparsity": "0.6",
+        "threads": 1,
+        "distill": 0.5,
+    }
     runs: list[tuple[str, str, Options]] = []
     for name, (way, make) in MODELS.items():
         model = {"model": str(make(tmp_path / f"{name}-model"))}
@@ -370,11 +379,16 @@ def by_hand(given: Options, out: Path, changes: list[Options], port: int) -> lis
     """The processes of a job that nobody watches over, each with its own changes."""
     return [
         start(
-            command(given, out, **changed), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port),
+            command(given, out, **changed),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
         )
         for rank, changed in enumerate(changes)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_process_that_ends_before_the_first_step_ends_the_others(plain: Options, tmp_path: Path) -> None:

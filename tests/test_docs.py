@@ -127,10 +127,17 @@ def filled(command: str, number: int) -> list[str]:
     words = shlex.split(re.sub(r"[\[\]](?!\d)", "", command))
     checks = words[1] in ("report", "verify")  # of a folder that lpsparse wrote
     known = {
-        "MODEL": LLAMA, "BASE": LLAMA, "SOURCE": LLAMA, "FOLDER": "written", "OUT": f"out-{number}",
-        "DATA": "text.txt", "DIR": ".", "TASK": "causal-lm", "data=./folder": "data=text.txt",
+        "MODEL": LLAMA,
+        "BASE": LLAMA,
+        "SOURCE": LLAMA,
+        "FOLDER": "written",
+        "OUT": f"out-{number}",
+        "DATA": "text.txt",
+        "DIR": ".",
+        "TASK": "causal-lm",
+        "data=./folder": "data=text.txt",
         "model=./folder": "model=model",
-    }  # fmt: skip
+    }
     words = [
         "written" if checks and i == 2 and word == "MODEL" else known.get(word, word)
         for i, word in enumerate(words)
@@ -200,9 +207,14 @@ def names(world: Path) -> dict[str, Any]:
     batches = [{name: value[None] for name, value in row.items()} for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     return {
-        "torch": torch, "lpsparse": lpsparse, "model": model, "dataset": rows, "batches": batches,
-        "optimizer": optimizer, "params": model.parameters(),
-    }  # fmt: skip
+        "torch": torch,
+        "lpsparse": lpsparse,
+        "model": model,
+        "dataset": rows,
+        "batches": batches,
+        "optimizer": optimizer,
+        "params": model.parameters(),
+    }
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # the Trainer's, without a GPU

@@ -22,8 +22,11 @@ from lpsparse.steps.finetune import EvalStep
 Cli = Callable[..., Ran]
 LM = "bundled:stories260k"
 ON: dict[str, Any] = {
-    "data": "bundled:shakespeare", "split": "validation[:2000]", "task": "causal-lm", "max_length": 32
-}  # fmt: skip
+    "data": "bundled:shakespeare",
+    "split": "validation[:2000]",
+    "task": "causal-lm",
+    "max_length": 32,
+}
 WORDS = ["--data", ON["data"], "--split", ON["split"], "--task", ON["task"], "--max-length", "32"]
 TRAIN: dict[str, Any] = {"task": "text-classification", "max_length": 16, "steps": 2, "lr": 1e-3}
 

@@ -35,8 +35,11 @@ def faults(*words: str) -> dict[str, dict[str, int]]:
     """The table that benchmarks/faults.py prints, where it found nothing wrong."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "faults.py"), *words],
-        env=cli_environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=cli_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     head, _, *lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
     return {line[0]: dict(zip(head, map(int, line[1:]), strict=True)) for line in lines}
@@ -114,9 +117,12 @@ def test_of_two_runs_on_one_out_the_second_names_the_first_and_takes_over_when_i
     ends: str, tiny: Path, tmp_path: Path, cli: Cli
 ) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", HELD, str(tiny), str(tmp_path / "out")], env=cli_environment(),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as first:  # fmt: skip
+        [sys.executable, "-c", HELD, str(tiny), str(tmp_path / "out")],
+        env=cli_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
         second = cli("prune", tiny, tmp_path / "out", "--sparsity", "0.5")
         assert second.rc == 7 and f"process {first.pid} on {socket.gethostname()}" in second.stderr

@@ -230,9 +230,12 @@ def test_ctrl_c_in_training_exits_130_and_keeps_the_state(tmp_path: Path) -> Non
         "32",
     ]
     run = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", LISTENING, *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     metrics = tmp_path / "out.partial" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size) and run.poll() is None:
         time.sleep(0.1)
@@ -324,7 +327,8 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
     given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5"}
     plain, normed = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
     for options, model, wanted in (
-        ({}, plain, "fisher none end"), ({}, normed, "magnitude none gradual"),
+        ({}, plain, "fisher none end"),
+        ({}, normed, "magnitude none gradual"),
         ({"optimizer": "sgd"}, plain, "magnitude none end"),
         ({"method": "gradual"}, plain, "magnitude none end"),
         ({"method": "gradual"}, normed, "magnitude none end"),
@@ -334,7 +338,7 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
         ({"method": "dwf"}, plain, "magnitude none end"),
         ({"target_sparsity": None}, normed, "magnitude none end"),
         ({"target_sparsity": None, "method": "dense"}, plain, "magnitude none end"),
-    ):  # fmt: skip
+    ):
         given_here = {key: value for key, value in {**given, **options}.items() if value is not None}
         resolved = resolve_auto(resolve(FinetuneStep, given_here), model, 60)
         assert f"{resolved.score} {resolved.condition} {resolved.cut}" == wanted
@@ -378,11 +382,7 @@ def test_a_run_says_which_options_it_has(tmp_path: Path) -> None:
     options = {"target_sparsity": "0.5", "keep_zeros": True, "distill": 0.5, "cautious": True}
     options["selective"] = False
     kept = said_of("kept", tmp_path / "sparse", **options)
-    for part in (
-        "--cautious --distill 0.5",
-        "chosen by magnitude",
-        "zeros of MODEL, more than the target",
-    ):
+    for part in ("--cautious --distill 0.5", "chosen by magnitude", "zeros of MODEL, more than the target"):
         assert part in kept
 
 
@@ -392,9 +392,13 @@ def test_training_goes_on_when_the_reader_of_its_progress_has_gone(tmp_path: Pat
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "lpsparse", *words], cwd=tmp_path, env=cli_environment(), stderr=writing,
-        stdout=subprocess.DEVNULL, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-m", "lpsparse", *words],
+        cwd=tmp_path,
+        env=cli_environment(),
+        stderr=writing,
+        stdout=subprocess.DEVNULL,
+        timeout=120,
+    )
     os.close(writing)
     assert done.returncode == 0
     assert lpsparse.verify(tmp_path / "out")["ok"]
@@ -420,7 +424,7 @@ def test_training_goes_on_when_the_reader_of_its_progress_has_gone(tmp_path: Pat
         ({"gain_lr_ratio": 0.1}, "--gain-lr-ratio is for --condition weight-norm"),
         ({"condition": "rows", "path_penalty": 0.1}, "--path-penalty is for --condition l1-rows"),
     ],
-)  # fmt: skip
+)
 def test_an_option_of_another_method_is_refused(options: dict[str, object], says: str) -> None:
     from lpsparse.steps.finetune import FinetuneStep
     from lpsparse.steps.resolve import resolve
@@ -460,8 +464,9 @@ def test_outputs_of_blocks_are_learnt_from_at_every_step(tmp_path: Path) -> None
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU can do it")
 def test_fp16_without_a_gpu_and_an_optimizer_of_no_name_are_refused(tmp_path: Path) -> None:
     for options, what in (
-        ({"mixed_precision": "fp16"}, "fp16: needs a GPU"), ({"optimizer": "mun"}, "did you mean muon"),
-    ):  # fmt: skip
+        ({"mixed_precision": "fp16"}, "fp16: needs a GPU"),
+        ({"optimizer": "mun"}, "did you mean muon"),
+    ):
         with pytest.raises(LpsparseError, match=what) as caught:
             lpsparse.finetune(BUNDLED, tmp_path / "out", **SMALL, **options)
         assert caught.value.exit_code == ExitCode.USAGE and not list(tmp_path.iterdir())

@@ -31,9 +31,7 @@ def entry(**changes: object) -> bytes:
 def two(first: tuple[int, int], second: tuple[int, int], size: int) -> bytes:
     """A file of two U8 tensors `a` and `b` at the given ranges."""
     ranges = {"a": first, "b": second}
-    table = {
-        n: {"dtype": "U8", "shape": [e - b], "data_offsets": [b, e]} for n, (b, e) in ranges.items()
-    }  # fmt: skip
+    table = {n: {"dtype": "U8", "shape": [e - b], "data_offsets": [b, e]} for n, (b, e) in ranges.items()}
     return with_header(table, bytes(size))
 
 
@@ -97,7 +95,7 @@ HOSTILE = {
     "dtype a table": (entry(dtype={}), ["'a'", "dtype"]),
     "f4 not ending on a byte": (entry(dtype="F4", shape=[13]), ["'a'", "6.5 bytes"]),
     "nan in the header": (entry(shape=[float("nan")]), ["NaN is no JSON"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("data", "words"), HOSTILE.values(), ids=HOSTILE.keys())
@@ -156,11 +154,8 @@ def test_more_tensors_than_the_cap_are_refused(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "rest",
-    [
-        '"data_offsets":[0,0]', '"data_offset\\u0073":[0,0]', '"\\u0064ata_offsets":0', '"x":[0]',
-    ],
-)  # fmt: skip
+    "rest", ['"data_offsets":[0,0]', '"data_offset\\u0073":[0,0]', '"\\u0064ata_offsets":0', '"x":[0]']
+)
 def test_tensors_are_counted_before_they_are_parsed_however_their_keys_are_written(
     rest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,11 +192,15 @@ def test_any_mutation_of_a_file_reads_or_raises_input_error(
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
     | st.sampled_from(["F32", "F4"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 ENTRY = st.fixed_dictionaries({"dtype": JSON, "shape": JSON | st.lists(st.integers()), "data_offsets": JSON})
 
 

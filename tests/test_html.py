@@ -25,12 +25,28 @@ from lpsparse.reporting.records import KINDS, Budget, Estimate, Histogram, Repor
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 VIEWS = (
-    "verdict", "bytes", "layers", "types", "quality", "magnitudes", "patterns", "training", "changes",
+    "verdict",
+    "bytes",
+    "layers",
+    "types",
+    "quality",
+    "magnitudes",
+    "patterns",
+    "training",
+    "changes",
     "method",
-)  # fmt: skip
-HOSTILE = [*NAMES.values(), "\"><img src=x onerror=alert(1)>", "' onload='alert(1)",
-           "</title></style></svg><b>", "{{ 7 * 7 }}{% raw %}", "9" * 5000, "\ud800",
-           "א" * 40, "javascript:alert(1)"]  # fmt: skip
+)
+HOSTILE = [
+    *NAMES.values(),
+    '"><img src=x onerror=alert(1)>',
+    "' onload='alert(1)",
+    "</title></style></svg><b>",
+    "{{ 7 * 7 }}{% raw %}",
+    "9" * 5000,
+    "\ud800",
+    "א" * 40,
+    "javascript:alert(1)",
+]
 
 
 class Page(HTMLParser):
@@ -78,27 +94,39 @@ def hostile(name: str) -> Report:
     )
     beside = base(rows).model_copy(update={"name": name, "only_here": (name,), "other_form": (name,)})
     return full(
-        rows, model=name, base=beside, budgets=(worst, of), made=told, baseline=name,
-        nonfinite_tensors=(name,), quality=(quality(metric=name, split=name),), rule=name,
-        opens_with=name, not_measured=(name,),
-    )  # fmt: skip
+        rows,
+        model=name,
+        base=beside,
+        budgets=(worst, of),
+        made=told,
+        baseline=name,
+        nonfinite_tensors=(name,),
+        quality=(quality(metric=name, split=name),),
+        rule=name,
+        opens_with=name,
+        not_measured=(name,),
+    )
 
 
 REPORTS = {
-    "no tensors": bare(), "nothing optional": bare(tensors(7)), "everything": full(tensors(61)),
-    "one tensor": full(tensors(1)), "many": full(tensors(1300)),
+    "no tensors": bare(),
+    "nothing optional": bare(tensors(7)),
+    "everything": full(tensors(61)),
+    "one tensor": full(tensors(1)),
+    "many": full(tensors(1300)),
     "one point": full(tensors(7), training=points(1)),
-    "packed": full(tensors(7), layout="packed"), "bitmask": full(tensors(7), layout="bitmask"),
+    "packed": full(tensors(7), layout="packed"),
+    "bitmask": full(tensors(7), layout="bitmask"),
     "two qualities": full(tensors(7), quality=(quality(), quality(metric="loss", higher_is_better=False))),
     "no head before": full(tensors(7), quality=(quality(before=None, before_error=None, after_error=None),)),
     "not the source": full(tensors(7), base=base(tensors(7)).model_copy(update={"is_source": False})),
     "wide magnitudes": full(tensors(7), histogram=Histogram(first=-1075, counts=(1,) * 2099)),
-    "dry run": bare(tensors(7), estimate=Estimate(
-        disk_bytes=1, free_bytes=2, memory_bytes=3, seconds=None, rule="so"
-    )),
+    "dry run": bare(
+        tensors(7), estimate=Estimate(disk_bytes=1, free_bytes=2, memory_bytes=3, seconds=None, rule="so")
+    ),
     "nothing changed": full(tuple(replace(row, change=None) for row in tensors(7))),
     **{f"hostile {i}": hostile(name) for i, name in enumerate(HOSTILE)},
-}  # fmt: skip
+}
 
 
 @cache
@@ -257,10 +285,15 @@ def test_twenty_thousand_tensors_with_long_names_stay_under_3_mb() -> None:
 def test_a_page_without_what_is_optional_says_what_is_missing() -> None:
     words = " ".join("".join(Page(page_of("nothing optional")).words).split())
     for missing in (
-        "No budgets were set", "No BASE was given", "No quality is recorded", "There is no histogram",
-        "No patterns are known", "No training run is recorded", "How it was made is not known",
+        "No budgets were set",
+        "No BASE was given",
+        "No quality is recorded",
+        "There is no histogram",
+        "No patterns are known",
+        "No training run is recorded",
+        "How it was made is not known",
         "This report does not say",
-    ):  # fmt: skip
+    ):
         assert missing in words
 
 
@@ -271,7 +304,7 @@ def test_a_page_without_what_is_optional_says_what_is_missing() -> None:
         (Budget(name="max-bytes", limit=10, value=20, margin=-10, passed=False, level="warn"), "1 warning"),
         (Budget(name="max-bytes", limit=10, value=10, margin=0, passed=True), "Passed: the budget is met"),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_is_in_words(budget: Budget, words: str) -> None:
     page = render(bare(tensors(7), budgets=(budget,)))
     assert words in page.partition("</title>")[0] and words in page.partition("<body>")[2]

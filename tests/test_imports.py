@@ -22,8 +22,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "accelerate"}
 # Room -> the rooms it may import from; its own is understood, and the root's version number is everyone's.
 _BELOW_COMMANDS = {
-    "training", "integrations", "hub", "pruning", "reporting", "checkpoint", "parallel", "steps", "errors"
-}  # fmt: skip
+    "training",
+    "integrations",
+    "hub",
+    "pruning",
+    "reporting",
+    "checkpoint",
+    "parallel",
+    "steps",
+    "errors",
+}
 MAY_IMPORT = {
     "errors": set[str](),
     "borrowed": set[str](),
@@ -108,8 +116,11 @@ def modules_after(code: str, *argv: object) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{tail}", *map(str, argv)],
         env=cli_environment(LPSPARSE_MIXED_PRECISION=None),  # settings of steps need pydantic
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     return {name.partition(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
 
 
@@ -149,10 +160,15 @@ def test_the_list_of_commands_says_what_their_own_help_does() -> None:
 def test_every_command_on_safetensors_runs_without_torch(tiny: Path, tmp_path: Path) -> None:
     pruned, packed = tmp_path / "pruned", tmp_path / "packed"
     commands = (
-        ("prune", tiny, pruned, "--sparsity", "0.5"), ("report", pruned, tiny), ("inspect", tiny),
-        ("verify", pruned), ("pack", pruned, packed), ("unpack", packed, tmp_path / "dense"),
-        ("push", packed, "org/name", "--dry-run"), ("recipe", "check", DEMO),
-    )  # fmt: skip
+        ("prune", tiny, pruned, "--sparsity", "0.5"),
+        ("report", pruned, tiny),
+        ("inspect", tiny),
+        ("verify", pruned),
+        ("pack", pruned, packed),
+        ("unpack", packed, tmp_path / "dense"),
+        ("push", packed, "org/name", "--dry-run"),
+        ("recipe", "check", DEMO),
+    )
     for command in commands:
         writes = command[0] in ("prune", "pack", "unpack")  # a model card, with the hub's own classes
         assert not modules_after(RUN, *command) & (HEAVY if writes else {*HEAVY, "huggingface_hub"}), command[

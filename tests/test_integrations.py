@@ -22,10 +22,18 @@ from lpsparse.training.order import batches
 
 STEPS, RATE = 30, 2e-3
 RUN: dict[str, Any] = {
-    "data": "bundled:shakespeare", "split": "train[:9000]", "eval_split": "validation[:4000]",
-    "task": "causal-lm", "steps": STEPS, "batch_size": 4, "max_length": 32,
-    "lr": RATE, "threads": 1, "target_sparsity": "0.7", "score": "magnitude",
-}  # fmt: skip
+    "data": "bundled:shakespeare",
+    "split": "train[:9000]",
+    "eval_split": "validation[:4000]",
+    "task": "causal-lm",
+    "steps": STEPS,
+    "batch_size": 4,
+    "max_length": 32,
+    "lr": RATE,
+    "threads": 1,
+    "target_sparsity": "0.7",
+    "score": "magnitude",
+}
 OPTIONS = {"target_sparsity": "0.7", "score": "magnitude"}
 
 
@@ -92,10 +100,17 @@ class StopAt(TrainerCallback):
 
 def trainer(folder: Path, data: list[Tensor], *more: TrainerCallback, **options: Any) -> Trainer:
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, learning_rate=RATE, max_grad_norm=1.0,
-        report_to="none", disable_tqdm=True, use_cpu=True, optim="adamw_torch", logging_strategy="no",
+        output_dir=str(folder),
+        max_steps=STEPS,
+        learning_rate=RATE,
+        max_grad_norm=1.0,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        optim="adamw_torch",
+        logging_strategy="no",
         **{"weight_decay": 0.0, "save_strategy": "no", **options},
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_pretrained(BUNDLED)
     rows = [{"input_ids": data[0][0]}]
     callbacks = [SparsityCallback(**OPTIONS), *more]
@@ -138,9 +153,13 @@ def test_a_trainer_that_stops_early_or_loads_its_best_has_the_targets_zeros(
     stop: int, data: list[Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     best = {
-        "load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps",
-        "eval_steps": 5, "save_steps": 5, "save_strategy": "steps",
-    }  # fmt: skip
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "save_steps": 5,
+        "save_strategy": "steps",
+    }
     run = trainer(tmp_path, data, Losses(), *([StopAt(stop)] if stop < STEPS else []), **best)
     run.train()
     assert run.state.best_global_step == 5

@@ -72,9 +72,14 @@ def test_fewer_folders_than_outputs_are_refused_and_an_empty_one_or_numbers_sett
 
 def vit(folder: Path, *names: str, head: bool = True) -> dict[str, Any]:
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8,
-        patch_size=4, id2label=dict(enumerate(names)) if names else None,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        id2label=dict(enumerate(names)) if names else None,
+    )
     kind = transformers.ViTForImageClassification if head else transformers.ViTModel
     kind(config).save_pretrained(folder)
     return {**IMAGES, "model": str(folder)}
@@ -132,8 +137,10 @@ def test_the_labels_do_not_depend_on_the_seed_or_the_part(tiny_bert: Path, tmp_p
     data = table(tmp_path / "rows.jsonl", *rows)
     for seed in range(4):
         assert tuned(tiny_bert, data, tmp_path, seed=seed).loaded.module.config.id2label == {
-            0: "9", 1: "10", 2: "ok"
-        }  # fmt: skip
+            0: "9",
+            1: "10",
+            2: "ok",
+        }
     part = tuned(tiny_bert, data, tmp_path, split="rows[:11]")
     assert part.loaded.module.config.num_labels == 3
 

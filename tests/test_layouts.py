@@ -258,8 +258,11 @@ def test_transformers_opens_the_dense_folder_and_refuses_the_packed_one(tmp_path
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "dense"), str(tmp_path / "packed")],
-        env=cli_environment(TRANSFORMERS_VERBOSITY="error"), capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env=cli_environment(TRANSFORMERS_VERBOSITY="error"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     zeros = sum(row.zeros for row in lpsparse.report(tmp_path / "dense").tensors if "layers" in row.name)
     assert done.stdout.split() == [str(zeros), "OSError"]
 
@@ -284,12 +287,18 @@ def test_a_tensor_stays_dense_where_packing_does_not_pay(tiny: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("dtype", "shape", "stored", "yes"),
     [
-        ("F32", (7, 13), 0, True), ("F32", (7, 13), 69, True), ("F32", (7, 13), 70, False),
-        ("F32", (91,), 0, False), ("F32", (), 0, False), ("F32", (0, 13), 0, False),
-        ("I64", (7, 13), 0, False), ("BOOL", (101, 103), 0, False),
-        ("F16", (7, 13), 47, True), ("F16", (7, 13), 48, False),  # 182 bytes either way
+        ("F32", (7, 13), 0, True),
+        ("F32", (7, 13), 69, True),
+        ("F32", (7, 13), 70, False),
+        ("F32", (91,), 0, False),
+        ("F32", (), 0, False),
+        ("F32", (0, 13), 0, False),
+        ("I64", (7, 13), 0, False),
+        ("BOOL", (101, 103), 0, False),
+        ("F16", (7, 13), 47, True),
+        ("F16", (7, 13), 48, False),  # 182 bytes either way
     ],
-)  # fmt: skip
+)
 def test_packing_pays_when_its_four_parts_are_fewer_bytes(
     dtype: str, shape: tuple[int, ...], stored: int, yes: bool
 ) -> None:
@@ -353,7 +362,9 @@ LIES: dict[str, dict[str, Given | None]] = {
     "shape of 17 dimensions": {"shape": integers(2, 9, *[1] * 15)},
     "shape of another dtype": {"shape": ("U8", [2], b"\2\11")},
     "shape empty and enormous": {
-        "shape": integers(2, 0, 2**64 - 1), "bitmask": ("U8", [2, 0], b""), "compressed": ("F32", [0], b""),
+        "shape": integers(2, 0, 2**64 - 1),
+        "bitmask": ("U8", [2, 0], b""),
+        "compressed": ("F32", [0], b""),
         "row_offsets": integers(0, 0),
     },
     "mask of another dtype": {"bitmask": ("I8", [2, 2], bytes(4))},
@@ -363,7 +374,7 @@ LIES: dict[str, dict[str, Given | None]] = {
     "values missing": {"compressed": None},
     "offsets missing": {"row_offsets": None},
     "shape missing": {"shape": None},
-}  # fmt: skip
+}
 
 
 IN_THE_VALUES = ("a bit too many", "a bit too few", "a bit in another row", "values too many")

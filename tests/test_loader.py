@@ -41,9 +41,13 @@ from lpsparse.errors import InputError, UsageError
 from lpsparse.integrations.loader import LazyTensor, Reading
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 32,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
 HEADS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 BERT = BertConfig(**SIZES)
 CAUSAL = {
@@ -309,10 +313,16 @@ def _without(text: str, name: str) -> str:
 @pytest.mark.parametrize(
     "entry",
     [
-        {"tensors": 3}, {"digest": "0" * 16}, {"format_version": 2}, {"layout": "zip"}, {"tensors": "3"},
-        {"digest": 7}, {"auto_map": "os.system"}, {"dtype": "I64"},
+        {"tensors": 3},
+        {"digest": "0" * 16},
+        {"format_version": 2},
+        {"layout": "zip"},
+        {"tensors": "3"},
+        {"digest": 7},
+        {"auto_map": "os.system"},
+        {"dtype": "I64"},
     ],
-)  # fmt: skip
+)
 def test_an_entry_that_is_not_that_of_the_files_is_refused(entry: dict[str, Any], llama: Path) -> None:
     with pytest.raises(InputError):
         AutoModelForCausalLM.from_pretrained(edited(packed(llama), **entry))
@@ -477,9 +487,12 @@ def _without_name(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 def run(code: str, *argv: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, argv)], env=cli_environment(),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *map(str, argv)],
+        env=cli_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 LOAD = "import sys; print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.norm.weight.sum().item())"

@@ -75,19 +75,25 @@ PAIRS: dict[str, tuple[Arrays, Arrays, set[str]]] = {
     "a base model of a headed one": (cut(body()), prefixed(body()) | HEAD, set(HEAD)),
     "another head": (prefixed(cut(body())) | HEAD, prefixed(body()) | MLM, set(MLM)),
     "no pooler": (
-        prefixed(without(cut(body()), "pooler")) | HEAD, body(), {"pooler.dense.weight", "pooler.dense.bias"}
+        prefixed(without(cut(body()), "pooler")) | HEAD,
+        body(),
+        {"pooler.dense.weight", "pooler.dense.bias"},
     ),
     "a pooler that is carried over": (
-        prefixed(without(cut(body()), "pooler")) | HEAD
-        | {name: value for name, value in body().items() if "pooler" in name}, body(), set()
+        prefixed(without(cut(body()), "pooler"))
+        | HEAD
+        | {name: value for name, value in body().items() if "pooler" in name},
+        body(),
+        set(),
     ),
     "old names of norms": (prefixed(cut(body())) | HEAD, OLD, set()),
     "a wrapper": (prefixed(cut(body())) | HEAD, prefixed(body(), "module."), set()),
     "a head for other labels": (
         prefixed(cut(body())) | HEAD,
-        prefixed(body()) | HEAD | {"classifier.weight": np.ones((5, 7), np.float32)}, {"classifier.weight"},
+        prefixed(body()) | HEAD | {"classifier.weight": np.ones((5, 7), np.float32)},
+        {"classifier.weight"},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("result", "base", "left"), PAIRS.values(), ids=PAIRS.keys())
@@ -106,15 +112,18 @@ def test_changes_are_counted_across_a_prefix_and_no_head_is_an_alarm(
 
 LOST: dict[str, tuple[Arrays, Arrays, set[str]]] = {
     "a layer": (
-        prefixed(without(cut(body()), "layer.2")) | HEAD, body(),
+        prefixed(without(cut(body()), "layer.2")) | HEAD,
+        body(),
         {"encoder.layer.2.mlp.weight", "encoder.layer.2.LayerNorm.weight"},
     ),
     "the embedding": (prefixed(without(cut(body()), "embed")) | HEAD, body(), {"embeddings.word.weight"}),
     "the head of its class": (prefixed(cut(body())), prefixed(body()) | HEAD, set(HEAD)),
     "a layer of a headed one": (
-        without(cut(body()), "layer.0.mlp"), prefixed(body()) | HEAD, {"bert.encoder.layer.0.mlp.weight"}
+        without(cut(body()), "layer.0.mlp"),
+        prefixed(body()) | HEAD,
+        {"bert.encoder.layer.0.mlp.weight"},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("result", "base", "lost"), LOST.values(), ids=LOST.keys())
@@ -266,9 +275,10 @@ CLASSES = ["--task", "text-classification", "--data", "rows.jsonl"]
 IMAGES = ["--task", "image-classification", "--data", "m/x.npz", "--model-fn", "m/net.py:build"]
 TEXT = ["--task", "causal-lm", "--data", "bundled:shakespeare", "--split", "train[:2000]"]
 KINDS: dict[str, tuple[Callable[[Path], Path], list[str], list[str]]] = {
-    "llama": (llama, TEXT, []), "llama without a head": (headless, CLASSES, []),
+    "llama": (llama, TEXT, []),
+    "llama without a head": (headless, CLASSES, []),
     "resnet": (resnet, IMAGES, []),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ["bert", *KINDS])
@@ -283,9 +293,10 @@ def test_the_command_that_is_printed_as_next_ends_without_a_warning(
         ["finetune", model, "tuned", *words, *FEW, *kept, "--target-sparsity", "0.5"],
         ["prune", "tuned", "cut", *kept, "--sparsity", "0.6"],
         ["finetune", "cut", "back", *words, *FEW, *kept, "--method", "dense", "--keep-zeros"],
-        ["pack", "back", "packed"], ["unpack", "packed", "dense"],
+        ["pack", "back", "packed"],
+        ["unpack", "packed", "dense"],
         ["prune", model, "bare", "--sparsity", "0.5", "--scope", "tensor"],
-    ]  # fmt: skip
+    ]
     for command in commands:
         then = following(cli(*command))
         ran = cli(*then)

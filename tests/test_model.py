@@ -58,9 +58,15 @@ def test_fused_experts_are_trained_and_written_as_the_checkpoints_own_tensors(tm
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        max_position_embeddings=64,
+    )
     torch.manual_seed(0)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
     for path in BUNDLED.glob("token*"):
@@ -81,9 +87,13 @@ def test_what_does_not_turn_back_into_the_checkpoints_tensors_is_refused(
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
         patch_size=8,
-    )  # fmt: skip
+    )
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     np.savez(tmp_path / "images.npz", x=np.zeros((8, 16, 16, 3), np.uint8), y=np.arange(8) % 2)
     monkeypatch.setattr("lpsparse.training.names.turned_back", lambda model, tensors: {})

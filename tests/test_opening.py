@@ -180,10 +180,22 @@ def write_index(folder: Path, table: Any) -> Path:
 @pytest.mark.parametrize(
     "shard",
     [
-        "../one.safetensors", "sub/one.safetensors", "/etc/passwd", "C:\\x", "C:x", "\\\\host\\x", "a\\..\\b",
-        "", ".", "..", "one.safetensors\0", 7, None, ["one.safetensors"],
+        "../one.safetensors",
+        "sub/one.safetensors",
+        "/etc/passwd",
+        "C:\\x",
+        "C:x",
+        "\\\\host\\x",
+        "a\\..\\b",
+        "",
+        ".",
+        "..",
+        "one.safetensors\0",
+        7,
+        None,
+        ["one.safetensors"],
     ],
-)  # fmt: skip
+)
 def test_an_index_cannot_point_outside_its_folder(shard: object, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_safetensors(tmp_path / "one.safetensors", {"a": f32(7, 13)})
@@ -225,8 +237,9 @@ NAMES = st.text(max_size=5) | st.sampled_from(["one.safetensors", "../x", "x" * 
 @given(
     st.binary(max_size=40)
     | st.fixed_dictionaries({"weight_map": JSON | st.dictionaries(NAMES, NAMES | JSON)})
-    | st.tuples(st.integers(0, len(GOOD_INDEX) - 1), st.binary(max_size=3)) | JSON
-)  # fmt: skip
+    | st.tuples(st.integers(0, len(GOOD_INDEX) - 1), st.binary(max_size=3))
+    | JSON
+)
 def test_any_index_reads_or_raises_input_error(tmp_path_factory: pytest.TempPathFactory, table: Any) -> None:
     folder = tmp_path_factory.getbasetemp()
     if isinstance(table, tuple):
@@ -326,10 +339,14 @@ def test_values_of_every_dtype_come_through_bit_for_bit(tmp_path: Path) -> None:
 
 def test_values_of_every_dtype_that_nothing_cuts_are_written_bit_for_bit(tmp_path: Path) -> None:
     dtypes = {
-        "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
-        "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+        "U16": torch.uint16,
+        "U32": torch.uint32,
+        "U64": torch.uint64,
+        "C64": torch.complex64,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
         "F8_E8M0": torch.float8_e8m0fnu,
-    }  # fmt: skip
+    }
     raw = torch.arange(7 * 8 * 13, dtype=torch.int16).to(torch.uint8).view(7, 104)  # every byte there is
     state = {name: raw.clone().view(dtype) for name, dtype in dtypes.items()}
     state["a.weight"] = torch.ones(7, 13)
@@ -346,10 +363,15 @@ def test_strided_shared_tied_and_odd_shapes_are_written_out_in_full(tmp_path: Pa
     base = torch.arange(2 * 7 * 13, dtype=torch.float32)
     matrix = base[:91].view(7, 13)
     state = {
-        "transposed": matrix.t(), "every other": base[::2], "tail": base[91:],
-        "tied": matrix, "tied too": matrix, "scalar": torch.tensor(7.0), "empty": torch.empty(0, 7),
+        "transposed": matrix.t(),
+        "every other": base[::2],
+        "tail": base[91:],
+        "tied": matrix,
+        "tied too": matrix,
+        "scalar": torch.tensor(7.0),
+        "empty": torch.empty(0, 7),
         "parameter": torch.nn.Parameter(matrix),
-    }  # fmt: skip
+    }
     found = read_torch(save(tmp_path / "net.pt", state))
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], value) for name, value in state.items())
@@ -532,11 +554,19 @@ def test_an_empty_torch_file_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"x", b"not a torch file", b"<html>", b"version https://git-lfs.github.com/spec/v1", bytes(99),
-        b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"PK\x05\x06" + b"\xff" * 16 + b"\0\0",
-        b"\x80\x02.", b"\x80\x02u.", b"\x80\x02].",
+        b"x",
+        b"not a torch file",
+        b"<html>",
+        b"version https://git-lfs.github.com/spec/v1",
+        bytes(99),
+        b"PK\x03\x04",
+        b"PK\x05\x06" + bytes(18),
+        b"PK\x05\x06" + b"\xff" * 16 + b"\0\0",
+        b"\x80\x02.",
+        b"\x80\x02u.",
+        b"\x80\x02].",
     ],
-)  # fmt: skip
+)
 def test_a_torch_suffix_on_anything_else_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes(data)
     assert str(tmp_path / "net.pt") in refusal(tmp_path / "net.pt")
@@ -679,10 +709,15 @@ def matrices(factor: float = 1.0) -> dict[str, torch.Tensor]:
 
 OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(7, 13), "step": torch.tensor(3.0)}}, "param_groups": [{}]}
 HOLDERS: dict[str, tuple[str, Any]] = {  # what people save: where the model is in it
-    "a tutorial's": ("model_state_dict", {
-        "epoch": 3, "model_state_dict": matrices(), "optimizer_state_dict": OPTIMIZER,
-        "loss": torch.tensor(0.1),
-    }),
+    "a tutorial's": (
+        "model_state_dict",
+        {
+            "epoch": 3,
+            "model_state_dict": matrices(),
+            "optimizer_state_dict": OPTIMIZER,
+            "loss": torch.tensor(0.1),
+        },
+    ),
     "a speech model's": ("model_state_dict", {"dims": {"n_mels": 80}, "model_state_dict": matrices()}),
     "one of ZeRO's": ("module", {"module": matrices(), "buffer_names": [], "optimizer": OPTIMIZER}),
     "one of two networks'": ("generator", {"generator": matrices(), "optim_g": OPTIMIZER, "steps": 7}),
@@ -692,7 +727,7 @@ HOLDERS: dict[str, tuple[str, Any]] = {  # what people save: where the model is 
     # pytorch-hair-segmentation#30
     "with what was measured": ("weight", {"weight": matrices(), "val_iou": 0.7}),
     "with a scaler": ("weights", {"weights": matrices(), "scaler": {"scale": torch.tensor(65536.0)}}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -813,17 +848,21 @@ def hollow(*empty: str) -> dict[str, Any]:
     return {name: f32(0) if name in empty else f32(7, 13) if "mlp.w" in name else f32(7) for name in names}
 
 
-@pytest.mark.parametrize("empty", [
-    ("layers.0.mlp.weight", "layers.1.mlp.weight"), ("layers.1.mlp.weight",), ("layers.0.mlp.bias",),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "empty",
+    [("layers.0.mlp.weight", "layers.1.mlp.weight"), ("layers.1.mlp.weight",), ("layers.0.mlp.bias",)],
+)
 def test_parameters_that_zero_left_empty_are_refused_by_every_command(
     empty: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = write_safetensors(tmp_path / "model.safetensors", hollow(*empty))
     for command in (
-        inspect, report, lambda model: prune(model, tmp_path / "o", sparsity=0.5),
-        lambda model: lpsparse.pack(model, tmp_path / "o"), load,
-    ):  # fmt: skip
+        inspect,
+        report,
+        lambda model: prune(model, tmp_path / "o", sparsity=0.5),
+        lambda model: lpsparse.pack(model, tmp_path / "o"),
+        load,
+    ):
         with pytest.raises(InputError, match=f"{len(empty)} of 6 tensors have the shape \\[0\\]") as refused:
             command(path)
         assert "zero_to_fp32.py" in refused.value.hint
@@ -845,12 +884,22 @@ def test_tensors_that_may_hold_nothing_do(tmp_path: Path) -> None:
     assert len(open_checkpoint(write_safetensors(tmp_path / "m.safetensors", tensors)).tensors) == 4
 
 
-@pytest.mark.parametrize(("parts", "command"), [
-    (["global_step7/mp_rank_00_model_states.pt", "global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-     "zero_to_fp32.py"),
-    (["model_fsdp_0/__0_0.distcp", "model_fsdp_0/__1_0.distcp", "model_fsdp_0/.metadata"],
-     "dcp_to_torch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parts", "command"),
+    [
+        (
+            [
+                "global_step7/mp_rank_00_model_states.pt",
+                "global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            ],
+            "zero_to_fp32.py",
+        ),
+        (
+            ["model_fsdp_0/__0_0.distcp", "model_fsdp_0/__1_0.distcp", "model_fsdp_0/.metadata"],
+            "dcp_to_torch",
+        ),
+    ],
+)
 def test_parts_that_were_not_gathered_are_refused_with_the_command_that_does(
     parts: list[str], command: str, tmp_path: Path
 ) -> None:

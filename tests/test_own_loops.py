@@ -193,9 +193,15 @@ def test_lambda_auto_decays_a_group_of_a_small_rate_as_much_as_the_others() -> N
 # The end of a run (sparseml#1117, neural-compressor#1250, nncf#66)
 
 WAYS = [
-    {}, {"score": "fisher"}, {"method": "gradual"}, {"method": "dwf"}, {"method": "rigl"}, {"method": "l1"},
-    {"condition": "rows"}, {"condition": "denoise"},
-]  # fmt: skip
+    {},
+    {"score": "fisher"},
+    {"method": "gradual"},
+    {"method": "dwf"},
+    {"method": "rigl"},
+    {"method": "l1"},
+    {"condition": "rows"},
+    {"condition": "denoise"},
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()) or "default")
@@ -484,8 +490,15 @@ def test_keep_zeros_holds_the_zeros_of_every_tensor(optimizer: str) -> None:
         for param in model.parameters():
             param[param.abs() < 0.1] = 0
     before = {name: param == 0 for name, param in model.named_parameters()}
-    sparsity = attached(model, made, method="dense", keep_zeros=True, target_sparsity=None, score="auto",
-                        exclude=("0.weight",))  # fmt: skip
+    sparsity = attached(
+        model,
+        made,
+        method="dense",
+        keep_zeros=True,
+        target_sparsity=None,
+        score="auto",
+        exclude=("0.weight",),
+    )
     run(sparsity, made)
     sparsity.finish()
     assert all(before[name].any() for name in ("0.weight", "0.bias", "2.weight"))

@@ -304,7 +304,7 @@ def golden_with(tmp_path: Path, **changes: Any) -> Path:
         ({"text": "{"}, "is not understood"),
         ({"text": '{"format_version":1,"format_version":1}'}, "is not understood"),
     ],
-)  # fmt: skip
+)
 def test_a_manifest_that_is_not_the_file_s_is_refused(
     changes: dict[str, Any], what: str, tmp_path: Path
 ) -> None:

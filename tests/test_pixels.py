@@ -22,9 +22,11 @@ from lpsparse.training.pixels import same_channels
 
 MEAN, STD = [0.9, 0.1, 0.3], [0.05, 0.9, 0.2]
 SETTINGS = {
-    "image_processor_type": "ViTImageProcessor", "image_mean": MEAN, "image_std": STD,
+    "image_processor_type": "ViTImageProcessor",
+    "image_mean": MEAN,
+    "image_std": STD,
     "size": {"height": 8, "width": 8},
-}  # fmt: skip
+}
 
 
 def saved(folder: Path, image: Any, name: str = "0.png", **options: Any) -> Path:
@@ -67,9 +69,13 @@ def test_a_photo_is_turned_as_its_tag_says(turned: int, tmp_path: Path) -> None:
 
 
 MODES = {
-    "1": (0, 1), "L": (130, 1), "LA": ((130, 255), 1), "P": (3, 3), "CMYK": ((0, 90, 20, 10), 3),
+    "1": (0, 1),
+    "L": (130, 1),
+    "LA": ((130, 255), 1),
+    "P": (3, 3),
+    "CMYK": ((0, 90, 20, 10), 3),
     "RGBA": ((9, 8, 7, 255), 3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -142,9 +148,14 @@ def test_gray_images_among_colours_are_read_and_one_of_another_size_is_named(
 @pytest.fixture
 def vit(tmp_path: Path) -> Path:
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8,
-        patch_size=4, num_labels=4,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=4,
+    )
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     return tmp_path / "vit"
 

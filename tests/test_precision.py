@@ -38,10 +38,13 @@ def step_with(**given: Any) -> FinetuneStep:
 @pytest.mark.parametrize(
     ("known", "wanted"),
     [
-        ({"avx2": True, "avx512_bf16": False}, "no"), ({"avx512_bf16": True}, "bf16"),
-        ({"amx_bf16": True}, "bf16"), ({"bf16": True}, "bf16"), ({}, "no"),
+        ({"avx2": True, "avx512_bf16": False}, "no"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"bf16": True}, "bf16"),
+        ({}, "no"),
     ],
-)  # fmt: skip
+)
 def test_auto_is_bf16_where_the_cpu_has_it(known: dict[str, bool], wanted: str, cpu: Known) -> None:
     cpu(known)
     step, said = precision.with_precision(step_with(mixed_precision="auto"))

@@ -314,9 +314,11 @@ def test_a_full_disk_while_writing_leaves_nothing(tiny: Path, tmp_path: Path) ->
     arguments = ["prune", tiny, tmp_path / "out", "--sparsity", "0.5"]
     before = tree_hash(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=cli_environment(),
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=cli_environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 4
     assert "File too large" in done.stderr.splitlines()[-2]
     assert tree_hash(tmp_path) == before
@@ -484,8 +486,10 @@ def start(model: Path, out: Path, delay: float) -> subprocess.Popen[bytes]:
     """A prune in a process of its own, `delay` seconds after it began to write; or ended."""
     process = subprocess.Popen(
         [sys.executable, "-c", LISTENING, "prune", str(model), str(out), "--sparsity", "0.8"],
-        env=cli_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        env=cli_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     partial = out.with_name(f"{out.name}.partial")
     while not partial.exists() and process.poll() is None:
         time.sleep(0.001)
@@ -587,12 +591,16 @@ def test_a_tensor_of_which_next_to_nothing_is_left_is_named_in_every_view(tmp_pa
 @pytest.mark.parametrize(
     ("zeros", "told"),
     [
-        ((998, 0), None), ((999, 0), "nearly 100 % zero: a (1 of 1,000 weights left). "),
-        ((1000, 0), "now 100 % zero: a. "), ((999, 999), None), ((999, 901), None),
-        ((1000, 1000), "now 100 % zero: a, b (2 tensors). "), ((1000, 901), "now 100 % zero: a. "),
+        ((998, 0), None),
+        ((999, 0), "nearly 100 % zero: a (1 of 1,000 weights left). "),
+        ((1000, 0), "now 100 % zero: a. "),
+        ((999, 999), None),
+        ((999, 901), None),
+        ((1000, 1000), "now 100 % zero: a, b (2 tensors). "),
+        ((1000, 901), "now 100 % zero: a. "),
         ((1000, 999), "now 100 % zero: a. "),
     ],
-)  # fmt: skip
+)
 def test_next_to_nothing_is_told_where_less_is_cut(zeros: tuple[int, int], told: str | None) -> None:
     found = drained([("a", zeros[0], 1000), ("b", zeros[1], 1000), ("empty", 0, 0)])
     assert found is None if told is None else str(found).startswith(told)
@@ -647,9 +655,12 @@ def test_values_names_and_shapes_that_are_not_the_sources_are_named(tmp_path: Pa
     said = cli("verify", tmp_path / "out", tmp_path / "base")
     assert said.rc == 1 and "FAILED: 5 differences" in said.stdout
     for what in (
-        "a.weight: 1 values are neither", "b.weight: F32 (5, 13), base has F32 (7, 13)",
-        "d.weight: not in base", "c.weight: missing", "ids: 7 values are neither",
-    ):  # fmt: skip
+        "a.weight: 1 values are neither",
+        "b.weight: F32 (5, 13), base has F32 (7, 13)",
+        "d.weight: not in base",
+        "c.weight: missing",
+        "ids: 7 values are neither",
+    ):
         assert what in said.stdout, said.stdout
 
 
@@ -720,18 +731,36 @@ def test_a_source_that_is_gone_when_all_is_written_is_refused(tiny: Path, tmp_pa
 # Which sidecars go along
 
 LEFT = (  # what a training, a copy or another format leaves beside a model, and how it is named
-    ("optimizer.pt", ""), ("model.safetensors.bak", ""), ("weights.tar.gz", ""), ("embeddings.npy", ""),
-    (".env", ""), ("model.pdparams", ""), ("onnx/model.onnx_data", ""), ("output.log", ""), ("a.jsonl", ""),
-    ("wandb/run-1/files/config.yaml", "wandb/"), ("runs/Mar01/events.out.tfevents.1", "runs/"),
-    ("checkpoint-500/trainer_state.json", "checkpoint-500/"), ("checkpoints-7/a/b.json", "checkpoints-7/"),
-    ("model_fsdp_0/.metadata", "model_fsdp_0/"), ("sub/__pycache__/a.py", "sub/__pycache__/"),
+    ("optimizer.pt", ""),
+    ("model.safetensors.bak", ""),
+    ("weights.tar.gz", ""),
+    ("embeddings.npy", ""),
+    (".env", ""),
+    ("model.pdparams", ""),
+    ("onnx/model.onnx_data", ""),
+    ("output.log", ""),
+    ("a.jsonl", ""),
+    ("wandb/run-1/files/config.yaml", "wandb/"),
+    ("runs/Mar01/events.out.tfevents.1", "runs/"),
+    ("checkpoint-500/trainer_state.json", "checkpoint-500/"),
+    ("checkpoints-7/a/b.json", "checkpoints-7/"),
+    ("model_fsdp_0/.metadata", "model_fsdp_0/"),
+    ("sub/__pycache__/a.py", "sub/__pycache__/"),
     ("last-checkpoint/trainer_state.json", "last-checkpoint/"),  # transformers#13503
     ("training_state/scheduler_state.json", "training_state/"),  # lerobot#4546
-)  # fmt: skip
+)
 ALONG = (
-    "tokenizer.model", "spiece.spm", "chat_template.jinja", "modeling_own.py", "LICENSE", "USE_POLICY.md",
-    "assets/plot.png", "1_Pooling/config.json", "tokenizer/vocab.txt", ".gitattributes",
-)  # fmt: skip
+    "tokenizer.model",
+    "spiece.spm",
+    "chat_template.jinja",
+    "modeling_own.py",
+    "LICENSE",
+    "USE_POLICY.md",
+    "assets/plot.png",
+    "1_Pooling/config.json",
+    "tokenizer/vocab.txt",
+    ".gitattributes",
+)
 
 
 def test_what_loaders_read_goes_along_and_the_rest_is_named_before_and_after(
@@ -782,11 +811,16 @@ def test_the_links_of_a_snapshot_are_followed_into_its_own_blobs_alone(tmp_path:
     assert not (tmp_path / "again" / "config.json").exists()
 
 
-@pytest.mark.parametrize(("config", "words"), [
-    ({"model_type": "bert"}, "transformers from_pretrained"),
-    ({"_class_name": "UNet2DModel", "_diffusers_version": "0.36.0"}, "diffusers from_pretrained"),
-    ({"architecture": "resnet18", "pretrained_cfg": {}}, "timm create_model"), ({}, ""), (None, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "bert"}, "transformers from_pretrained"),
+        ({"_class_name": "UNet2DModel", "_diffusers_version": "0.36.0"}, "diffusers from_pretrained"),
+        ({"architecture": "resnet18", "pretrained_cfg": {}}, "timm create_model"),
+        ({}, ""),
+        (None, ""),
+    ],
+)
 def test_what_opens_a_folder_is_told_by_its_config(config: Any, words: str, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     write_safetensors(tmp_path / "m" / "model.safetensors", {"a.weight": f32(70, 130)})

@@ -364,12 +364,18 @@ def test_a_folder_that_is_not_ours_or_is_damaged_is_refused_before_anything_goes
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("name", "your user name goes before it"), ("org/name@x", "--revision"), ("a/b/c", "not org/name"),
-        ("org/na--me", "not org/name"), ("org/x.git", "not org/name"), ("-x/y", "no such option"),
-        ("org/n --revision " + "a" * 40, "a commit"), ("org/n --revision x --create-pr", "leave --revision"),
-        ("org/n --revision ../x", "not the name of a branch"), ("https://hf.co/a/b", "not org/name"),
+        ("name", "your user name goes before it"),
+        ("org/name@x", "--revision"),
+        ("a/b/c", "not org/name"),
+        ("org/na--me", "not org/name"),
+        ("org/x.git", "not org/name"),
+        ("-x/y", "no such option"),
+        ("org/n --revision " + "a" * 40, "a commit"),
+        ("org/n --revision x --create-pr", "leave --revision"),
+        ("org/n --revision ../x", "not the name of a branch"),
+        ("https://hf.co/a/b", "not org/name"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_name_is_a_usage_error(words: str, named: str, tmp_path: Path, cli: Cli) -> None:
     ran = cli("push", tmp_path, *words.split())
     assert ran.rc == ExitCode.USAGE and named in ran.stderr and ran.stderr.count("\n") == 2
@@ -378,13 +384,20 @@ def test_a_bad_name_is_a_usage_error(words: str, named: str, tmp_path: Path, cli
 @pytest.mark.parametrize(
     ("words", "how", "hint"),
     [
-        ("/api/models/org/name", 401, "hf auth login"), ("/api/repos/create", 403, "a name of your own"),
-        ("/api/repos/create", 409, "look at it"), ("preupload", 403, "a name of your own"),
-        ("preupload", 503, "not sent twice"), ("batch", 429, "not sent twice"), ("/lfs/", 403, "may write"),
-        ("/commit/", 413, "limits"), ("/commit/", 500, "not sent twice"), ("validate-yaml", 502, ""),
-        ("/tree/", 500, "not sent twice"), ("/api/models/org/name", 403, "a token"),
+        ("/api/models/org/name", 401, "hf auth login"),
+        ("/api/repos/create", 403, "a name of your own"),
+        ("/api/repos/create", 409, "look at it"),
+        ("preupload", 403, "a name of your own"),
+        ("preupload", 503, "not sent twice"),
+        ("batch", 429, "not sent twice"),
+        ("/lfs/", 403, "may write"),
+        ("/commit/", 413, "limits"),
+        ("/commit/", 500, "not sent twice"),
+        ("validate-yaml", 502, ""),
+        ("/tree/", 500, "not sent twice"),
+        ("/api/models/org/name", 403, "a token"),
     ],
-)  # fmt: skip
+)
 def test_an_answer_of_the_hub_is_two_lines_with_its_own_hint(
     words: str, how: int, hint: str, hub: Hub, sparse: Path, cli: Cli
 ) -> None:
@@ -393,8 +406,9 @@ def test_an_answer_of_the_hub_is_two_lines_with_its_own_hint(
     assert (ran.rc, ran.stdout) == (ExitCode.REMOTE, "") and ran.stderr.count("\n") == 2, ran.stderr
     error, advice = ran.stderr.splitlines()
     assert (str(how) in error or not hint) and hint in advice and TOKEN not in ran.stderr
-    assert ("no commit was made" in error) == (words != "/tree/" and (words, how) != ("/commit/", 500)
-                                               and words != "validate-yaml")  # fmt: skip
+    assert ("no commit was made" in error) == (
+        words != "/tree/" and (words, how) != ("/commit/", 500) and words != "validate-yaml"
+    )
     assert words != "/tree/" or "is not compared" in error
 
 

@@ -28,19 +28,34 @@ def of(dtype: str, *shape: int) -> Given:
 
 
 QUANTISED: dict[str, tuple[dict[str, Given], str]] = {
-    "gptq": ({".qweight": of("I32", 2, 13), ".qzeros": of("I32", 1, 2), ".scales": of("F16", 7, 13),
-              ".g_idx": of("I32", 14)}, "GPTQ or AWQ"),
-    "bitsandbytes nf4": ({".weight": of("U8", 91, 1), ".weight.absmax": of("F32", 3),
-                          ".weight.quant_state.bitsandbytes__nf4": of("U8", 80)}, "bitsandbytes"),
+    "gptq": (
+        {
+            ".qweight": of("I32", 2, 13),
+            ".qzeros": of("I32", 1, 2),
+            ".scales": of("F16", 7, 13),
+            ".g_idx": of("I32", 14),
+        },
+        "GPTQ or AWQ",
+    ),
+    "bitsandbytes nf4": (
+        {
+            ".weight": of("U8", 91, 1),
+            ".weight.absmax": of("F32", 3),
+            ".weight.quant_state.bitsandbytes__nf4": of("U8", 80),
+        },
+        "bitsandbytes",
+    ),
     "bitsandbytes int8": ({".weight": of("I8", 7, 13), ".SCB": of("F32", 7)}, "bitsandbytes"),
-    "packed": ({".weight_packed": of("I32", 7, 2), ".weight_scale": of("BF16", 7, 2),
-                ".weight_shape": of("I64", 2)}, "compressed-tensors"),
+    "packed": (
+        {".weight_packed": of("I32", 7, 2), ".weight_scale": of("BF16", 7, 2), ".weight_shape": of("I64", 2)},
+        "compressed-tensors",
+    ),
     "int8": ({".weight": of("I8", 7, 13), ".weight_scale": of("BF16", 7, 1)}, "compressed-tensors"),
     "fp8": ({".weight": of("F8_E4M3", 7, 13), ".weight_scale": of("F32", 1)}, "compressed-tensors"),
     "fp8 blocks": ({".weight": of("F8_E4M3", 7, 13), ".weight_scale_inv": of("F32", 1, 2)}, "fp8"),
     "scaled fp8": ({".weight": of("F8_E4M3", 7, 13), ".scale_weight": of("F32", 1)}, "scaled fp8"),
     "mxfp4": ({".experts_blocks": of("U8", 2, 7, 16), ".experts_scales": of("U8", 2, 7)}, "MXFP4"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("tensors", "method"), QUANTISED.values(), ids=QUANTISED.keys())
@@ -62,12 +77,13 @@ def test_a_quantised_layout_is_refused_by_method_and_tensor_and_still_packed(
 @pytest.mark.parametrize(
     ("config", "method"),
     [
-        (GPTQ, "(gptq)"), ({"text_config": GPTQ}, "(gptq)"),
+        (GPTQ, "(gptq)"),
+        ({"text_config": GPTQ}, "(gptq)"),
         ({"quantization_config": {"load_in_8bit": True}}, "(by its config.json)"),
         ({"quantization_config": {"quant_method": ["x"]}}, "(by its config.json)"),
         ({"quantization_config": "awq"}, "(by its config.json)"),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_says_quantised_is_believed(config: Any, method: str, tiny: Path, cli: Any) -> None:
     (tiny / "config.json").write_text(json.dumps(config))
     prune(tiny, tiny.parent / "plain", sparsity=0.5)  # of values that stand for themselves it says nothing
@@ -84,11 +100,20 @@ def test_a_config_that_says_quantised_is_believed(config: Any, method: str, tiny
 @pytest.mark.parametrize(
     "config",
     [
-        b"", b"{", b"[]", b"7", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000,
-        b'{"quantization_config": null}', b'{"quantization_config": {}}', b'{"text_config": [1, null]}',
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"quantization_config": null}',
+        b'{"quantization_config": {}}',
+        b'{"text_config": [1, null]}',
     ],
     ids=lambda config: config[:30].decode(errors="replace"),
-)  # fmt: skip
+)
 def test_a_config_that_says_nothing_is_carried_as_it_is(config: bytes, tiny: Path) -> None:
     (tiny / "config.json").write_bytes(config)
     prune(tiny, tiny.parent / "out", sparsity=0.5)

@@ -86,7 +86,7 @@ WRONG: dict[str, tuple[tuple[dict[str, Any], ...], int, list[str]]] = {
     "inside": (({"pack": {"out": "../tiny/x"}},), 4, ["lies inside the input"]),
     "held out": (({"finetune": {**TUNE, "eval_data": "text.txt"}},), 2, ["trains on"]),
     "code": (({"finetune": {**TUNE, "model_fn": "net.py:build"}},), 2, ["net.py: no such file"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("steps", "rc", "words"), WRONG.values(), ids=WRONG.keys())
@@ -118,11 +118,14 @@ def test_a_report_step_may_be_of_a_report_that_is_there_or_made(model: str, here
 
 
 REPORTS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "measured": ({"spectra": True}, 2, "LPS291"), "base": ({"base": "tiny"}, 2, "LPS291"),
-    "pattern": ({"min_sparsity": "none*=0.1"}, 2, "LPS290"), "baseline": ({"baseline": "gone"}, 3, "LPS356"),
-    "broken": ({"model": "broken.json"}, 3, "LPS356"), "other": ({"model": "other.json"}, 3, "LPS357"),
+    "measured": ({"spectra": True}, 2, "LPS291"),
+    "base": ({"base": "tiny"}, 2, "LPS291"),
+    "pattern": ({"min_sparsity": "none*=0.1"}, 2, "LPS290"),
+    "baseline": ({"baseline": "gone"}, 3, "LPS356"),
+    "broken": ({"model": "broken.json"}, 3, "LPS356"),
+    "other": ({"model": "other.json"}, 3, "LPS357"),
     "gone": ({"model": "gone.json"}, 3, "gone.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("more", "rc", "word"), REPORTS.values(), ids=REPORTS.keys())
@@ -224,7 +227,7 @@ def stand_ins(tiny_bert: Path, table: Path, tmp_path: Path) -> dict[str, dict[st
         "minilm-sst2.yaml": {"model": str(tiny_bert), "data": str(table)},
         "resnet20-cifar10.yaml": {"model": str(tmp_path / "r.th"), "data": str(tmp_path / "images")},
         "stories260k-shakespeare.yaml": {"data": str(text)},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -242,10 +245,13 @@ HEADED: dict[str, tuple[dict[str, Any], ...]] = {
     "report": ({"report": {"min_sparsity": 0.5}},),
     "report with patterns": ({"report": {"exclude": ["classifier.*"], "min_sparsity": "bert.*.weight=0.1"}},),
     "prune and recover": (
-        {"prune": {"sparsity": 0.5, "exclude": ["classifier.*"]}}, {"recover": {"task": HEAD["task"]}},
-        {"pack": {}}, {"report": {"base": "tuned"}}, {"verify": {}},
+        {"prune": {"sparsity": 0.5, "exclude": ["classifier.*"]}},
+        {"recover": {"task": HEAD["task"]}},
+        {"pack": {}},
+        {"report": {"base": "tuned"}},
+        {"verify": {}},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("steps", HEADED.values(), ids=HEADED.keys())

@@ -213,9 +213,11 @@ def test_a_recipe_that_fails_leaves_no_resolved_recipe(here: Path, cli: Cli) -> 
 def test_a_run_that_was_killed_in_its_second_step_goes_on_there(tmp_path: Path) -> None:
     settings = {**RECOVER, "steps": 400, "save_every": 1, "out": "back"}
     path = write(
-        tmp_path / "r.yaml", {"prune": {"sparsity": 0.5, "out": "cut"}}, {"recover": settings},
+        tmp_path / "r.yaml",
+        {"prune": {"sparsity": 0.5, "out": "cut"}},
+        {"recover": settings},
         model="bundled:stories260k",
-    )  # fmt: skip
+    )
     words = [sys.executable, "-m", "lpsparse", "run", str(path)]
     run = subprocess.Popen(words, cwd=tmp_path, env=cli_environment(), stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "made" / "back.partial"
@@ -298,8 +300,16 @@ def test_what_the_reader_writes_fits_the_schema(here: Path) -> None:
 
 
 # Broken for the reader by what YAML alone can tell, or readable without it.
-_UNSEEN = ("not yaml", "binary", "not utf-8", "object tag", "a date that is none", "nested", "a key twice",
-           "a setting twice")  # fmt: skip
+_UNSEEN = (
+    "not yaml",
+    "binary",
+    "not utf-8",
+    "object tag",
+    "a date that is none",
+    "nested",
+    "a key twice",
+    "a setting twice",
+)
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN.keys() - set(_UNSEEN)))
@@ -310,14 +320,21 @@ def test_a_broken_recipe_does_not_fit_the_schema(name: str) -> None:
 
 TRAIN = {"task": "causal-lm"}
 REFUSED: dict[str, dict[str, Any]] = {
-    "a variable": {"prune": {"sparsity": 0.5, "out": "${X}"}}, "no task": {"finetune": {}},
-    "other task": {"finetune": {"task": "lm"}}, "text for a rate": {"finetune": {**TRAIN, "lr": "fast"}},
-    "a rate of 0": {"finetune": {**TRAIN, "lr": 0}}, "lambda": {"finetune": {**TRAIN, "lambda": "most"}},
-    "no target": {"finetune": {**TRAIN, "method": "gradual"}}, "n_m as time": {"prune": {"n_m": 124}},
-    "level": {"pack": {"level": "most"}}, "recover lp": {"recover": {**TRAIN, "method": "lp"}},
-    "recover to a target": {"recover": {**TRAIN, "target-sparsity": 0.5}}, "no rule": {"prune": {}},
-    "prune alone": {"prune": None}, "steps as text": {"finetune": {**TRAIN, "steps": "many"}},
-}  # fmt: skip
+    "a variable": {"prune": {"sparsity": 0.5, "out": "${X}"}},
+    "no task": {"finetune": {}},
+    "other task": {"finetune": {"task": "lm"}},
+    "text for a rate": {"finetune": {**TRAIN, "lr": "fast"}},
+    "a rate of 0": {"finetune": {**TRAIN, "lr": 0}},
+    "lambda": {"finetune": {**TRAIN, "lambda": "most"}},
+    "no target": {"finetune": {**TRAIN, "method": "gradual"}},
+    "n_m as time": {"prune": {"n_m": 124}},
+    "level": {"pack": {"level": "most"}},
+    "recover lp": {"recover": {**TRAIN, "method": "lp"}},
+    "recover to a target": {"recover": {**TRAIN, "target-sparsity": 0.5}},
+    "no rule": {"prune": {}},
+    "prune alone": {"prune": None},
+    "steps as text": {"finetune": {**TRAIN, "steps": "many"}},
+}
 
 
 @pytest.mark.parametrize("step", REFUSED.values(), ids=REFUSED.keys())
@@ -330,13 +347,17 @@ def test_schema_and_reader_refuse_alike(step: dict[str, Any], here: Path) -> Non
 
 TAKEN: dict[str, dict[str, Any]] = {
     "hyphens": {"finetune": {**TRAIN, "target-sparsity": 0.5, "batch-size": 4}},
-    "alias": {"finetune": {**TRAIN, "lambda": 0.1}}, "field": {"finetune": {**TRAIN, "lambda_p": "auto"}},
-    "4e-3 as YAML 1.1 has it": {"finetune": {**TRAIN, "lr": "4e-3"}}, "no settings": {"verify": None},
-    "one pattern": {"prune": {"sparsity": 0.5, "include": "*a*"}}, "quotes": {"prune": {"sparsity": "0.80"}},
+    "alias": {"finetune": {**TRAIN, "lambda": 0.1}},
+    "field": {"finetune": {**TRAIN, "lambda_p": "auto"}},
+    "4e-3 as YAML 1.1 has it": {"finetune": {**TRAIN, "lr": "4e-3"}},
+    "no settings": {"verify": None},
+    "one pattern": {"prune": {"sparsity": 0.5, "include": "*a*"}},
+    "quotes": {"prune": {"sparsity": "0.80"}},
     "commas": {"eval": {**TRAIN, "mean": "0.5,0.4", "std": "1,1"}},
     "one mean": {"eval": {**TRAIN, "mean": 0.5}},
-    "null": {"prune": {"sparsity": None, "n-m": "2:4"}}, "recover": {"recover": {**TRAIN, "steps": 5}},
-}  # fmt: skip
+    "null": {"prune": {"sparsity": None, "n-m": "2:4"}},
+    "recover": {"recover": {**TRAIN, "steps": 5}},
+}
 
 
 @pytest.mark.parametrize("step", TAKEN.values(), ids=TAKEN.keys())

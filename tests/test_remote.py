@@ -171,12 +171,16 @@ def test_disk_memory_and_download_are_told_and_time_is_not(hub: Hub, tmp_path: P
 @pytest.mark.parametrize(
     ("rule", "some_each"),
     [
-        ({"sparsity": 0.29}, False), ({"sparsity": 0.29, "scope": "tensor"}, True), ({"below": 0.1}, False),
-        ({"sparsity": 0.29, "scope": "row"}, True), ({"n_m": "3:7", "include": "*.mlp.weight"}, True),
-        ({"sparsity": 0.5, "block": "1x7", "include": "*.mlp.weight"}, False), ({"gap": True}, False),
+        ({"sparsity": 0.29}, False),
+        ({"sparsity": 0.29, "scope": "tensor"}, True),
+        ({"below": 0.1}, False),
+        ({"sparsity": 0.29, "scope": "row"}, True),
+        ({"n_m": "3:7", "include": "*.mlp.weight"}, True),
+        ({"sparsity": 0.5, "block": "1x7", "include": "*.mlp.weight"}, False),
+        ({"gap": True}, False),
         ({"sparsity": 0.5, "block": "13x1", "scope": "tensor", "include": "*.0.mlp.weight"}, True),
     ],
-)  # fmt: skip
+)
 def test_zeros_are_those_of_the_run_where_shapes_tell_them_and_else_not_known(
     rule: dict[str, Any], some_each: bool, hub: Hub, tmp_path: Path
 ) -> None:
@@ -252,9 +256,10 @@ def test_a_hub_id_in_the_cache_is_read_and_nobody_is_asked(hub: Hub, tmp_path: P
         ("model.safetensors.index.json", ["1.safetensors", "model.safetensors"], True),
         ("pytorch_model.bin.index.json", ["model.safetensors"], True),
         ("pytorch_model.bin.index.json", ["1.safetensors"], True),  # the one that would be opened
-        ("config.json", ["a-00001-of-00002.safetensors"], False), ("config.json", [], False),
+        ("config.json", ["a-00001-of-00002.safetensors"], False),
+        ("config.json", [], False),
     ],
-)  # fmt: skip
+)
 def test_a_cache_is_used_where_it_holds_what_would_be_opened_and_else_the_hub_is_asked(
     index: str, files: list[str], whole: bool, hub: Hub, tmp_path: Path
 ) -> None:
@@ -334,7 +339,7 @@ def test_a_commit_that_is_none_exits_8(hub: Hub, tmp_path: Path) -> None:
         (safetensors_bytes({"a": f32(7)}, {"lpsparse.layout": "bitmask"}), None, "LPS346"),
         (safetensors_bytes({"a.compressed": f32(7), "a.bitmask": f32(7)}), None, "LPS346"),
     ],
-)  # fmt: skip
+)
 def test_headers_from_the_network_meet_the_checks_of_files(
     data: bytes, told: int | None, code: str, hub: Hub, tmp_path: Path
 ) -> None:
@@ -363,13 +368,15 @@ def test_an_index_that_names_other_tensors_than_its_shard_exits_3(hub: Hub, tmp_
 @pytest.mark.parametrize(
     ("names", "code", "hint"),
     [
-        (["pytorch_model.bin"], "LPS345", "hf download org/name"), (["README.md"], "LPS345", "hf download"),
-        (["a.safetensors", "b.safetensors"], "LPS328", "--weights"), ([], "LPS345", "hf download"),
+        (["pytorch_model.bin"], "LPS345", "hf download org/name"),
+        (["README.md"], "LPS345", "hf download"),
+        (["a.safetensors", "b.safetensors"], "LPS328", "--weights"),
+        ([], "LPS345", "hf download"),
         (["model.safetensors", "model.safetensors.index.json"], "LPS328", "--weights"),
         (["a.safetensors", "b.bin"], "LPS328", "--weights"),
         (["pytorch_model.bin.index.json"], "LPS345", "hf download"),
     ],
-)  # fmt: skip
+)
 def test_a_repository_without_one_safetensors_checkpoint_exits_3_and_says_what_to_do(
     names: list[str], code: str, hint: str, hub: Hub, tmp_path: Path
 ) -> None:

@@ -146,11 +146,16 @@ def test_json_into_a_folder_that_is_not_there_is_an_output_error(
 @pytest.mark.parametrize(
     ("flags", "rc"),
     [
-        (("--min-sparsity", "0.79"), 0), (("--min-sparsity", "0.81"), 1), (("--max-bytes", "10000000"), 0),
-        (("--max-bytes", "100B"), 1), (("--min-sparsity", "0.5", "--max-bytes", "100B"), 1),
-        (("--max-quality-drop", "1"), 1), (("--min-sparsity", "1.5"), 2), (("--max-bytes", "-1"), 2),
+        (("--min-sparsity", "0.79"), 0),
+        (("--min-sparsity", "0.81"), 1),
+        (("--max-bytes", "10000000"), 0),
+        (("--max-bytes", "100B"), 1),
+        (("--min-sparsity", "0.5", "--max-bytes", "100B"), 1),
+        (("--max-quality-drop", "1"), 1),
+        (("--min-sparsity", "1.5"), 2),
+        (("--max-bytes", "-1"), 2),
     ],
-)  # fmt: skip
+)
 def test_budgets_decide_the_exit_code(flags: tuple[str, ...], rc: int, sparse: Path, cli: Cli) -> None:
     ran = cli("report", sparse, *flags)
     assert ran.rc == rc
@@ -216,21 +221,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "deleted sidecar": (lambda f: (f / "extra" / "vocab.txt").unlink(), "extra/vocab.txt: missing"),
     "extra file": (lambda f: (f / "new.py").touch(), "new.py: not in the manifest"),
     "extra checkpoint": (
-        lambda f: shutil.copy(f / "model.safetensors", f / "lpsparse.safetensors"), "two check"
+        lambda f: shutil.copy(f / "model.safetensors", f / "lpsparse.safetensors"),
+        "two check",
     ),
     "edited zeros": (lambda f: edit_tensor(f, zeros=7), "the manifest has 7"),
     "edited shape": (lambda f: edit_tensor(f, shape=[7]), "I64 (7,)"),
     "tensor unlisted": (lambda f: edit_manifest(f, lambda m: m["tensors"].pop()), "tensor not in"),
     "edited layout": (lambda f: edit_tensor(f, layout="packed"), "stored dense, the manifest has packed"),
     "edited finite": (
-        lambda f: edit_manifest(f, lambda m: m["tensors"][-1].update(finite=False)), "the manifest has some"
+        lambda f: edit_manifest(f, lambda m: m["tensors"][-1].update(finite=False)),
+        "the manifest has some",
     ),
     "another layout": (lambda f: edit_manifest(f, lambda m: m.update(layout="../x")), "has ../x"),
     "file twice": (lambda f: edit_manifest(f, lambda m: m["files"].append(m["files"][0])), "1 files twice"),
     "tensor invented": (lambda f: edit_tensor(f, name="x"), "x: tensor missing"),
     "edited hash": (lambda f: edit_manifest(f, lambda m: m["files"][0].update(sha256="0" * 64)), "sha256"),
     "file unlisted": (lambda f: edit_manifest(f, lambda m: m["files"].pop()), "not in the manifest"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE.keys())
@@ -258,12 +265,15 @@ def test_a_downloads_own_hidden_files_do_not_fail_verify(sparse: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "no lpsparse.json"), ("", "not valid JSON"), ("{}", "lpsparse.json: lpsparse"),
-        ("[]", "lpsparse.json"), ('{"format_version": 99}', "format_version"),
+        (None, "no lpsparse.json"),
+        ("", "not valid JSON"),
+        ("{}", "lpsparse.json: lpsparse"),
+        ("[]", "lpsparse.json"),
+        ('{"format_version": 99}', "format_version"),
         ('{"a": 1, "a": 2}', "duplicate key"),
         ("[" * 5000, "nested"),
     ],
-)  # fmt: skip
+)
 def test_verify_without_a_readable_manifest_exits_3(
     text: str | None, words: str, sparse: Path, cli: Cli
 ) -> None:
@@ -300,10 +310,18 @@ def sha_of(path: Path) -> str:
 
 
 NAMES = {
-    "ansi": "\x1b[2J\x1b[31mred", "newline": "a\nerror[LPS000]: fake", "return": "a\rb", "bell": "a\x07b",
-    "c1": "a\x9b31mb", "bidi": "a\u202ebin\u202c", "nul": "a\0b", "script": "<script>alert(1)</script>",
-    "markdown": "[x](http://x) `x` |x|", "formula": "=cmd|' /C calc'!A0", "path": "../../x",
-}  # fmt: skip
+    "ansi": "\x1b[2J\x1b[31mred",
+    "newline": "a\nerror[LPS000]: fake",
+    "return": "a\rb",
+    "bell": "a\x07b",
+    "c1": "a\x9b31mb",
+    "bidi": "a\u202ebin\u202c",
+    "nul": "a\0b",
+    "script": "<script>alert(1)</script>",
+    "markdown": "[x](http://x) `x` |x|",
+    "formula": "=cmd|' /C calc'!A0",
+    "path": "../../x",
+}
 FORBIDDEN = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -314,11 +332,16 @@ def test_a_hostile_tensor_name_never_rules_the_terminal_and_stays_itself(
     given: dict[str, Given] = {f"{name}.weight": f32(7, 13), f"{name}.bias": f32(7)}
     write_safetensors(tmp_path / "m.safetensors", given)
     commands = (
-        ("inspect", "m.safetensors"), ("inspect", "m.safetensors", "--json"), ("report", "m.safetensors"),
-        ("report", "m.safetensors", "--json", "-"), ("prune", "m.safetensors", "out", "--sparsity", "0.5"),
-        ("verify", "out"), ("pack", "out", "packed"), ("prune", "m.safetensors", "o", "--gap"),
+        ("inspect", "m.safetensors"),
+        ("inspect", "m.safetensors", "--json"),
+        ("report", "m.safetensors"),
+        ("report", "m.safetensors", "--json", "-"),
+        ("prune", "m.safetensors", "out", "--sparsity", "0.5"),
+        ("verify", "out"),
+        ("pack", "out", "packed"),
+        ("prune", "m.safetensors", "o", "--gap"),
         ("prune", "m.safetensors", "o", "--sparsity", "1", "--exclude", "zzz"),
-    )  # fmt: skip
+    )
     for command, *rest in commands:
         paths = ("m.safetensors", "out", "packed", "o")
         ran = cli(command, *(tmp_path / word if word in paths else word for word in rest))
@@ -519,9 +542,14 @@ def test_a_report_is_written_over_no_part_of_a_checkpoint(sparse: Path, tmp_path
     lone, loose = tmp_path / "lone.safetensors", tmp_path / "lone.bin"
     loose.write_bytes(b"weights")
     for model, target in (
-        (sparse, sparse / "model.safetensors"), (sparse, sparse / "report.json"), (lone, lone),
-        (sparse, sparse / "new.json"), (lone, sparse / "new.json"), (sparse, lone), (sparse, loose),
-    ):  # fmt: skip
+        (sparse, sparse / "model.safetensors"),
+        (sparse, sparse / "report.json"),
+        (lone, lone),
+        (sparse, sparse / "new.json"),
+        (lone, sparse / "new.json"),
+        (sparse, lone),
+        (sparse, loose),
+    ):
         ran = cli("report", model, "--json", target)
         assert ran.rc == 4 and len(ran.stderr.strip().splitlines()) == 2, target
     assert {path: path.read_bytes() for path in before} == before and not (sparse / "new.json").exists()
@@ -611,9 +639,13 @@ def test_a_report_is_no_base(sparse: Path, cli: Cli) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [("--max-regression", "0.1"), ("--warn", "min-sparsity"), ("--warn", "finite"),
-     ("--warn", "baseline", "--min-sparsity", "0.1")],
-)  # fmt: skip
+    [
+        ("--max-regression", "0.1"),
+        ("--warn", "min-sparsity"),
+        ("--warn", "finite"),
+        ("--warn", "baseline", "--min-sparsity", "0.1"),
+    ],
+)
 def test_a_gate_that_lost_what_it_is_about_is_refused(flags: tuple[str, ...], sparse: Path, cli: Cli) -> None:
     ran = cli("report", sparse, *flags)
     assert ran.rc == 2 and "is not given" in ran.stderr

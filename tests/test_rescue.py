@@ -183,12 +183,13 @@ LONG: dict[str, Given] = {  # of 37 values every third is one more
 DEEP: dict[str, Given] = {  # (3, 2, 5), every fourth
     "compressed": ("F32", [8], np.arange(1, 9, dtype="<f4").tobytes()),
     "bitmask": (
-        "U8", [3, 2, 1],
+        "U8",
+        [3, 2, 1],
         np.packbits((np.arange(30) % 4 == 0).reshape(3, 2, 5), axis=-1, bitorder="little").tobytes(),
     ),
     "shape": integers(3, 2, 5),
     "row_offsets": integers(*[0] * 6, shape=[3, 2]),
-}  # fmt: skip
+}
 ODD: dict[str, Given] = {  # (2, 6): a group of four lies in both rows
     "compressed": ("F32", [2, 3], np.arange(1, 7, dtype="<f4").tobytes()),
     "bitmask": ("U8", [2, 1], bytes([0b110011, 0b100100])),
@@ -318,15 +319,16 @@ LIES: dict[str, tuple[dict[str, Given], dict[str, Given | None]]] = {
     "2:4 shape of more columns": (PAIR, {"shape": integers(2, 8)}),
     "2:4 of odd columns": (
         PAIR,
-        {"shape": integers(4, 3), "compressed": ("F32", [4, 1], bytes(16)),
-         "bitmask": ("U8", [4, 1], b"abcd")},
+        {
+            "shape": integers(4, 3),
+            "compressed": ("F32", [4, 1], bytes(16)),
+            "bitmask": ("U8", [4, 1], b"abcd"),
+        },
     ),
-    "2:4 of three dimensions": (
-        PAIR, {"shape": integers(1, 2, 4), "bitmask": ("U8", [1, 2, 1], bytes(2))},
-    ),
+    "2:4 of three dimensions": (PAIR, {"shape": integers(1, 2, 4), "bitmask": ("U8", [1, 2, 1], bytes(2))}),
     "mask of another dtype": (PARTS, {"bitmask": ("I8", [2, 2], bytes(4))}),
     "mask of another shape": (PARTS, {"bitmask": ("U8", [4], bytes(4))}),
-}  # fmt: skip
+}
 IN_THE_VALUES = ("a bit", "three in a row", "3-D values too many")
 
 
@@ -379,12 +381,19 @@ GROUPS = {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}, "format": 
 @pytest.mark.parametrize(
     "settings",
     [
-        SPARSE, SPARSE | {"version": "0.9.1", "transform_config": {}},
-        SPARSE | {"format": "dense", "config_groups": {}, "kv_cache_scheme": None, "ignore": [],
-                  "quantization_status": "compressed"},
+        SPARSE,
+        SPARSE | {"version": "0.9.1", "transform_config": {}},
+        SPARSE
+        | {
+            "format": "dense",
+            "config_groups": {},
+            "kv_cache_scheme": None,
+            "ignore": [],
+            "quantization_status": "compressed",
+        },
     ],
     ids=["bare", "with a version", "dense, without groups"],
-)  # fmt: skip
+)
 def test_what_is_only_sparse_is_not_called_quantised(settings: dict[str, Any], tmp_path: Path) -> None:
     packed_file(tmp_path, PARTS, compressed=("F8_E4M3", [5], bytes(range(1, 6))))
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings, "model_type": "x"}))
@@ -433,11 +442,12 @@ def test_sparse_and_quantised_is_shown_and_refused_by_all_that_needs_its_values(
             '\ufeff{"a": {"sparsity_config": 7}, "b": NaN}',
         ),
         ('{"sparsity_config": 1, "a": 2, "sparsity_config": 3}', '{ "a": 2}'),
-        ('{"a": 1}', '{"a": 1}'), ('["sparsity_config"]', '["sparsity_config"]'),
+        ('{"a": 1}', '{"a": 1}'),
+        ('["sparsity_config"]', '["sparsity_config"]'),
         ('{"sparsity_config": ', '{"sparsity_config": '),
     ],
     ids=["alone", "last", "first", "nested stays", "twice", "none", "no object", "broken"],
-)  # fmt: skip
+)
 def test_only_the_members_that_tell_of_the_layout_leave_the_config(
     before: str, after: str, tmp_path: Path
 ) -> None:

@@ -68,9 +68,13 @@ def test_a_shard_that_is_not_whole_is_written_again(
         torn.mkdir()
     else:
         changed = {
-            "cut": data[:-200], "longer": data + b"more", "zeroed": data[:-200] + bytes(200), "empty": b"",
-            "flipped": data[:-50] + bytes([data[-50] ^ 1]) + data[-49:], "header": b"\xff" * 16 + data[16:],
-        }  # fmt: skip
+            "cut": data[:-200],
+            "longer": data + b"more",
+            "zeroed": data[:-200] + bytes(200),
+            "empty": b"",
+            "flipped": data[:-50] + bytes([data[-50] ^ 1]) + data[-49:],
+            "header": b"\xff" * 16 + data[16:],
+        }
         torn.write_bytes(changed[damage])
     assert "2 of 3" in again(shards, tmp_path / "out")
     assert tree_hash(tmp_path / "out") == whole and verify(tmp_path / "out", shards)["ok"]

@@ -306,8 +306,9 @@ def test_a_state_of_other_settings_is_refused_with_the_first_differences(
     assert "recipe.finetune.clip was 1.0, is 2.0; recipe.finetune.lr was 0.01, is 0.02" in ran.stderr
     assert "and 1 more" in ran.stderr and "--resume never" in ran.stdout
     assert {**tree_hash(tmp_path / "out.partial"), ".lpsparse-owner.json": ""} == {
-        **before, ".lpsparse-owner.json": ""
-    }  # fmt: skip
+        **before,
+        ".lpsparse-owner.json": "",
+    }
     fresh = train(tmp_path / "out", faulty, monkeypatch, lr=0.02, resume="never")
     assert fresh.rc == 0 and "goes on" not in fresh.stderr
 

@@ -58,7 +58,7 @@ Cli = Callable[..., Ran]
         ("bert.pooler.dense.weight", (13, 13), "head"),
         ("net.codes_of_a_stranger", (7, 13), "unknown"),
     ],
-)  # fmt: skip
+)
 def test_names_and_shapes_tell_the_role(name: str, shape: tuple[int, ...], role: str) -> None:
     beside = {"model.layers.0.mlp.experts.0.up_proj.weight": (7, 13)}
     assert guess_roles({**beside, name: shape}.items())[name].role == role
@@ -221,7 +221,7 @@ def of(dtype: str, *shape: int) -> tuple[str, list[int], bytes]:
         ({"a.weight_qdata": of("I8", 7, 13), "a.weight_scale": of("F32", 7, 1)}, "integers with scales"),
     ],
     ids=["MLX", "quanto", "HQQ", "AQLM", "Nunchaku", "plain int8", "torchao"],
-)  # fmt: skip
+)
 def test_integers_with_scales_are_refused_and_their_siblings_never_cut(
     given: dict[str, Any], method: str, tmp_path: Path
 ) -> None:
@@ -318,8 +318,10 @@ def test_masks_of_torch_are_applied_and_leave_no_trace(tmp_path: Path) -> None:
 
 def test_an_index_of_any_name_is_found_and_kept(tmp_path: Path) -> None:
     stem, variant = "diffusion_pytorch_model", "diffusion_pytorch_model.fp16"
-    for folder, shard, index in (("a", stem, f"{stem}.safetensors.index.json"),
-                                 ("b", variant, f"{stem}.safetensors.index.fp16.json")):  # fmt: skip
+    for folder, shard, index in (
+        ("a", stem, f"{stem}.safetensors.index.json"),
+        ("b", variant, f"{stem}.safetensors.index.fp16.json"),
+    ):
         source = tmp_path / folder
         source.mkdir()
         table = {}
@@ -337,8 +339,10 @@ def test_an_index_of_any_name_is_found_and_kept(tmp_path: Path) -> None:
 
 def test_the_weights_of_an_adapter_are_refused_by_their_own_name_too(tmp_path: Path, cli: Cli) -> None:
     save_file({"q_proj.lora_A.weight": np.ones((5, 13), "f4")}, tmp_path / "adapter_model.safetensors")
-    for command in (("inspect", tmp_path / "adapter_model.safetensors"),
-                    ("inspect", tmp_path, "--weights", "adapter_model.safetensors")):  # fmt: skip
+    for command in (
+        ("inspect", tmp_path / "adapter_model.safetensors"),
+        ("inspect", tmp_path, "--weights", "adapter_model.safetensors"),
+    ):
         ran = cli(*command)
         assert ran.rc == 3 and "LPS318" in ran.stderr
 
@@ -360,8 +364,11 @@ def test_an_adapter_a_pipeline_and_a_cache_are_refused_by_what_they_are(tmp_path
     (pipeline / "model_index.json").write_text(
         '{"_class_name": "X", "unet": ["diffusers", "U"], "tokenizer": []}'
     )
-    for folder, said in ((adapter, "an adapter of org/base"), (pipeline, "a diffusers pipeline, of unet"),
-                         (cache, "a repository in the hub's cache")):  # fmt: skip
+    for folder, said in (
+        (adapter, "an adapter of org/base"),
+        (pipeline, "a diffusers pipeline, of unet"),
+        (cache, "a repository in the hub's cache"),
+    ):
         for command in (
             ("inspect", folder),
             ("report", folder),

@@ -36,9 +36,13 @@ from lpsparse.pruning.select import Scored, cut_smallest, select, target_count
 from lpsparse.pruning.targets import decide, no_match
 
 TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 def codes(dtype: str) -> np.ndarray:
@@ -164,12 +168,13 @@ def test_a_selection_is_what_a_sort_gives(data: st.DataObject, wide: bool) -> No
 def test_a_selection_among_many_needs_few_passes_and_is_exact(dtype: str, kind: str) -> None:
     draw = np.random.default_rng(5)
     values = {
-        "normal": draw.standard_normal((1009, 257)), "all equal": np.full((1009, 257), 0.5),
+        "normal": draw.standard_normal((1009, 257)),
+        "all equal": np.full((1009, 257), 0.5),
         "two values": np.where(draw.random((1009, 257)) < 0.6, 0.25, 2.0),
         "sorted": np.sort(draw.standard_normal(1009 * 257)).reshape(1009, 257),
         "zeros": np.where(draw.random((1009, 257)) < 0.7, 0, draw.standard_normal((1009, 257))),
         "heavy tail": np.exp(8 * draw.standard_normal((1009, 257))).clip(1e-30, 1e30),
-    }[kind]  # fmt: skip
+    }[kind]
     torch_dtype = TORCH[dtype]
     largest = torch.finfo(torch_dtype).max
     cast = torch.from_numpy(values.clip(-largest, largest)).to(torch_dtype)
@@ -211,11 +216,18 @@ def test_a_selection_among_more_than_2_to_the_24_is_exact() -> None:
 @pytest.mark.parametrize(
     ("sparsity", "size", "zeros", "wanted"),
     [
-        ("0.29", 100, 0, 29), ("0.57", 100, 0, 57), ("0.1", 7, 0, 0), ("0.7", 10, 0, 7),
-        ("0.9", 10**15, 3, 9 * 10**14), ("0", 100, 0, 0), ("1", 100, 0, 100),
-        ("0.5", 91, 46, 46), ("0.5", 91, 45, 45), ("1e-9999999", 100, 0, 0),
+        ("0.29", 100, 0, 29),
+        ("0.57", 100, 0, 57),
+        ("0.1", 7, 0, 0),
+        ("0.7", 10, 0, 7),
+        ("0.9", 10**15, 3, 9 * 10**14),
+        ("0", 100, 0, 0),
+        ("1", 100, 0, 100),
+        ("0.5", 91, 46, 46),
+        ("0.5", 91, 45, 45),
+        ("1e-9999999", 100, 0, 0),
     ],
-)  # fmt: skip
+)
 def test_the_target_is_the_floor_of_the_decimal_or_the_zeros_there(
     sparsity: str, size: int, zeros: int, wanted: int
 ) -> None:
@@ -644,11 +656,15 @@ def test_a_shape_that_a_pattern_does_not_divide_is_named(rule: dict[str, Any], t
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"n_m": "4:2"}, "0 < N < M"), ({"n_m": 124}, "in quotes"), ({"n_m": "x"}, "such as 2:4"),
-        ({"n_m": "2:4", "sparsity": 0.5}, "one of"), ({"block": "4x", "sparsity": 0.5}, "ROWSxCOLUMNS"),
-        ({"block": "2x2"}, "one of"), ({"block": "2x2", "sparsity": 0.5, "scope": "row"}, "--block goes"),
+        ({"n_m": "4:2"}, "0 < N < M"),
+        ({"n_m": 124}, "in quotes"),
+        ({"n_m": "x"}, "such as 2:4"),
+        ({"n_m": "2:4", "sparsity": 0.5}, "one of"),
+        ({"block": "4x", "sparsity": 0.5}, "ROWSxCOLUMNS"),
+        ({"block": "2x2"}, "one of"),
+        ({"block": "2x2", "sparsity": 0.5, "scope": "row"}, "--block goes"),
     ],
-)  # fmt: skip
+)
 def test_a_pattern_that_means_nothing_is_refused(options: dict[str, Any], what: str, tiny: Path) -> None:
     with pytest.raises(UsageError, match=what):
         prune(tiny, tiny.parent / "out", **options)
@@ -662,11 +678,16 @@ LONG = [(7, 416), (1, 312), (3, 1248)]  # made of N:M and blocks; of pieces of 8
 @pytest.mark.parametrize(
     "rule",
     [
-        {"sparsity": 0.7}, {"sparsity": 0.7, "scope": "tensor"}, {"sparsity": 0.7, "scope": "row"},
-        {"below": 4.5}, {"n_m": "3:13"}, {"n_m": "2:4"}, {"sparsity": 0.7, "block": "1x26"},
+        {"sparsity": 0.7},
+        {"sparsity": 0.7, "scope": "tensor"},
+        {"sparsity": 0.7, "scope": "row"},
+        {"below": 4.5},
+        {"n_m": "3:13"},
+        {"n_m": "2:4"},
+        {"sparsity": 0.7, "block": "1x26"},
         {"sparsity": 0.7, "block": "7x4", "include": ["0.*", "5.*"]},
     ],
-)  # fmt: skip
+)
 def test_rows_that_are_read_in_pieces_are_cut_as_whole_ones(
     rule: dict[str, Any], layout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -699,10 +720,14 @@ def test_a_row_of_many_megabytes_takes_no_more_memory_than_rows_of_few(tmp_path:
 @pytest.mark.parametrize(
     "rule",
     [
-        {"sparsity": 0.5}, {"sparsity": 0.5, "scope": "tensor"}, {"sparsity": 0.5, "scope": "row"},
-        {"below": 0.5}, {"n_m": "3:13", "include": ["*attn.weight"]}, {"sparsity": 0.5, "block": "7x1"},
+        {"sparsity": 0.5},
+        {"sparsity": 0.5, "scope": "tensor"},
+        {"sparsity": 0.5, "scope": "row"},
+        {"below": 0.5},
+        {"n_m": "3:13", "include": ["*attn.weight"]},
+        {"sparsity": 0.5, "block": "7x1"},
     ],
-)  # fmt: skip
+)
 def test_the_result_does_not_depend_on_the_threads(
     rule: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:

@@ -37,9 +37,13 @@ def values_of(raw: np.ndarray, dtype: str) -> np.ndarray:
     import torch
 
     names = {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    }  # fmt: skip
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
     signed = torch.from_numpy(raw.copy().view(f"i{raw.itemsize}"))
     return signed.view(names[dtype]).to(torch.float64).numpy()
 
@@ -158,18 +162,31 @@ def test_a_broken_configuration_costs_the_heads_alone(config: str, tmp_path: Pat
     [
         ("encoder.layer.0.attention.self.query.weight", "attention q"),
         ("encoder.layer.0.attention.output.dense.weight", "attention out"),
-        ("encoder.layer.0.output.dense.weight", "mlp"), ("encoder.layer.0.intermediate.dense.weight", "mlp"),
-        ("encoder.layer.0.attention.output.LayerNorm.weight", "norm"), ("pooler.dense.weight", "pooler"),
-        ("embeddings.word_embeddings.weight", "embedding"), ("model.embed_tokens.weight", "embedding"),
-        ("model.layers.0.self_attn.o_proj.weight", "attention out"), ("lm_head.weight", "head"),
-        ("model.layers.0.mlp.gate_proj.weight", "mlp"), ("h.0.attn.c_attn.weight", "attention q, k, v"),
-        ("h.0.attn.c_proj.weight", "attention out"), ("h.0.mlp.c_proj.weight", "mlp"),
-        ("wte.weight", "embedding"), ("h.0.ln_1.weight", "norm"), ("h.0.mlp.c_fc.bias", "bias"),
-        ("layer1.0.conv1.weight", "convolution"), ("layer1.0.bn1.weight", "norm"), ("fc.weight", "head"),
-        ("layers.0.feed_forward.w1.weight", "mlp"), ("layers.0.attention.wq.weight", "attention q"),
-        ("model.layers.1.mlp.experts.gate_up_proj", "mlp"), ("x", "other"), ("a" * 1_000_000, "other"),
+        ("encoder.layer.0.output.dense.weight", "mlp"),
+        ("encoder.layer.0.intermediate.dense.weight", "mlp"),
+        ("encoder.layer.0.attention.output.LayerNorm.weight", "norm"),
+        ("pooler.dense.weight", "pooler"),
+        ("embeddings.word_embeddings.weight", "embedding"),
+        ("model.embed_tokens.weight", "embedding"),
+        ("model.layers.0.self_attn.o_proj.weight", "attention out"),
+        ("lm_head.weight", "head"),
+        ("model.layers.0.mlp.gate_proj.weight", "mlp"),
+        ("h.0.attn.c_attn.weight", "attention q, k, v"),
+        ("h.0.attn.c_proj.weight", "attention out"),
+        ("h.0.mlp.c_proj.weight", "mlp"),
+        ("wte.weight", "embedding"),
+        ("h.0.ln_1.weight", "norm"),
+        ("h.0.mlp.c_fc.bias", "bias"),
+        ("layer1.0.conv1.weight", "convolution"),
+        ("layer1.0.bn1.weight", "norm"),
+        ("fc.weight", "head"),
+        ("layers.0.feed_forward.w1.weight", "mlp"),
+        ("layers.0.attention.wq.weight", "attention q"),
+        ("model.layers.1.mlp.experts.gate_up_proj", "mlp"),
+        ("x", "other"),
+        ("a" * 1_000_000, "other"),
     ],
-)  # fmt: skip
+)
 def test_layer_types_follow_from_usual_names(name: str, kind: str) -> None:
     assert kind_of(name, (7, 13)) == kind and kind in KINDS
 
@@ -177,12 +194,23 @@ def test_layer_types_follow_from_usual_names(name: str, kind: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "lm_head.weight", "module.model.lm_head.weight", "classifier.fc1.weight", "score.weight",
-        "cls.predictions.decoder.weight", "linear.weight", "vocab_projector.weight", "layers.3.fc.weight",
-        "pooler.dense.weight", "bert.pooler.dense.weight", "model.head.weight", "model.scorer.weight",
-        "_orig_mod.fc.weight", "net._orig_mod.head.weight", "decoder.cls.predictions.decoder.weight",
+        "lm_head.weight",
+        "module.model.lm_head.weight",
+        "classifier.fc1.weight",
+        "score.weight",
+        "cls.predictions.decoder.weight",
+        "linear.weight",
+        "vocab_projector.weight",
+        "layers.3.fc.weight",
+        "pooler.dense.weight",
+        "bert.pooler.dense.weight",
+        "model.head.weight",
+        "model.scorer.weight",
+        "_orig_mod.fc.weight",
+        "net._orig_mod.head.weight",
+        "decoder.cls.predictions.decoder.weight",
     ],
-)  # fmt: skip
+)
 def test_a_head_is_what_pruning_keeps_as_one(name: str) -> None:
     kept_as_head = decide([(name, "F32", (7, 13))])[name].reason == "head"
     assert (kind_of(name, (7, 13)) in ("head", "pooler")) == kept_as_head
@@ -272,14 +300,18 @@ def test_singular_values_are_there_on_request(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "passed", "value"),
     [
-        ({"min_sparsity": "0.5"}, True, 0.5), ({"min_sparsity": ["*attn*=0.9"]}, False, None),
-        ({"max_bytes": "1MB"}, True, None), ({"max_bytes": "1kB"}, False, None),
-        ({"max_bytes": "*mlp*=1.5KiB"}, True, 2 * 7 * 13 * 4), ({"max_layer_sparsity": 0.9}, True, None),
-        ({"max_layer_sparsity": "layers.0.*=0.01"}, False, None), ({"min_nm": "2:4=1"}, False, None),
+        ({"min_sparsity": "0.5"}, True, 0.5),
+        ({"min_sparsity": ["*attn*=0.9"]}, False, None),
+        ({"max_bytes": "1MB"}, True, None),
+        ({"max_bytes": "1kB"}, False, None),
+        ({"max_bytes": "*mlp*=1.5KiB"}, True, 2 * 7 * 13 * 4),
+        ({"max_layer_sparsity": 0.9}, True, None),
+        ({"max_layer_sparsity": "layers.0.*=0.01"}, False, None),
+        ({"min_nm": "2:4=1"}, False, None),
         ({"max_quality_drop": "1%"}, False, None),
         ({"min_sparsity": 0.9, "warn": "min-sparsity"}, True, None),
     ],
-)  # fmt: skip
+)
 def test_a_budget_has_a_value_a_margin_and_a_verdict(
     options: dict[str, Any], passed: bool, value: float | None, tiny: Path, tmp_path: Path
 ) -> None:
@@ -294,13 +326,18 @@ def test_a_budget_has_a_value_a_margin_and_a_verdict(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"min_sparsity": "1.5"}, "fraction is 0..1"), ({"min_sparsity": "180%"}, "fraction is 0..1"),
-        ({"max_bytes": "-1"}, r"not \[GLOB=\]LIMIT"), ({"max_bytes": "2 parsecs"}, r"not \[GLOB=\]LIMIT"),
-        ({"max_quality_drop": "x=1"}, "takes no GLOB"), ({"min_nm": "3:5=1"}, "N:M one of"),
-        ({"min_nm": "2:4"}, "N:M one of"), ({"warn": "min-sparsty"}, "did you mean min-sparsity"),
-        ({"min_sparsity": "zzz*=0.5"}, "matches no tensor"), ({"min_sparsity": "nan"}, r"not \[GLOB=\]LIMIT"),
+        ({"min_sparsity": "1.5"}, "fraction is 0..1"),
+        ({"min_sparsity": "180%"}, "fraction is 0..1"),
+        ({"max_bytes": "-1"}, r"not \[GLOB=\]LIMIT"),
+        ({"max_bytes": "2 parsecs"}, r"not \[GLOB=\]LIMIT"),
+        ({"max_quality_drop": "x=1"}, "takes no GLOB"),
+        ({"min_nm": "3:5=1"}, "N:M one of"),
+        ({"min_nm": "2:4"}, "N:M one of"),
+        ({"warn": "min-sparsty"}, "did you mean min-sparsity"),
+        ({"min_sparsity": "zzz*=0.5"}, "matches no tensor"),
+        ({"min_sparsity": "nan"}, r"not \[GLOB=\]LIMIT"),
     ],
-)  # fmt: skip
+)
 def test_a_budget_that_makes_no_sense_is_refused(options: dict[str, Any], words: str, tiny: Path) -> None:
     with pytest.raises(UsageError, match=words):
         report(tiny, **options)
@@ -318,11 +355,16 @@ def test_a_written_report_is_read_back_the_same(tiny: Path, tmp_path: Path, cli:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"schema_version": 99}', "upgrade|schema_version"), ('{"schema_version": 1', "not valid JSON"),
-        ('{"schema_version": 1, "x": NaN}', "NaN is no JSON"), ("[]", "schema_version"), ("", "not valid"),
-        ('{"schema_version": 1}', "model"), ("[" * 9999, "nested"), ('{"a": 1, "a": 2}', "duplicate"),
+        ('{"schema_version": 99}', "upgrade|schema_version"),
+        ('{"schema_version": 1', "not valid JSON"),
+        ('{"schema_version": 1, "x": NaN}', "NaN is no JSON"),
+        ("[]", "schema_version"),
+        ("", "not valid"),
+        ('{"schema_version": 1}', "model"),
+        ("[" * 9999, "nested"),
+        ('{"a": 1, "a": 2}', "duplicate"),
     ],
-)  # fmt: skip
+)
 def test_a_report_that_is_broken_or_newer_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(InputError, match=words):
@@ -371,9 +413,18 @@ def with_quality(before: float, after: float, **more: Any) -> Report:
         metric="accuracy", before=before, after=after, higher_is_better=True, rows=9, split="dev", **more
     )
     return Report(
-        model="m", layout="dense", opens_with="", rule="", prunable=share, all=share, bytes=held, tensors=(),
-        nonfinite_tensors=(), quality=(quality,), identity=Identity(base_sha256=None, prunable_sha256="x"),
-    )  # fmt: skip
+        model="m",
+        layout="dense",
+        opens_with="",
+        rule="",
+        prunable=share,
+        all=share,
+        bytes=held,
+        tensors=(),
+        nonfinite_tensors=(),
+        quality=(quality,),
+        identity=Identity(base_sha256=None, prunable_sha256="x"),
+    )
 
 
 def asked(**budgets: Any) -> ReportStep:
@@ -479,10 +530,12 @@ def test_changes_from_what_has_no_size_have_no_distance(base: list[float], tmp_p
 @pytest.mark.parametrize(
     "change",
     [
-        {"n_m": {"2:4": [1, 0]}}, {"histogram": {"first": 10**9, "counts": [1]}},
-        {"empty": {"rows": [3, 2]}}, {"histogram": {"first": 0, "counts": [1] * 3000}},
+        {"n_m": {"2:4": [1, 0]}},
+        {"histogram": {"first": 10**9, "counts": [1]}},
+        {"empty": {"rows": [3, 2]}},
+        {"histogram": {"first": 0, "counts": [1] * 3000}},
     ],
-)  # fmt: skip
+)
 def test_a_report_with_impossible_figures_is_refused(
     change: dict[str, Any], tiny: Path, tmp_path: Path, cli: Any
 ) -> None:

@@ -38,8 +38,15 @@ def test_each_sparsity_has_its_folder_and_the_rest_is_made_once(here: Path, cli:
     ran = cli("sweep", "r.yaml", "--sparsity", "0.75,0.5,0.955")
     assert ran.rc == 0, ran.stderr
     made = [path.relative_to("made-sweep").as_posix() for path in Path("made-sweep").glob("*/*")]
-    assert sorted(made) == ["s0.50/cut", "s0.50/packed", "s0.75/cut", "s0.75/packed", "s0.955/cut",
-                            "s0.955/packed", "shared/before"]  # fmt: skip
+    assert sorted(made) == [
+        "s0.50/cut",
+        "s0.50/packed",
+        "s0.75/cut",
+        "s0.75/packed",
+        "s0.955/cut",
+        "s0.955/packed",
+        "shared/before",
+    ]
     assert ran.stderr.count("] pack -> made-sweep/shared") == 1 and not Path("made").exists()
     assert ran.stdout.splitlines()[-1] == "made-sweep/s0.955/packed"
 
@@ -67,8 +74,10 @@ def test_a_sweep_that_fails_leaves_no_table_that_could_be_its_own(here: Path, cl
     before = Path("made-sweep/sweep.json").read_bytes()
     failed(cli("sweep", "r.yaml", "--sparsity", "0.75", "--set", "report.base=gone", "--quiet"), 3)
     assert sorted(path.name for path in Path("made-sweep").glob("sweep*")) == [
-        "sweep.csv.old", "sweep.json.old", "sweep.svg.old"
-    ]  # fmt: skip
+        "sweep.csv.old",
+        "sweep.json.old",
+        "sweep.svg.old",
+    ]
     assert Path("made-sweep/sweep.json.old").read_bytes() == before
     cli("sweep", "r.yaml", "--sparsity", "0.5")
     assert len(list(Path("made-sweep").glob("sweep*"))) == 3
@@ -83,12 +92,17 @@ def test_no_model_within_the_budgets_is_exit_1(here: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("steps", "values", "words"),
     [
-        ([{"prune": {"below": 0.1}}], "0.5", "cuts by below"), ([{"prune": {"gap": True}}], "0.5", "by gap"),
-        ([{"prune": {"n_m": "2:4"}}], "0.5", "by n_m"), ([{"pack": {}}], "0.5", "no step has"),
-        (STEPS, "0.5,1", "--sparsity 1"), (STEPS, "0.5,0.50", "stands twice"), (STEPS, ",", "no values"),
-        (STEPS, "180%", "180%"), (STEPS, "nan", "nan"),
+        ([{"prune": {"below": 0.1}}], "0.5", "cuts by below"),
+        ([{"prune": {"gap": True}}], "0.5", "by gap"),
+        ([{"prune": {"n_m": "2:4"}}], "0.5", "by n_m"),
+        ([{"pack": {}}], "0.5", "no step has"),
+        (STEPS, "0.5,1", "--sparsity 1"),
+        (STEPS, "0.5,0.50", "stands twice"),
+        (STEPS, ",", "no values"),
+        (STEPS, "180%", "180%"),
+        (STEPS, "nan", "nan"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_swept_is_exit_2(steps: Any, values: str, words: str, here: Path, cli: Cli) -> None:
     write(here, steps)
     assert words in failed(cli("sweep", "r.yaml", "--sparsity", values), 2)
@@ -111,10 +125,14 @@ NAMED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "the one that the budgets are of": ([PRUNE, {"report": {"max_bytes": "9MB"}}, PACK], "cut"),
     "the last written": ([PRUNE, {"report": {}}, PACK], "packed"),
     "budgets before a report without any": (
-        [PRUNE, {"report": {"min_sparsity": 0.1}}, PACK, {"report": {}}], "cut"),
+        [PRUNE, {"report": {"min_sparsity": 0.1}}, PACK, {"report": {}}],
+        "cut",
+    ),
     "beside a budget of another model": (
-        [PRUNE, PACK, {"report": {"model": "tiny", "max_bytes": "1B"}}], "packed"),
-}  # fmt: skip
+        [PRUNE, PACK, {"report": {"model": "tiny", "max_bytes": "1B"}}],
+        "packed",
+    ),
+}
 
 
 @pytest.mark.parametrize(("steps", "named"), NAMED.values(), ids=NAMED.keys())
@@ -156,11 +174,21 @@ def row(sparsity: float, quality: float | None, *, passed: bool = True, **more: 
     limits = {"min-sparsity": 0.4, "max-quality-drop": 0.2, "max-bytes": 700}
     budgets = [{"name": name, "limit": limit, "value": 0, "passed": passed} for name, limit in limits.items()]
     return {
-        "sparsity": sparsity, "folder": f"s{sparsity}/x", "layout": "dense", "zeros": int(1000 * sparsity),
-        "weights": 1000, "file_bytes": 1000, "bitmask_bytes": int(1000 * (1 - sparsity)), "metric": "loss",
-        "before": 2.0, "after": quality, "higher_is_better": False, "budgets": budgets, "passed": passed,
+        "sparsity": sparsity,
+        "folder": f"s{sparsity}/x",
+        "layout": "dense",
+        "zeros": int(1000 * sparsity),
+        "weights": 1000,
+        "file_bytes": 1000,
+        "bitmask_bytes": int(1000 * (1 - sparsity)),
+        "metric": "loss",
+        "before": 2.0,
+        "after": quality,
+        "higher_is_better": False,
+        "budgets": budgets,
+        "passed": passed,
         **more,
-    }  # fmt: skip
+    }
 
 
 def found_of(*rows: dict[str, Any], quality: float | None = 2.0) -> dict[str, Any]:
@@ -180,9 +208,10 @@ def test_the_figure_has_a_title_units_limits_and_a_mark_for_each_verdict() -> No
     assert "prefers-color-scheme: dark" in figure and "<script" not in figure
 
 
-@pytest.mark.parametrize(("higher", "relative", "limit"), [
-    (False, False, 2.2), (True, False, 1.8), (False, True, 2.4), (True, True, 1.6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("higher", "relative", "limit"),
+    [(False, False, 2.2), (True, False, 1.8), (False, True, 2.4), (True, True, 1.6)],
+)
 def test_a_limit_in_percent_is_drawn_at_its_share_of_the_dense_quality(
     higher: bool, relative: bool, limit: float
 ) -> None:
@@ -219,11 +248,14 @@ def test_the_same_table_gives_the_same_figure() -> None:
 @pytest.mark.parametrize(
     "found",
     [
-        found_of(row(0.5, None)), found_of(row(0.0, 2.0), quality=None), found_of(row(0.5, 0.0), quality=0.0),
-        found_of(row(0.5, 1e9), row(0.6, -1e9)), found_of(row(0.5, 2.0, bitmask_bytes=0, file_bytes=0)),
+        found_of(row(0.5, None)),
+        found_of(row(0.0, 2.0), quality=None),
+        found_of(row(0.5, 0.0), quality=0.0),
+        found_of(row(0.5, 1e9), row(0.6, -1e9)),
+        found_of(row(0.5, 2.0, bitmask_bytes=0, file_bytes=0)),
         found_of(row(0.5, 2.0, budgets=[], layout="packed", file_bytes=5 * 10**12)),
     ],
-)  # fmt: skip
+)
 def test_any_figures_can_be_drawn(found: dict[str, Any]) -> None:
     assert ElementTree.fromstring(draw(found)).tag.endswith("svg")
 

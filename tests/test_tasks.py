@@ -40,9 +40,12 @@ def saved(model: Any, folder: Path, tokenizer_of: Path | None = None) -> Path:
 
 def bert(folder: Path, tokenizer: Path) -> Path:
     config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     return saved(transformers.BertForMaskedLM(config), folder, tokenizer)
 
 
@@ -62,26 +65,43 @@ def gpt2(folder: Path) -> Path:
 
 def llama(folder: Path, layers: int = 2) -> Path:
     config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
     return saved(transformers.LlamaForCausalLM(config), folder, BUNDLED)
 
 
 def gemma(folder: Path) -> Path:
     """Stored in bfloat16; it has a buffer that is computed."""
     config = transformers.GemmaConfig(
-        vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
     return saved(transformers.GemmaForCausalLM(config).bfloat16(), folder, BUNDLED)
 
 
 def experts(folder: Path) -> Path:
     config = transformers.MixtralConfig(
-        vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=3, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        max_position_embeddings=64,
+    )
     return saved(transformers.MixtralForCausalLM(config), folder, BUNDLED)
 
 
@@ -173,9 +193,14 @@ def test_a_model_without_a_masked_head_is_refused(text: Path, tiny_bert: Path, t
 
 def vit(folder: Path, labels: int) -> Path:
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16,
-        patch_size=8, num_labels=labels,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+        num_labels=labels,
+    )
     return saved(transformers.ViTForImageClassification(config), folder)
 
 
@@ -202,9 +227,13 @@ def test_a_vision_model_trains_and_opens_with_transformers(make: Any, tmp_path: 
 
 def test_a_vision_model_without_a_head_gets_one_for_the_labels(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
         patch_size=8,
-    )  # fmt: skip
+    )
     source = saved(transformers.ViTModel(config, add_pooling_layer=False), tmp_path / "model")
     data = images(tmp_path / "images.npz")
     options = {key: value for key, value in RUN.items() if key != "max_length"}
@@ -296,11 +325,13 @@ def not_one(params, lr):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lion", "not adamw, sgd, adafactor, muon or MODULE:CLASS"), ("nowhere:X", "No module named"),
-        ("torch.optim:Nothing", "has no attribute"), ("mine.py:not_one", "gave a int"),
+        ("lion", "not adamw, sgd, adafactor, muon or MODULE:CLASS"),
+        ("nowhere:X", "No module named"),
+        ("torch.optim:Nothing", "has no attribute"),
+        ("mine.py:not_one", "gave a int"),
         ("torch:Tensor", "--optimizer torch:Tensor"),
     ],
-)  # fmt: skip
+)
 def test_an_optimizer_that_is_none_is_refused(
     name: str, words: str, faulty: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -341,8 +372,7 @@ def test_a_dead_tracker_never_stops_a_run(
     faulty: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = run_cli(
-        ["finetune", faulty["model"], tmp_path / "out", *_words({**faulty, "track": "wandb"})],
-        cwd=tmp_path,
+        ["finetune", faulty["model"], tmp_path / "out", *_words({**faulty, "track": "wandb"})], cwd=tmp_path
     )
     assert ran.rc == 0, ran.stderr
     assert ran.stderr.count("--track wandb is given up") == 1 and "metrics.jsonl goes on" in ran.stderr

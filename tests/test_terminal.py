@@ -195,13 +195,18 @@ def test_json_and_quiet_can_be_set_for_all(
 @pytest.mark.parametrize(
     ("found", "least", "end", "good"),
     [
-        ("2.10", "2.10", "2.14", True), ("2.9.1", "2.10", "2.14", False),
-        ("2.13.1+cpu", "2.10", "2.14", True), ("2.14.0.dev20261001", "2.10", "2.14", False),
-        ("0.8.0rc0", "0.8", "", False), ("0.8.1", "0.8", "", True),
-        ("0.8.0-rc.1", "0.8.1", "", False), ("6.0", "5.21", "6", False), ("not installed", "2", "", False),
+        ("2.10", "2.10", "2.14", True),
+        ("2.9.1", "2.10", "2.14", False),
+        ("2.13.1+cpu", "2.10", "2.14", True),
+        ("2.14.0.dev20261001", "2.10", "2.14", False),
+        ("0.8.0rc0", "0.8", "", False),
+        ("0.8.1", "0.8", "", True),
+        ("0.8.0-rc.1", "0.8.1", "", False),
+        ("6.0", "5.21", "6", False),
+        ("not installed", "2", "", False),
         ("2.0.0", "2", "", True),
     ],
-)  # fmt: skip
+)
 def test_a_version_is_good_from_its_floor_on(found: str, least: str, end: str, good: bool) -> None:
     assert doctor.is_good(found, least, end) is good
 
@@ -309,10 +314,13 @@ main(["prune", "tiny", "out", "--sparsity", "0.5"])
 def test_a_second_ctrl_c_does_not_wait_for_the_clean_up(tiny: Path) -> None:
     before = tree_hash(tiny)
     with subprocess.Popen(
-        [sys.executable, "-c", SLOW], cwd=tiny.parent, env=cli_environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", SLOW],
+        cwd=tiny.parent,
+        env=cli_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"cleaning\n"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
@@ -335,9 +343,14 @@ POOR = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_poor_terminal_gets_plain_text(command: str, env: dict[str, str | None], tiny: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "lpsparse", *command.split()], cwd=tiny.parent, env=cli_environment(**env),
-        stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True, timeout=60,
-    )  # fmt: skip
+        [sys.executable, "-m", "lpsparse", *command.split()],
+        cwd=tiny.parent,
+        env=cli_environment(**env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        start_new_session=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr
     assert not re.search(rb"[\x00-\x09\x0b-\x1f]", done.stdout + done.stderr)
 
@@ -417,10 +430,12 @@ def test_a_line_is_broken_between_words_and_goes_on_indented() -> None:
 @pytest.mark.parametrize(
     ("words", "at", "wanted"),
     [
-        ("lpsparse pru", 1, "prune"), ("lpsparse prune a b --spar", 4, "--sparsity"),
-        ("lpsparse prune a b --layout p", 5, "packed"), ("lpsparse expl", 1, "explain"),
+        ("lpsparse pru", 1, "prune"),
+        ("lpsparse prune a b --spar", 4, "--sparsity"),
+        ("lpsparse prune a b --layout p", 5, "packed"),
+        ("lpsparse expl", 1, "explain"),
     ],
-)  # fmt: skip
+)
 def test_a_shell_completes_commands_flags_and_choices(words: str, at: int, wanted: str) -> None:
     ran = run_cli([], _LPSPARSE_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(at))
     assert (ran.rc, ran.stdout.split(), ran.stderr) == (0, [wanted], "")
@@ -460,9 +475,12 @@ def test_ctrl_c_in_several_processes_ends_all_of_them(times: int, tmp_path: Path
     words = ["finetune", "bundled:stories260k", str(tmp_path / "out"), "--processes", "2", "--epochs", "50"]
     words += [f"{flag}={SMALL[name]}" for flag, name in (("--task", "task"), ("--data", "data"))]
     with subprocess.Popen(
-        [sys.executable, "-c", LISTENING, *words], env=cli_environment(), stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, start_new_session=True,
-    ) as process:  # fmt: skip
+        [sys.executable, "-c", LISTENING, *words],
+        env=cli_environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
         metrics = tmp_path / "out.partial" / "metrics.jsonl"
         while not metrics.exists() and process.poll() is None:
             time.sleep(0.1)

@@ -27,12 +27,26 @@ from lpsparse.reporting.text import percent
 
 Cli = Callable[..., Ran]
 NAMES = {
-    "ansi": "\x1b[2J\x1b[31mred", "newline": "a\n| b |\n# c", "bidi": "a\u202ebin\u202c", "nul": "a\0b",
-    "script": "<script>alert(1)</script>", "details": "</details><h1>x</h1>", "code": "a`b``c|d\\|e",
-    "link": "[x](http://x) www.x.org", "mention": "@everyone #1", "formula": "=cmd|' /C calc'!A0",
-    "command": "::error::fake", "old command": "x ##[error]fake", "quote": "'a\"b'", "empty": "",
-    "percent": "100%0A::error::fake", "entity": "&lt;b&gt;", "cdata": "]]>", "plus": "+1", "tab": "\t=1",
-}  # fmt: skip
+    "ansi": "\x1b[2J\x1b[31mred",
+    "newline": "a\n| b |\n# c",
+    "bidi": "a\u202ebin\u202c",
+    "nul": "a\0b",
+    "script": "<script>alert(1)</script>",
+    "details": "</details><h1>x</h1>",
+    "code": "a`b``c|d\\|e",
+    "link": "[x](http://x) www.x.org",
+    "mention": "@everyone #1",
+    "formula": "=cmd|' /C calc'!A0",
+    "command": "::error::fake",
+    "old command": "x ##[error]fake",
+    "quote": "'a\"b'",
+    "empty": "",
+    "percent": "100%0A::error::fake",
+    "entity": "&lt;b&gt;",
+    "cdata": "]]>",
+    "plus": "+1",
+    "tab": "\t=1",
+}
 
 
 @pytest.fixture
@@ -62,12 +76,18 @@ def named(name: str, folder: Path) -> Report:
     row = replace(found.tensors[0], dtype=name, reason=name)
     return found.model_copy(
         update={
-            "model": name, "baseline": name, "tensors": (row, *found.tensors[1:]), "rule": name,
+            "model": name,
+            "baseline": name,
+            "tensors": (row, *found.tensors[1:]),
+            "rule": name,
             "budgets": (budget(pattern=name, worst=name), budget(passed=True, pattern=name, margin=0.5)),
-            "quality": (quality(metric=name, split=name),), "nonfinite_tensors": (name,),
-            "not_measured": (name,), "opens_with": name, "n_m": {name: (1, 2)},
+            "quality": (quality(metric=name, split=name),),
+            "nonfinite_tensors": (name,),
+            "not_measured": (name,),
+            "opens_with": name,
+            "n_m": {name: (1, 2)},
         }
-    )  # fmt: skip
+    )
 
 
 # Markdown
@@ -269,9 +289,15 @@ def test_no_view_says_100_percent_with_a_weight_left() -> None:
     share = Share(of="x", weights=1_000_000, zeros=999_999, sparsity=0.999999)
     row = tensor(3, "a.query.weight", sparsity=0.999999)
     kind = KindRow(
-        kind="attention q", tensors=1, prunable=1, weights=1_000_000, share=1, zeros=999_999,
-        sparsity=0.999999, stored_bytes=364,
-    )  # fmt: skip
+        kind="attention q",
+        tensors=1,
+        prunable=1,
+        weights=1_000_000,
+        share=1,
+        zeros=999_999,
+        sparsity=0.999999,
+        stored_bytes=364,
+    )
     found = full((row,), prunable=share, all=share, kinds=(kind, kind))
     for text in (table.render(found), markdown.render(found), render_page(found), card_of(found)):
         assert "(100.0" not in text and re.search(r"\(99\.99\s%", text)
@@ -281,9 +307,17 @@ def test_no_view_says_100_percent_with_a_weight_left() -> None:
 
 @pytest.mark.parametrize(
     ("share", "digits", "said"),
-    [(1, 2, "100.00 %"), (0.999999, 2, "99.99 %"), (0.9999, 1, "99.9 %"), (0, 2, "0.00 %"),
-     (1e-9, 2, "under 0.01 %"), (-1e-9, 2, "over -0.01 %"), (-0.5, 0, "-50 %"), (1.5, 2, "150.00 %")],
-)  # fmt: skip
+    [
+        (1, 2, "100.00 %"),
+        (0.999999, 2, "99.99 %"),
+        (0.9999, 1, "99.9 %"),
+        (0, 2, "0.00 %"),
+        (1e-9, 2, "under 0.01 %"),
+        (-1e-9, 2, "over -0.01 %"),
+        (-0.5, 0, "-50 %"),
+        (1.5, 2, "150.00 %"),
+    ],
+)
 def test_percent_is_not_rounded_to_all_or_nothing(share: float, digits: int, said: str) -> None:
     assert percent(share, digits) == said
 
@@ -339,12 +373,15 @@ def test_a_warning_is_no_failure(sparse: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"limit": 0.8, "margin": 0.1}, True), ({"limit": 0.8, "margin": 0.04}, False),
-        ({"limit": 0.0, "margin": 0.001}, True), ({"limit": 0.0, "margin": 0.0}, False),
-        ({"limit": 0.8, "margin": None}, False), ({"limit": 0.8, "margin": 0.1, "passed": False}, False),
+        ({"limit": 0.8, "margin": 0.1}, True),
+        ({"limit": 0.8, "margin": 0.04}, False),
+        ({"limit": 0.0, "margin": 0.001}, True),
+        ({"limit": 0.0, "margin": 0.0}, False),
+        ({"limit": 0.8, "margin": None}, False),
+        ({"limit": 0.8, "margin": 0.1, "passed": False}, False),
         ({"limit": 0.8, "margin": 0.1, "name": "sparsity of baseline"}, False),
     ],
-)  # fmt: skip
+)
 def test_only_a_budget_that_is_met_with_room_is_to_be_tightened(fields: dict[str, Any], said: bool) -> None:
     given = budget(**{"value": 0.9, "passed": True, **fields})
     assert (words.hint(given) is not None) == said
@@ -427,10 +464,11 @@ def test_a_report_that_fails_in_python_leaves_no_earlier_file_under_its_name(
 
 
 WRONG_FILES: dict[str, tuple[dict[str, str], str]] = {
-    "one place": ({"json": "x", "html": "x"}, "LPS292"), "in the model": ({"csv": "sparse/x.csv"}, "LPS405"),
+    "one place": ({"json": "x", "html": "x"}, "LPS292"),
+    "in the model": ({"csv": "sparse/x.csv"}, "LPS405"),
     "its weights": ({"junit": "sparse/model.safetensors"}, "LPS405"),
     "no folder": ({"html": "gone/x"}, "LPS409"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("files", "code"), WRONG_FILES.values(), ids=WRONG_FILES.keys())

@@ -32,9 +32,11 @@ class Count:
 
     def __add__(self, other: "Count") -> "Count":
         return Count(
-            self.zeros + other.zeros, self.stored + other.stored, self.nonfinite + other.nonfinite,
+            self.zeros + other.zeros,
+            self.stored + other.stored,
+            self.nonfinite + other.nonfinite,
             (self.total + other.total) % 2**64,
-        )  # fmt: skip
+        )
 
 
 NOTHING = Count(0, 0, 0, 0)

@@ -31,16 +31,35 @@ class Dtype:
 
 _FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 _OTHERS = {
-    "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
-    "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
+    "I64": 64,
+    "U64": 64,
+    "I32": 32,
+    "U32": 32,
+    "I16": 16,
+    "U16": 16,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+    "C64": 64,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
 DTYPES: dict[str, Dtype] = {name: Dtype(name, bits, is_float=True) for name, bits in _FLOATS.items()} | {
     name: Dtype(name, bits) for name, bits in _OTHERS.items()
 }
 
 FIELDS = {  # bits of exponent and mantissa
-    "F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7), "F8_E4M3": (4, 3), "F8_E5M2": (5, 2),
-}  # fmt: skip
+    "F64": (11, 52),
+    "F32": (8, 23),
+    "F16": (5, 10),
+    "BF16": (8, 7),
+    "F8_E4M3": (4, 3),
+    "F8_E5M2": (5, 2),
+}
 F32_INF = 0x7F800000
 F64_INF = 0x7FF0000000000000
 

@@ -106,10 +106,14 @@ def _snapshot(text: str, kind: str, *, local: bool) -> Path:
     repo_id, _, revision = text.partition("@")
     return Path(
         snapshot_download(
-            repo_id, repo_type=kind, revision=revision or None, ignore_patterns=IGNORED, etag_timeout=5,
+            repo_id,
+            repo_type=kind,
+            revision=revision or None,
+            ignore_patterns=IGNORED,
+            etag_timeout=5,
             local_files_only=local,
         )
-    )  # fmt: skip
+    )
 
 
 def _has_weights(folder: Path) -> bool:

@@ -183,9 +183,17 @@ def write_manifest(
     records |= {record.name: record for record in parallel(lambda path: digest(path, folder), rest)}
     files = tuple(records[path.relative_to(folder).as_posix()] for path in list_files(folder))
     manifest = Manifest(
-        lpsparse=__version__, source=source, recipe=recipe, layout=layout,
-        files=files, tensors=tensors, quality=quality, notes=notes, trained=trained, earlier=earlier,
-    )  # fmt: skip
+        lpsparse=__version__,
+        source=source,
+        recipe=recipe,
+        layout=layout,
+        files=files,
+        tensors=tensors,
+        quality=quality,
+        notes=notes,
+        trained=trained,
+        earlier=earlier,
+    )
     write_text(folder / MANIFEST, as_text(manifest))
     return manifest
 

@@ -7,15 +7,40 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
 TORCH_FILES = (*TORCH_SUFFIXES, ".ckpt")  # of a file that is named; in folders it is often a spare copy
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 FOLDER_ORDER = (
-    "lpsparse.safetensors.index.json", "lpsparse.safetensors",
-    "model.safetensors.index.json", "model.safetensors",
-)  # fmt: skip
+    "lpsparse.safetensors.index.json",
+    "lpsparse.safetensors",
+    "model.safetensors.index.json",
+    "model.safetensors",
+)
 # What loaders read beside weights (configuration, tokenizers, templates, code), and what their pages show.
 _READ = (
-    ".json", ".txt", ".model", ".jinja", ".yaml", ".yml", ".toml", ".tiktoken", ".spm", ".bpe", ".vocab",
-    ".codes", ".py", ".cpp", ".cu", ".h", ".md", ".rst", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg",
-    ".pdf", ".gitattributes",
-)  # fmt: skip
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".tiktoken",
+    ".spm",
+    ".bpe",
+    ".vocab",
+    ".codes",
+    ".py",
+    ".cpp",
+    ".cu",
+    ".h",
+    ".md",
+    ".rst",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".webp",
+    ".svg",
+    ".pdf",
+    ".gitattributes",
+)
 _TERMS = ("license", "licence", "notice", "copying", "copyright", "authors", "use_policy", "readme")
 _LEFT_BY_TRAINING = re.compile(
     r"wandb|runs|mlruns|logs|lightning_logs|tensorboard|(last-)?checkpoints?([-_].+)?|training_state"

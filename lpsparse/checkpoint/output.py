@@ -28,9 +28,12 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 @contextmanager
 def output_folder(
-    out: Path, *, overwrite: bool = False, states: Literal["refuse", "resume", "drop"] = "refuse",
+    out: Path,
+    *,
+    overwrite: bool = False,
+    states: Literal["refuse", "resume", "drop"] = "refuse",
     weights: Literal["keep", "drop"] = "drop",
-) -> Generator[Path]:  # fmt: skip
+) -> Generator[Path]:
     """A sibling `OUT.partial` to write into; renamed to OUT on success, removed on any failure, unless it
     holds training states: these stay. An earlier run's are found there again, or dropped, or refused.
 

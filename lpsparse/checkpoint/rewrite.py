@@ -7,15 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lpsparse.checkpoint.counting import (
-    NOTHING,
-    Count,
-    Cuts,
-    Sums,
-    check_finite,
-    count_all,
-    count_block,
-)
+from lpsparse.checkpoint.counting import NOTHING, Count, Cuts, Sums, check_finite, count_all, count_block
 from lpsparse.checkpoint.files import WRITERS, names_taken
 from lpsparse.checkpoint.manifest import FileRecord, digest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint

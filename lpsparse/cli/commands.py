@@ -8,14 +8,7 @@ import typer
 
 from lpsparse.cli.bar import showing, working
 from lpsparse.cli.options import add_command
-from lpsparse.cli.output import (
-    Voice,
-    has_color,
-    has_terminal,
-    print_json,
-    print_result,
-    width,
-)
+from lpsparse.cli.output import Voice, has_color, has_terminal, print_json, print_result, width
 from lpsparse.errors import ExitCode
 from lpsparse.reporting import text
 from lpsparse.steps import finetune, pack, prune, push, report
@@ -38,12 +31,7 @@ def register(app: typer.Typer) -> None:
         examples="  lpsparse verify sparse\n  lpsparse verify sparse MODEL",
     )
     add_command(
-        app,
-        "inspect",
-        report.InspectStep,
-        _inspect,
-        examples="  lpsparse inspect org/name@main",
-        full=True,
+        app, "inspect", report.InspectStep, _inspect, examples="  lpsparse inspect org/name@main", full=True
     )
     add_command(app, "push", push.PushStep, _push, examples=_PUSH)
     add_command(app, "eval", finetune.EvalStep, _eval, examples=_EVAL)
@@ -140,13 +128,15 @@ def _foretold(found: dict[str, Any], *, as_json: bool) -> None:
     print_result("\n".join(table.estimate_lines(Estimate(**found["estimate"]))) + "\n")
     body = [
         (
-            text.clean(each["name"]), each["dtype"], "x".join(map(str, each["shape"])),
+            text.clean(each["name"]),
+            each["dtype"],
+            "x".join(map(str, each["shape"])),
             text.size(each["bytes"]),
             _known(each["zeros_at_least"]) if each["prunable"] else "",
             "prunable" if each["prunable"] else in_short(each["reason"]),
         )
         for each in found["tensors"]
-    ]  # fmt: skip
+    ]
     head = ("tensor", "dtype", "shape", "bytes", "zeros", "")
     print_result("\n".join(text.columns(head, body, width())))
 
@@ -199,9 +189,12 @@ def _planned(found: dict[str, Any]) -> None:
         ("new", ", ".join(found["fresh"])),
         ("would take", f"{disk} of disk ({free} are free)"),
         ("", f"{kept} of memory, {peak} at the peak of a step{of}"),
-        ("", "(disk without training states; memory from what the code keeps for each weight, without "
-             "activations and torch itself; time is known when training has begun)"),
-    ]  # fmt: skip
+        (
+            "",
+            "(disk without training states; memory from what the code keeps for each weight, without "
+            "activations and torch itself; time is known when training has begun)",
+        ),
+    ]
     print_result(f"{text.clean(found['model'])}: {head}\n")
     for name, words in rows:
         if words:
@@ -253,12 +246,15 @@ def _inspect(step: report.InspectStep, as_json: bool, voice: Voice) -> None:
         return
     body = [
         (
-            text.clean(fold.name), each["dtype"], _shape(each["shape"], len(fold.rows)),
+            text.clean(fold.name),
+            each["dtype"],
+            _shape(each["shape"], len(fold.rows)),
             text.size(sum(row["bytes"] for row in fold.rows)),
             "prunable" if each["prunable"] else in_short(each["reason"]),
         )
-        for fold in _folds(found["tensors"], voice) for each in fold.rows[:1]
-    ]  # fmt: skip
+        for fold in _folds(found["tensors"], voice)
+        for each in fold.rows[:1]
+    ]
     print_result("\n".join(text.columns(("tensor", "dtype", "shape", "bytes", ""), body, width())) + "\n")
     names = ", ".join(text.clean(file["name"]) for file in found["files"])
     files = names if len(found["files"]) == 1 else f"{len(found['files'])} files"

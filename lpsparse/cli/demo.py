@@ -114,10 +114,13 @@ def _children() -> Generator[list[subprocess.Popen[bytes]]]:
 def _row(name: str, report: "Report") -> dict[str, Any]:
     quality = report.quality[0]
     return {
-        "model": name, quality.metric: quality.after, "zeros": report.prunable.zeros,
-        "sparsity": report.prunable.sparsity, "dense_bytes": report.bytes.dense_bytes,
+        "model": name,
+        quality.metric: quality.after,
+        "zeros": report.prunable.zeros,
+        "sparsity": report.prunable.sparsity,
+        "dense_bytes": report.bytes.dense_bytes,
         "packed_bytes": report.bytes.packed_bytes,
-    }  # fmt: skip
+    }
 
 
 def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
@@ -125,11 +128,14 @@ def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
 
     body = [
         (
-            row["model"], f"{row['loss']:.4f}", f"{row['zeros']:,} ({percent(row['sparsity'])})",
-            size(row["dense_bytes"]), size(row["packed_bytes"]),
+            row["model"],
+            f"{row['loss']:.4f}",
+            f"{row['zeros']:,} ({percent(row['sparsity'])})",
+            size(row["dense_bytes"]),
+            size(row["packed_bytes"]),
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     print_result("")
     print_result(
         "\n".join(columns(("", "loss", "zeros of prunable", "dense", "packed, about"), body, width()))

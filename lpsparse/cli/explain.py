@@ -13,10 +13,12 @@ from lpsparse.reporting.text import clean
 TEXTS = Path(__file__).with_name("codes.yaml")
 # Else the hundreds are the exit code, and 600 is told with that of the process which ended.
 _EXITS = {
-    750: (ExitCode.RESUMABLE, ExitCode.INTERRUPT), 751: (ExitCode.RESUMABLE,), 754: (ExitCode.RESUMABLE,),
+    750: (ExitCode.RESUMABLE, ExitCode.INTERRUPT),
+    751: (ExitCode.RESUMABLE,),
+    754: (ExitCode.RESUMABLE,),
     755: (ExitCode.INTERRUPT,),
     600: (ExitCode.RESOURCE, *(code for code in ExitCode if code not in (ExitCode.OK, ExitCode.RESOURCE))),
-}  # fmt: skip
+}
 _HELP = """Say what an error's code means and what to do; without CODE, list them all.
 
 \b

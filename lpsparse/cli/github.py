@@ -112,10 +112,7 @@ def sweep_annotations(found: dict[str, Any]) -> list[str]:
 def _lines(kind: str, notes: list[tuple[str, str]]) -> list[str]:
     if len(notes) > _MOST:
         left = len(notes) - _MOST + 1
-        notes = [
-            *notes[: _MOST - 1],
-            ("lpsparse", f"{left} more are not shown here, but in the report"),
-        ]
+        notes = [*notes[: _MOST - 1], ("lpsparse", f"{left} more are not shown here, but in the report")]
     return [command(kind, title, text) for title, text in notes]
 
 

@@ -191,9 +191,13 @@ def _app(*, whole: bool = True) -> typer.Typer:
         modules += [first_lines]
     # Rich's boxes and its traceback are switched off: they wreck grep, and ours are two lines.
     app = App(
-        name="lpsparse", help=_HELP, epilog=_EXITS, add_completion=True, pretty_exceptions_enable=False,
+        name="lpsparse",
+        help=_HELP,
+        epilog=_EXITS,
+        add_completion=True,
+        pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    )  # fmt: skip
+    )
     app.callback()(_root)
     for module in modules:
         module.register(app)

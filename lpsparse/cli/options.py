@@ -19,15 +19,25 @@ _EPILOG = (
 )
 Show = Callable[[Any, Any, Voice], None]  # (step, as JSON or the files asked for, what is said)
 _METAVARS = {
-    "min_sparsity": "LIMIT", "max_bytes": "LIMIT", "max_quality_drop": "LIMIT", "max_layer_sparsity": "LIMIT",
-    "min_nm": "LIMIT", "warn": "BUDGET",
-}  # fmt: skip
+    "min_sparsity": "LIMIT",
+    "max_bytes": "LIMIT",
+    "max_quality_drop": "LIMIT",
+    "max_layer_sparsity": "LIMIT",
+    "min_nm": "LIMIT",
+    "warn": "BUDGET",
+}
 
 
 def add_command(
-    app: typer.Typer, name: str, kind: type[Step], show: Show, *, examples: str,
-    files: Mapping[str, str] | None = None, full: bool = False,
-) -> None:  # fmt: skip
+    app: typer.Typer,
+    name: str,
+    kind: type[Step],
+    show: Show,
+    *,
+    examples: str,
+    files: Mapping[str, str] | None = None,
+    full: bool = False,
+) -> None:
     """Register `name`, which builds a step of `kind` from its options and gives it to `show`. `files` are the
     names and help of options that each take a FILE to write; without them `--json` is a switch. `full`: it
     has `--full`."""
@@ -92,11 +102,15 @@ def _parameter(key: str, info: FieldInfo, others: list[str]) -> inspect.Paramete
         choices = _choices(annotation)
         option, wanted = (
             typer.Option(
-                flag(key), *others, help=text, metavar=_metavar(annotation), show_default=False,
+                flag(key),
+                *others,
+                help=text,
+                metavar=_metavar(annotation),
+                show_default=False,
                 autocompletion=(lambda: choices) if choices else None,
             ),
             str | None,
-        )  # fmt: skip
+        )
     return inspect.Parameter(
         key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[wanted, option]
     )

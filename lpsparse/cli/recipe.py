@@ -67,12 +67,15 @@ def _print(found: dict[str, Any]) -> None:
 
     body = [
         (
-            f"{i} {each['step']}", clean(each["out"] or ""),
+            f"{i} {each['step']}",
+            clean(each["out"] or ""),
             "" if each["prunable_weights"] is None else f"{each['prunable_weights']:,}",
-            size(each["disk_bytes"]) if each["out"] else "", size(each["memory_bytes"]), each["state"],
+            size(each["disk_bytes"]) if each["out"] else "",
+            size(each["memory_bytes"]),
+            each["state"],
         )
         for i, each in enumerate(found["steps"], 1)
-    ]  # fmt: skip
+    ]
     head = ("step", "result", "prunable", "disk, at most", "memory", "")
     print_result("\n".join(columns(head, body, width())))
     print_result(

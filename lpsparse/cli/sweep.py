@@ -27,21 +27,22 @@ def register(app: typer.Typer) -> None:
 def sweep(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, such as recipes/demo.yaml.")],
     sparsity: Annotated[
-        str, typer.Option(metavar="FRACTIONS", help="Sparsities, 0..1, comma separated.",
-                          show_default=False)
+        str, typer.Option(metavar="FRACTIONS", help="Sparsities, 0..1, comma separated.", show_default=False)
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder that gets a folder a sparsity. Default: the recipe's out, "
-                                  "with -sweep.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder that gets a folder a sparsity. Default: the recipe's out, with -sweep.",
+            show_default=False,
+        ),
     ] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override model, data or STEP.KEY."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override model, data or STEP.KEY.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     from lpsparse.cli.bar import showing
     from lpsparse.recipes import sweep
 

@@ -59,9 +59,8 @@ Finish = Callable[[Written, tuple[Quality, ...]], Report]
 
 @contextmanager
 def writing(
-    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, stamps: Stamps,
-    chosen: Chosen, say: Say,
-) -> Generator[tuple[Path, Finish]]:  # fmt: skip
+    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, stamps: Stamps, chosen: Chosen, say: Say
+) -> Generator[tuple[Path, Finish]]:
     """A folder to rewrite into, and the call that completes it. Raises InputError when a file of `source` no
     longer has its stamp."""
     with (
@@ -123,9 +122,17 @@ def check_same(record: Source, known: dict[str, str]) -> None:
 
 
 def complete(
-    step: Step, source: Checkpoint, record: Source, folder: Path, chosen: Chosen, say: Say, written: Written,
-    quality: tuple[Quality, ...], sidecars: Callable[[Path], None] | None = None, notes: tuple[str, ...] = (),
-) -> Report:  # fmt: skip
+    step: Step,
+    source: Checkpoint,
+    record: Source,
+    folder: Path,
+    chosen: Chosen,
+    say: Say,
+    written: Written,
+    quality: tuple[Quality, ...],
+    sidecars: Callable[[Path], None] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Report:
     """Sidecars beside the weights, then report, card and manifest."""
     left = copy_sidecars(source, folder)
     _keep_curves(step, source, folder)
@@ -144,14 +151,28 @@ def complete(
     recipe, made = recorded(step), own_manifest(source)
     earlier = () if made is None else (*made.earlier, made.as_earlier())
     text = card.render(
-        found, record, quality, recipe=recipe, earlier=earlier, base_card=folder / BASE_CARD,
-        figure=_draw(folder, found, ours=made is not None), lost=made is not None and bool(made.quality),
-    )  # fmt: skip
+        found,
+        record,
+        quality,
+        recipe=recipe,
+        earlier=earlier,
+        base_card=folder / BASE_CARD,
+        figure=_draw(folder, found, ours=made is not None),
+        lost=made is not None and bool(made.quality),
+    )
     write_text(folder / CARD, text)
     write_manifest(
-        folder, record, recipe, tensor_records(found), found.layout, quality, notes, written.files,
-        trained=_trained_on(recipe.get("finetune"), made), earlier=earlier,
-    )  # fmt: skip
+        folder,
+        record,
+        recipe,
+        tensor_records(found),
+        found.layout,
+        quality,
+        notes,
+        written.files,
+        trained=_trained_on(recipe.get("finetune"), made),
+        earlier=earlier,
+    )
     fsync(folder)
     return found
 
@@ -222,9 +243,10 @@ def keep_quality(folder: Path, quality: Quality) -> None:
     manifest = manifest.model_copy(update={"quality": (*others, quality)})
     known = {record.name: record for record in manifest.files}
     whole = {
-        name for name in (REPORT, CARD)
+        name
+        for name in (REPORT, CARD)
         if (folder / name).is_file() and digest(folder / name, folder) == known.get(name)
-    }  # fmt: skip
+    }
     texts: dict[str, str] = {}
     if REPORT in whole:
         found = read_report(folder).model_copy(update={"quality": manifest.quality})
@@ -232,9 +254,14 @@ def keep_quality(folder: Path, quality: Quality) -> None:
         if CARD in whole:
             drawn = f"]({figure.FIGURE})" in (folder / CARD).read_text(encoding="utf-8")
             texts[CARD] = card.render(
-                found, manifest.source, manifest.quality, recipe=manifest.recipe, earlier=manifest.earlier,
-                base_card=folder / BASE_CARD, figure=drawn,
-            )  # fmt: skip
+                found,
+                manifest.source,
+                manifest.quality,
+                recipe=manifest.recipe,
+                earlier=manifest.earlier,
+                base_card=folder / BASE_CARD,
+                figure=drawn,
+            )
     known |= {name: file_record(name, text) for name, text in texts.items()}
     manifest = manifest.model_copy(update={"files": tuple(known.values())})
     replace_texts(folder, {**texts, MANIFEST: as_text(manifest)})

@@ -36,9 +36,14 @@ def on_threads(verb: Callable[[S, Say], R]) -> Callable[..., R]:
 
 
 def opened(
-    model: str, say: Say, weights: str | None = None, key: str | None = None, *, needed: bool = True,
+    model: str,
+    say: Say,
+    weights: str | None = None,
+    key: str | None = None,
+    *,
+    needed: bool = True,
     strict: bool = True,
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     """`open_checkpoint`, its notes said. Raises InputError when it has no tensors, where some are needed."""
     checkpoint = on_every_rank(lambda: open_checkpoint(model, weights, key, strict=strict))
     for note in checkpoint.notes:

@@ -30,10 +30,14 @@ from lpsparse.reporting.text import clean, size
 # pyproject.toml. Older ones lose data or run code: torch before 2.10 in its restricted loader, transformers
 # before 5.3 by a key of config.json; safetensors 0.8.0rc0 filled a file with zeros.
 FLOORS: dict[str, tuple[str, str]] = {
-    "torch": ("2.10", "2.14"), "transformers": ("5.21", "6"), "accelerate": ("1.15", ""),
-    "safetensors": ("0.8", ""), "huggingface_hub": ("1.31", ""), "numpy": ("2", ""),
+    "torch": ("2.10", "2.14"),
+    "transformers": ("5.21", "6"),
+    "accelerate": ("1.15", ""),
+    "safetensors": ("0.8", ""),
+    "huggingface_hub": ("1.31", ""),
+    "numpy": ("2", ""),
     "zstandard": ("0.22", ""),
-}  # fmt: skip
+}
 
 
 _SECONDS = 60  # that torch gets to start, and two processes to meet
@@ -216,9 +220,13 @@ def _start(code: str, **env: str) -> subprocess.Popen[str]:
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # by others
     plain = {key: value for key, value in os.environ.items() if key not in launched}
     return subprocess.Popen(
-        [sys.executable, "-c", code], env={**plain, "PYTHONPATH": path, **env}, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env={**plain, "PYTHONPATH": path, **env},
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def _ended(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -332,5 +340,8 @@ def _lock(probe: Path) -> None:
 
 
 _TRIALS: dict[str, Callable[[Path], None]] = {
-    "rename": _rename, "exchange": _exchange, "fsync": _fsync, "lock": _lock,
-}  # fmt: skip
+    "rename": _rename,
+    "exchange": _exchange,
+    "fsync": _fsync,
+    "lock": _lock,
+}

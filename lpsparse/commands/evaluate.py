@@ -59,12 +59,20 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
         return found
     metric, held = "loss" if after.accuracy is None else "accuracy", held_of(step, task)
     quality = Quality(
-        metric=metric, before=None if before is None else before.of(metric), after=after.of(metric),
-        higher_is_better=metric == "accuracy", rows=after.count, split=f"{split} {unit}",
-        before_error=None if before is None else before.error_of(metric), after_error=after.error_of(metric),
-        data_sha256=held.sha256, task=step.task, data=held.names,
-        before_of=None if dense is None else dense.name, of_cut=cut,
-    )  # fmt: skip
+        metric=metric,
+        before=None if before is None else before.of(metric),
+        after=after.of(metric),
+        higher_is_better=metric == "accuracy",
+        rows=after.count,
+        split=f"{split} {unit}",
+        before_error=None if before is None else before.error_of(metric),
+        after_error=after.error_of(metric),
+        data_sha256=held.sha256,
+        task=step.task,
+        data=held.names,
+        before_of=None if dense is None else dense.name,
+        of_cut=cut,
+    )
     if step.dry_run:
         say("dry run: nothing is written")
     elif is_rank_0():

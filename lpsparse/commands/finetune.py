@@ -8,14 +8,7 @@ from lpsparse.checkpoint.manifest import Quality, source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
-from lpsparse.commands.artefact import (
-    Say,
-    called_after,
-    check_left,
-    check_same,
-    complete,
-    recorded,
-)
+from lpsparse.commands.artefact import Say, called_after, check_left, check_same, complete, recorded
 from lpsparse.commands.base import opened, silent
 from lpsparse.commands.report import report_on
 from lpsparse.parallel.environment import is_launched, is_rank_0
@@ -103,13 +96,19 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
             result = rewrite(written, folder, lambda _: None, "dense")
         held = held_of(step, task)
         quality = Quality(
-            metric=task.metric, before=trained.before.of(task.metric) if trained.before else None,
-            after=trained.after.of(task.metric), higher_is_better=task.higher_is_better,
-            rows=trained.after.count, split=f"{recipe['finetune']['eval_split'] or 'held-out'} {task.unit}",
+            metric=task.metric,
+            before=trained.before.of(task.metric) if trained.before else None,
+            after=trained.after.of(task.metric),
+            higher_is_better=task.higher_is_better,
+            rows=trained.after.count,
+            split=f"{recipe['finetune']['eval_split'] or 'held-out'} {task.unit}",
             before_error=trained.before.error_of(task.metric) if trained.before else None,
             after_error=trained.after.error_of(task.metric),
-            data_sha256=held.sha256, of_cut=step.keep_zeros, task=step.task, data=held.names,
-        )  # fmt: skip
+            data_sha256=held.sha256,
+            of_cut=step.keep_zeros,
+            task=step.task,
+            data=held.names,
+        )
         chosen = {t.name: trained.prunable.get(t.name, _NOT_OURS) for t in written.tensors}
         notes = (*notes, trained.facts)
         record = source_of(source)

@@ -4,9 +4,7 @@ from typing import Any
 
 from lpsparse.commands.artefact import Say
 from lpsparse.commands.base import opened, silent
-from lpsparse.reporting.measure import (
-    prunable_of,
-)
+from lpsparse.reporting.measure import prunable_of
 from lpsparse.steps.report import InspectStep
 
 
@@ -15,17 +13,26 @@ def inspect_step(step: InspectStep, say: Say = silent) -> dict[str, Any]:
     chosen = prunable_of(checkpoint, always_look=step.look)
     tensors = [
         {
-            "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
-            "layout": tensor.layout, "bytes": tensor.stored_bytes, "prunable": chosen[tensor.name].prunable,
-            "reason": chosen[tensor.name].reason, "role": chosen[tensor.name].role,
+            "name": tensor.name,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "file": tensor.file,
+            "layout": tensor.layout,
+            "bytes": tensor.stored_bytes,
+            "prunable": chosen[tensor.name].prunable,
+            "reason": chosen[tensor.name].reason,
+            "role": chosen[tensor.name].role,
             "told_by": chosen[tensor.name].by,
         }
         for tensor in checkpoint.tensors
-    ]  # fmt: skip
+    ]
     return {
-        "model": checkpoint.name, "revision": checkpoint.revision, "layout": checkpoint.layout,
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "layout": checkpoint.layout,
         "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
         "weights": sum(tensor.size for tensor in checkpoint.tensors),
         "prunable_weights": sum(tensor.size for tensor in checkpoint.tensors if chosen[tensor.name].prunable),
-        "tensors": tensors, "notes": list(checkpoint.notes),
-    }  # fmt: skip
+        "tensors": tensors,
+        "notes": list(checkpoint.notes),
+    }

@@ -17,9 +17,13 @@ from lpsparse.steps.prune import PruneStep, pair
 
 
 def foretell(
-    step: PruneStep | PackStep | UnpackStep, source: Checkpoint, chosen: Chosen, counts: dict[str, Count],
-    took: tuple[float, float], cut: Cuts = lambda _: None,
-) -> Report:  # fmt: skip
+    step: PruneStep | PackStep | UnpackStep,
+    source: Checkpoint,
+    chosen: Chosen,
+    counts: dict[str, Count],
+    took: tuple[float, float],
+    cut: Cuts = lambda _: None,
+) -> Report:
     """What a dry run shows: the report of OUT, and what it would take."""
     layout = "dense" if isinstance(step, UnpackStep) else step.layout
     sizes: dict[str, int | None] = {}
@@ -51,19 +55,30 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
     refuse_quantised(source)
     check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite)
     plan = plan_unread(
-        source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
-        include=step.include, exclude=step.exclude, look=step.look,
-    )  # fmt: skip
+        source,
+        sparsity=step.sparsity,
+        n_m=pair(step.n_m),
+        block=pair(step.block),
+        scope=step.scope,
+        include=step.include,
+        exclude=step.exclude,
+        look=step.look,
+    )
     say(kept_in_words(plan.chosen))
     say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
     if plan.zeros is None:
         say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
     needs = estimate(
-        source, step.out, weight_bytes=source.dense_bytes, sidecar_bytes=remote.sidecar_bytes,
+        source,
+        step.out,
+        weight_bytes=source.dense_bytes,
+        sidecar_bytes=remote.sidecar_bytes,
         threads=step.threads,
-    )  # fmt: skip
+    )
     return {
-        "model": source.name, "revision": source.revision, "from_headers_alone": True,
+        "model": source.name,
+        "revision": source.revision,
+        "from_headers_alone": True,
         "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
         "download_bytes": remote.download_bytes,
         "weights": sum(tensor.size for tensor in source.tensors),
@@ -72,10 +87,15 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
         "estimate": needs.model_dump(mode="json"),
         "tensors": [
             {
-                "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "file": tensor.file,
-                "bytes": tensor.nbytes, "prunable": plan.chosen[tensor.name].prunable,
-                "reason": plan.chosen[tensor.name].reason, "zeros_at_least": plan.each.get(tensor.name),
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "file": tensor.file,
+                "bytes": tensor.nbytes,
+                "prunable": plan.chosen[tensor.name].prunable,
+                "reason": plan.chosen[tensor.name].reason,
+                "zeros_at_least": plan.each.get(tensor.name),
             }
             for tensor in source.tensors
         ],
-    }  # fmt: skip
+    }

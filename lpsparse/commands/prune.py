@@ -78,10 +78,17 @@ def _prune(step: PruneStep, say: Say) -> tuple[Checkpoint, Report]:
     stamps = stamps_of(source)
     on_rank_0(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
     plan = plan_prune(
-        source, sparsity=step.sparsity, below=step.below, gap=step.gap, n_m=pair(step.n_m),
-        block=pair(step.block), scope=step.scope, include=step.include, exclude=step.exclude,
+        source,
+        sparsity=step.sparsity,
+        below=step.below,
+        gap=step.gap,
+        n_m=pair(step.n_m),
+        block=pair(step.block),
+        scope=step.scope,
+        include=step.include,
+        exclude=step.exclude,
         look=step.look,
-    )  # fmt: skip
+    )
     chosen = {name: tensor.decision for name, tensor in plan.tensors.items()}
     say(kept_in_words(chosen))
     if plan.band is not None:

@@ -36,7 +36,5 @@ def push_step(step: PushStep, say: Say = silent, *, bars: bool = False) -> dict[
     if step.dry_run:
         names = [{"name": record.name, "bytes": record.size} for record in files]
         return {"repo": step.repo, "files": len(files), "bytes": size, "names": names, "not_sent": stay}
-    to = Target(
-        step.repo, step.revision, step.private, step.message, step.create_pr, step.delete_others
-    )  # fmt: skip
+    to = Target(step.repo, step.revision, step.private, step.message, step.create_pr, step.delete_others)
     return push_files(folder, files, to, say, bars=bars)

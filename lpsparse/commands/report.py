@@ -112,7 +112,7 @@ def _measured(step: ReportStep, say: Say) -> Report:
         "identity": identity_of(found, began),
         "training": read_history(checkpoint.root),
         "not_measured": not_measured(found),
-    }  # fmt: skip
+    }
     if manifest is not None:
         more["made"] = made_by(manifest, {path.name for path in checkpoint.files})
     return found.model_copy(update=more)

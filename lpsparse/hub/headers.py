@@ -78,9 +78,10 @@ def read_remote(text: str, weights: str | None = None) -> Remote:
     fetched = {each: sizes[each] for each in filter_repo_objects(sizes, ignore_patterns=IGNORED)}
     return Remote(
         Checkpoint(name, None, (), tuple(tensors), metadata, commit),
-        {path.name: sizes[path.name] for path in headers}, sum(fetched.values()),
+        {path.name: sizes[path.name] for path in headers},
+        sum(fetched.values()),
         sum(size for each, size in fetched.items() if not each.endswith(WEIGHT_SUFFIXES)),
-    )  # fmt: skip
+    )
 
 
 def _list(text: str) -> tuple[str, dict[str, int]]:

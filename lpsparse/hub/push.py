@@ -77,19 +77,30 @@ def push_files(
             _send(api, to, adds, say, bars=bars)
         with asking(to.repo, UNSURE):
             made = api.create_commit(
-                to.repo, [*(CommitOperationDelete(name) for name in others), *adds], revision=to.revision,
-                commit_message=to.message, create_pr=to.create_pr, parent_commit=info.sha,
-            )  # fmt: skip
+                to.repo,
+                [*(CommitOperationDelete(name) for name in others), *adds],
+                revision=to.revision,
+                commit_message=to.message,
+                create_pr=to.create_pr,
+                parent_commit=info.sha,
+            )
         with asking(to.repo, f"the commit {made.commit_url} was made, and is not compared"):
             _compare(api, to.repo, made, folder, files, others)
     if made.oid == info.sha:
         say("all of it was there already: no new commit")
     return {
-        "url": made.commit_url, "commit": made.oid, "files": len(files),
-        "bytes": sum(record.size for record in files), "repo": to.repo, "revision": to.revision or "main",
-        "private": info.private, "new": new, "changed": made.oid != info.sha, "deleted": others,
+        "url": made.commit_url,
+        "commit": made.oid,
+        "files": len(files),
+        "bytes": sum(record.size for record in files),
+        "repo": to.repo,
+        "revision": to.revision or "main",
+        "private": info.private,
+        "new": new,
+        "changed": made.oid != info.sha,
+        "deleted": others,
         "pull_request": made.pr_url,
-    }  # fmt: skip
+    }
 
 
 def _send(
@@ -184,9 +195,13 @@ def _check_others(repo: str, others: list[str], say: Callable[[str], None]) -> N
 
 
 def _compare(
-    api: "HfApi", repo: str, made: "CommitInfo", folder: Path, files: tuple[FileRecord, ...],
+    api: "HfApi",
+    repo: str,
+    made: "CommitInfo",
+    folder: Path,
+    files: tuple[FileRecord, ...],
     deleted: list[str],
-) -> None:  # fmt: skip
+) -> None:
     """Raises RemoteError where a file of the commit is not the one described, by its size and hash."""
     from huggingface_hub.hf_api import RepoFile
 

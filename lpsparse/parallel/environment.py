@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from lpsparse.errors import UsageError
 
 WORDS = {
-    **dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("", "0", "false", "no", "off"), False)
-}  # fmt: skip
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("", "0", "false", "no", "off"), False),
+}
 
 # Rank, number of processes and rank on this machine, as MPICH's and Intel's, and Open MPI's mpirun tell.
 _MPI = (

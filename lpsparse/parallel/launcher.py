@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.borrowed import borrow
-from lpsparse.errors import (
-    ExitCode,
-    LaunchError,
-    ResourceError,
-)
+from lpsparse.errors import ExitCode, LaunchError, ResourceError
 from lpsparse.parallel.ranks import MISSED
 
 _PATIENCE = 24 * 3600  # seconds that processes which were asked to stop have to end their step and save
@@ -49,11 +45,18 @@ def launch(processes: int, arguments: list[str]) -> None:
     known = {each.name for each in fields(LaunchConfig)}
     patience: dict[str, Any] = {"shutdown_timeout": _PATIENCE} if "shutdown_timeout" in known else {}
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=str(os.getpid()), max_restarts=0,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.OUT),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", **patience,
-    )  # fmt: skip
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        **patience,
+    )
     _quiet_elastic()
     try:
         with _same_handlers_after():

@@ -13,12 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from lpsparse.errors import (
-    LpsparseError,
-    ResourceError,
-    UsageError,
-    is_out_of_memory,
-)
+from lpsparse.errors import LpsparseError, ResourceError, UsageError, is_out_of_memory
 from lpsparse.parallel.threads import Processes, sharing_with
 
 T = TypeVar("T")

@@ -99,9 +99,12 @@ def cores() -> int:
 
 
 def parallel(
-    function: Callable[[A], B], items: Iterable[A], *, waiting: int = 0,
+    function: Callable[[A], B],
+    items: Iterable[A],
+    *,
+    waiting: int = 0,
     size: Callable[[A], float] = lambda _: 1,
-) -> list[B]:  # fmt: skip
+) -> list[B]:
     """`function` of each item, in their order; the first error, in that order, is raised. Inside of such a
     function there are the threads that are left over; where there are none, it is a plain loop. `waiting`
     more threads where many of them wait for a disk. `among` processes each takes a share of the items, by

@@ -60,10 +60,12 @@ def find_band(group: list[Scored], *, wide: bool) -> tuple[Band | None, Band | N
     bands = [
         Band(
             value_of(max(each[a][1] for each in ends if a in each), wide=wide),
-            value_of(min(each[b][0] for each in ends if b in each), wide=wide), int(cumulative[a]), total,
+            value_of(min(each[b][0] for each in ends if b in each), wide=wide),
+            int(cumulative[a]),
+            total,
         )
         for a, b in runs
-    ]  # fmt: skip
+    ]
     # Between zeros and the smallest weight there is room without end, and nothing to cut: it counts only when
     # no band lies between two weights.
     best = max(bands, key=lambda band: (band.low > 0 and band.decades >= MIN_DECADES, band.decades))

@@ -79,10 +79,15 @@ def _asked(config: str) -> Any:
         given, answer = Path(folder, "config.json"), Path(folder, "answer.json")
         given.write_text(config, "utf-8")
         subprocess.run(
-            [sys.executable, "-P", "-c", _CHILD, given, answer], env=environment, timeout=_SECONDS,
-            check=False, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [sys.executable, "-P", "-c", _CHILD, given, answer],
+            env=environment,
+            timeout=_SECONDS,
+            check=False,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         return json.loads(answer.read_text("utf-8"))
     return None
 

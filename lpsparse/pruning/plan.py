@@ -17,15 +17,7 @@ from lpsparse.parallel.progress import phase
 from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.gap import Band, find_band
 from lpsparse.pruning.neighbours import Pair, divides, grain_of, joined, sums_of_blocks, table_of
-from lpsparse.pruning.select import (
-    Scored,
-    cut_blocks,
-    cut_n_m,
-    cut_rows,
-    cut_smallest,
-    select,
-    target_count,
-)
+from lpsparse.pruning.select import Scored, cut_blocks, cut_n_m, cut_rows, cut_smallest, select, target_count
 from lpsparse.pruning.targets import Chosen, Decision, choose
 
 Scope = Literal["global", "tensor", "row"]
@@ -95,10 +87,18 @@ class Plan:
 
 
 def plan_prune(
-    source: Checkpoint, *, sparsity: Decimal | None = None, below: float | None = None, gap: bool = False,
-    n_m: Pair | None = None, block: Pair | None = None, scope: Scope = "global",
-    include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), look: bool = False,
-) -> Plan:  # fmt: skip
+    source: Checkpoint,
+    *,
+    sparsity: Decimal | None = None,
+    below: float | None = None,
+    gap: bool = False,
+    n_m: Pair | None = None,
+    block: Pair | None = None,
+    scope: Scope = "global",
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    look: bool = False,
+) -> Plan:
     """Exactly one of `sparsity` (met exactly within each scope), `below`, `gap` and `n_m` decides. With
     `block` it is blocks of rows x columns that are counted, and ranked by the sum of their magnitudes.
 
@@ -158,9 +158,16 @@ class Outlook:
 
 
 def plan_unread(
-    source: Checkpoint, *, sparsity: Decimal | None, n_m: Pair | None, block: Pair | None, scope: Scope,
-    include: tuple[str, ...], exclude: tuple[str, ...], look: bool = False,
-) -> Outlook:  # fmt: skip
+    source: Checkpoint,
+    *,
+    sparsity: Decimal | None,
+    n_m: Pair | None,
+    block: Pair | None,
+    scope: Scope,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    look: bool = False,
+) -> Outlook:
     """`plan_prune` without reading a weight; refuses what that would refuse of names and shapes."""
     chosen = choose(source, include, exclude, always_look=look)
     tensors = [tensor for tensor in source.tensors if chosen[tensor.name].prunable]

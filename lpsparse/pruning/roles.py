@@ -11,9 +11,20 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Role = Literal[
-    "linear", "convolution", "embedding", "head", "router", "norm", "bias", "state", "mask", "scale",
-    "position", "token", "unknown",
-]  # fmt: skip
+    "linear",
+    "convolution",
+    "embedding",
+    "head",
+    "router",
+    "norm",
+    "bias",
+    "state",
+    "mask",
+    "scale",
+    "position",
+    "token",
+    "unknown",
+]
 ROLES: tuple[str, ...] = get_args(Role)
 PRUNED = ("linear", "convolution")  # the roles whose weights may be cut
 
@@ -36,17 +47,25 @@ _WEIGHT = re.compile(  # the own names, after the last dot, of what multiplies a
     r"|[wvW]\d?|[qkvor]|proj|\w+_proj(ection)?"
 )
 _OWN: tuple[tuple[Role, re.Pattern[str]], ...] = (  # the own names of all else; the first that is found
-    ("position", _any(
-        r"(^|_)(pos(itions?|itional)?|inv_freq|freqs|rotary|alibi|slopes?)(_|$)|relative_position"
-        r"|^(relative_attention_bias|seg_embed|emb_rel_[kv]|time_embeddings?|level_embed)$")),
+    (
+        "position",
+        _any(
+            r"(^|_)(pos(itions?|itional)?|inv_freq|freqs|rotary|alibi|slopes?)(_|$)|relative_position"
+            r"|^(relative_attention_bias|seg_embed|emb_rel_[kv]|time_embeddings?|level_embed)$"
+        ),
+    ),
     ("bias", _any(r"(^|_)bias(es)?(_|$)|^b\d*$")),
-    ("token", _any(
-        r"(^|_)(tokens?|latents?|quer(y|ies)|probe|prompts?)(_\w+)?$|^(class_embedding|cls_emb)$")),
+    (
+        "token",
+        _any(r"(^|_)(tokens?|latents?|quer(y|ies)|probe|prompts?)(_\w+)?$|^(class_embedding|cls_emb)$"),
+    ),
     ("mask", _any(r"(^|_)masks?$")),
     ("scale", _any(r"(^|_)(scales?|gammas?|lambdas?|absmax|g|alphas?|std|mean|temperature)$")),
-    ("state", _any(
-        r"^(A|D|A_log|dt|running_\w+|time_\w+|\w*decay|\w+_state|embed_avg|embed_sum|cluster_size)$")),
-)  # fmt: skip
+    (
+        "state",
+        _any(r"^(A|D|A_log|dt|running_\w+|time_\w+|\w*decay|\w+_state|embed_avg|embed_sum|cluster_size)$"),
+    ),
+)
 _NORM = _any(
     r"(^|_)(layer|batch|group|rms|instance)?_?norm(s|_?\d+)?(_|$)|norm\d*$|^(ln|bn)(_?\d+|_\w+)?$|^grn$"
 )

@@ -26,13 +26,20 @@ _NOT_FLOAT = " is not a float that can be pruned"
 
 
 _IN_SHORT = {  # reasons, as what such tensors are called, by ones and more
-    "bias": ("bias", "biases"), "embedding": ("embedding", "embeddings"),
-    "head": ("tensor of the output head", "tensors of the output head"), "mask": ("mask", "masks"),
-    "norm": ("norm", "norms"), "position": ("position table", "position tables"),
-    "router": ("router", "routers"), "scale": ("scale", "scales"), "state": ("state", "states"),
-    "token": ("token", "tokens"), "unknown": ("of unknown role (cut with --include)",) * 2,
-    "empty": ("empty tensor", "empty tensors"), "--exclude": ("by --exclude", "by --exclude"),
-}  # fmt: skip
+    "bias": ("bias", "biases"),
+    "embedding": ("embedding", "embeddings"),
+    "head": ("tensor of the output head", "tensors of the output head"),
+    "mask": ("mask", "masks"),
+    "norm": ("norm", "norms"),
+    "position": ("position table", "position tables"),
+    "router": ("router", "routers"),
+    "scale": ("scale", "scales"),
+    "state": ("state", "states"),
+    "token": ("token", "tokens"),
+    "unknown": ("of unknown role (cut with --include)",) * 2,
+    "empty": ("empty tensor", "empty tensors"),
+    "--exclude": ("by --exclude", "by --exclude"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +61,13 @@ def recorded(prunable: bool, reason: str) -> Decision:
 
 
 def decide(
-    tensors: Iterable[Named], include: tuple[str, ...] = (), exclude: tuple[str, ...] = (),
-    config: Mapping[str, Any] | None = None, known: Mapping[str, str] | None = None, known_by: str = "",
-) -> Chosen:  # fmt: skip
+    tensors: Iterable[Named],
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    config: Mapping[str, Any] | None = None,
+    known: Mapping[str, str] | None = None,
+    known_by: str = "",
+) -> Chosen:
     """A decision for each tensor. Linear and convolution weights are cut and all else is kept.
 
     `include` names all that may be cut, whatever its role; `exclude` wins over it. `config` is the model's
@@ -78,9 +89,14 @@ def decide(
 
 
 def _rule(
-    name: str, dtype: str, shape: tuple[int, ...], role: str, method: str | None, include: tuple[str, ...],
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    role: str,
+    method: str | None,
+    include: tuple[str, ...],
     exclude: tuple[str, ...],
-) -> tuple[bool, str]:  # fmt: skip
+) -> tuple[bool, str]:
     """Whether a tensor is prunable, and why."""
     if method is not None:
         return False, f"quantised ({method})"
@@ -110,9 +126,14 @@ def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def choose(
-    source: Checkpoint, include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), *, needed: bool = True,
-    strict: bool = True, always_look: bool = False,
-) -> Chosen:  # fmt: skip
+    source: Checkpoint,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    *,
+    needed: bool = True,
+    strict: bool = True,
+    always_look: bool = False,
+) -> Chosen:
     """`decide` of a checkpoint, with its config.json. Where names and shapes leave a matrix open, the model's
     own modules are asked; with `always_look` they decide of all.
 
@@ -129,9 +150,13 @@ def choose(
 
 
 def check_chosen(
-    table: Chosen, include: tuple[str, ...], exclude: tuple[str, ...], *, needed: bool = True,
+    table: Chosen,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    *,
+    needed: bool = True,
     strict: bool = True,
-) -> Chosen:  # fmt: skip
+) -> Chosen:
     """`table` itself. Raises as `choose` does."""
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns if strict else ():
@@ -169,7 +194,7 @@ def kept_in_words(table: Chosen) -> Brief:
     told = _told(table)
     return Brief(
         f"{head}. Kept dense: {short or 'none'}.{told}", f"{head}. Kept dense: {full or 'none'}.{told}"
-    )  # fmt: skip
+    )
 
 
 def _told(table: Chosen) -> str:

@@ -84,10 +84,14 @@ def check_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None)
             if isinstance(link.step, ReportStep):
                 look.reports.add(report_file(link, links, read.out))
     return {
-        "recipe": str(path), "out": str(read.out), "steps": steps, "disk_bytes": look.used,
-        "free_bytes": free, "memory_bytes": max(step["memory_bytes"] for step in steps),
+        "recipe": str(path),
+        "out": str(read.out),
+        "steps": steps,
+        "disk_bytes": look.used,
+        "free_bytes": free,
+        "memory_bytes": max(step["memory_bytes"] for step in steps),
         "download_bytes": sum(held.download_bytes for held in look.opened.values()),
-    }  # fmt: skip
+    }
 
 
 @contextmanager
@@ -136,10 +140,15 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         made = _Held(held.checkpoint, held.sidecar_bytes, renamed=renamed, chosen=chosen or held.chosen)
         look.made[str(step.out)] = made if state != "finished" else _Held(open_checkpoint(step.out))
     return {
-        "step": link.name, "model": link.model, "out": None if link.out is None else str(link.out),
-        "state": state, "prunable_weights": prunable, "disk_bytes": disk, "memory_bytes": memory_bytes,
+        "step": link.name,
+        "model": link.model,
+        "out": None if link.out is None else str(link.out),
+        "state": state,
+        "prunable_weights": prunable,
+        "disk_bytes": disk,
+        "memory_bytes": memory_bytes,
         "notes": [*notes, *more],
-    }  # fmt: skip
+    }
 
 
 def _as_trained(step: EvalStep, source: Checkpoint, *, made: bool) -> EvalStep:
@@ -159,9 +168,15 @@ def _reread(step: ReportStep, look: _Look) -> dict[str, Any]:
     if Path(step.model) not in look.reports:
         prunable = check_budgets(read_report(Path(step.model)), step).prunable.weights
     return {
-        "step": "report", "model": step.model, "out": None, "state": "looks", "prunable_weights": prunable,
-        "disk_bytes": 0, "memory_bytes": PROCESS_BYTES, "notes": [],
-    }  # fmt: skip
+        "step": "report",
+        "model": step.model,
+        "out": None,
+        "state": "looks",
+        "prunable_weights": prunable,
+        "disk_bytes": 0,
+        "memory_bytes": PROCESS_BYTES,
+        "notes": [],
+    }
 
 
 def _check_baseline(baseline: Path, look: _Look) -> None:
@@ -216,7 +231,7 @@ def _needs(step: Step, held: _Held, place: Path, prunable: int | None) -> tuple[
     threads = getattr(step, "threads", None)
     needs = estimate(
         source, place / "out", weight_bytes=size, sidecar_bytes=held.sidecar_bytes, threads=threads
-    )  # fmt: skip
+    )
     if not writes:
         counted = sum(tensor.size for tensor in source.tensors)
         return 0, 0, memory.of_measuring(counted) if isinstance(step, EvalStep) else needs.memory_bytes

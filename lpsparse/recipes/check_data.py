@@ -12,9 +12,11 @@ from lpsparse.training.data import check_apart, find, held_out_of
 
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _KINDS = {
-    "causal-lm": (".txt", *_TABLES), "masked-lm": (".txt", *_TABLES), "text-classification": _TABLES,
+    "causal-lm": (".txt", *_TABLES),
+    "masked-lm": (".txt", *_TABLES),
+    "text-classification": _TABLES,
     "image-classification": (".npz", ".parquet"),
-}  # fmt: skip
+}
 
 
 def check_data(step: FinetuneStep | EvalStep, source: Checkpoint) -> list[str]:

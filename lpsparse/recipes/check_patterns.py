@@ -50,9 +50,15 @@ def check_patterns(
             raise no_match("--freeze", pattern, names)
     if isinstance(step, PruneStep):
         plan = plan_unread(
-            source, sparsity=step.sparsity, n_m=pair(step.n_m), block=pair(step.block), scope=step.scope,
-            include=step.include, exclude=step.exclude, look=step.look,
-        )  # fmt: skip
+            source,
+            sparsity=step.sparsity,
+            n_m=pair(step.n_m),
+            block=pair(step.block),
+            scope=step.scope,
+            include=step.include,
+            exclude=step.exclude,
+            look=step.look,
+        )
         chosen = plan.chosen
     elif isinstance(step, FinetuneStep):
         chosen = choose(source, step.include, step.exclude)

@@ -26,9 +26,21 @@ _PATHS = ("data", "eval_data", "model_fn", "source", "base", "baseline", "agains
 
 
 _LEFT = {  # settings that decide nothing about the bytes, and the two that the recipe itself says
-    "model", "out", "overwrite", "dry_run", "threads", "processes", "shard", "workers", "resume",
-    "save_every", "keep_last", "max_time", "track", "rank_timeout",
-}  # fmt: skip
+    "model",
+    "out",
+    "overwrite",
+    "dry_run",
+    "threads",
+    "processes",
+    "shard",
+    "workers",
+    "resume",
+    "save_every",
+    "keep_last",
+    "max_time",
+    "track",
+    "rank_timeout",
+}
 
 
 def write_resolved(read: Recipe, links: Sequence[Link]) -> None:

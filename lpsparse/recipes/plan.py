@@ -17,13 +17,7 @@ from lpsparse.steps.resolve import resolve
 from lpsparse.steps.table import STEPS
 
 WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
-TAKEN = (
-    "model",
-    "base",
-    "source",
-    "baseline",
-    "against",
-)  # that may name what a step before makes
+TAKEN = ("model", "base", "source", "baseline", "against")  # that may name what a step before makes
 
 
 @dataclass(frozen=True, slots=True)

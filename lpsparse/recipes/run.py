@@ -28,9 +28,18 @@ from lpsparse.steps.report import ReportStep, VerifyStep
 
 Say = Callable[[str], None]
 _TOLD = (
-    "target_sparsity", "method", "epochs", "steps", "sparsity", "below", "gap", "n_m", "min_sparsity",
-    "max_bytes", "max_quality_drop",
-)  # fmt: skip
+    "target_sparsity",
+    "method",
+    "epochs",
+    "steps",
+    "sparsity",
+    "below",
+    "gap",
+    "n_m",
+    "min_sparsity",
+    "max_bytes",
+    "max_quality_drop",
+)
 
 
 @dataclass(frozen=True, slots=True)

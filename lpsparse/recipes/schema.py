@@ -23,19 +23,27 @@ def recipe_schema() -> dict[str, Any]:
     top = Recipe.model_json_schema()
     words = {name: _reference(name, kind) for name, kind in STEPS.items()}
     steps = {
-        "type": "array", "minItems": 1, "description": "What is done, one step after the other.",
+        "type": "array",
+        "minItems": 1,
+        "description": "What is done, one step after the other.",
         "items": {
-            "type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": False,
             "properties": words,
         },
-    }  # fmt: skip
+    }
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lpsparse recipe",
-        "description": top["description"], "type": "object", "additionalProperties": False,
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lpsparse recipe",
+        "description": top["description"],
+        "type": "object",
+        "additionalProperties": False,
         "required": top["required"],
         "properties": {name: _loose(node) for name, node in top["properties"].items()} | {"steps": steps},
         "$defs": {name: _step(name, kind) for name, kind in STEPS.items()},
-    }  # fmt: skip
+    }
 
 
 def _reference(name: str, kind: type[Step]) -> dict[str, Any]:
@@ -66,15 +74,18 @@ def _step(name: str, kind: type[Step]) -> dict[str, Any]:
         if key in properties
     }
     return {
-        "description": " ".join((kind.__doc__ or "").split()), "type": "object",
-        "additionalProperties": False, "required": _needed(kind), "properties": properties,
+        "description": " ".join((kind.__doc__ or "").split()),
+        "type": "object",
+        "additionalProperties": False,
+        "required": _needed(kind),
+        "properties": properties,
         # Not among the properties, so that an editor offers each setting once.
         "patternProperties": {
             f"^{spelling}$": {"$ref": f"#/$defs/{name}/properties/{key}"}
             for spelling, key in sorted(spellings.items())
         },
         **_RULES.get(name, {}),
-    }  # fmt: skip
+    }
 
 
 def _loose(node: dict[str, Any]) -> dict[str, Any]:
@@ -110,15 +121,15 @@ _TARGET = ("target_sparsity", "target-sparsity")
 _RULES: dict[str, dict[str, Any]] = {
     "prune": {
         "oneOf": [
-            _given("sparsity"), _given("below"), _given("n_m", "n-m"),
+            _given("sparsity"),
+            _given("below"),
+            _given("n_m", "n-m"),
             {"required": ["gap"], "properties": {"gap": {"const": True}}},
         ]
     },
     "finetune": {
-        "if": {
-            "required": ["method"], "properties": {"method": {"not": {"enum": ["lp", "dense"]}}},
-        },
+        "if": {"required": ["method"], "properties": {"method": {"not": {"enum": ["lp", "dense"]}}}},
         "then": _given(*_TARGET),
     },
     "recover": {"not": _given(*_TARGET)},
-}  # fmt: skip
+}

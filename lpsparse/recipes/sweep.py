@@ -30,9 +30,17 @@ from lpsparse.steps.report import ReportStep
 
 _FILES = ("sweep.json", "sweep.csv", "sweep.svg")
 _COLUMNS = (
-    "sparsity", "zeros", "weights", "file_bytes", "bitmask_bytes", "metric", "before", "after", "passed",
+    "sparsity",
+    "zeros",
+    "weights",
+    "file_bytes",
+    "bitmask_bytes",
+    "metric",
+    "before",
+    "after",
+    "passed",
     "folder",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +52,13 @@ class _Placed:
 
 
 def sweep(
-    recipe: str | Path, sparsity: Iterable[Any], out: str | Path | None = None,
-    overrides: Mapping[str, str] | None = None, say: Say = base.silent,
+    recipe: str | Path,
+    sparsity: Iterable[Any],
+    out: str | Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    say: Say = base.silent,
     on_step: Callable[[Any], None] = base.silent,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run a recipe once for each sparsity: {"rows", "dense", "smallest", ...}, which OUT/sweep.json,
     sweep.csv and sweep.svg hold, too. `smallest` is the folder, in OUT, of the model with the fewest bytes
     (of its files, then as a bitmask) among those that meet the budgets; None where there is none.
@@ -68,9 +79,13 @@ def sweep(
 
 
 def _swept(
-    path: Path, placed: Mapping[Decimal, _Placed], varied: set[int], folder: Path, say: Say,
+    path: Path,
+    placed: Mapping[Decimal, _Placed],
+    varied: set[int],
+    folder: Path,
+    say: Say,
     on_step: Callable[[Any], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The runs at all sparsities, and their table, which is in `folder`, too."""
     first = next(iter(placed.values()))
     with run.folder_for(folder):
@@ -165,13 +180,20 @@ def _row(
     budgets.sort(key=lambda budget: budget not in report.budgets)
     metric, before, after, higher = _quality(report, own, _alike(str(out), own))
     return {
-        "sparsity": float(value), "folder": out.relative_to(folder).as_posix(), "layout": report.layout,
-        "zeros": report.prunable.zeros, "weights": report.prunable.weights,
-        "file_bytes": report.bytes.file_bytes, "bitmask_bytes": report.bytes.bitmask_bytes,
-        "metric": metric, "before": before, "after": after, "higher_is_better": higher,
+        "sparsity": float(value),
+        "folder": out.relative_to(folder).as_posix(),
+        "layout": report.layout,
+        "zeros": report.prunable.zeros,
+        "weights": report.prunable.weights,
+        "file_bytes": report.bytes.file_bytes,
+        "bitmask_bytes": report.bytes.bitmask_bytes,
+        "metric": metric,
+        "before": before,
+        "after": after,
+        "higher_is_better": higher,
         "budgets": [budget.model_dump(mode="json") for budget in budgets],
         "passed": run.passed([*common, *own]),
-    }  # fmt: skip
+    }
 
 
 def _named(links: Sequence[Link], own: Sequence[Done]) -> Path:
@@ -227,10 +249,12 @@ def _dense(model: str, common: Sequence[Done], rows: Sequence[dict[str, Any]]) -
     metric, value = _measured(common, _alike(model, common))
     recorded = [row["before"] for row in rows if row["before"] is not None]
     return {
-        "zeros": report.prunable.zeros, "weights": report.prunable.weights,
-        "file_bytes": report.bytes.file_bytes, "bitmask_bytes": report.bytes.bitmask_bytes,
+        "zeros": report.prunable.zeros,
+        "weights": report.prunable.weights,
+        "file_bytes": report.bytes.file_bytes,
+        "bitmask_bytes": report.bytes.bitmask_bytes,
         "quality": recorded[0] if recorded else value if metric == rows[0]["metric"] else None,
-    }  # fmt: skip
+    }
 
 
 def _result(path: Path, rows: list[dict[str, Any]], dense: dict[str, Any]) -> dict[str, Any]:

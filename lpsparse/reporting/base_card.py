@@ -13,8 +13,12 @@ _MOST_BYTES = 4_000_000  # of the file that are looked at; cards with tables of 
 _MOST_TAKEN = 20_000  # letters of the fields that are wanted
 _MOST_ITEMS = 200
 _NAME = r"[A-Za-z0-9][\w.+-]{0,95}"
-_ONE = {"license": _NAME, "license_name": _NAME, "pipeline_tag": r"[a-z][a-z0-9-]{0,59}",
-        "license_link": rf"https://[\w./%#?=&+-]{{1,300}}|{_NAME}"}  # fmt: skip
+_ONE = {
+    "license": _NAME,
+    "license_name": _NAME,
+    "pipeline_tag": r"[a-z][a-z0-9-]{0,59}",
+    "license_link": rf"https://[\w./%#?=&+-]{{1,300}}|{_NAME}",
+}
 _MANY = {"language": r"[A-Za-z]{2,12}([-_][A-Za-z0-9]{1,8})*", "datasets": rf"{_NAME}(/{_NAME})?"}
 _WANTED = re.compile(rf"^({'|'.join((*_ONE, *_MANY))}):.*\n(?:(?:[ \t-].*)?\n)*", re.MULTILINE)
 

@@ -110,9 +110,12 @@ def _min_nm(report: Report, limit: Limit) -> Budget:
 
 
 _CHECKS = {
-    "min-sparsity": _min_sparsity, "max-bytes": _max_bytes, "max-quality-drop": _max_quality_drop,
-    "max-layer-sparsity": _max_layer_sparsity, "min-nm": _min_nm,
-}  # fmt: skip
+    "min-sparsity": _min_sparsity,
+    "max-bytes": _max_bytes,
+    "max-quality-drop": _max_quality_drop,
+    "max-layer-sparsity": _max_layer_sparsity,
+    "min-nm": _min_nm,
+}
 
 
 def _at_least(name: str, limit: Limit, value: float | None, *, passed: bool) -> Budget:
@@ -120,19 +123,19 @@ def _at_least(name: str, limit: Limit, value: float | None, *, passed: bool) -> 
     margin = None if value is None else value - least
     if margin is not None and passed:
         margin = max(margin, 0.0)  # met by whole weights, where the fraction lies between two
-    return Budget(
-        name=name, pattern=limit.pattern, limit=least, value=value, margin=margin, passed=passed
-    )  # fmt: skip
+    return Budget(name=name, pattern=limit.pattern, limit=least, value=value, margin=margin, passed=passed)
 
 
 def _at_most(name: str, limit: Limit, value: Decimal | float | None) -> Budget:
     exact = None if value is None else value if isinstance(value, Decimal) else Decimal(repr(value))
     return Budget(
-        name=name, pattern=limit.pattern, limit=float(limit.value),
+        name=name,
+        pattern=limit.pattern,
+        limit=float(limit.value),
         value=None if exact is None else float(exact),
         margin=None if exact is None else float(limit.value - exact),
         passed=exact is not None and exact <= limit.value,
-    )  # fmt: skip
+    )
 
 
 def quality_drop(quality: Quality) -> float | None:
@@ -156,16 +159,21 @@ def check_baseline(report: Report, baseline: Report, step: ReportStep) -> Report
     measured = {(each.metric, each.data_sha256): each for each in report.quality}
     shared = {each.metric for each in baseline.quality if (each.metric, each.data_sha256) in measured}
     theirs = [
-        each for each in baseline.quality
+        each
+        for each in baseline.quality
         if each.metric not in shared or (each.metric, each.data_sha256) in measured
-    ]  # fmt: skip
+    ]
     limits = [
-        (_at_least("sparsity of baseline", zeros, report.prunable.sparsity, passed=passed),
-         baseline.prunable.sparsity),
+        (
+            _at_least("sparsity of baseline", zeros, report.prunable.sparsity, passed=passed),
+            baseline.prunable.sparsity,
+        ),
         (_at_most("bytes of baseline", size, report.bytes.file_bytes), baseline.bytes.file_bytes),
-        *((_no_worse(measured.get((each.metric, each.data_sha256)), each, regression), each.after)
-          for each in theirs),
-    ]  # fmt: skip
+        *(
+            (_no_worse(measured.get((each.metric, each.data_sha256)), each, regression), each.after)
+            for each in theirs
+        ),
+    ]
     found = [each.model_copy(update={"level": level, "baseline": value}) for each, value in limits]
     said = (*report.not_measured, *unknown)
     return _with(report.model_copy(update={"baseline": name, "not_measured": said}), found)

@@ -21,15 +21,24 @@ _LINK = re.compile(r"://|www\.|\S@\S+\.", re.IGNORECASE)  # with a dot behind it
 Settings = dict[str, Any]
 _TEMPLATE = Path(__file__).with_suffix(".md.j2")
 _HUB_TASKS = {  # ours in the hub's words (https://huggingface.co/tasks)
-    "causal-lm": "text-generation", "masked-lm": "fill-mask", "text-classification": "text-classification",
+    "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
+    "text-classification": "text-classification",
     "image-classification": "image-classification",
-}  # fmt: skip
+}
 
 
 def render(
-    report: Report, source: Source, quality: tuple[Quality, ...], *, recipe: Settings,
-    earlier: Sequence[EarlierStep] = (), base_card: Path, figure: bool = False, lost: bool = False,
-) -> str:  # fmt: skip
+    report: Report,
+    source: Source,
+    quality: tuple[Quality, ...],
+    *,
+    recipe: Settings,
+    earlier: Sequence[EarlierStep] = (),
+    base_card: Path,
+    figure: bool = False,
+    lost: bool = False,
+) -> str:
     """Markdown with metadata. Names from a checkpoint are escaped; the licence, and what else is still true,
     is copied from `base_card` if it is there. `recipe` made the model, of what the `earlier` steps had made,
     the last finetune of which measured `quality`; with `lost` there was one of the source."""
@@ -43,14 +52,26 @@ def render(
     trained: Settings = training.recipe["finetune"] if training else {}
     return template.render(
         metadata=_metadata(report, source, quality, copied, trained),
-        report=report, source=source, base_card=base_card.name if base_card.is_file() else "",
-        quality=[(each, interval(each.before, each.before_error), interval(each.after, each.after_error),
-                  change_of(each)) for each in quality],
-        version=__version__, figure=FIGURE if figure else "", steps=steps,
+        report=report,
+        source=source,
+        base_card=base_card.name if base_card.is_file() else "",
+        quality=[
+            (
+                each,
+                interval(each.before, each.before_error),
+                interval(each.after, each.after_error),
+                change_of(each),
+            )
+            for each in quality
+        ],
+        version=__version__,
+        figure=FIGURE if figure else "",
+        steps=steps,
         recipe=_fenced(recipe if not earlier else [each.recipe for each in steps]),
         before_of=training.source if training else "",
-        licensed="license" in copied, lost=lost,
-    )  # fmt: skip
+        licensed="license" in copied,
+        lost=lost,
+    )
 
 
 def _metadata(
@@ -71,11 +92,13 @@ def _metadata(
     task = _hub_task(trained, copied)
     more |= {"pipeline_tag": task} if task else {}
     return ModelCardData(
-        base_model=source.base.partition("@")[0] if on_hub else None, library_name="lpsparse",
-        tags=["lpsparse", "sparse", "pruned"], eval_results=results or None,
+        base_model=source.base.partition("@")[0] if on_hub else None,
+        library_name="lpsparse",
+        tags=["lpsparse", "sparse", "pruned"],
+        eval_results=results or None,
         model_name=f"{name}-lpsparse" if results else None,
         **{**copied, **more},
-    ).to_yaml()  # fmt: skip
+    ).to_yaml()
 
 
 def _results(
@@ -91,10 +114,12 @@ def _results(
             continue
         zeros = f"sparse ({percent(report.prunable.sparsity)} of the prunable weights are zero)"
         of = {
-            "task_type": task, "dataset_type": "other",
+            "task_type": task,
+            "dataset_type": "other",
             "dataset_name": shorten(clean(each.data or names or each.split), 100),
-            "dataset_split": shorten(clean(each.split), 100), "metric_type": shorten(clean(each.metric), 60),
-        }  # fmt: skip
+            "dataset_split": shorten(clean(each.split), 100),
+            "metric_type": shorten(clean(each.metric), 60),
+        }
         if each.before is not None:
             before = f"{of['metric_type']}, {'cut, before recovery' if each.of_cut else 'dense'}"
             found.append({**of, "metric_value": each.before, "metric_name": before})

@@ -145,13 +145,17 @@ def _change(sums: _Sums) -> Change:
     if sums.square > 0 and sums.moved:
         distance = math.sqrt(sums.moved / sums.square)
     return Change(
-        cut=sums.cut, revived=sums.revived, changed=sums.changed,
+        cut=sums.cut,
+        revived=sums.revived,
+        changed=sums.changed,
         largest_cut=sums.largest_cut if sums.largest_cut >= 0 else None,
-        smallest_kept=_finite(sums.smallest_kept), largest_change=sums.largest_change,
-        at=sums.at if moved else None, before=_finite(sums.before) if moved else None,
+        smallest_kept=_finite(sums.smallest_kept),
+        largest_change=sums.largest_change,
+        at=sums.at if moved else None,
+        before=_finite(sums.before) if moved else None,
         after=_finite(sums.after) if moved else None,
         distance=distance if math.isfinite(distance) else None,
-    )  # fmt: skip
+    )
 
 
 def _finite(value: float) -> float | None:

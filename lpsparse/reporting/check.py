@@ -40,8 +40,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
         digests = parallel(lambda name: digest(present[name], folder), both)
     for name, found in zip(both, digests, strict=True):
         if found != listed[name]:
-            problems.append(f"{name}: {found.size} bytes, sha256 {found.sha256[:12]}, the manifest has "
-                            f"{listed[name].size} bytes, {listed[name].sha256[:12]}")  # fmt: skip
+            problems.append(
+                f"{name}: {found.size} bytes, sha256 {found.sha256[:12]}, the manifest has "
+                f"{listed[name].size} bytes, {listed[name].sha256[:12]}"
+            )
     problems += _tensor_problems(folder, manifest.layout, manifest.tensors)
     return {"ok": not problems, "files": len(both), "tensors": len(manifest.tensors), "problems": problems}
 

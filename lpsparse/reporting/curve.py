@@ -91,7 +91,7 @@ def draw(found: dict[str, Any]) -> str:
         *_limits(right, y, limits if files else [], [(level, "") for level, _ in floor]),
         *_curve(left, y, [(point.sparsity, point) for point in points]),
         *_curve(right, y, [(point.size / factor, point) for point in points]),
-    ]  # fmt: skip
+    ]
     said = (
         f"{point.label}: {point.size / factor:.3g} {unit}, {metric} {point.quality:.4f}{_verdict(point)}"
         for point in points

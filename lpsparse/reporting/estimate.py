@@ -31,9 +31,8 @@ _PROBE_BYTES = 16 << 20
 
 
 def report_of(
-    source: Checkpoint, chosen: Chosen, counts: dict[str, Count], layout: str,
-    sizes: dict[str, int | None],
-) -> Report:  # fmt: skip
+    source: Checkpoint, chosen: Chosen, counts: dict[str, Count], layout: str, sizes: dict[str, int | None]
+) -> Report:
     """The report of OUT, if `source` were written in `layout` with `counts` in its tensors; `sizes` are the
     bytes of those that are packed."""
     files: dict[str, list[Named]] = {path.name: [] for path in source.files}
@@ -61,9 +60,14 @@ def report_of(
 
 
 def estimate(
-    source: Checkpoint, out: Path, *, weight_bytes: int, sidecar_bytes: int | None = None,
-    threads: int | None = None, took: tuple[float, float] | None = None,
-) -> Estimate:  # fmt: skip
+    source: Checkpoint,
+    out: Path,
+    *,
+    weight_bytes: int,
+    sidecar_bytes: int | None = None,
+    threads: int | None = None,
+    took: tuple[float, float] | None = None,
+) -> Estimate:
     """What writing `source` to `out` takes. `took` are the seconds that deciding took here, and that it takes
     to count all tensors as often as the run does."""
     count = threads or cores()
@@ -85,9 +89,11 @@ def estimate(
         rule = "time from this dry run's own reading and a probe of sha256, without that of the disk to write"
     return Estimate(
         disk_bytes=weight_bytes + sidecar_bytes + _TOLD_BYTES * (len(source.tensors) + 4),
-        free_bytes=shutil.disk_usage(out.absolute().parent).free, memory_bytes=memory, seconds=seconds,
+        free_bytes=shutil.disk_usage(out.absolute().parent).free,
+        memory_bytes=memory,
+        seconds=seconds,
         rule=f"memory from the size of blocks and the number of threads; {rule}",
-    )  # fmt: skip
+    )
 
 
 def _hash_seconds() -> float:

@@ -32,8 +32,11 @@ def render(report: Report) -> str:
     failed = len(suite.findall("testcase/failure"))
     skipped = len(suite.findall("testcase/skipped"))
     suite.attrib |= {
-        "tests": str(len(suite)), "failures": str(failed), "errors": "0", "skipped": str(skipped)
-    }  # fmt: skip
+        "tests": str(len(suite)),
+        "failures": str(failed),
+        "errors": "0",
+        "skipped": str(skipped),
+    }
     SubElement(suite, "system-out").text = verdict(report)
     suites = Element("testsuites")
     suites.append(suite)

@@ -47,10 +47,13 @@ def render(report: Report, most_bytes: int = SUMMARY_BYTES) -> str:
     largest = sorted(range(len(report.tensors)), key=lambda i: -report.tensors[i].weights)[:_MOST_ROWS]
     shown = [report.tensors[i] for i in sorted(largest)]
     sections = {
-        "Budgets": _budgets(report), "Before and after": _quality(report), "Totals": _totals(report),
-        "Layer types": _kinds(report), "Not measured": _missing(report),
+        "Budgets": _budgets(report),
+        "Before and after": _quality(report),
+        "Totals": _totals(report),
+        "Layer types": _kinds(report),
+        "Not measured": _missing(report),
         f"Largest {len(shown)} of {len(report.tensors):,} tensors": table(_TENSORS, map(_tensor, shown)),
-    }  # fmt: skip
+    }
     text = "\n".join(_head(report)) + "\n"
     for title, section in sections.items():
         lines = list(section)
@@ -167,11 +170,15 @@ def _quality(report: Report) -> Iterator[str]:
 def _kinds(report: Report) -> Iterator[str]:
     body = [
         (
-            plain(row.kind), f"{row.tensors:,}", f"{row.weights:,}", percent(row.share),
-            percent(row.sparsity), size(row.stored_bytes),
+            plain(row.kind),
+            f"{row.tensors:,}",
+            f"{row.weights:,}",
+            percent(row.share),
+            percent(row.sparsity),
+            size(row.stored_bytes),
         )
         for row in report.kinds[:_MOST_LINES]
-    ]  # fmt: skip
+    ]
     if body:
         yield from table(("type", "tensors", "weights", "of all", "zero", "bytes"), body)
 
@@ -200,9 +207,13 @@ def _fold(rows: list[TensorRow], most_bytes: int) -> str:
 
 def _tensor(row: TensorRow) -> Sequence[str]:
     return (
-        code(row.name), code(row.dtype), f"{row.weights:,}", percent(row.sparsity),
-        size(row.stored_bytes), "prunable" if row.prunable else "kept",
-    )  # fmt: skip
+        code(row.name),
+        code(row.dtype),
+        f"{row.weights:,}",
+        percent(row.sparsity),
+        size(row.stored_bytes),
+        "prunable" if row.prunable else "kept",
+    )
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:

@@ -72,8 +72,9 @@ def _prefixes(ours: Named, theirs: Named) -> tuple[str, str]:
     fewer = min(len(ours), len(theirs))
     if plain == fewer:
         return "", ""
-    counts = Counter([*((each, "") for each in _found(ours, theirs)),
-                      *(("", each) for each in _found(theirs, ours))])  # fmt: skip
+    counts = Counter(
+        [*((each, "") for each in _found(ours, theirs)), *(("", each) for each in _found(theirs, ours))]
+    )
     (best, most), (_, second) = [*counts.most_common(2), (("", ""), 0), (("", ""), 0)][:2]
     return best if most > max(plain, second) and most >= max(_LEAST, fewer / 2) else ("", "")
 

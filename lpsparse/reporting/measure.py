@@ -39,9 +39,11 @@ _PACKED = "lpsparse (load, unpack){}; ordinary loaders refuse it by its file nam
 _HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it
 _TRANSFORMERS = "transformers from_pretrained"
 _LIBRARIES = {  # a key of config.json, and who has it
-    "_diffusers_version": "diffusers from_pretrained", "model_type": _TRANSFORMERS,
-    "architectures": _TRANSFORMERS, "pretrained_cfg": "timm create_model",
-}  # fmt: skip
+    "_diffusers_version": "diffusers from_pretrained",
+    "model_type": _TRANSFORMERS,
+    "architectures": _TRANSFORMERS,
+    "pretrained_cfg": "timm create_model",
+}
 _TORCH = "torch.load, as it is a torch file; lpsparse, which runs nothing of it; no safetensors reader"
 _OPENS = {
     "dense": "any safetensors reader{}",
@@ -87,14 +89,21 @@ def measure(
     )
     prunable = [row for row in rows if row.prunable]
     return Report(
-        model=name or checkpoint.name, layout=checkpoint.layout, opens_with=_opens_with(checkpoint),
+        model=name or checkpoint.name,
+        layout=checkpoint.layout,
+        opens_with=_opens_with(checkpoint),
         rule=rule + "a tied tensor counts once, as it is stored",
-        prunable=_share("prunable weights", prunable), all=_share("all weights", rows),
-        bytes=_bytes(checkpoint, rows, counts, bitmask_bytes), tensors=tuple(rows), kinds=_kinds(rows),
+        prunable=_share("prunable weights", prunable),
+        all=_share("all weights", rows),
+        bytes=_bytes(checkpoint, rows, counts, bitmask_bytes),
+        tensors=tuple(rows),
+        kinds=_kinds(rows),
         n_m=_together([_n_m(row) for row in prunable if row.detail and row.weights]),
-        empty=_together([row.detail.empty for row in prunable if row.detail]), histogram=_histogram(prunable),
-        nonfinite_tensors=tuple(row.name for row in rows if row.nonfinite), quality=quality,
-    )  # fmt: skip
+        empty=_together([row.detail.empty for row in prunable if row.detail]),
+        histogram=_histogram(prunable),
+        nonfinite_tensors=tuple(row.name for row in rows if row.nonfinite),
+        quality=quality,
+    )
 
 
 def _opens_with(checkpoint: Checkpoint) -> str:
@@ -111,9 +120,13 @@ def _opens_with(checkpoint: Checkpoint) -> str:
 
 
 def prunable_of(
-    checkpoint: Checkpoint, include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), *,
-    strict: bool = True, always_look: bool = False,
-) -> Chosen:  # fmt: skip
+    checkpoint: Checkpoint,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    *,
+    strict: bool = True,
+    always_look: bool = False,
+) -> Chosen:
     """What the manifest says is prunable, when lpsparse wrote the folder and no pattern is given; else the
     rule. A `strict` one raises UsageError for a pattern that matches nothing."""
     manifest = own_manifest(checkpoint)
@@ -126,12 +139,21 @@ def prunable_of(
 
 def _row(tensor: Tensor, counted: Count, detail: Detail | None, decision: Decision) -> TensorRow:
     return TensorRow(
-        name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, kind=kind_of(tensor.name, tensor.shape),
-        layout=tensor.layout, prunable=decision.prunable, detail=detail,
-        reason=decision.reason, weights=tensor.size, zeros=counted.zeros,
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        kind=kind_of(tensor.name, tensor.shape),
+        layout=tensor.layout,
+        prunable=decision.prunable,
+        detail=detail,
+        reason=decision.reason,
+        weights=tensor.size,
+        zeros=counted.zeros,
         sparsity=_ratio(counted.zeros, tensor.size),
-        nonfinite=counted.nonfinite, stored_bytes=tensor.stored_bytes, dense_bytes=tensor.nbytes,
-    )  # fmt: skip
+        nonfinite=counted.nonfinite,
+        stored_bytes=tensor.stored_bytes,
+        dense_bytes=tensor.nbytes,
+    )
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -152,11 +174,16 @@ def _kinds(rows: list[TensorRow]) -> tuple[KindRow, ...]:
         if some:
             found.append(
                 KindRow(
-                    kind=kind, tensors=len(some), prunable=sum(row.prunable for row in some),
-                    weights=share.weights, share=_ratio(share.weights, every), zeros=share.zeros,
-                    sparsity=share.sparsity, stored_bytes=sum(row.stored_bytes for row in some),
+                    kind=kind,
+                    tensors=len(some),
+                    prunable=sum(row.prunable for row in some),
+                    weights=share.weights,
+                    share=_ratio(share.weights, every),
+                    zeros=share.zeros,
+                    sparsity=share.sparsity,
+                    stored_bytes=sum(row.stored_bytes for row in some),
                 )
-            )  # fmt: skip
+            )
     return tuple(found)
 
 
@@ -192,10 +219,13 @@ def _bytes(
     dense = sum(row.dense_bytes for row in rows)
     zero = sum(row.zeros * DTYPES[row.dtype].bits // 8 for row in rows)
     return Bytes(
-        file_bytes=checkpoint.file_bytes, dense_bytes=dense, zero_bytes=zero,
-        zero_share=_ratio(zero, dense), bitmask_bytes=bitmask_bytes,
+        file_bytes=checkpoint.file_bytes,
+        dense_bytes=dense,
+        zero_bytes=zero,
+        zero_share=_ratio(zero, dense),
+        bitmask_bytes=bitmask_bytes,
         packed_bytes=_packed(checkpoint, rows, counts),
-    )  # fmt: skip
+    )
 
 
 def _packed(checkpoint: Checkpoint, rows: list[TensorRow], counts: dict[str, Count]) -> int | None:
@@ -222,21 +252,32 @@ def _packed_tensor(row: TensorRow, tensor: Tensor, counted: Count) -> int:
 
 
 def compare(
-    report: Report, base: Report, changed: dict[str, Change], names: dict[str, str],
-    left_behind: tuple[str, ...], *, is_source: bool,
-) -> Report:  # fmt: skip
+    report: Report,
+    base: Report,
+    changed: dict[str, Change],
+    names: dict[str, str],
+    left_behind: tuple[str, ...],
+    *,
+    is_source: bool,
+) -> Report:
     """`report` with the figures of another checkpoint beside it. `names` are BASE's -> ours, of what both
     have."""
     ours = {row.name: row.shape for row in report.tensors}
     alone = (row.name for row in base.tensors if row.name not in names)
     other = (row.name for row in base.tensors if row.name in names and ours[names[row.name]] != row.shape)
     beside = Base(
-        name=base.model, is_source=is_source, prunable=base.prunable, file_bytes=base.bytes.file_bytes,
+        name=base.model,
+        is_source=is_source,
+        prunable=base.prunable,
+        file_bytes=base.bytes.file_bytes,
         dense_bytes=base.bytes.dense_bytes,
-        bytes_ratio=_ratio(report.bytes.file_bytes, base.bytes.file_bytes), histogram=base.histogram,
-        only_here=tuple(sorted(ours.keys() - names.values())), only_there=tuple(sorted(alone)),
-        other_form=tuple(sorted(other)), left_behind=left_behind,
-    )  # fmt: skip
+        bytes_ratio=_ratio(report.bytes.file_bytes, base.bytes.file_bytes),
+        histogram=base.histogram,
+        only_here=tuple(sorted(ours.keys() - names.values())),
+        only_there=tuple(sorted(alone)),
+        other_form=tuple(sorted(other)),
+        left_behind=left_behind,
+    )
     rows = tuple(replace(row, change=changed.get(row.name)) for row in report.tensors)
     return report.model_copy(update={"base": beside, "tensors": rows})
 
@@ -284,22 +325,32 @@ def made_by(manifest: Manifest, files: set[str]) -> Made:
     """What the manifest says of how the folder was made; `files` are its weight files."""
     source = manifest.source
     return Made(
-        lpsparse=manifest.lpsparse, source=source.name, revision=source.revision, base=source.base,
-        recipe=manifest.recipe, earlier=manifest.earlier, notes=manifest.notes,
+        lpsparse=manifest.lpsparse,
+        source=source.name,
+        revision=source.revision,
+        base=source.base,
+        recipe=manifest.recipe,
+        earlier=manifest.earlier,
+        notes=manifest.notes,
         files=tuple(each for each in manifest.files if each.name in files),
-    )  # fmt: skip
+    )
 
 
 def tensor_records(report: Report) -> tuple[TensorRecord, ...]:
     """The manifest's lines for the tensors that were measured."""
     return tuple(
         TensorRecord(
-            name=row.name, dtype=row.dtype, shape=row.shape, layout=row.layout, prunable=row.prunable,
-            reason=row.reason, zeros=row.zeros,
+            name=row.name,
+            dtype=row.dtype,
+            shape=row.shape,
+            layout=row.layout,
+            prunable=row.prunable,
+            reason=row.reason,
+            zeros=row.zeros,
             finite=row.nonfinite == 0 if DTYPES[row.dtype].is_float else None,
         )
         for row in report.tensors
-    )  # fmt: skip
+    )
 
 
 def own_quality(checkpoint: Checkpoint) -> tuple[Quality, ...]:

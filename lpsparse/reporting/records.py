@@ -259,20 +259,32 @@ _PATTERNS = (  # in this order, the first that is found
     ("attention k", r"(^|[._])(k|wk|key)(_proj|_lin)?[._]"),
     ("attention v", r"(^|[._])(v|wv|value)(_proj|_lin)?[._]"),
     ("attention out", r"(^|[._])(o_proj|wo)[._]|att.*[._](dense|proj|out_proj|c_proj|out_lin|to_out)[._]"),
-    ("mlp", r"mlp|ffn|feed_forward|expert|intermediate|output\.dense|(gate|up|down)_proj"
-            r"|[._](w[123]|fc\d|lin\d|c_fc)[._]"),
+    (
+        "mlp",
+        r"mlp|ffn|feed_forward|expert|intermediate|output\.dense|(gate|up|down)_proj"
+        r"|[._](w[123]|fc\d|lin\d|c_fc)[._]",
+    ),
     ("convolution", r"conv|downsample"),
     ("pooler", r"pooler"),
-)  # fmt: skip
+)
 
 
 ATTENTION_ROWS = ("attention q", "attention k", "attention v", "attention q, k, v")  # heads are rows
 
 
 KINDS = (  # in the order of tables and colours
-    "bias", "norm", ATTENTION_ROWS[-1], *ATTENTION_ROWS[:-1], "attention out", "mlp", "embedding", "head",
-    "convolution", "pooler", OTHER,
-)  # fmt: skip
+    "bias",
+    "norm",
+    ATTENTION_ROWS[-1],
+    *ATTENTION_ROWS[:-1],
+    "attention out",
+    "mlp",
+    "embedding",
+    "head",
+    "convolution",
+    "pooler",
+    OTHER,
+)
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:

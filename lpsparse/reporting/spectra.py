@@ -17,10 +17,13 @@ def spectra(checkpoint: Checkpoint, names: set[str]) -> dict[str, Spectrum]:
     """The largest and the smallest singular value of each matrix of `names` (rows by the rest), in float64.
     Left out are those with NaN or Inf, without values, and of over 2**27 values."""
     chosen = [
-        tensor for tensor in checkpoint.tensors
-        if tensor.name in names and len(tensor.shape) > 1 and 0 < tensor.size <= _MOST_VALUES
+        tensor
+        for tensor in checkpoint.tensors
+        if tensor.name in names
+        and len(tensor.shape) > 1
+        and 0 < tensor.size <= _MOST_VALUES
         and DTYPES[tensor.dtype].is_float
-    ]  # fmt: skip
+    ]
     with phase("singular values", sum(tensor.nbytes for tensor in chosen)):
         found = parallel(_spectrum, chosen)
     return {tensor.name: each for tensor, each in zip(chosen, found, strict=True) if each is not None}

@@ -230,14 +230,18 @@ def _detail(tensor: Tensor, found: Found, head_size: int | None, patterns: bool)
     sizes = [code for code in (found.smallest, found.largest) if code > 0]
     values = _values(sizes, tensor.dtype)
     return Detail(
-        negative_zeros=found.negative_zeros, subnormal=int(binades[0]), nan=found.nan, inf=found.inf,
+        negative_zeros=found.negative_zeros,
+        subnormal=int(binades[0]),
+        nan=found.nan,
+        inf=found.inf,
         near_zero=int(binades[: max(last - _NEAR, 0)].sum()),
-        smallest=values[0] if values else None, largest=values[-1] if values else None,
+        smallest=values[0] if values else None,
+        largest=values[-1] if values else None,
         histogram=Histogram(first=first - bias, counts=tuple(binades[first : last + 1].tolist())),
         n_m=_groups(tensor, found) if patterns else {},
         empty=_empty(tensor, found, head_size) if patterns else {},
         bound_bytes=bound_bytes(tensor.size, kept, binades[used].tolist(), mantissa),
-    )  # fmt: skip
+    )
 
 
 def _values(codes: list[int], dtype: str) -> list[float]:

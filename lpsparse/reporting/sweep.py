@@ -30,11 +30,15 @@ def rows(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     for row in found["rows"]:
         body.append(
             (
-                f"{row['sparsity']:g}", f"{row['zeros']:,}", size(row["file_bytes"]),
-                size(row["bitmask_bytes"]), _figure(row["before"]), _figure(row["after"]),
+                f"{row['sparsity']:g}",
+                f"{row['zeros']:,}",
+                size(row["file_bytes"]),
+                size(row["bitmask_bytes"]),
+                _figure(row["before"]),
+                _figure(row["after"]),
                 failure(row) or "ok",
             )
-        )  # fmt: skip
+        )
     return head, body
 
 

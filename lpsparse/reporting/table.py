@@ -147,11 +147,16 @@ def estimate_lines(needs: Estimate) -> list[str]:
 def _kinds(report: Report, width: int) -> list[str]:
     body = [
         (
-            clean(row.kind), f"{row.tensors:,}", f"{row.prunable:,}", f"{row.weights:,}", percent(row.share),
-            percent(row.sparsity), size(row.stored_bytes),
+            clean(row.kind),
+            f"{row.tensors:,}",
+            f"{row.prunable:,}",
+            f"{row.weights:,}",
+            percent(row.share),
+            percent(row.sparsity),
+            size(row.stored_bytes),
         )
         for row in report.kinds
-    ]  # fmt: skip
+    ]
     return columns(("layer type", "tensors", "prunable", "weights", "of all", "zero", "bytes"), body, width)
 
 
@@ -185,8 +190,10 @@ def _cells(fold: Fold[TensorRow]) -> tuple[str, ...]:
     some, first = fold.rows, next(iter(fold.rows))
     low, high = min(row.sparsity for row in some), max(row.sparsity for row in some)
     return (
-        clean(fold.name) + (f"  x{len(some)}" if len(some) > 1 else ""), first.dtype,
+        clean(fold.name) + (f"  x{len(some)}" if len(some) > 1 else ""),
+        first.dtype,
         f"{sum(row.weights for row in some):,}",
         percent(low) if low == high else f"{percent(low).removesuffix(' %')}..{percent(high)}",
-        size(sum(row.stored_bytes for row in some)), "prunable" if first.prunable else "kept",
-    )  # fmt: skip
+        size(sum(row.stored_bytes for row in some)),
+        "prunable" if first.prunable else "kept",
+    )

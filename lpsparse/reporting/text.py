@@ -139,7 +139,4 @@ def _stacked(head: tuple[str, ...], row: tuple[str, ...], width: int, name: int)
     room = max(map(len, head[1:]))
     cells = [(word, cell) for word, cell in zip(head[1:], row[1:], strict=True) if cell]
     lines = (f"  {word:<{room}}  {cell}" if word else f"  {cell}" for word, cell in cells)
-    return [
-        shorten(row[0], name),
-        *(part for line in lines for part in fitted(line, width).split("\n")),
-    ]
+    return [shorten(row[0], name), *(part for line in lines for part in fitted(line, width).split("\n"))]

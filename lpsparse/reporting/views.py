@@ -41,5 +41,10 @@ def _csv(report: Report) -> str:
 
 
 VIEWS: dict[str, Callable[[Report], str]] = {
-    "json": _json, "html": _html, "markdown": _markdown, "comment": _comment, "junit": _junit, "csv": _csv,
-}  # fmt: skip
+    "json": _json,
+    "html": _html,
+    "markdown": _markdown,
+    "comment": _comment,
+    "junit": _junit,
+    "csv": _csv,
+}

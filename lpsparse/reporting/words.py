@@ -264,11 +264,14 @@ def changes(report: Report) -> Sums | None:
     cut, kept = _magnitudes(c.largest_cut for c in prunable), _magnitudes(c.smallest_kept for c in prunable)
     moved = max(given, key=lambda each: each[1].largest_change, default=None)
     return Sums(
-        cut=sum(change.cut for _, change in given), revived=sum(change.revived for _, change in given),
-        changed=sum(change.changed for _, change in given), tensors=len(given),
-        cut_to=max(cut, default=None), kept_from=min(kept, default=None),
+        cut=sum(change.cut for _, change in given),
+        revived=sum(change.revived for _, change in given),
+        changed=sum(change.changed for _, change in given),
+        tensors=len(given),
+        cut_to=max(cut, default=None),
+        kept_from=min(kept, default=None),
         moved=moved[0] if moved and moved[1].largest_change else None,
-    )  # fmt: skip
+    )
 
 
 def _magnitudes(given: Iterable[float | None]) -> list[float]:
@@ -341,7 +344,7 @@ def oddities(report: Report) -> list[tuple[str, str]]:
             sum(each.near_zero for each in details),
             "values that are not zero, but under about 1/1000 of the largest in their tensor",
         ),
-    }  # fmt: skip
+    }
     return [(name, f"{count:,} {text}") for name, (count, text) in counts.items() if count]
 
 
@@ -349,9 +352,12 @@ def stores(report: Report) -> list[tuple[str, str]]:
     """Bytes of the weight files as they are, and as `pack` would write them."""
     held = report.bytes
     lines = [
-        ("weight files", f"{size(held.file_bytes)} ({held.file_bytes:,} bytes, {report.layout}); "
-                         f"{percent(held.zero_share)} of the dense bytes are zeros"),
-    ]  # fmt: skip
+        (
+            "weight files",
+            f"{size(held.file_bytes)} ({held.file_bytes:,} bytes, {report.layout}); "
+            f"{percent(held.zero_share)} of the dense bytes are zeros",
+        )
+    ]
     if held.packed_bytes is not None and report.layout != "packed":
         lines.append(("packed", f"about {size(held.packed_bytes)}"))
     return lines

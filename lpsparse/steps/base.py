@@ -7,13 +7,7 @@ from collections.abc import Collection
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 
 def listed(value: Any) -> Any:
@@ -38,12 +32,17 @@ def fraction(value: Any) -> Any:
 Patterns = Annotated[tuple[str, ...], BeforeValidator(listed)]
 
 Fraction = Annotated[
-    Decimal, BeforeValidator(fraction),
-    WithJsonSchema({"anyOf": [
-        {"type": "number", "minimum": 0, "maximum": 1},
-        {"type": "string", "pattern": r"^\s*(0*(\.\d*)?|0*1(\.0*)?|\d+(\.\d*)? *%)\s*$"},
-    ]}),
-]  # fmt: skip
+    Decimal,
+    BeforeValidator(fraction),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": 1},
+                {"type": "string", "pattern": r"^\s*(0*(\.\d*)?|0*1(\.0*)?|\d+(\.\d*)? *%)\s*$"},
+            ]
+        }
+    ),
+]
 
 INCLUDE = Field(
     (),
@@ -81,19 +80,48 @@ DRY_RUN = Field(False, description="Say what would be done and write nothing.")
 POSITIONAL = ("model", "out", "base", "source", "folder", "repo")
 
 REPEATED = (  # flags that may be given more than once
-    "component", "include", "exclude", "freeze", "min_sparsity", "max_bytes", "max_quality_drop",
-    "max_layer_sparsity", "min_nm", "warn",
-)  # fmt: skip
+    "component",
+    "include",
+    "exclude",
+    "freeze",
+    "min_sparsity",
+    "max_bytes",
+    "max_quality_drop",
+    "max_layer_sparsity",
+    "min_nm",
+    "warn",
+)
 
 _UNRECORDED = {
-    "model", "weights", "out", "overwrite", "dry_run", "threads", "source", "base", "data", "eval_data",
-    "model_fn", "processes", "shard", "workers", "resume", "save_every", "keep_last", "max_time", "track",
-    "rank_timeout", "look", "allow_empty", "component",
-}  # fmt: skip
+    "model",
+    "weights",
+    "out",
+    "overwrite",
+    "dry_run",
+    "threads",
+    "source",
+    "base",
+    "data",
+    "eval_data",
+    "model_fn",
+    "processes",
+    "shard",
+    "workers",
+    "resume",
+    "save_every",
+    "keep_last",
+    "max_time",
+    "track",
+    "rank_timeout",
+    "look",
+    "allow_empty",
+    "component",
+}
 
 OTHER_NAMES = {  # what people call a setting -> the field, where a step has no such field of its own
-    "learning_rate": "lr", "sparsity": "target_sparsity",
-}  # fmt: skip
+    "learning_rate": "lr",
+    "sparsity": "target_sparsity",
+}
 
 
 def other_names(fields: Collection[str]) -> dict[str, str]:

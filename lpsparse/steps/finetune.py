@@ -4,13 +4,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
@@ -54,8 +48,7 @@ class DataStep(Step):
     key: str | None = KEY
     task: Task = Field(description="What the model does.")
     split: str = Field(
-        "train",
-        description="Part of DATA to use: file stem or name, with an optional [from:to].",
+        "train", description="Part of DATA to use: file stem or name, with an optional [from:to]."
     )
     text_field: str | None = Field(
         None,
@@ -64,10 +57,11 @@ class DataStep(Step):
     )
     label_field: str | None = Field(None, description="Column of the label. Default: label.")
     max_length: int = Field(
-        128, ge=2,
+        128,
+        ge=2,
         description="Tokens a text is cut at (classification) or a block has (causal-lm). Default: 128, or "
         "the positions that MODEL has.",
-    )  # fmt: skip
+    )
     model_fn: str | None = Field(
         None,
         description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the torch module of a bare state dict.",
@@ -98,8 +92,14 @@ class EvalStep(DataStep):
 
     # What a fine-tune of MODEL was told, and need not be said again.
     inherited: ClassVar[tuple[str, ...]] = (
-        "task", "text_field", "label_field", "max_length", "model_fn", "mean", "std"
-    )  # fmt: skip
+        "task",
+        "text_field",
+        "label_field",
+        "max_length",
+        "model_fn",
+        "mean",
+        "std",
+    )
 
     # `as_trained` fills it in, or refuses.
     task: Task = Field(
@@ -143,42 +143,42 @@ class FinetuneStep(DataStep):
         description="Held-out part. Default: validation (or dev) if DATA has it, else a share of --split.",
     )
     eval_fraction: float = Field(
-        0.1, gt=0, lt=1,
-        description="Share of --split set aside when no --eval-split.",
-    )  # fmt: skip
+        0.1, gt=0, lt=1, description="Share of --split set aside when no --eval-split."
+    )
     method: Method = Field(
         "lp",
         description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning, one-shot with "
         "masked training, L1 prox, deep weight factorisation, RigL's regrowth; or not at all.",
     )
     target_sparsity: Fraction | None = Field(
-        None, ge=0, lt=1,
+        None,
+        ge=0,
+        lt=1,
         description="Fraction of the prunable weights that is zero in OUT, exactly. Default: no cut.",
-    )  # fmt: skip
+    )
     p: float = Field(0.5, gt=0, description="Exponent of the norm; below 1 weights reach exact zero.")
     lambda_p: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", alias="lambda",
+        "auto",
+        alias="lambda",
         description="Strength of the decay (ours: the authors' lambda times p); auto takes it from the sum "
         "of learning rates.",
-    )  # fmt: skip
+    )
     lambda_convention: Literal["ours", "authors"] = Field(
-        "ours",
-        description="How a number in --lambda is meant.",
+        "ours", description="How a number in --lambda is meant."
     )
     p_start: float | None = Field(
-        None, gt=0,
+        None,
+        gt=0,
         description="Exponent at the start of the decay phase, from where it goes linearly to --p. Default: "
         "--p throughout.",
-    )  # fmt: skip
+    )
     lambda_2: float = Field(0.0, ge=0, description="Ridge beside the L_p decay (elastic net); 0 is none.")
     selective: bool = Field(
-        True,
-        description="With a target, decay only the weights that the current target would cut.",
+        True, description="With a target, decay only the weights that the current target would cut."
     )
     cautious: bool = Field(False, description="Decay only where the step itself moves a weight towards zero.")
     prox: Literal["pwd", "irl1"] = Field(
-        "pwd",
-        description="The decay's step: the paper's division, or the reweighted L1 threshold.",
+        "pwd", description="The decay's step: the paper's division, or the reweighted L1 threshold."
     )
     score: Literal["auto", "magnitude", "fisher"] = Field(
         "auto",
@@ -200,37 +200,38 @@ class FinetuneStep(DataStep):
         )
     )
     gain_lr_ratio: float = Field(
-        1.0, ge=0,
-        description="Learning rate of the norms in --condition weight-norm, as a multiple of --lr.",
-    )  # fmt: skip
-    path_penalty: float = Field(
-        0.0, ge=0,
-        description="Weight of the 1-path-norm in --condition l1-rows.",
-    )  # fmt: skip
+        1.0, ge=0, description="Learning rate of the norms in --condition weight-norm, as a multiple of --lr."
+    )
+    path_penalty: float = Field(0.0, ge=0, description="Weight of the 1-path-norm in --condition l1-rows.")
     factors: int = Field(2, ge=2, le=4, description="Factors of each weight in --method dwf.")
     distill: float = Field(
-        0.0, ge=0, le=1,
+        0.0,
+        ge=0,
+        le=1,
         description="Share of the loss that is the divergence from MODEL's own outputs; needs a MODEL with "
         "its head.",
-    )  # fmt: skip
+    )
     temperature: float = Field(2.0, gt=0, description="Softening of both outputs in --distill.")
     distill_blocks: float = Field(
-        0.0, ge=0,
+        0.0,
+        ge=0,
         description="Weight of keeping every block's output near MODEL's own, as a relative squared error.",
-    )  # fmt: skip
+    )
     r_drop: float = Field(
-        0.0, ge=0,
+        0.0,
+        ge=0,
         description="Weight of the divergence between two passes with dropout (R-Drop's alpha): helps where "
         "labelled data is short, at twice the time.",
-    )  # fmt: skip
+    )
     keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL, of any tensor.")
     decay_share: float = Field(
-        0.4, gt=0, le=1,
+        0.4,
+        gt=0,
+        le=1,
         description="Share of the steps after which the target is met; the rest recovers. 1: no recovery.",
-    )  # fmt: skip
+    )
     ramp: Literal["cubic", "none"] = Field(
-        "cubic",
-        description="How the target rises in the decay phase; none: all of it from the start.",
+        "cubic", description="How the target rises in the decay phase; none: all of it from the start."
     )
     cut: Literal["auto", "end", "gradual"] = Field(
         "auto",
@@ -261,9 +262,8 @@ class FinetuneStep(DataStep):
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which lr and lambda rise.")
     weight_decay: float = Field(
-        0.0, ge=0,
-        description="Ordinary decay of the tensors that L_p decay leaves alone.",
-    )  # fmt: skip
+        0.0, ge=0, description="Ordinary decay of the tensors that L_p decay leaves alone."
+    )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         "auto",
         description="Arithmetic of the forward pass; the weights stay in fp32 masters. auto: bf16 where the "
@@ -283,9 +283,10 @@ class FinetuneStep(DataStep):
         description="CPU threads. Default: torch's choice; 1 is fastest for a tiny language model.",
     )
     accumulate: int = Field(
-        1, ge=1,
+        1,
+        ge=1,
         description="Backward passes a step, each on a part of --batch-size: less memory, the same step.",
-    )  # fmt: skip
+    )
     checkpointing: bool = Field(
         False,
         description="Compute a block's activations again in the backward pass instead of keeping them: less "
@@ -293,13 +294,13 @@ class FinetuneStep(DataStep):
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     processes: int | None = Field(
-        None, ge=1,
+        None,
+        ge=1,
         description="Processes to start on this machine, one a GPU. Default: this one (or what a launcher "
         "such as `accelerate launch -m lpsparse` starts).",
-    )  # fmt: skip
+    )
     shard: bool = Field(
-        False,
-        description="Share weights, gradients and averages out among the processes (FSDP2).",
+        False, description="Share weights, gradients and averages out among the processes (FSDP2)."
     )
     workers: int = Field(0, ge=0, description="Processes that prepare batches, beside each that trains.")
     resume: str = Field(
@@ -309,19 +310,19 @@ class FinetuneStep(DataStep):
     )
     save_every: int | None = Field(
         None, ge=1, description="Steps between training states. Default: every 15 minutes."
-    )  # fmt: skip
+    )
     keep_last: int = Field(2, ge=1, description="Training states to keep.")
     track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
         "none", description="Experiment tracker that also gets the metrics; tensorboard's files: runs/."
-    )  # fmt: skip
+    )
     rank_timeout: float = Field(
-        600.0, gt=0,
+        600.0,
+        gt=0,
         description="Seconds that a process waits for the others before the run ends with exit code 6.",
-    )  # fmt: skip
+    )
     max_time: float | None = Field(
-        None, gt=0,
-        description="Minutes after which to save the state and exit 75; the same command goes on.",
-    )  # fmt: skip
+        None, gt=0, description="Minutes after which to save the state and exit 75; the same command goes on."
+    )
     overwrite: bool = OVERWRITE
     dry_run: bool = DRY_RUN
 
@@ -369,14 +370,20 @@ class FinetuneStep(DataStep):
 
 
 _USERS = {  # option -> the option that must have one of these values for it to mean anything
-    "p": ("method", ("lp",)), "lambda_p": ("method", ("lp", "l1", "dwf")),
+    "p": ("method", ("lp",)),
+    "lambda_p": ("method", ("lp", "l1", "dwf")),
     "lambda_convention": ("method", ("lp", "l1", "dwf")),
-    "cautious": ("method", ("lp", "l1")), "lambda_2": ("method", ("lp", "l1")), "prox": ("method", ("lp",)),
-    "cut": ("method", ("lp",)), "p_start": ("method", ("lp",)), "selective": ("method", ("lp",)),
+    "cautious": ("method", ("lp", "l1")),
+    "lambda_2": ("method", ("lp", "l1")),
+    "prox": ("method", ("lp",)),
+    "cut": ("method", ("lp",)),
+    "p_start": ("method", ("lp",)),
+    "selective": ("method", ("lp",)),
     "masked_forward": ("method", ("lp",)),
-    "factors": ("method", ("dwf",)), "gain_lr_ratio": ("condition", ("weight-norm",)),
+    "factors": ("method", ("dwf",)),
+    "gain_lr_ratio": ("condition", ("weight-norm",)),
     "path_penalty": ("condition", ("l1-rows",)),
-}  # fmt: skip
+}
 
 _OF_A_TARGET = ("decay_share", "ramp", "cut", "allocation", "score", "selective", "masked_forward")
 

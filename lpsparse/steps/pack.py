@@ -3,10 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from lpsparse.steps.base import DRY_RUN, KEY, MODEL, OUT, OVERWRITE, THREADS, WEIGHTS, Step
 

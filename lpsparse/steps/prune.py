@@ -3,11 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
@@ -79,18 +75,18 @@ class PruneStep(Step):
     component: Patterns = _COMPONENT
     out: Path = OUT
     sparsity: Fraction | None = Field(
-        None, ge=0, le=1,
+        None,
+        ge=0,
+        le=1,
         description="Fraction of the prunable weights that is zero afterwards, 0..1, met exactly within "
         "each scope.",
-    )  # fmt: skip
+    )
     below: float | None = Field(None, ge=0, description="Cut every |w| below this.")
     gap: bool = Field(
-        False,
-        description="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none.",
+        False, description="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none."
     )
     n_m: Annotated[str, BeforeValidator(_n_m)] | None = Field(
-        None,
-        description="Leave at most N non-zeros, the largest, in each M neighbours of a row, as 2:4.",
+        None, description="Leave at most N non-zeros, the largest, in each M neighbours of a row, as 2:4."
     )
     scope: Literal["global", "tensor", "row"] = Field("global", description="Where --sparsity holds.")
     block: Annotated[str, BeforeValidator(_block)] | None = Field(

@@ -4,11 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from lpsparse.steps.base import THREADS, Step
 

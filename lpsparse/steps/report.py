@@ -33,9 +33,10 @@ def _levels(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Limits = Annotated[
-    tuple[str, ...], BeforeValidator(_texts),
+    tuple[str, ...],
+    BeforeValidator(_texts),
     WithJsonSchema({"type": "array", "items": {"type": ["number", "string"]}}),
-]  # fmt: skip
+]
 
 
 class VerifyStep(Step):

@@ -7,6 +7,12 @@ from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.report import ReportStep, VerifyStep
 
 STEPS: dict[str, type[Step]] = {
-    "finetune": FinetuneStep, "prune": PruneStep, "recover": RecoverStep, "pack": PackStep,
-    "unpack": UnpackStep, "eval": EvalStep, "report": ReportStep, "verify": VerifyStep,
-}  # fmt: skip
+    "finetune": FinetuneStep,
+    "prune": PruneStep,
+    "recover": RecoverStep,
+    "pack": PackStep,
+    "unpack": UnpackStep,
+    "eval": EvalStep,
+    "report": ReportStep,
+    "verify": VerifyStep,
+}

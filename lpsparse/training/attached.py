@@ -66,9 +66,13 @@ def with_hooks(optimizer: Optimizer) -> Optimizer:
 
 
 def around_step(
-    optimizer: Optimizer, name: str, before: Callable[[], None], after: Callable[[], None] | None = None, *,
+    optimizer: Optimizer,
+    name: str,
+    before: Callable[[], None],
+    after: Callable[[], None] | None = None,
+    *,
     uncover: Callable[[], None] | None = None,
-) -> Attached:  # fmt: skip
+) -> Attached:
     """Call `before` when the gradients of a step are there, after the closure if it is given one, and `after`
     when the weights have moved. A step that evaluates its closure twice raises UsageError."""
 

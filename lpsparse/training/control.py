@@ -50,9 +50,15 @@ class SparsityControl:
     `after_backward`, then the optimizer, then `after_step`."""
 
     def __init__(
-        self, step: FinetuneStep, weights: dict[str, Tensor], optimizer: Optimizer, phases: Phases, *,
-        others: Mapping[str, Tensor] | None = None, top: float | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        step: FinetuneStep,
+        weights: dict[str, Tensor],
+        optimizer: Optimizer,
+        phases: Phases,
+        *,
+        others: Mapping[str, Tensor] | None = None,
+        top: float | None = None,
+    ) -> None:
         """`others` are parameters that are not cut; keep_zeros holds their zeros, too. `top` is the largest
         of the groups' own learning rates (`own_rate`). Raises ValueError while the score is still auto
         (`setup.resolve_auto`)."""
@@ -98,9 +104,14 @@ class SparsityControl:
         self.p = 1.0 if self.step.method == "l1" else self.step.p
         self.base_lambda = self._base_lambda()
         self.decay = LpDecay(
-            self.optimizer, p=self.p, lambda_p=0.0, lambda_2=0.0, prox=prox, cautious=self.step.cautious,
+            self.optimizer,
+            p=self.p,
+            lambda_p=0.0,
+            lambda_2=0.0,
+            prox=prox,
+            cautious=self.step.cautious,
             params=self.weights.values(),
-        )  # fmt: skip
+        )
 
     @property
     def selective(self) -> bool:
@@ -320,11 +331,15 @@ class SparsityControl:
         """What a resumed run needs beside the weights and the optimizer's state; tensors and numbers only."""
         factors = None if self.factors is None else self.factors.factors
         return {
-            "steering": self.steering, "masks": dict(self.masks), "spare": dict(self.spare),
+            "steering": self.steering,
+            "masks": dict(self.masks),
+            "spare": dict(self.spare),
             "held": dict(self.held),
-            "factors": factors, "start": self.start, "aim": self.aim,
+            "factors": factors,
+            "start": self.start,
+            "aim": self.aim,
             "base_lambda": None if self.decay is None else self.base_lambda,
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

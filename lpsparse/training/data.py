@@ -206,9 +206,14 @@ def _decode(path: Path) -> str:
 
 
 def read_rows(
-    files: list[Path], part: slice, text_field: str | None, label_field: str | None, *, labelled: bool = True,
+    files: list[Path],
+    part: slice,
+    text_field: str | None,
+    label_field: str | None,
+    *,
+    labelled: bool = True,
     say: Callable[[str], None] = lambda _: None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """The rows of a table. Raises InputError naming file:line for a bad row, and for a table without rows.
     `say` hears of a heading whose names are not known."""
     asked = tuple(name for name in (text_field, label_field) if name is not None)
@@ -220,14 +225,19 @@ def read_rows(
 
 
 def _table(
-    path: Path, text_field: str | None, label_field: str | None, asked: tuple[str, ...],
+    path: Path,
+    text_field: str | None,
+    label_field: str | None,
+    asked: tuple[str, ...],
     say: Callable[[str], None] | None,
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[Row]:
     """`say` is None where no label is read."""
     readers = {
-        ".jsonl": _jsonl, ".parquet": parquet_rows,
-        ".csv": lambda path: _separated(path, asked, say), ".tsv": lambda path: _separated(path, asked, say),
-    }  # fmt: skip
+        ".jsonl": _jsonl,
+        ".parquet": parquet_rows,
+        ".csv": lambda path: _separated(path, asked, say),
+        ".tsv": lambda path: _separated(path, asked, say),
+    }
     if path.suffix not in readers:
         raise InputError(
             372, f"{path}: not a table ({', '.join(_TABLES)})", hint="give rows with text and label"

@@ -63,9 +63,17 @@ def _power_(size: NDArray[Any], exponent: float) -> None:
 
 
 def lp_(
-    v: Tensor, w: Tensor, *, lr: float, p: float, lambda_p: float, lambda_2: float = 0.0, prox: str = "pwd",
-    cautious: bool = False, spare: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    v: Tensor,
+    w: Tensor,
+    *,
+    lr: float,
+    p: float,
+    lambda_p: float,
+    lambda_2: float = 0.0,
+    prox: str = "pwd",
+    cautious: bool = False,
+    spare: Tensor | None = None,
+) -> Tensor:
     """Decay `v` in place by the old weights `w`, except where `spare` is True.
 
     With lr or both lambdas 0, `v` is left as it is, bit for bit. An exact zero of `w` gives an exact zero
@@ -128,10 +136,17 @@ class LpDecay:
     """
 
     def __init__(
-        self, optimizer: Optimizer, *, p: float = 0.5, lambda_p: float, lambda_2: float = 0.0,
-        prox: str = "pwd", cautious: bool = False, params: Iterable[Tensor] | None = None,
+        self,
+        optimizer: Optimizer,
+        *,
+        p: float = 0.5,
+        lambda_p: float,
+        lambda_2: float = 0.0,
+        prox: str = "pwd",
+        cautious: bool = False,
+        params: Iterable[Tensor] | None = None,
         compile: bool | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         check_settings(p, lambda_p, lambda_2, prox)
         optimizer = with_hooks(optimizer)
         self.optimizer, self.prox, self.cautious = optimizer, prox, cautious
@@ -253,10 +268,16 @@ class LpDecay:
             v = ranks.local_tensor(param.detach())
             if self._needs_old():
                 lp_(
-                    v, kept, lr=float(group["lr"]), p=group["lp_p"], lambda_p=group["lp_lambda"],
-                    lambda_2=group["lp_l2"], prox=self.prox, cautious=self.cautious,
+                    v,
+                    kept,
+                    lr=float(group["lr"]),
+                    p=group["lp_p"],
+                    lambda_p=group["lp_lambda"],
+                    lambda_2=group["lp_l2"],
+                    prox=self.prox,
+                    cautious=self.cautious,
                     spare=self.spare.get(id(param)),
-                )  # fmt: skip
+                )
             elif (divide := self._kernel("divide", v)) is not None:
                 divide(v.view(-1), kept.view(-1))
             else:

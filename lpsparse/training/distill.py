@@ -46,9 +46,11 @@ class Teacher:
         theirs = torch.cat([theirs] * passes)
         heat, share = self.step.temperature, self.step.distill
         gap = functional.kl_div(
-            functional.log_softmax(logits / heat, -1), functional.log_softmax(theirs / heat, -1),
-            log_target=True, reduction="batchmean",
-        )  # fmt: skip
+            functional.log_softmax(logits / heat, -1),
+            functional.log_softmax(theirs / heat, -1),
+            log_target=True,
+            reduction="batchmean",
+        )
         total = (1 - share) * functional.cross_entropy(logits, labels) + share * heat**2 * gap
         return total + self.step.distill_blocks * self._blocks(passes) if self.step.distill_blocks else total
 

@@ -28,9 +28,13 @@ class Factors:
     step."""
 
     def __init__(
-        self, weights: dict[str, Tensor], optimizer: Optimizer, depth: int, sum_lr: float,
+        self,
+        weights: dict[str, Tensor],
+        optimizer: Optimizer,
+        depth: int,
+        sum_lr: float,
         lambda_p: float | Literal["auto"],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.weights, self.optimizer = weights, optimizer
         self.factors = {name: _split(weight.detach(), depth) for name, weight in weights.items()}
         self.decay = math.log(_FALL) / (depth * sum_lr) if lambda_p == "auto" else lambda_p

@@ -17,14 +17,7 @@ from torch.optim.adamw import adamw
 
 from lpsparse.errors import UsageError
 from lpsparse.training.compiled import compiled
-from lpsparse.training.decay import (
-    CONVENTION,
-    check_precision,
-    check_settings,
-    divide_,
-    loading,
-    lp_divisor,
-)  # fmt: skip
+from lpsparse.training.decay import CONVENTION, check_precision, check_settings, divide_, loading, lp_divisor
 
 
 class LpAdamW(AdamW):
@@ -37,9 +30,16 @@ class LpAdamW(AdamW):
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, *, p: float = 0.5, lambda_p: float, one_pass: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-    ) -> None:  # fmt: skip
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        p: float = 0.5,
+        lambda_p: float,
+        one_pass: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
         check_settings(p, lambda_p)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
         self.one_pass = one_pass
@@ -108,10 +108,20 @@ class LpAdamW(AdamW):
         if rows:
             params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
             adamw(
-                params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, lr=group["lr"],
-                beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"],
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                [],
+                steps,
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=0.0,
+                eps=group["eps"],
                 maximize=False,
-            )  # fmt: skip
+            )
 
 
 def _loading(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +142,12 @@ def _scalars(group: dict[str, Any], step: float, device: torch.device) -> Tensor
     beta1, beta2 = group["betas"]
     a = float(group["lr"])
     values = (
-        1 - beta1, 1 - beta2, a / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), group["eps"],
-        group["lp_p"] - 2, a * group["lp_lambda"],
-    )  # fmt: skip
+        1 - beta1,
+        1 - beta2,
+        a / (1 - beta1**step),
+        1 / math.sqrt(1 - beta2**step),
+        group["eps"],
+        group["lp_p"] - 2,
+        a * group["lp_lambda"],
+    )
     return torch.tensor(values, dtype=torch.float32, device=device)

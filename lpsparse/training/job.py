@@ -42,9 +42,12 @@ def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> d
     numbers = {"lpsparse": __version__, "torch": version("torch")}
     versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
     found = {
-        "recipe": recipe, "model": files, "versions": versions, "shard": step.shard,
+        "recipe": recipe,
+        "model": files,
+        "versions": versions,
+        "shard": step.shard,
         "code": {"model_fn": _code(step.model_fn), "optimizer": _code(step.optimizer)},
-    }  # fmt: skip
+    }
     odd = ranks.first_different_rank(json.dumps(found, sort_keys=True))
     if odd is not None:
         what = f"process {odd} has other options, another model or other data than process 0"

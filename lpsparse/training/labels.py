@@ -40,8 +40,10 @@ class Classes:
             return {}
         table = dict(enumerate(self.fresh))
         return {
-            "num_labels": len(table), "id2label": table, "label2id": {name: i for i, name in table.items()}
-        }  # fmt: skip
+            "num_labels": len(table),
+            "id2label": table,
+            "label2id": {name: i for i, name in table.items()},
+        }
 
 
 def label_of(where: str, value: Any) -> str:
@@ -84,9 +86,14 @@ def config_names(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]
 
 
 def number(
-    places: Mapping[str, str], names: Sequence[str], checkpoint: Checkpoint, *, head: bool,
-    folders: bool = False, told: Sequence[str] = (),
-) -> Classes:  # fmt: skip
+    places: Mapping[str, str],
+    names: Sequence[str],
+    checkpoint: Checkpoint,
+    *,
+    head: bool,
+    folders: bool = False,
+    told: Sequence[str] = (),
+) -> Classes:
     """Classes of the labels in `places` (label -> where it stands first, over all splits).
 
     `names`: of the model by id, LABEL_0 and so on where it has none. `head`: whether the model has its head

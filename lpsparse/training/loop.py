@@ -90,19 +90,29 @@ def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
     frozen = sum(param.numel() for param in params) - trained
     memory = estimate(step, trained=trained, frozen=frozen, prunable=size, processes=step.processes or 1)
     return {
-        "bytes_kept": memory.kept, "bytes_peak": memory.kept + memory.peak,
-        "method": step.method, "steps": steps_of(step, task), "examples": len(task.train),
+        "bytes_kept": memory.kept,
+        "bytes_peak": memory.kept + memory.peak,
+        "method": step.method,
+        "steps": steps_of(step, task),
+        "examples": len(task.train),
         "held_out": len(task.held_out),
-        "processes": step.processes or 1, "prunable_weights": size, "prunable_tensors": len(weights),
-        "zeros": zeros, "kept": kept_in_words(prunable), "fresh": list(task.loaded.new),
+        "processes": step.processes or 1,
+        "prunable_weights": size,
+        "prunable_tensors": len(weights),
+        "zeros": zeros,
+        "kept": kept_in_words(prunable),
+        "fresh": list(task.loaded.new),
         "warning": in_short(step, steps_of(step, task)),
-    }  # fmt: skip
+    }
 
 
 def train(
-    step: FinetuneStep, task: Task, on_step: Callable[[Progress], None], say: Callable[[str], None],
+    step: FinetuneStep,
+    task: Task,
+    on_step: Callable[[Progress], None],
+    say: Callable[[str], None],
     states: States,
-) -> Trained:  # fmt: skip
+) -> Trained:
     """Train `task` in place by the step's method, from the state that `states` has found, if any.
 
     All processes call it. Raises NumericError on a loss or gradient that is not finite, ResumableError and

@@ -31,10 +31,19 @@ from lpsparse.training.model_fn import build
 from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
 
 TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 LOADED_DTYPES = {name: dtype for dtype, name in NAMES.items()}  # those that can be read, too
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _Shared = tuple[list[str], tuple[int, ...], torch.dtype, bool]  # names, shape, dtype, requires_grad
@@ -257,9 +266,13 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
     with _reports() as reports:
         try:
             model, info = family.from_pretrained(
-                None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True,
+                None,
+                config=config,
+                state_dict=state,
+                dtype=torch.float32,
+                output_loading_info=True,
                 ignore_mismatched_sizes=True,
-            )  # fmt: skip
+            )
         except MemoryError:
             raise
         except Exception as error:

@@ -15,8 +15,9 @@ _KINDS: tuple[tuple[Role, tuple[type[nn.Module], ...]], ...] = (
     ("norm", (nn.LayerNorm, nn.GroupNorm)),
 )
 _ASKED: tuple[tuple[str, Role], ...] = (  # of transformers and timm
-    ("get_output_embeddings", "head"), ("get_classifier", "head"),
-)  # fmt: skip
+    ("get_output_embeddings", "head"),
+    ("get_classifier", "head"),
+)
 _NAMED_WELL = ("bias", "router", "scale", "mask")  # roles within a linear layer that names tell surely
 
 

@@ -106,9 +106,12 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
 
     data: Any = task.train
     loader = DataLoader(
-        data, batch_sampler=indices(), collate_fn=task.collate, num_workers=step.workers,
+        data,
+        batch_sampler=indices(),
+        collate_fn=task.collate,
+        num_workers=step.workers,
         worker_init_fn=_in_worker if step.workers else None,
-    )  # fmt: skip
+    )
     of_step: list[tuple[Part, Batch]] = []
     before = multiprocessing.active_children()
     read = iter(loader)  # which starts its processes

@@ -16,8 +16,12 @@ from lpsparse.training.images import Image, Pixels
 from lpsparse.training.model import first_line, quiet_transformers
 
 _RECORDS = (  # settings that are none of pixels
-    "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "transformers_version",
-)  # fmt: skip
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "auto_map",
+    "transformers_version",
+)
 _DEFAULT = (0.5,)  # mean and std where nobody says
 _ODD_SIZES = ((37, 53), (53, 37))
 _RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's, by number
@@ -83,7 +87,7 @@ def _own(step: FinetuneStep | EvalStep, said: Path) -> View:
     def batch(images: Sequence[Pixels]) -> Tensor:
         found = processor(
             [_eight_bits(each) for each in images], return_tensors="pt", input_data_format="channels_last"
-        )  # fmt: skip
+        )
         if set(found) != {"pixel_values"}:
             what = f"{said}: gives {', '.join(sorted(found))}, and only pixel_values are used here"
             raise InputError(392, what, hint="give a model that takes an image alone")

@@ -129,9 +129,13 @@ class States:
 
     def _complete(self, fresh: Path, final: Path, step: int, parts: list[tuple[str, str, Any]]) -> None:
         record = {
-            "version": VERSION, "step": step, "processes": ranks.world_size(), "made_by": self.made_by,
-            "files": {name: sha256 for name, sha256, _ in parts}, "trees": [tree for _, _, tree in parts],
-        }  # fmt: skip
+            "version": VERSION,
+            "step": step,
+            "processes": ranks.world_size(),
+            "made_by": self.made_by,
+            "files": {name: sha256 for name, sha256, _ in parts},
+            "trees": [tree for _, _, tree in parts],
+        }
         write_json(fresh / _RECORD, {**record, "sha256": _digest(record)})
         fsync(fresh)
         shutil.rmtree(final, ignore_errors=True)

@@ -50,10 +50,18 @@ class Run:
     """One run of the loop: what moves, and how far it is."""
 
     def __init__(
-        self, step: FinetuneStep, task: Task, accelerator: Accelerator, model: nn.Module, optimizer: Any,
-        method: Method, teacher: Teacher | None, states: States, before: Measured | None,
+        self,
+        step: FinetuneStep,
+        task: Task,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        method: Method,
+        teacher: Teacher | None,
+        states: States,
+        before: Measured | None,
         say: Callable[[str], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.step, self.task, self.accelerator = step, task, accelerator
         self.model, self.optimizer, self.method = model, optimizer, method
         self.teacher, self.states, self.before, self.say = teacher, states, before, say
@@ -207,10 +215,16 @@ class Run:
         mean = ranks.all_reduce_sum([sum(self.losses) / len(self.losses)])[0] / ranks.world_size()
         self.losses.clear()
         return Progress(
-            self.done, len(control.rates), epoch, mean, control.rates[self.done - 1], control.lambda_p,
-            control.scheduled(self.done) / max(1, control.size), control.zeros() / max(1, control.size),
+            self.done,
+            len(control.rates),
+            epoch,
+            mean,
+            control.rates[self.done - 1],
+            control.lambda_p,
+            control.scheduled(self.done) / max(1, control.size),
+            control.zeros() / max(1, control.size),
             control.near_zero(),
-        )  # fmt: skip
+        )
 
     def _refuse(self, t: int, loss: float, norm: float) -> None:
         last = self.states.last()
@@ -230,12 +244,14 @@ class Run:
         """All that decides the rest of the run; tensors, numbers and text."""
         scaler, before = self.accelerator.scaler, self.before
         return {
-            "losses": ranks.all_gather(list(self.losses)), "skipped": self.skipped,
+            "losses": ranks.all_gather(list(self.losses)),
+            "skipped": self.skipped,
             "before": None if before is None else astuple(before),
             "weights": dict(self.task.loaded.module.state_dict()),
-            "optimizer": self.method.control.optimizer.state_dict(), "method": self.method.state_dict(),
+            "optimizer": self.method.control.optimizer.state_dict(),
+            "method": self.method.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:

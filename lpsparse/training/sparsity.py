@@ -21,8 +21,17 @@ from lpsparse.training.setup import choose_weights, make_conditioning, resolve_a
 
 _log = logging.getLogger("lpsparse")
 _OF_THE_LOOP = {  # fields of FinetuneStep that mean nothing here
-    "model", "out", "data", "task", "steps", "epochs", "batch_size", "clip", "optimizer", "eval_data",
-}  # fmt: skip
+    "model",
+    "out",
+    "data",
+    "task",
+    "steps",
+    "epochs",
+    "batch_size",
+    "clip",
+    "optimizer",
+    "eval_data",
+}
 
 
 class Method:
@@ -35,9 +44,14 @@ class Method:
     """
 
     def __init__(
-        self, step: FinetuneStep, model: nn.Module, weights: dict[str, Tensor], optimizer: Optimizer,
-        steps: int, fresh: Collection[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        step: FinetuneStep,
+        model: nn.Module,
+        weights: dict[str, Tensor],
+        optimizer: Optimizer,
+        steps: int,
+        fresh: Collection[str] = (),
+    ) -> None:
         self.options = step.recorded()
         self.model, self.done, self.peak = model, 0, step.lr
         self._due = False  # `after_backward`
@@ -110,9 +124,11 @@ class Method:
         """What a resumed loop needs beside the weights and the optimizer's state: tensors, numbers, text."""
         kept = {} if self.conditioning is None else self.conditioning.state_dict()
         return {
-            "options": self.options, "done": self.done, "control": self.control.state_dict(),
+            "options": self.options,
+            "done": self.done,
+            "control": self.control.state_dict(),
             "conditioning": kept,
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; the weights are loaded before, the optimizer's state after. Raises StateError

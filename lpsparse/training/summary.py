@@ -5,9 +5,23 @@ from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.control import SparsityControl
 
 _SAID = (  # beside what is said in words
-    "allocation", "ramp", "p_start", "lambda_2", "selective", "masked_forward", "cautious", "prox", "factors",
-    "gain_lr_ratio", "path_penalty", "lr_schedule", "distill", "distill_blocks", "r_drop", "augment",
-)  # fmt: skip
+    "allocation",
+    "ramp",
+    "p_start",
+    "lambda_2",
+    "selective",
+    "masked_forward",
+    "cautious",
+    "prox",
+    "factors",
+    "gain_lr_ratio",
+    "path_penalty",
+    "lr_schedule",
+    "distill",
+    "distill_blocks",
+    "r_drop",
+    "augment",
+)
 
 
 _METHODS = {"lp": "L_p decay", "l1": "L_1 decay", "dwf": "deep weight factorisation", "rigl": "RigL"}

@@ -40,9 +40,14 @@ def dense() -> dict[str, np.ndarray]:
 
 
 def blob(
-    *, shape: tuple[int, ...] = (31, 37), values: int = 31 * 37, chunks: tuple[bytes, ...] | None = None,
-    dtype: str = "F32", ends: list[int] | None = None, magic: bytes = b"LPSP\1",
-) -> bytes:  # fmt: skip
+    *,
+    shape: tuple[int, ...] = (31, 37),
+    values: int = 31 * 37,
+    chunks: tuple[bytes, ...] | None = None,
+    dtype: str = "F32",
+    ends: list[int] | None = None,
+    magic: bytes = b"LPSP\1",
+) -> bytes:
     """A packed tensor of parts that may be lies; with none of them, of zeros."""
     chunks = (join(b"\0", b"\0", join(b"", b"", b"")),) if chunks is None else chunks
     start = 32 + 8 * len(shape) + 8 * len(chunks)
@@ -128,7 +133,7 @@ def hostile() -> dict[str, bytes]:
         "no head": b"LPSP\1\2\0\0",
         "bytes too many": blob() + bytes(8),
         "padding that is something": blob()[:-1] + b"\1",
-    }  # fmt: skip
+    }
 
 
 def file_of(stored: bytes, shape: list[int], dtype: str = "F32") -> bytes:

@@ -76,9 +76,17 @@ def _compressor() -> zstandard.ZstdCompressor:
     """
     if not hasattr(_local, "compressor"):
         parameters = zstandard.ZstdCompressionParameters(
-            strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7, window_log=18, chain_log=6,
-            search_log=1, target_length=0, write_content_size=1, write_checksum=0, write_dict_id=0,
-        )  # fmt: skip
+            strategy=zstandard.STRATEGY_FAST,
+            hash_log=6,
+            min_match=7,
+            window_log=18,
+            chain_log=6,
+            search_log=1,
+            target_length=0,
+            write_content_size=1,
+            write_checksum=0,
+            write_dict_id=0,
+        )
         _local.compressor = zstandard.ZstdCompressor(compression_params=parameters)
     return _local.compressor
 

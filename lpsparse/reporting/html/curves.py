@@ -18,9 +18,11 @@ class _Curve:
 
 
 _CURVES = (
-    _Curve("loss", "Loss", "c1"), _Curve("sparsity", "Sparsity", "c2"),
-    _Curve("lambda_p", "Decay strength λ, log scale", "c3"), _Curve("lr", "Learning rate", "c4"),
-)  # fmt: skip
+    _Curve("loss", "Loss", "c1"),
+    _Curve("sparsity", "Sparsity", "c2"),
+    _Curve("lambda_p", "Decay strength λ, log scale", "c3"),
+    _Curve("lr", "Learning rate", "c4"),
+)
 
 
 def view(report: Report) -> View:
@@ -37,7 +39,7 @@ def view(report: Report) -> View:
     body = [
         (count(each.step), number(each.loss), percent(each.sparsity), number(each.lambda_p), number(each.lr))
         for each in kept
-    ]  # fmt: skip
+    ]
     rest = f"{len(kept)} of {len(points)} points; all are in report.json." if len(kept) < len(points) else ""
     table = Table("Training by step", ("step", "loss", "sparsity", "λ", "learning rate"), body, rest=rest)
     last = count(points[-1].step)

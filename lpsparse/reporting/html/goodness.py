@@ -20,9 +20,10 @@ def view(report: Report) -> View:
     title = "Quality against sparsity"
     if not report.quality:
         return View(
-            "quality", title,
+            "quality",
+            title,
             (coded("No quality is recorded of these weights: `finetune` and `eval --save` record it."),),
-        )  # fmt: skip
+        )
     words = (
         "Upright lines are 95 % intervals: 1.96 standard errors to either side, examples (tokens) taken as "
         "independent. They tell of chance in the choice of examples, not in training.",
@@ -71,7 +72,7 @@ def _figure(report: Report, i: int) -> Figure:
         Table(f"Quality: {name}", ("point", "sparsity", each.metric, "95 % interval"), body),
         tuple((_KEY[words], _words(words)) for words, _, _, _ in points),
         note=f"Across: sparsity of the prunable weights. Measured on {count(each.rows)} of {each.split}.",
-    )  # fmt: skip
+    )
 
 
 def _words(words: str) -> str:

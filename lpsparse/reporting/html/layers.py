@@ -86,9 +86,11 @@ def view(report: Report) -> View:
         )
     if not drawn:
         return View(
-            "layers", title, (*words, "No tensor is prunable or holds a zero."),
+            "layers",
+            title,
+            (*words, "No tensor is prunable or holds a zero."),
             tables=(_table(ordered), *_spectra(ordered)),
-        )  # fmt: skip
+        )
     figure = _figure(report, drawn, _table(ordered))
     return View("layers", title, (" ".join(words),), (figure,), _spectra(ordered))
 
@@ -97,10 +99,15 @@ def _spectra(ordered: list[TensorRow]) -> tuple[Table, ...]:
     """Singular values, where they were asked for."""
     some, rest = largest([row for row in ordered if row.spectrum])
     body = [
-        (named(row.name), number(row.spectrum.largest), number(row.spectrum.smallest),
-         number(row.spectrum.condition))
-        for row in some if row.spectrum
-    ]  # fmt: skip
+        (
+            named(row.name),
+            number(row.spectrum.largest),
+            number(row.spectrum.smallest),
+            number(row.spectrum.condition),
+        )
+        for row in some
+        if row.spectrum
+    ]
     head = ("tensor", "largest", "smallest", "condition")
     return (Table("Singular values", head, body, rest=rest),) if body else ()
 
@@ -109,15 +116,26 @@ def _table(ordered: list[TensorRow]) -> Table:
     some, rest = largest(ordered)
     body = [
         (
-            named(row.name), row.kind, "prunable" if row.prunable else f"kept: {row.reason}", row.dtype,
-            "×".join(map(str, row.shape)) or "one value", count(row.weights), count(row.zeros),
-            percent(row.sparsity), size(row.stored_bytes),
+            named(row.name),
+            row.kind,
+            "prunable" if row.prunable else f"kept: {row.reason}",
+            row.dtype,
+            "×".join(map(str, row.shape)) or "one value",
+            count(row.weights),
+            count(row.zeros),
+            percent(row.sparsity),
+            size(row.stored_bytes),
         )
         for row in some
-    ]  # fmt: skip
+    ]
     head = ("tensor", "type", "pruning", "dtype", "shape", "weights", "zeros", "sparsity", "stored")
-    return Table("Every tensor and its zeros" if not rest else "Tensors and their zeros", head, body,
-                 words=(0, 1, 2, 3), rest=rest)  # fmt: skip
+    return Table(
+        "Every tensor and its zeros" if not rest else "Tensors and their zeros",
+        head,
+        body,
+        words=(0, 1, 2, 3),
+        rest=rest,
+    )
 
 
 def _figure(report: Report, drawn: list[TensorRow], table: Table) -> Figure:
@@ -141,9 +159,12 @@ def _figure(report: Report, drawn: list[TensorRow], table: Table) -> Figure:
     colour = " Its colour is the type of most of its weights." if len(groups) < len(drawn) else ""
     drawing = svg.canvas("by-layer", "Sparsity by layer", told, svg.TOP + _HEIGHT + 26, parts, "plot")
     return Figure(
-        "Zeros of each tensor, in model order", (drawing,), table, tuple(legend),
+        "Zeros of each tensor, in model order",
+        (drawing,),
+        table,
+        tuple(legend),
         note=said_of_groups(len(drawn), len(groups)) + colour,
-    )  # fmt: skip
+    )
 
 
 def _share(rows: Sequence[TensorRow]) -> float:
@@ -166,9 +187,14 @@ def _bar(i: int, group: list[TensorRow], many: int) -> Markup:
     title = svg.tag("title", f"{svg.shortened(group[0].name)}{last}: {percent(share)}")
     wide = 1 / many
     return svg.tag(
-        "rect", title, x=svg.across(i * wide + 0.1 * wide), width=svg.across(0.8 * wide), class_=css_of(kind),
-        y=svg.TOP + _HEIGHT * (1 - share), height=_HEIGHT * share,
-    )  # fmt: skip
+        "rect",
+        title,
+        x=svg.across(i * wide + 0.1 * wide),
+        width=svg.across(0.8 * wide),
+        class_=css_of(kind),
+        y=svg.TOP + _HEIGHT * (1 - share),
+        height=_HEIGHT * share,
+    )
 
 
 def _limit(budget: Budget, groups: list[list[TensorRow]]) -> list[Markup]:
@@ -191,22 +217,28 @@ def kinds_view(report: Report) -> View:
     if not report.kinds:
         return View("types", title, ("There is no table of layer types in this report.",))
     bars = [
-        svg.Row(row.kind, percent(row.sparsity), 0, row.sparsity, css_of(row.kind))
-        for row in report.kinds
-    ]  # fmt: skip
+        svg.Row(row.kind, percent(row.sparsity), 0, row.sparsity, css_of(row.kind)) for row in report.kinds
+    ]
     body = [
         (
-            row.kind, count(row.tensors), count(row.prunable), count(row.weights), percent(row.share),
-            count(row.zeros), percent(row.sparsity), size(row.stored_bytes),
+            row.kind,
+            count(row.tensors),
+            count(row.prunable),
+            count(row.weights),
+            percent(row.share),
+            count(row.zeros),
+            percent(row.sparsity),
+            size(row.stored_bytes),
         )
         for row in report.kinds
-    ]  # fmt: skip
+    ]
     head = ("type", "tensors", "prunable", "weights", "of all weights", "zeros", "sparsity", "stored")
     told = "; ".join(f"{row.kind} {percent(row.sparsity)}" for row in report.kinds)
     figure = Figure(
-        "Zeros of each type", (svg.rows("by-type", "Sparsity by layer type", told, bars),),
+        "Zeros of each type",
+        (svg.rows("by-type", "Sparsity by layer type", told, bars),),
         Table("Each type in numbers", head, body),
-    )  # fmt: skip
+    )
     return View(
         "types", title, ("Types are guessed from names; what is cut does not depend on them.",), (figure,)
     )

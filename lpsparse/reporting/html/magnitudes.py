@@ -73,10 +73,13 @@ def _figure(ours: _Counts, theirs: _Counts, cut: float | None, kept: float | Non
     legend += [("kept", f"smallest that was kept: {number(kept, 6)}")] if kept else []
     told = f"From {_power(first, 2)} to {_power(last, 2)}; the tallest bar is {count(high)} weights."
     body = [
-        (f"{_power(i, 3)} to {_power(i + 1, 3)}", count(theirs.get(i, 0)) if theirs else "–",
-         count(ours.get(i, 0)))
+        (
+            f"{_power(i, 3)} to {_power(i + 1, 3)}",
+            count(theirs.get(i, 0)) if theirs else "–",
+            count(ours.get(i, 0)),
+        )
         for i in sorted({*ours, *theirs})
-    ]  # fmt: skip
+    ]
     drawing = svg.canvas("histogram", "Magnitudes", told, svg.TOP + _HEIGHT + 26, parts, "plot")
     table = Table("Weights by magnitude", ("magnitude", "before", "after"), body)
     return Figure("Prunable weights by magnitude", (drawing,), table, tuple(legend))

@@ -50,9 +50,10 @@ def view(report: Report) -> View:
 
 def _alone(base: Base) -> tuple[Cell, ...]:
     groups = (
-        ("Only in this checkpoint", base.only_here), ("Only in BASE", base.only_there),
+        ("Only in this checkpoint", base.only_here),
+        ("Only in BASE", base.only_there),
         ("Of another shape", base.other_form),
-    )  # fmt: skip
+    )
     missed = [(words, _without(names, base.left_behind)) for words, names in groups]
     left = (f"Left behind ({LEFT_BEHIND})", base.left_behind)
     return tuple(_said(words, names) for words, names in (*missed, left) if names)
@@ -75,9 +76,12 @@ def _figure(moved: list[_Pair], table: Table) -> Figure:
     if least:
         legend.append(("dense", f"the {len(least)} that moved least, of those that moved at all"))
     return Figure(
-        "How far tensors moved", (svg.rows("moved", "Relative change of tensors", told, bars),), table,
-        tuple(legend), note="Distance: root of the sum of squared changes over that of BASE's squares.",
-    )  # fmt: skip
+        "How far tensors moved",
+        (svg.rows("moved", "Relative change of tensors", told, bars),),
+        table,
+        tuple(legend),
+        note="Distance: root of the sum of squared changes over that of BASE's squares.",
+    )
 
 
 def _bar(pair: _Pair, top: float, css: str) -> svg.Row:
@@ -95,13 +99,17 @@ def _table(ordered: list[_Pair]) -> Table:
     shown = [*ends, *(pair for pair in back if pair not in ends)]
     body = [
         (
-            named(row.name), "–" if each.distance is None else percent(each.distance), count(each.cut),
-            count(each.revived), count(each.changed), number(each.largest_change),
+            named(row.name),
+            "–" if each.distance is None else percent(each.distance),
+            count(each.cut),
+            count(each.revived),
+            count(each.changed),
+            number(each.largest_change),
             "–" if each.at is None else count(each.at),
             "–" if each.at is None else f"{number(each.before)} → {number(each.after)}",
         )
         for row, each in shown
-    ]  # fmt: skip
+    ]
     many = count(len(ordered))
     rest = f"{len(shown)} of {many} tensors: the ends, and those with most revived zeros; {ELSEWHERE}."
     head = ("tensor", "distance", "cut", "revived", "changed", "largest change", "at value", "before → after")

@@ -26,9 +26,16 @@ from lpsparse.reporting.text import harmless, without_order
 _ORDER = "#&#35;["  # for `##[`: the same letters
 _HERE = Path(__file__).parent
 _VIEWS = (
-    storage.view, layers.view, layers.kinds_view, goodness.view, magnitudes.view, patterns.view, curves.view,
-    moved.view, method.view,
-)  # fmt: skip
+    storage.view,
+    layers.view,
+    layers.kinds_view,
+    goodness.view,
+    magnitudes.view,
+    patterns.view,
+    curves.view,
+    moved.view,
+    method.view,
+)
 
 
 def render(report: Report) -> str:
@@ -36,17 +43,30 @@ def render(report: Report) -> str:
     style = (_HERE / "style.css").read_text(encoding="utf-8")
     # `finalize` sees every value of the template: none can be forgotten.
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=parts.shown, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=parts.shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     template = environment.from_string((_HERE / "page.html.j2").read_text(encoding="utf-8"))
     state, words = verdict.status(report)
     page = template.render(
-        report=report, version=__version__, style=Markup(style), style_hash=_hash(style), state=state,
-        words=words, sentence=verdict.sentence(report), alerts=verdict.alerts(report),
-        cards=verdict.cards(report), budgets=verdict.budgets(report), views=[view(report) for view in _VIEWS],
-        named=parts.named, coded=parts.coded,
-    )  # fmt: skip
+        report=report,
+        version=__version__,
+        style=Markup(style),
+        style_hash=_hash(style),
+        state=state,
+        words=words,
+        sentence=verdict.sentence(report),
+        alerts=verdict.alerts(report),
+        cards=verdict.cards(report),
+        budgets=verdict.budgets(report),
+        views=[view(report) for view in _VIEWS],
+        named=parts.named,
+        coded=parts.coded,
+    )
     return _harmless(page)
 
 

@@ -50,10 +50,11 @@ def _totals(totals: _Counts) -> Figure:
     ]
     told = "; ".join(f"{_words(name)} {percent(share)}" for name, share in shares.items())
     return Figure(
-        "Over all prunable tensors", (svg.rows("patterns-all", "Patterns of zeros", told, bars),),
+        "Over all prunable tensors",
+        (svg.rows("patterns-all", "Patterns of zeros", told, bars),),
         Table("Patterns, over all prunable tensors", ("pattern", "so many", "of", "share"), body),
         (("total", "N:M groups"), ("less", "all zero")),
-    )  # fmt: skip
+    )
 
 
 def _of(row: TensorRow) -> _Counts:
@@ -75,9 +76,11 @@ def _by_layer(rows: list[TensorRow], there: list[str], totals: _Counts) -> Figur
     note = f"Each strip goes from 0 to 100 %. {said_of_groups(len(rows), len(groups))}"
     note += f" None anywhere: {', '.join(none)}." if none else ""
     return Figure(
-        "By layer, in model order", drawings,
-        Table("Patterns by tensor", ("tensor", *map(_words, names)), body, rest=rest), note=note,
-    )  # fmt: skip
+        "By layer, in model order",
+        drawings,
+        Table("Patterns by tensor", ("tensor", *map(_words, names)), body, rest=rest),
+        note=note,
+    )
 
 
 def _cell(counts: tuple[int, int] | None) -> str:

@@ -56,10 +56,11 @@ def _waterfall(report: Report) -> Figure:
     ]
     head = ("step", "bytes of the step", "bytes after it", "of the first")
     return Figure(
-        "From dense to the file", (svg.rows("waterfall", "Bytes, step by step", told, bars),),
+        "From dense to the file",
+        (svg.rows("waterfall", "Bytes, step by step", told, bars),),
         Table("Bytes of each step", head, body),
         (("total", "a total"), ("less", "bytes saved"), ("more", "bytes added")),
-    )  # fmt: skip
+    )
 
 
 def _bar(step: _Step, most: float, total: bool) -> svg.Row:
@@ -94,7 +95,8 @@ def _layouts(report: Report) -> Figure:
     ]
     told = "; ".join(f"{name} {size(each)}" for name, each, _ in sizes)
     return Figure(
-        "The same weights in each layout", (svg.rows("layouts", "Bytes in each layout", told, bars),),
+        "The same weights in each layout",
+        (svg.rows("layouts", "Bytes in each layout", told, bars),),
         Table("Bytes in each layout", ("layout", "what it is", "bytes", "of dense"), body, words=(0, 1)),
         note="" if held.packed_bytes is not None else "Packed bytes are not known: only zeros were counted.",
-    )  # fmt: skip
+    )

@@ -65,9 +65,16 @@ def canvas(
 ) -> Markup:
     """The drawing itself. `name` is its own in the page."""
     return tag(
-        "svg", tag("title", title, id=f"{name}-title"), tag("desc", description, id=f"{name}-desc"), *parts,
-        class_=css, role="img", aria_labelledby=f"{name}-title {name}-desc", width="100%", height=height,
-    )  # fmt: skip
+        "svg",
+        tag("title", title, id=f"{name}-title"),
+        tag("desc", description, id=f"{name}-desc"),
+        *parts,
+        class_=css,
+        role="img",
+        aria_labelledby=f"{name}-title {name}-desc",
+        width="100%",
+        height=height,
+    )
 
 
 def rows(name: str, title: str, description: str, bars: Sequence[Row]) -> Markup:
@@ -115,9 +122,15 @@ def up(axis: Axis, value: float, height: float) -> float:
 def stretched(height: float, *paths: Markup) -> Markup:
     """Paths in units of WIDE across, drawn as wide as the plot."""
     return tag(
-        "svg", *paths, x=0, y=TOP, width="100%", height=height, viewBox=f"0 0 {WIDE} {height:g}",
+        "svg",
+        *paths,
+        x=0,
+        y=TOP,
+        width="100%",
+        height=height,
+        viewBox=f"0 0 {WIDE} {height:g}",
         preserveAspectRatio="none",
-    )  # fmt: skip
+    )
 
 
 def line(points: Sequence[tuple[float, float]], height: float, css: str) -> Markup:
@@ -176,9 +189,7 @@ def shortened(name: str) -> str:
 
 def level(y: float, css: str, left: float = 0, right: float = 1) -> list[Markup]:
     """A line across, with a rim that parts it from the bars under it."""
-    return [
-        tag("line", x1=across(left), x2=across(right), y1=y, y2=y, class_=each) for each in ("rim", css)
-    ]  # fmt: skip
+    return [tag("line", x1=across(left), x2=across(right), y1=y, y2=y, class_=each) for each in ("rim", css)]
 
 
 def upright(share: float, height: float, css: str) -> list[Markup]:

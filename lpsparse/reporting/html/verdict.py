@@ -83,7 +83,7 @@ def cards(report: Report) -> tuple[Card, ...]:
         _packed(report, f"{zero} of {size(held.dense_bytes)} stored densely are zeros"),
         *(_quality(each) for each in report.quality),
         *([] if report.quality else [Card("Quality", "–", ("not recorded of these weights",))]),
-    )  # fmt: skip
+    )
 
 
 def _packed(report: Report, zeros: str) -> Card:
@@ -109,9 +109,10 @@ def _quality(each: Quality) -> Card:
     said = f"{' and '.join(map(spread, errors))} (95 % intervals)" if errors else "no interval is recorded"
     better = "higher is better" if each.higher_is_better else "lower is better"
     return Card(
-        f"Quality: {each.metric}", _arrow(before, number(each.after)),
+        f"Quality: {each.metric}",
+        _arrow(before, number(each.after)),
         (change, said, *_meet(each), f"{count(each.rows)} of {each.split}; {better}"),
-    )  # fmt: skip
+    )
 
 
 def _meet(each: Quality) -> tuple[str, ...]:

@@ -44,9 +44,14 @@ def project_simplex(v: Tensor, dropped: int) -> Tensor:
 
 class L1Rows(Overlay):
     def __init__(
-        self, model: nn.Module, names: Iterable[str] | None = None, *, sparsity: float = 0.0,
-        path_penalty: float = 0.0, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        names: Iterable[str] | None = None,
+        *,
+        sparsity: float = 0.0,
+        path_penalty: float = 0.0,
+        **options: Any,
+    ) -> None:
         check_share(sparsity)
         if not path_penalty >= 0:
             raise UsageError(229, f"path_penalty = {path_penalty}", hint="give 0 or more")

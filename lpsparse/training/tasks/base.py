@@ -174,10 +174,12 @@ def write_head(folder: Path, model: Any, **more: Any) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     table = {str(i): name for i, name in model.config.id2label.items()}
     changed = {
-        "architectures": [type(model).__name__], "id2label": table,
+        "architectures": [type(model).__name__],
+        "id2label": table,
         "label2id": {name: int(i) for i, name in table.items()},
-        "problem_type": "single_label_classification", **more,
-    }  # fmt: skip
+        "problem_type": "single_label_classification",
+        **more,
+    }
     if "num_labels" in config:  # transformers takes it before the table
         changed["num_labels"] = len(table)
     if any(config.get(key) != value for key, value in changed.items()):

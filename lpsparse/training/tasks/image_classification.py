@@ -17,14 +17,7 @@ from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import class_names, find, split_folders
 from lpsparse.training.images import Image, read_images
 from lpsparse.training.labels import Classes, config_names, number
-from lpsparse.training.model import (
-    Loaded,
-    first_line,
-    has_head,
-    load_module,
-    load_transformer,
-    read_config,
-)
+from lpsparse.training.model import Loaded, first_line, has_head, load_module, load_transformer, read_config
 from lpsparse.training.pixels import View, check_sizes, same_channels, view_of
 from lpsparse.training.tasks.base import Batch, Examples, Read, Task, draws, examples_of, write_head
 
@@ -36,9 +29,10 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     in_folder = checkpoint.root is not None and (checkpoint.root / "config.json").is_file()
     if step.model_fn is None and not in_folder:
         raise UsageError(
-            243, "image-classification of a bare state dict needs --model-fn",
+            243,
+            "image-classification of a bare state dict needs --model-fn",
             hint="give MODULE:CALLABLE or FILE.py:CALLABLE",
-        )  # fmt: skip
+        )
     examples, folders = _examples(step)
     return (_of_folder if step.model_fn is None else _of_module)(step, checkpoint, examples, folders)
 
@@ -65,9 +59,7 @@ def _of_folder(
 
     names = config_names(read_config(checkpoint), checkpoint)
     head = has_head(checkpoint, AutoModelForImageClassification)
-    classes = number(
-        examples.places, names, checkpoint, head=head, folders=folders, told=examples.told
-    )  # fmt: skip
+    classes = number(examples.places, names, checkpoint, head=head, folders=folders, told=examples.told)
     examples.check(classes)
     loaded = load_transformer(checkpoint, AutoModelForImageClassification, classes.changes())
     if isinstance(step, EvalStep) and loaded.new:
@@ -117,9 +109,13 @@ def _fit(
 
 
 def _task(
-    step: FinetuneStep | EvalStep, loaded: Loaded, view: View, channels: int, classes: Classes,
+    step: FinetuneStep | EvalStep,
+    loaded: Loaded,
+    view: View,
+    channels: int,
+    classes: Classes,
     examples: Examples[Image],
-) -> Task:  # fmt: skip
+) -> Task:
     def collate(batch: list[_Example]) -> Batch:
         return {"x": view.batch([pixels for pixels, _ in batch]), "y": torch.tensor([y for _, y in batch])}
 
@@ -132,9 +128,17 @@ def _task(
         said.append("16-bit images are read with 8 bits, as the model's image processor takes no more")
     augment = _crop_flip if isinstance(step, FinetuneStep) and step.augment == "crop-flip" else None
     return Task(
-        loaded, numbered(examples.train), numbered(examples.held), collate, _predict, metric="accuracy",
-        unit="images", augment=augment, notes=(*examples.notes, *classes.notes, *said), view=view.words,
-    )  # fmt: skip
+        loaded,
+        numbered(examples.train),
+        numbered(examples.held),
+        collate,
+        _predict,
+        metric="accuracy",
+        unit="images",
+        augment=augment,
+        notes=(*examples.notes, *classes.notes, *said),
+        view=view.words,
+    )
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,9 +49,17 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
         return {"input_ids": torch.stack([frame(block) for block in blocks])}  # (batch, tokens)
 
     return Task(
-        loaded, train, held, collate, _predict, metric="loss", unit="tokens", augment=mask, count=_hidden,
+        loaded,
+        train,
+        held,
+        collate,
+        _predict,
+        metric="loss",
+        unit="tokens",
+        augment=mask,
+        count=_hidden,
         measured=mask,
-    )  # fmt: skip
+    )
 
 
 def _frame(tokenizer: Any) -> Any:
@@ -71,9 +79,7 @@ def _mask(tokenizer: Any, vocabulary: int) -> Any:
         chosen = (chance < SHARE) | (chance == chance.min(1, keepdim=True).values)  # one at least
         hidden = torch.where(kind < 0.8, tokenizer.mask_token_id, ids)
         hidden = torch.where(kind >= 0.9, (other * vocabulary).long(), hidden)
-        return {
-            "input_ids": torch.where(chosen, hidden, ids), "labels": torch.where(chosen, ids, _NOT)
-        }  # fmt: skip
+        return {"input_ids": torch.where(chosen, hidden, ids), "labels": torch.where(chosen, ids, _NOT)}
 
     return mask
 

@@ -52,12 +52,18 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     with phase("tokenising", len(examples.all), "rows"):
         train, held = encode(examples.train), encode(examples.held)
     return Task(
-        loaded, train, held, _collate(pad), _predict, metric="accuracy", unit="rows",
+        loaded,
+        train,
+        held,
+        _collate(pad),
+        _predict,
+        metric="accuracy",
+        unit="rows",
         length=lambda example: len(example[0]),
         sidecars=lambda folder: write_head(folder, model, pad_token_id=pad),
         augment=_noise(tokenizer) if isinstance(step, FinetuneStep) and step.augment == "noise" else None,
         notes=(*examples.notes, *classes.notes),
-    )  # fmt: skip
+    )
 
 
 def _read(step: FinetuneStep | EvalStep, data: str, split: str) -> Read[Row]:
