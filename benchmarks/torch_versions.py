@@ -43,7 +43,7 @@ def main() -> None:
             python = str(Path(folder, "bin", "python"))
             for wanted in (f"torch=={version}", ".[test]"):
                 subprocess.run([python, "-m", "pip", "install", "-q", wanted], cwd=ROOT, check=True)
-            tests = [f"tests/test_{name}.py" for name in TESTS]
+            tests = [str(path) for name in TESTS for path in (ROOT / "tests").rglob(f"test_{name}.py")]
             ran = subprocess.run(
                 [python, "-m", "pytest", "-q", *tests], cwd=ROOT, capture_output=True, text=True
             )

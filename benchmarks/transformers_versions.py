@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_loader.py", "tests/test_integrations.py")
+TESTS = ("tests/integrations/test_loader.py", "tests/integrations/test_integrations.py")
 
 
 def supported() -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, cli_environment
+from support.cli import cli_environment
+from support.files import ROOT
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 import lpsparse

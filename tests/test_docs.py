@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import test_push
 import yaml
-from conftest import BUNDLED, ROOT, Ran, write_tiny
+from support.cli import Ran
+from support.files import ROOT, write_tiny
+from support.hub import Hub
+from support.models import BUNDLED
 
 import lpsparse
 from lpsparse.recipes.file import read_recipe
 
-hub = test_push.hub
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LLAMA = "bundled:stories260k"
 RECIPE = f"model: {LLAMA}\nsteps: [prune: {{sparsity: 0.5}}, report: {{min_sparsity: 0.5}}]\n"
@@ -32,16 +33,16 @@ SHELL = re.compile(r"(lpsparse|pip|torchrun|accelerate|python|mkdocs|pytest) ")
 ELSEWHERE = {  # how a command begins -> why it is not run here
     "pip install": "installs; .ci/run does it in a fresh environment",
     "pytest": "is what runs this",
-    "lpsparse demo": "takes a minute; tests/test_demo.py runs it",
+    "lpsparse demo": "takes a minute; tests/cli/test_demo.py runs it",
     "lpsparse finetune MODEL OUT --data DATA --task causal-lm --processes 8": "eight GPUs; "
-    "tests/test_distributed.py runs --processes and --shard",
-    "accelerate launch": "several machines; tests/test_distributed.py launches it on one",
-    "lpsparse prune PIPELINE": "a folder of diffusers; tests/test_components.py prunes one",
-    "torchrun": "several processes; tests/test_together.py and tests/test_distributed.py run it with two",
+    "tests/parallel/test_distributed.py runs --processes and --shard",
+    "accelerate launch": "several machines; tests/parallel/test_distributed.py launches it on one",
+    "lpsparse prune PIPELINE": "a folder of diffusers; tests/checkpoint/test_components.py prunes one",
+    "torchrun": "several processes; tests/parallel runs it with two",
 }
 PAGES_ELSEWHERE = {
     "experiments.md": "tells what was run on its dates, for minutes to hours on data that is not here",
-    "ci.md": "tests/test_ci.py runs its jobs with a stand-in for the runner",
+    "ci.md": "tests/cli/test_ci.py runs its jobs with a stand-in for the runner",
 }
 EXITS = {"lpsparse prune decayed cut --gap": 1}  # four steps leave no empty band
 
@@ -101,9 +102,7 @@ def reason(command: str) -> str | None:
 
 
 @pytest.fixture
-def world(
-    hub: test_push.Hub, net: Any, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
-) -> Path:
+def world(hub: Hub, net: Any, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> Path:
     """A folder with what the pages name, and a hub that has org/name."""
     monkeypatch.chdir(tmp_path)
     model = write_tiny(tmp_path / "model")

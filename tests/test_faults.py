@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Ran, cli_environment, tree_hash, write_tiny
 from safetensors.numpy import load_file, save_file
+from support.cli import Ran, cli_environment
+from support.files import ROOT, tree_hash, write_tiny
 
 from lpsparse import pack, prune, report, verify
 from lpsparse.commands.prune import prune_step

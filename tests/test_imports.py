@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, cli_environment
+from support.cli import cli_environment
+from support.files import ROOT
 from typer.main import get_command
 
 from lpsparse.cli.main import _app
