@@ -567,7 +567,8 @@ def _trained(rank: int, world_size: int, way: str) -> dict[str, Tensor]:
         inner.zero_grad()
         inner.param_groups[0]["lr"] = control.rates[t]
         control.before_step(t)
-        x = torch.randn(12, 7, generator=torch.Generator().manual_seed(t), dtype=torch.float64)[
+        shared = torch.randn(12, 7, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        x = shared[rank::world_size]
             rank::world_size
         ]
         (wrapped(x) - x[:, :5].sin()).square().mean().backward()
