@@ -10,7 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from lpsparse.cli.output import QUIET, VERBOSE, Voice
-from lpsparse.steps.base import POSITIONAL, REPEATED, Step, flag, other_names
+from lpsparse.steps.base import POSITIONAL, REPEATED, OneOf, Step, flag, other_names
 from lpsparse.steps.resolve import resolve
 
 _EPILOG = (
@@ -99,13 +99,14 @@ def _parameter(key: str, info: FieldInfo, others: list[str]) -> inspect.Paramete
             list[str] | None,
         )
     else:
-        choices = _choices(annotation)
+        family = [name for part in info.metadata if isinstance(part, OneOf) for name in part.names]
+        choices = family or _choices(annotation)
         option, wanted = (
             typer.Option(
                 flag(key),
                 *others,
                 help=text,
-                metavar=_metavar(annotation),
+                metavar="|".join(family) or _metavar(annotation),
                 show_default=False,
                 autocompletion=(lambda: choices) if choices else None,
             ),

@@ -4,10 +4,22 @@ Light on purpose: `--help` imports it.
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from lpsparse.families import Family
 
 
 def listed(value: Any) -> Any:
@@ -27,6 +39,32 @@ def fraction(value: Any) -> Any:
     except ArithmeticError:  # no number, or one of a million digits
         return value
     return found if found.is_finite() else value
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a field that names a member of a family, or one of `others`."""
+
+    family: Family
+    others: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.others, *self.family]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": self.names}
+
+    def _check(self, value: str) -> str:
+        if value not in self.names:
+            expected = " or ".join(f"'{name}'" for name in self.names)
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        return value
 
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(listed)]

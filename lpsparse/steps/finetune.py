@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
+from lpsparse.families import CONDITIONINGS, TASKS
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
     DRY_RUN,
@@ -17,13 +18,14 @@ from lpsparse.steps.base import (
     OVERWRITE,
     WEIGHTS,
     Fraction,
+    OneOf,
     Patterns,
     Step,
     flag,
     listed,
 )
 
-Task = Literal["causal-lm", "masked-lm", "text-classification", "image-classification"]
+Task = Annotated[str, OneOf(TASKS)]
 
 Method = Literal["lp", "gradual", "one-shot", "l1", "dwf", "rigl", "dense"]
 
@@ -191,13 +193,11 @@ class FinetuneStep(DataStep):
         description="In the decay phase, leave what --selective chooses out of the forward pass already; it "
         "still learns and decays, and may come back.",
     )
-    condition: Literal["auto", "none", "rows", "weight-norm", "l1-rows", "spectral", "modular", "denoise"] = (
-        Field(
-            "auto",
-            description="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
-            "weight-norm: norms are learnt; the others: docs/method.md. auto: rows with --method lp where "
-            "all weights decay (no target), unless the model has batch normalisation; else none.",
-        )
+    condition: Annotated[str, OneOf(CONDITIONINGS, ("auto", "none"))] = Field(
+        "auto",
+        description="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
+        "weight-norm: norms are learnt; the others: docs/method.md. auto: rows with --method lp where "
+        "all weights decay (no target), unless the model has batch normalisation; else none.",
     )
     gain_lr_ratio: float = Field(
         1.0, ge=0, description="Learning rate of the norms in --condition weight-norm, as a multiple of --lr."

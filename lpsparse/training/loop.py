@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
+from lpsparse.families import TASKS
 from lpsparse.parallel import ranks
 from lpsparse.parallel.environment import has_other_ranks
 from lpsparse.pruning.select import target_count
@@ -38,7 +39,6 @@ from lpsparse.training.setup import (
 from lpsparse.training.sparsity import Method
 from lpsparse.training.stopping import listening
 from lpsparse.training.summary import in_words
-from lpsparse.training.tasks import TASKS
 from lpsparse.training.tasks.base import Task
 
 AUGMENT = {"image-classification": "crop-flip", "text-classification": "noise"}

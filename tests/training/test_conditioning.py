@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lpsparse import LpAdamW, LpsparseError, condition, fold
-from lpsparse.training.conditioning import METHODS
+from lpsparse.families import CONDITIONINGS
 from lpsparse.training.conditioning.denoise import ridge_affine
 from lpsparse.training.conditioning.l1_rows import normalize_l1, project_simplex
 from lpsparse.training.conditioning.layout import as_rows, from_rows, row_scale
@@ -104,7 +104,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(63, 5))
 
 
-STEP_0 = [(method, mode) for method in METHODS for mode in ("train", "eval")]
+STEP_0 = [(method, mode) for method in CONDITIONINGS for mode in ("train", "eval")]
 STEP_0.remove(("denoise", "train"))  # which it perturbs by design
 
 
@@ -123,7 +123,7 @@ def test_conditioning_does_not_change_the_function_at_step_0(method: str, mode: 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lp-adamw"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONDITIONINGS)
 def test_every_method_trains_keeps_zeros_and_folds_to_an_ordinary_model(method: str, optimizer: str) -> None:
     model = network()
     x = torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(1))

@@ -569,8 +569,6 @@ def _trained(rank: int, world_size: int, way: str) -> dict[str, Tensor]:
         control.before_step(t)
         shared = torch.randn(12, 7, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
         x = shared[rank::world_size]
-            rank::world_size
-        ]
         (wrapped(x) - x[:, :5].sin()).square().mean().backward()
         control.after_backward(t)
         inner.step()

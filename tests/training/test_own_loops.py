@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lpsparse
 from lpsparse import LpAdamW, LpDecay, LpsparseError, Sparsity
-from lpsparse.training.conditioning import METHODS
+from lpsparse.families import CONDITIONINGS
 from lpsparse.training.model import _alike, _shared
 from lpsparse.training.modules import kept_by_module
 
@@ -287,7 +287,7 @@ def trained(how: str, make: Callable[..., torch.optim.Optimizer], method: str | 
     return [param.detach() for param in model.parameters()]
 
 
-@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("method", [None, *CONDITIONINGS])
 @pytest.mark.parametrize("make", [adamw, lambda p: LpAdamW(p, lr=0.01, lambda_p=0.02, one_pass=False)])
 def test_a_step_with_a_closure_is_the_step_without(make: Callable[..., Any], method: str | None) -> None:
     plain, closed = trained("plain", make, method), trained("closure", make, method)
@@ -554,7 +554,7 @@ def test_an_optimizer_that_would_lose_its_hooks_is_not_copied(take: Callable[[An
     take(optimizer)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONDITIONINGS)
 @pytest.mark.parametrize("take", COPIES[1:])
 def test_a_conditioned_model_is_not_copied_until_it_is_folded(
     take: Callable[[Any], Any], method: str
@@ -696,7 +696,7 @@ def test_complex_parameters_are_left_alone_in_words_or_refused() -> None:
     for make in (lambda p: LpDecay(adamw(p), lambda_p=0.1), lambda p: LpAdamW(p, lambda_p=0.1)):
         with pytest.raises(LpsparseError, match=r"complex64 parameter of shape \(7, 11\)"):
             make(model.parameters())
-    for method in METHODS:
+    for method in CONDITIONINGS:
         assert list(lpsparse.condition(model, method).weights) == ["real.weight"]
         lpsparse.fold(model)
     optimizer = adamw(model.parameters())

@@ -1,4 +1,4 @@
-"""Weight conditioning: one file a method, one line here.
+"""Weight conditioning, one file per method.
 `condition` attaches one to a model, `fold` removes it. How they work: `base`.
 """
 
@@ -8,22 +8,8 @@ from typing import Any
 from torch import nn
 
 from lpsparse.errors import UsageError
+from lpsparse.families import CONDITIONINGS
 from lpsparse.training.conditioning.base import Conditioning
-from lpsparse.training.conditioning.denoise import Denoise
-from lpsparse.training.conditioning.l1_rows import L1Rows
-from lpsparse.training.conditioning.modular import Modular
-from lpsparse.training.conditioning.rows import RowConditioning
-from lpsparse.training.conditioning.spectral import Spectral
-from lpsparse.training.conditioning.weight_norm import WeightNorm
-
-METHODS: dict[str, type[Conditioning]] = {
-    "rows": RowConditioning,
-    "weight-norm": WeightNorm,
-    "l1-rows": L1Rows,
-    "spectral": Spectral,
-    "modular": Modular,
-    "denoise": Denoise,
-}
 
 
 def condition(
@@ -37,11 +23,11 @@ def condition(
     where the method keeps them before the next forward pass or by `.retract()`. Raises UsageError for
     an unknown method or option and for a model that is conditioned already.
     """
-    if method not in METHODS:
-        raise UsageError(222, f"condition {method!r}: not known", hint=f"one of {', '.join(METHODS)}")
+    if method not in CONDITIONINGS:
+        raise UsageError(222, f"condition {method!r}: not known", hint=f"one of {', '.join(CONDITIONINGS)}")
     if getattr(model, "_lpsparse_conditioning", None) is not None:
         raise UsageError(223, "the model is conditioned already", hint="call fold(model) first")
-    conditioning = METHODS[method](model, names, **options)
+    conditioning = CONDITIONINGS[method](model, names, **options)
     model._lpsparse_conditioning = conditioning  # pyright: ignore[reportArgumentType]
     return conditioning
 
