@@ -28,10 +28,10 @@ def reference() -> str:
     """The page, in Markdown."""
     from typer.main import get_command
 
-    from lpsparse.cli.main import _app
+    from lpsparse.cli.main import build_app
 
     parts = [_HEAD]
-    for path, command in commands(get_command(_app()), ("lpsparse",)):
+    for path, command in commands(get_command(build_app()), ("lpsparse",)):
         parts += [f"## {' '.join(path[1:])}\n", *_command(path, command)]
     return "\n".join([*parts, "## Exit codes\n", *_exit_codes(), "", *_environment()]) + "\n"
 
@@ -49,6 +49,8 @@ def commands(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 
 def _command(path: tuple[str, ...], command: Any) -> Iterator[str]:
     context = command.make_context(path[-1], [], resilient_parsing=True)
+    for parameter in command.params:
+        parameter.hidden = False  # the advanced options too
     records = [(parameter, parameter.get_help_record(context)) for parameter in command.params]
     shown = [(parameter, record) for parameter, record in records if record is not None]
     arguments = [
@@ -69,13 +71,10 @@ def _command(path: tuple[str, ...], command: Any) -> Iterator[str]:
 
 def _variable(command: str, field: str) -> str | None:
     """The environment's name of an option, where it has one: `settings.resolve` reads those of steps."""
-    from lpsparse.steps.push import PushStep
-    from lpsparse.steps.report import InspectStep
     from lpsparse.steps.resolve import variable
-    from lpsparse.steps.table import STEPS
+    from lpsparse.steps.table import COMMANDS, step_of
 
-    step = {**STEPS, "inspect": InspectStep, "push": PushStep}.get(command)
-    fields = {} if step is None else step.model_fields
+    fields = step_of(command).model_fields if command in COMMANDS and COMMANDS[command].step else {}
     return variable(field) if field in fields and fields[field].annotation is not Path else None
 
 

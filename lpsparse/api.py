@@ -5,100 +5,183 @@ Torch is imported where training begins, nowhere else.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, Literal, Unpack, overload
 
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.commands.evaluate import evaluate_step
 from lpsparse.commands.finetune import finetune_step
+from lpsparse.commands.finetune import preview as preview_finetune
 from lpsparse.commands.inspect import inspect_step
 from lpsparse.commands.pack import pack_step
-from lpsparse.commands.prune import prune_components, prune_step
+from lpsparse.commands.pack import preview as preview_pack
+from lpsparse.commands.prune import preview as preview_prune
+from lpsparse.commands.prune import preview_components, prune_components, prune_step
+from lpsparse.commands.push import preview as preview_push
 from lpsparse.commands.push import push_step
 from lpsparse.commands.report import write_report
+from lpsparse.commands.results import (
+    Evaluation,
+    Listing,
+    RemotePreview,
+    TrainingPreview,
+    Upload,
+    UploadPreview,
+    Verification,
+)
 from lpsparse.commands.verify import verify_step
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.records import Report
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.options import (
+    EvalOptions,
+    FinetuneOptions,
+    InspectOptions,
+    PackOptions,
+    PruneOptions,
+    PushOptions,
+    ReportOptions,
+    UnpackOptions,
+)
 from lpsparse.steps.pack import PackStep, UnpackStep
 from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.push import PushStep
 from lpsparse.steps.report import InspectStep, ReportStep, VerifyStep
 from lpsparse.steps.resolve import resolve
 
+Model = str | Path
 
-@overload  # the first that fits is taken
-def prune(  # pyright: ignore[reportOverlappingOverload]
-    model: str | Path, out: str | Path, *, component: str | Sequence[str], **options: Any
+
+@overload
+def prune(
+    model: Model,
+    out: Model,
+    *,
+    component: str | Sequence[str],
+    dry_run: bool = False,
+    **options: Unpack[PruneOptions],
 ) -> dict[str, Report]: ...
 
 
 @overload
-def prune(model: str | Path, out: str | Path, **options: Any) -> Report: ...
+def prune(
+    model: Model, out: Model, *, dry_run: Literal[True], **options: Unpack[PruneOptions]
+) -> Report | RemotePreview: ...
 
 
-def prune(model: str | Path, out: str | Path, **options: Any) -> Report | dict[str, Report]:
-    """Cut the smallest weights of `model` to exact zeros and write `out`; given `component`, those of each of
-    these components of a diffusers pipeline, with a report for each name.
-    Options: fields of PruneStep."""
-    step = resolve(PruneStep, {"model": str(model), "out": out, **options})
-    return prune_components(step) if step.component else cast("Report", prune_step(step))
+@overload
+def prune(
+    model: Model, out: Model, *, dry_run: Literal[False] = False, **options: Unpack[PruneOptions]
+) -> Report: ...
 
 
-def pack(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Store `model` losslessly in a packed layout. Options: fields of PackStep."""
-    return pack_step(resolve(PackStep, {"model": str(model), "out": out, **options}))
+def prune(
+    model: Model,
+    out: Model,
+    *,
+    component: str | Sequence[str] = (),
+    dry_run: bool = False,
+    **options: Unpack[PruneOptions],
+) -> Report | RemotePreview | dict[str, Report]:
+    """Cut the smallest weights of `model` to exact zeros and write `out`.
+
+    With `component` each of these components of a diffusers pipeline is cut by itself, the rest is copied,
+    and there is a report for each name. With `dry_run` nothing is written: the report is what `out` would be,
+    of a hub id that is not in the cache what its headers tell.
+    """
+    step = resolve(PruneStep, _given(model, out, component=component, dry_run=dry_run, **options))
+    if step.component:
+        return preview_components(step) if dry_run else prune_components(step)
+    return preview_prune(step) if dry_run else prune_step(step)
 
 
-def unpack(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Store `model` densely again, bit for bit. Options: fields of UnpackStep."""
-    return pack_step(resolve(UnpackStep, {"model": str(model), "out": out, **options}))
+def pack(model: Model, out: Model, *, dry_run: bool = False, **options: Unpack[PackOptions]) -> Report:
+    """Store `model` losslessly in a packed layout."""
+    step = resolve(PackStep, _given(model, out, dry_run=dry_run, **options))
+    return preview_pack(step) if dry_run else pack_step(step)
 
 
-def finetune(model: str | Path, out: str | Path, **options: Any) -> Report:
-    """Train `model` so that weights go to zero, and write `out`. Options: fields of FinetuneStep."""
-    return cast("Report", finetune_step(resolve(FinetuneStep, {"model": str(model), "out": out, **options})))
+def unpack(model: Model, out: Model, *, dry_run: bool = False, **options: Unpack[UnpackOptions]) -> Report:
+    """Store `model` densely again, bit for bit."""
+    step = resolve(UnpackStep, _given(model, out, dry_run=dry_run, **options))
+    return preview_pack(step) if dry_run else pack_step(step)
+
+
+@overload
+def finetune(
+    model: Model, out: Model, *, dry_run: Literal[True], **options: Unpack[FinetuneOptions]
+) -> TrainingPreview: ...
+
+
+@overload
+def finetune(
+    model: Model, out: Model, *, dry_run: Literal[False] = False, **options: Unpack[FinetuneOptions]
+) -> Report: ...
+
+
+def finetune(
+    model: Model, out: Model, *, dry_run: bool = False, **options: Unpack[FinetuneOptions]
+) -> Report | TrainingPreview:
+    """Train `model` so that weights go to zero, and write `out`; with `dry_run` say what would be done."""
+    step = resolve(FinetuneStep, _given(model, out, dry_run=dry_run, **options))
+    return preview_finetune(step) if dry_run else finetune_step(step)
 
 
 def report(
-    model: str | Path,
-    base: str | Path | None = None,
+    model: Model,
+    base: Model | None = None,
     *,
-    json: str | Path | None = None,
-    html: str | Path | None = None,
-    markdown: str | Path | None = None,
-    comment: str | Path | None = None,
-    junit: str | Path | None = None,
-    csv: str | Path | None = None,
-    **options: Any,
+    json: Model | None = None,
+    html: Model | None = None,
+    markdown: Model | None = None,
+    comment: Model | None = None,
+    junit: Model | None = None,
+    csv: Model | None = None,
+    **options: Unpack[ReportOptions],
 ) -> Report:
-    """Measure `model`, and what it came from; `json` to `csv` are files to write views of it to.
-    Options: fields of ReportStep."""
+    """Measure `model`, and what it came from; `json` to `csv` are files to write views of it to."""
     views = {"json": json, "html": html, "markdown": markdown, "comment": comment, "junit": junit, "csv": csv}
     files = {view: Path(file) for view, file in views.items() if file is not None}
     given = {"model": str(model), "base": None if base is None else str(base), **options}
     return write_report(resolve(ReportStep, given), files)
 
 
-def verify(model: str | Path, source: str | Path | None = None, *, key: str | None = None) -> dict[str, Any]:
-    """Check a folder against its manifest, and what it was cut from (of a torch file the table `key`): {"ok",
-    "files", "tensors", "problems"}."""
+def verify(model: Model, source: Model | None = None, *, key: str | None = None) -> Verification:
+    """Check a folder against its manifest, and what it was cut from (in a torch file its table `key`)."""
     return verify_step(VerifyStep(model=str(model), source=None if source is None else str(source), key=key))
 
 
-def inspect(model: str | Path, **options: Any) -> dict[str, Any]:
-    """What a checkpoint holds, from its headers. Options: fields of InspectStep."""
+def inspect(model: Model, **options: Unpack[InspectOptions]) -> Listing:
+    """What a checkpoint holds, from its headers."""
     return inspect_step(resolve(InspectStep, {"model": str(model), **options}))
 
 
-def push(folder: str | Path, repo: str, **options: Any) -> dict[str, Any]:
-    """Upload `folder`, which lpsparse wrote, to the hub: {"url", "commit", "files", "bytes", ...}.
-    Options: fields of PushStep."""
-    return push_step(resolve(PushStep, {"folder": folder, "repo": repo, **options}))
+@overload
+def push(
+    folder: Model, repo: str, *, dry_run: Literal[True], **options: Unpack[PushOptions]
+) -> UploadPreview: ...
 
 
-def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
-    """Loss and accuracy of `model` on data. Options: fields of EvalStep."""
-    return evaluate_step(resolve(EvalStep, {"model": str(model), **options}))
+@overload
+def push(
+    folder: Model, repo: str, *, dry_run: Literal[False] = False, **options: Unpack[PushOptions]
+) -> Upload: ...
+
+
+def push(
+    folder: Model, repo: str, *, dry_run: bool = False, **options: Unpack[PushOptions]
+) -> Upload | UploadPreview:
+    """Upload `folder`, which lpsparse wrote, to the hub; with `dry_run` say what would be sent."""
+    step = resolve(PushStep, {"folder": folder, "repo": repo, "dry_run": dry_run, **options})
+    return preview_push(step) if dry_run else push_step(step)
+
+
+def evaluate(model: Model, *, dry_run: bool = False, **options: Unpack[EvalOptions]) -> Evaluation:
+    """Loss and accuracy of `model` on data."""
+    return evaluate_step(resolve(EvalStep, {"model": str(model), "dry_run": dry_run, **options}))
+
+
+def _given(model: Model, out: Model, **options: Any) -> dict[str, Any]:
+    return {"model": str(model), "out": out, **options}
 
 
 def open(path: str | Path, weights: str | None = None, key: str | None = None) -> Checkpoint:

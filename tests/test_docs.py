@@ -239,13 +239,13 @@ def test_every_table_of_settings_is_one(tmp_path: Path) -> None:
 def options() -> dict[str, set[str]]:
     from typer.main import get_command
 
-    from lpsparse.cli.main import _app
+    from lpsparse.cli.main import build_app
 
     found = {
         " ".join(path[1:]): {
             word for each in command.params for word in (*each.opts, *each.secondary_opts) if word[0] == "-"
         }
-        for path, command in hooks().commands(get_command(_app()), ("lpsparse",))
+        for path, command in hooks().commands(get_command(build_app()), ("lpsparse",))
     }
     return {name: {*words, "--help"} for name, words in found.items()}
 

@@ -2,7 +2,6 @@
 heavy packages keep to their rooms, only cli speaks."""
 
 import ast
-import inspect
 import json
 import subprocess
 import sys
@@ -12,9 +11,7 @@ from typing import Any
 import pytest
 from support.cli import cli_environment
 from support.files import ROOT
-from typer.main import get_command
 
-from lpsparse.cli.main import _app
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
 
@@ -145,18 +142,6 @@ def test_import_lpsparse_loads_the_standard_library_only() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     assert not modules_after(RUN, "--help") & {*HEAVY, "huggingface_hub", "jinja2", "yaml", "pydantic"}
-
-
-def test_the_list_of_commands_says_what_their_own_help_does() -> None:
-    whole, listed = (
-        {
-            name: inspect.cleandoc(each.help).partition("\n\n")[0]
-            for name, each in get_command(_app(whole=which)).commands.items()
-        }
-        for which in (True, False)
-    )
-    assert whole == listed
-    assert len(listed) > 12
 
 
 def test_every_command_on_safetensors_runs_without_torch(tiny: Path, tmp_path: Path) -> None:

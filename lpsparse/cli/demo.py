@@ -7,12 +7,12 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lpsparse.cli import interrupts
-from lpsparse.cli.output import Quiet, Verbose, Voice, has_color, print_json, print_result, width
+from lpsparse.cli import signals
+from lpsparse.cli.output import Json, Quiet, Verbose, Voice, has_color, print_json, print_result, width
 from lpsparse.errors import ExitCode, OutputError
 from lpsparse.reporting.text import columns, percent, size
 
@@ -22,24 +22,20 @@ if TYPE_CHECKING:
     from lpsparse.steps.finetune import FinetuneStep
 
 RECIPE = Path(__file__).parents[1] / "bundled" / "demo.yaml"
-_HELP = """Run finetune, prune and report on a bundled model, offline; exit 1 below its bounds.
-
-\b
-Examples:
-  lpsparse demo
-  lpsparse demo try --json"""
-
-
-def register(app: typer.Typer) -> None:
-    app.command("demo", help=_HELP)(demo)
 
 
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder to make.")] = Path("lpsparse-demo"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
+    """Exit 1 where the result is outside of the recipe's bounds.
+
+    \b
+    Examples:
+      lpsparse demo
+      lpsparse demo try --json"""
     from lpsparse import api
     from lpsparse.cli.bar import showing
     from lpsparse.parallel.progress import Brief
@@ -52,13 +48,13 @@ def demo(
     say = Voice(quiet, verbose).say
     changes = {"out": str(folder)}
     rival = _rival([link.step for link in planned(read_recipe(RECIPE, changes), changes, RECIPE)])
-    command = run.command_line("finetune", rival)
+    command = run.command_line(rival)
     done: list[run.Done] = []
     with showing(Voice(quiet)), _children() as children:
         for each in run.run_each(RECIPE, changes, say):
             done.append(each)
             # Each trains on one thread: two fill two cores.
-            if str(getattr(each.step, "out", "")) == rival.model:
+            if str(each.step.destination) == rival.model:
                 say(Brief(f"[beside] {run.in_short('finetune', rival)}", f"[beside] {command}"))
                 words = [sys.executable, "-m", *shlex.split(command), "--quiet", "--json"]
                 children.append(subprocess.Popen(words, stdout=subprocess.DEVNULL))
@@ -67,7 +63,7 @@ def demo(
         for child in children:
             if child.wait() != 0:  # it has said why, on the same stderr
                 raise typer.Exit(child.returncode)
-    by_name = {Path(str(getattr(each.step, "out", each.name))).name: each.result for each in done}
+    by_name = {Path(each.step.destination or each.name).name: each.result for each in done}
     magnitude = api.report(rival.out)
     reports: dict[str, Any] = {
         "dense": by_name["dense"],
@@ -89,9 +85,7 @@ def demo(
 def _rival(steps: "list[Step]") -> "FinetuneStep":
     """Gradual magnitude pruning with everything else as in the recipe's sparse fine-tune, but for LAMP
     allocation, with which magnitudes do better on this model."""
-    from lpsparse.steps.finetune import FinetuneStep
-
-    trained = (step for step in steps if isinstance(step, FinetuneStep))
+    trained = (cast("FinetuneStep", step) for step in steps if step.trains)
     sparse = next(step for step in trained if step.target_sparsity is not None)
     changes = {"method": "gradual", "allocation": "lamp", "out": sparse.out.parent / "magnitude"}
     return sparse.model_copy(update=changes)
@@ -100,7 +94,7 @@ def _rival(steps: "list[Step]") -> "FinetuneStep":
 @contextmanager
 def _children() -> Generator[list[subprocess.Popen[bytes]]]:
     """Processes that do not outlive us: an interrupt is passed on, so that they clean up too."""
-    children = interrupts.started
+    children = signals.started
     try:
         yield children
     finally:

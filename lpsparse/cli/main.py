@@ -1,11 +1,13 @@
 """Assemble the commands, and turn every failure into two lines and an exit code."""
 
 import errno
+import inspect
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -15,12 +17,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lpsparse import __version__
-from lpsparse.cli import interrupts
-from lpsparse.cli.app import App
+from lpsparse.cli import signals
+from lpsparse.cli.help import MEANT, Command, Group
 from lpsparse.cli.output import silence, tell, tell_runner_error
-from lpsparse.cli.suggestions import MEANT
 from lpsparse.errors import ExitCode, LaunchError, LpsparseError, is_out_of_memory
-from lpsparse.parallel.environment import has_other_ranks, is_rank_0, set_torch_names
+from lpsparse.parallel.environment import has_other_ranks, is_rank_0, set_torch_names, switched_on
+from lpsparse.steps.table import COMMANDS
 
 _HELP = """Make pretrained checkpoints small, and prove that they still work.
 
@@ -40,7 +42,7 @@ _EXITS = (
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with an ExitCode."""
     try:
-        interrupts.listen()
+        signals.listen()
         _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:  # while an error was being told
         _interrupted()
@@ -59,8 +61,8 @@ def _run(words: list[str]) -> None:
             from lpsparse.steps.resolve import check_environment
 
             check_environment()
-        named = any(not word.startswith("-") for word in words) or "_LPSPARSE_COMPLETE" in os.environ
-        code = _app(whole=named)(args=words, prog_name="lpsparse", standalone_mode=False)
+        app = build_app(None if "_LPSPARSE_COMPLETE" in os.environ else words)
+        code = app(args=words, prog_name="lpsparse", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -83,7 +85,7 @@ def _run(words: list[str]) -> None:
             _say_error("LPS601", "out of memory", "close other programs, or use a smaller --batch-size")
             _leave("", ExitCode.RESOURCE)
         code = _usage(error, words)
-        if code is None and interrupts.asked:  # what some library has made of it
+        if code is None and signals.asked:  # what some library has made of it
             _interrupted()
         if code is None:
             print_exc()
@@ -94,7 +96,7 @@ def _run(words: list[str]) -> None:
 
 
 def _interrupted() -> NoReturn:
-    if signal.SIGTERM in interrupts.asked:
+    if signal.SIGTERM in signals.asked:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher that stops its processes says why
             hint = "run the command again; it uses the weight files that `prune` and `pack` had written"
             _say_error("LPS751", "stopped by SIGTERM before the result was whole", hint)
@@ -167,7 +169,7 @@ def _leave(text: str, code: ExitCode) -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     """Exit. One of several processes goes at once: torch's threads would wait for the others, or abort."""
-    interrupts.end_quietly(code)
+    signals.end_quietly(code)
     if has_other_ranks():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
@@ -176,32 +178,69 @@ def _end(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _app(*, whole: bool = True) -> typer.Typer:
-    """All commands. Where none was named, only the list of them can be asked for: so not `whole`."""
-    from lpsparse.cli import demo, doctor, explain, recipe, run, sweep, topics
+def build_app(words: Collection[str] | None = None) -> typer.Typer:
+    """The command line. Of the commands that `words` do not name only the line of help is there, so that
+    nothing else is imported."""
+    app = _typer(_HELP, name="lpsparse", epilog=_EXITS, add_completion=True)
+    app.callback()(_root)
+    for name, command in COMMANDS.items():
+        if not command.panel:
+            continue
+        if words is not None and name not in words:
+            app.command(name, help=command.help)(_not_named)
+        elif name == "recipe":
+            app.add_typer(_recipe(command.help), name=name)
+        elif command.step:
+            from lpsparse.cli import commands, report
 
-    modules: list[Any] = [demo, doctor, explain, recipe, run, sweep, topics]
-    if whole:
-        from lpsparse.cli import commands, report
+            (report if name == "report" else commands).add(app, name)
+        else:
+            function = command.load("run")
+            rest = inspect.cleandoc(function.__doc__ or "")
+            app.command(name, help=f"{command.help}\n\n{rest}")(function)
+    return app
 
-        modules += [commands, report]
-    else:
-        from lpsparse.cli import first_lines
 
-        modules += [first_lines]
-    # Rich's boxes and its traceback are switched off: they wreck grep, and ours are two lines.
-    app = App(
-        name="lpsparse",
-        help=_HELP,
-        epilog=_EXITS,
-        add_completion=True,
+def _recipe(about: str) -> typer.Typer:
+    from lpsparse.cli import recipes
+
+    examples = "  lpsparse recipe check recipe.yaml\n  lpsparse recipe schema > recipe.schema.json"
+    group = _typer(f"{about}\n\n\b\nExamples:\n{examples}")
+    group.command("check")(recipes.check)
+    group.command("schema")(recipes.schema)
+    return group
+
+
+def _not_named() -> NoReturn:
+    raise AssertionError("a command was given, and is not registered")
+
+
+class _App(typer.Typer):
+    """A Typer whose commands have help in panels and the switches of the environment."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        return super().command(name, cls=Command, context_settings={"default_map": _defaults()}, **options)
+
+
+def _typer(about: str, **options: Any) -> typer.Typer:
+    # Rich's boxes and its traceback are switched off: they break grep, and ours are two lines.
+    return _App(
+        help=about,
+        cls=Group,
+        no_args_is_help=True,
+        rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        **options,
     )
-    app.callback()(_root)
-    for module in modules:
-        module.register(app)
-    return app
+
+
+def _defaults() -> dict[str, Any]:
+    """What the environment asks of every command."""
+    switches = ("quiet", "verbose", "full")
+    asked: dict[str, Any] = {name: True for name in switches if switched_on(f"LPSPARSE_{name.upper()}")}
+    # Of report, --json is a file.
+    return asked | ({"as_json": True, "json_file": "-"} if switched_on("LPSPARSE_JSON") else {})
 
 
 def _root(

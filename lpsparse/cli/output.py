@@ -18,10 +18,19 @@ from lpsparse.reporting.text import IN_JSON, clean, fitted, harmless, without_or
 if TYPE_CHECKING:
     from lpsparse.reporting.records import Report
 
-QUIET = ("--quiet", "-q", "Print no messages and no progress.")
-VERBOSE = ("--verbose", "-v", "Print messages in full.")
-Quiet = Annotated[bool, typer.Option(*QUIET[:-1], help=QUIET[-1])]
-Verbose = Annotated[bool, typer.Option(*VERBOSE[:-1], help=VERBOSE[-1])]
+
+def _switch(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Reporting", show_default=False)
+
+
+JSON = _switch("--json", help="Print the result as one JSON object on stdout.")
+FULL = _switch("--full", help="Show every tensor, and patterns of zeros.")
+QUIET = _switch("--quiet", "-q", help="Print no messages and no progress.")
+VERBOSE = _switch("--verbose", "-v", help="Print messages in full.")
+Json = Annotated[bool, JSON]
+Quiet = Annotated[bool, QUIET]
+Verbose = Annotated[bool, VERBOSE]
+NoMessages = Annotated[bool, _switch("--quiet", "-q", help="Print no messages; there are none.")]
 
 
 def print_result(text: str) -> None:

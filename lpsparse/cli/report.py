@@ -29,8 +29,8 @@ _FILES = {
 }
 
 
-def register(app: typer.Typer) -> None:
-    add_command(app, "report", ReportStep, _report, examples=_EXAMPLES, files=_FILES, full=True)
+def add(app: typer.Typer, name: str) -> None:
+    add_command(app, name, _report, examples=_EXAMPLES, files=_FILES, full=True)
 
 
 def _report(step: ReportStep, files: dict[str, str | None], voice: Voice) -> None:

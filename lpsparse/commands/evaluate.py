@@ -1,27 +1,29 @@
 """Measure a model on data, and record the figure beside it."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lpsparse.checkpoint.manifest import Quality, own_manifest
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_keeps
 from lpsparse.commands.artefact import Say, keep_quality
 from lpsparse.commands.base import opened, silent
+from lpsparse.commands.checks import Checked, Held, check_files, check_model
+from lpsparse.commands.results import Evaluation, Figure
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.reporting.check import check_weights
 from lpsparse.steps.finetune import EvalStep
 from lpsparse.steps.resolve import as_trained
+from lpsparse.training import memory
 
 if TYPE_CHECKING:  # torch comes with it
     from lpsparse.training.quality import Measured
     from lpsparse.training.tasks.base import Task
 
 
-def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
-    """{"model", "task", "split", "trained_on", "loss", "loss_error", ...}: errors are standard errors of the
-    mean. With `against` the same of that model as "before_loss" and so on; with `save` the figure is recorded
-    in MODEL, whose path is "saved" then."""
+def evaluate_step(step: EvalStep, say: Say = silent) -> Evaluation:
+    """The quality of MODEL, and of `against`; with `save` it is recorded in MODEL."""
     strict = step.against is None  # else --key may be meant for that, and goes to both
     source = opened(step.model, say, step.weights, step.key, strict=strict)
     manifest = own_manifest(source)
@@ -37,8 +39,9 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
     unit = task.unit
     known = _known_data(step, source, say)
     split = find(step.data, step.split)[2]
-    found: dict[str, Any] = {"model": source.name, "task": step.task, "split": split, "trained_on": known}
-    found |= {**_figures(after), unit: after.count, **({"pixels": task.view} if task.view else {})}
+    found = Evaluation(
+        source.name, step.task, split, known, _figure(after), after.count, unit, task.view or None
+    )
     before = dense = None
     cut = False
     if step.against is not None:
@@ -51,7 +54,7 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
             before = _measured(step, dense, say)[1]
         except UsageError as error:  # what was asked for is right for MODEL
             raise InputError(358, error.what, hint=alike) from None
-        found |= {"against": dense.name, **{f"before_{key}": each for key, each in _figures(before).items()}}
+        found = replace(found, against=dense.name, before=_figure(before))
         if before.count != after.count:
             what = f"{dense.name}: {before.count} {unit} were measured, of {source.name} {after.count}"
             raise InputError(358, what, hint=alike)
@@ -77,7 +80,20 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> dict[str, Any]:
         say("dry run: nothing is written")
     elif is_rank_0():
         keep_quality(place, quality)
-    return found | {"saved": None if step.dry_run else str(place)}
+    return replace(found, saves=True, saved=None if step.dry_run else str(place))
+
+
+def check(step: EvalStep, held: Held) -> Checked:
+    """What is known of the step before it runs. Raises what it would raise for its settings and files."""
+    source = held.checkpoint
+    manifest = None if held.made else own_manifest(source)  # of a model made before, the recipe has said all
+    if step.save and not held.made:
+        check_keeps(source)
+    step = as_trained(step, {} if manifest is None else manifest.training)
+    check_model(step, source)
+    notes = check_files(step.task, {step.data: [step.split]})
+    memory_bytes = memory.of_measuring(sum(tensor.size for tensor in source.tensors))
+    return Checked(None, notes, held.renamed, memory_bytes)
 
 
 def _is_cut(checkpoint: Checkpoint) -> bool:
@@ -99,14 +115,13 @@ def _measured(step: EvalStep, source: Checkpoint, say: Say) -> "tuple[Task, Meas
     return task, evaluate(step, task)
 
 
-def _figures(measured: "Measured") -> dict[str, float]:
-    found = {"loss": measured.loss, "loss_error": measured.loss_error}
-    if measured.accuracy is not None:
-        found |= {"accuracy": measured.accuracy, "accuracy_error": measured.error_of("accuracy")}
-    return found
+def _figure(measured: "Measured") -> Figure:
+    if measured.accuracy is None:
+        return Figure(measured.loss, measured.loss_error)
+    return Figure(measured.loss, measured.loss_error, measured.accuracy, measured.error_of("accuracy"))
 
 
-def _known_data(step: EvalStep, source: Checkpoint, say: Say) -> list[str] | None:
+def _known_data(step: EvalStep, source: Checkpoint, say: Say) -> tuple[str, ...] | None:
     """Names of the files to measure on that the model was trained on, which is said; None where no manifest
     tells what it was trained on."""
     from lpsparse.training.data import trained_on
@@ -122,4 +137,4 @@ def _known_data(step: EvalStep, source: Checkpoint, say: Say) -> list[str] | Non
             f"{source.name} was trained on {', '.join(known)}{aside}: this says little of other data; give "
             "data that were held out, or --split NAME[from:to] with the part that did not train"
         )
-    return list(known)
+    return tuple(known)

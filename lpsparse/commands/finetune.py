@@ -2,38 +2,99 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import Quality, source_of
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rewrite import follow, rewrite
 from lpsparse.commands.artefact import Say, called_after, check_left, check_same, complete, recorded
 from lpsparse.commands.base import opened, silent
+from lpsparse.commands.checks import Checked, Held, check_files, check_model, matches, without_unknown
 from lpsparse.commands.report import report_on
+from lpsparse.commands.results import TrainingPreview
 from lpsparse.parallel.environment import is_launched, is_rank_0
 from lpsparse.parallel.threads import using_threads
-from lpsparse.pruning.targets import Decision, refuse_quantised
+from lpsparse.pruning.targets import Decision, choose, no_match, refuse_quantised
 from lpsparse.reporting.estimate import estimate
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained_of
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import as_launched
+from lpsparse.training import memory
+from lpsparse.training.data import check_apart, held_out_of
 
-if TYPE_CHECKING:  # torch comes with it
-    pass
-
+_HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
 _NOT_OURS = Decision(False, "not part of the model")
 
 
-def finetune_step(
-    step: FinetuneStep, say: Say = silent, on_step: Callable[[Any], None] = silent
-) -> Report | dict[str, Any]:
-    """Train and write. With dry_run: {"steps", "prunable_weights", "zeros" (None: no target), "bytes_kept"
-    and "bytes_peak" of memory, "disk_bytes", ...} and nothing written.
+def finetune_step(step: FinetuneStep, say: Say = silent, on_step: Callable[[Any], None] = silent) -> Report:
+    """Train and write.
 
-    Every process of a launched job calls it; process 0 writes and speaks. With --processes it starts them.
+    Every process of a launched job calls it; rank 0 writes and speaks. With --processes it starts them.
     """
+    step, source = _opened(step, say)
+    if step.processes is not None and step.processes > 1 and not is_launched():
+        return _launch(step, quiet=say is silent)
+    from lpsparse.parallel.ranks import lost_rank_errors
+
+    with lost_rank_errors():
+        return _train(step, source, say, on_step)
+
+
+def preview(step: FinetuneStep, say: Say = silent) -> TrainingPreview:
+    """What `finetune_step` would do. Loads the model and the data, and writes nothing."""
+    step, source = _opened(step, say)
+    say("dry run: nothing is written")
+    say(f"loading {step.model}")
+    from lpsparse.training.loop import plan_training, prepare
+    from lpsparse.training.precision import with_precision
+
+    step, precision = with_precision(step)
+    for note in precision:
+        say(note)
+    needs = estimate(source, step.out, weight_bytes=source.dense_bytes)
+    planned = plan_training(step, prepare(step, source))
+    planned |= {"kept": str(planned["kept"]), "fresh": tuple(planned["fresh"])}
+    return TrainingPreview(
+        model=source.name, **planned, disk_bytes=needs.disk_bytes, free_bytes=needs.free_bytes
+    )
+
+
+def check(step: FinetuneStep, held: Held) -> Checked:
+    """What is known of the step before it runs. Raises what it would raise for data, names and patterns."""
+    source = held.checkpoint
+    refuse_quantised(source)
+    check_model(step, source)
+    known = step.eval_data or step.eval_split or not is_remote(step.data, "dataset")
+    parts = held_out_of(step) if known else None
+    wanted = {step.data: [step.split]}
+    if parts is not None:
+        wanted.setdefault(parts[0], []).append(parts[1])
+    notes = check_files(step.task, wanted)
+    if not notes and parts is not None:
+        check_apart(step.data, step.split, *parts)
+    renamed = held.renamed or (step.task in _HEADED and step.model_fn is None and not _has_head(source))
+    step, unknown = without_unknown(step, held, "include", "exclude", "freeze", renamed=renamed)
+    for pattern in step.freeze:
+        if not matches(pattern, held):
+            raise no_match("--freeze", pattern, [tensor.name for tensor in source.tensors])
+    chosen = choose(source, step.include, step.exclude)
+    trained, frozen = memory.trained_and_frozen(step, source.tensors)
+    prunable = sum(tensor.size for tensor in source.tensors if chosen[tensor.name].prunable)
+    took = memory.estimate(
+        step, trained=trained, frozen=frozen, prunable=prunable, processes=step.processes or 1
+    )
+    return Checked(chosen, (*notes, *unknown), renamed, took.kept + took.peak, source.dense_bytes)
+
+
+def _has_head(source: Checkpoint) -> bool:
+    plain = choose(source, needed=False)
+    return any(each.role == "head" and "pooler" not in name for name, each in plain.items())
+
+
+def _opened(step: FinetuneStep, say: Say) -> tuple[FinetuneStep, Checkpoint]:
     step = as_launched(step)
     source = opened(step.model, say, step.weights, step.key)
     refuse_quantised(source)
@@ -41,24 +102,7 @@ def finetune_step(
         check_output(
             step.out, source, 2 * source.dense_bytes, overwrite=step.overwrite, reads=_data_files(step)
         )
-    if step.dry_run:
-        say("dry run: nothing is written")
-        say(f"loading {step.model}")
-        from lpsparse.training.loop import plan_training, prepare
-        from lpsparse.training.precision import with_precision
-
-        step, precision = with_precision(step)
-        for note in precision:
-            say(note)
-        needs = estimate(source, step.out, weight_bytes=source.dense_bytes)
-        room = {"disk_bytes": needs.disk_bytes, "free_bytes": needs.free_bytes}
-        return {"model": source.name, **plan_training(step, prepare(step, source)), **room}
-    if step.processes is not None and step.processes > 1 and not is_launched():
-        return _launch(step, quiet=say is silent)
-    from lpsparse.parallel.ranks import lost_rank_errors
-
-    with lost_rank_errors():
-        return _train(step, source, say, on_step)
+    return step, source
 
 
 def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
@@ -124,7 +168,7 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
 
 def _about_held_out(step: FinetuneStep) -> list[str]:
     """What there is to say of the rows that a fine-tune selects on."""
-    from lpsparse.training.data import copies, find, held_out_of
+    from lpsparse.training.data import copies, find
 
     held = held_out_of(step)
     if held is None:

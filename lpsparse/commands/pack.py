@@ -3,14 +3,16 @@
 from time import perf_counter
 
 from lpsparse.checkpoint.counting import count_all
+from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.rewrite import Written, rewrite
 from lpsparse.commands.artefact import Say, stamps_of, writing
 from lpsparse.commands.base import on_threads, opened, silent
+from lpsparse.commands.checks import Checked, Held
 from lpsparse.commands.preview import foretell, say_left
 from lpsparse.parallel.threads import on_rank_0
-from lpsparse.pruning.targets import refuse_quantised
+from lpsparse.pruning.targets import Chosen, refuse_quantised
 from lpsparse.reporting.measure import own_quality, prunable_of
 from lpsparse.reporting.records import Report
 from lpsparse.steps.pack import PackStep, UnpackStep
@@ -24,20 +26,36 @@ def say_nonfinite(written: Written, say: Say) -> None:
 
 @on_threads
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
-    source = opened(step.model, say, step.weights, step.key)
-    if source.layout in LAYOUTS:
-        refuse_quantised(source)
+    """Write the values of MODEL in another layout: that of the step, of `unpack` the dense one."""
+    source, chosen = _opened(step, say)
     stamps = stamps_of(source)
-    chosen = on_rank_0(lambda: prunable_of(source))
-    on_rank_0(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
-    if step.dry_run:
-        say("dry run: nothing is written")
-        say_left(source, say)
-        began = perf_counter()
-        counts = count_all(source)
-        return foretell(step, source, chosen, counts, (0, perf_counter() - began))
     with writing(step, source, stamps, chosen, say) as (folder, finish):
-        layout, level = (step.layout, step.level) if isinstance(step, PackStep) else ("dense", "default")
+        layout, level = str(getattr(step, "layout", "dense")), str(getattr(step, "level", "default"))
         written = rewrite(source, folder, lambda _: None, layout, level=level, finite=())
         say_nonfinite(written, say)
         return finish(written, own_quality(source))
+
+
+@on_threads
+def preview(step: PackStep | UnpackStep, say: Say = silent) -> Report:
+    """What `pack_step` would write. Writes nothing."""
+    source, chosen = _opened(step, say)
+    say("dry run: nothing is written")
+    say_left(source, say)
+    began = perf_counter()
+    counts = count_all(source)
+    return foretell(step, source, chosen, counts, (0, perf_counter() - began))
+
+
+def check(step: PackStep | UnpackStep, held: Held) -> Checked:
+    """Nothing of a packed result depends on names."""
+    return Checked(renamed=held.renamed)
+
+
+def _opened(step: PackStep | UnpackStep, say: Say) -> tuple[Checkpoint, Chosen]:
+    source = opened(step.model, say, step.weights, step.key)
+    if source.layout in LAYOUTS:
+        refuse_quantised(source)
+    chosen = on_rank_0(lambda: prunable_of(source))
+    on_rank_0(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
+    return source, chosen

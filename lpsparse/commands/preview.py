@@ -1,14 +1,13 @@
 """What `--dry-run` of prune, pack and unpack shows: what OUT would be, and what it would take."""
 
-from typing import Any
-
 from lpsparse.checkpoint.counting import Count, Cuts
 from lpsparse.checkpoint.files import packed_sizes
 from lpsparse.checkpoint.opening import Checkpoint, no_key
 from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.commands.artefact import Say, called_after
-from lpsparse.pruning.plan import plan_unread
+from lpsparse.commands.results import FileSize, RemotePreview, TensorOutlook
+from lpsparse.pruning.plan import Outlook, plan_unread
 from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
 from lpsparse.reporting.estimate import estimate, report_of
 from lpsparse.reporting.records import Report
@@ -25,10 +24,10 @@ def foretell(
     cut: Cuts = lambda _: None,
 ) -> Report:
     """What a dry run shows: the report of OUT, and what it would take."""
-    layout = "dense" if isinstance(step, UnpackStep) else step.layout
+    layout = str(getattr(step, "layout", "dense"))
     sizes: dict[str, int | None] = {}
     if layout == "packed":  # only packing tells
-        sizes = packed_sizes(source, cut, step.level if isinstance(step, PackStep) else "default")
+        sizes = packed_sizes(source, cut, str(getattr(step, "level", "default")))
     found = report_of(source, chosen, counts, layout, sizes)
     size = found.bytes.file_bytes
     # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
@@ -44,17 +43,9 @@ def say_left(source: Checkpoint, say: Say) -> None:
         say(f"would be left behind: {', '.join(left)}")
 
 
-def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
-    """What can be known of `step` without downloading MODEL."""
-    from lpsparse.hub.headers import read_remote
-
-    if step.key is not None:  # headers are those of safetensors
-        raise no_key(step.model, step.key)
-    remote = read_remote(step.model, step.weights)
-    source = remote.checkpoint
-    refuse_quantised(source)
-    check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite)
-    plan = plan_unread(
+def foreseen(source: Checkpoint, step: PruneStep) -> Outlook:
+    """What the step would cut, as far as names and shapes tell."""
+    return plan_unread(
         source,
         sparsity=step.sparsity,
         n_m=pair(step.n_m),
@@ -64,6 +55,19 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
         exclude=step.exclude,
         look=step.look,
     )
+
+
+def foretell_unread(step: PruneStep, say: Say) -> RemotePreview:
+    """What can be known of `step` without downloading MODEL."""
+    from lpsparse.hub.headers import read_remote
+
+    if step.key is not None:  # headers are those of safetensors
+        raise no_key(step.model, step.key)
+    remote = read_remote(step.model, step.weights)
+    source = remote.checkpoint
+    refuse_quantised(source)
+    check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite)
+    plan = foreseen(source, step)
     say(kept_in_words(plan.chosen))
     say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
     if plan.zeros is None:
@@ -75,27 +79,28 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
         sidecar_bytes=remote.sidecar_bytes,
         threads=step.threads,
     )
-    return {
-        "model": source.name,
-        "revision": source.revision,
-        "from_headers_alone": True,
-        "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
-        "download_bytes": remote.download_bytes,
-        "weights": sum(tensor.size for tensor in source.tensors),
-        "prunable_weights": sum(each.size for each in source.tensors if plan.chosen[each.name].prunable),
-        "zeros_at_least": plan.zeros,
-        "estimate": needs.model_dump(mode="json"),
-        "tensors": [
-            {
-                "name": tensor.name,
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "file": tensor.file,
-                "bytes": tensor.nbytes,
-                "prunable": plan.chosen[tensor.name].prunable,
-                "reason": plan.chosen[tensor.name].reason,
-                "zeros_at_least": plan.each.get(tensor.name),
-            }
-            for tensor in source.tensors
-        ],
-    }
+    tensors = (
+        TensorOutlook(
+            tensor.name,
+            tensor.dtype,
+            tensor.shape,
+            tensor.file,
+            tensor.nbytes,
+            plan.chosen[tensor.name].prunable,
+            plan.chosen[tensor.name].reason,
+            plan.each.get(tensor.name),
+        )
+        for tensor in source.tensors
+    )
+    return RemotePreview(
+        model=source.name,
+        revision=source.revision,
+        from_headers_alone=True,
+        files=tuple(FileSize(name, size) for name, size in remote.files.items()),
+        download_bytes=remote.download_bytes,
+        weights=sum(tensor.size for tensor in source.tensors),
+        prunable_weights=sum(each.size for each in source.tensors if plan.chosen[each.name].prunable),
+        zeros_at_least=plan.zeros,
+        estimate=needs,
+        tensors=tuple(tensors),
+    )

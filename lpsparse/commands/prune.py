@@ -1,9 +1,7 @@
 """Cut the smallest weights of a checkpoint, or of the components of a pipeline, to exact zeros."""
 
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from lpsparse.checkpoint.components import asked_components
 from lpsparse.checkpoint.counting import count_all
@@ -15,10 +13,12 @@ from lpsparse.checkpoint.rewrite import rewrite
 from lpsparse.checkpoint.writer import copy_sidecars, find_sidecars
 from lpsparse.commands.artefact import Say, called_after, check_left, emptied, stamps_of, writing
 from lpsparse.commands.base import on_threads, opened, silent
+from lpsparse.commands.checks import Checked, Held, without_unknown
 from lpsparse.commands.pack import say_nonfinite
-from lpsparse.commands.preview import foretell, foretell_unread, say_left
+from lpsparse.commands.preview import foreseen, foretell, foretell_unread, say_left
+from lpsparse.commands.results import RemotePreview
 from lpsparse.parallel.threads import on_rank_0
-from lpsparse.pruning.plan import plan_prune
+from lpsparse.pruning.plan import Plan, plan_prune
 from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
 from lpsparse.reporting.measure import own_quality
 from lpsparse.reporting.records import Report
@@ -27,56 +27,86 @@ from lpsparse.steps.prune import PruneStep, pair
 
 
 @on_threads
-def prune_step(step: PruneStep, say: Say = silent) -> Report | dict[str, Any]:
-    """With dry_run of a hub id that would have to be downloaded: what its headers tell, as plain data."""
-    if step.dry_run and on_rank_0(lambda: is_remote(step.model)):
-        return on_rank_0(lambda: foretell_unread(step, say))
+def prune_step(step: PruneStep, say: Say = silent) -> Report:
     source, found = _prune(step, say)
-    if not step.dry_run:
-        check_left(source, found, step.out, say, allow_empty=step.allow_empty)
+    check_left(source, found, step.out, say, allow_empty=step.allow_empty)
     return found
+
+
+@on_threads
+def preview(step: PruneStep, say: Say = silent) -> Report | RemotePreview:
+    """What `prune_step` would leave. Writes nothing; of a hub id that would have to be downloaded it reads
+    the headers alone."""
+    if on_rank_0(lambda: is_remote(step.model)):
+        return on_rank_0(lambda: foretell_unread(step, say))
+    return _preview(step, say)
+
+
+def check(step: PruneStep, held: Held) -> Checked:
+    """What is known of the step before it runs. Raises what it would raise for names and shapes."""
+    refuse_quantised(held.checkpoint)
+    step, notes = without_unknown(step, held, "include", "exclude", renamed=held.renamed)
+    chosen = foreseen(held.checkpoint, step).chosen
+    return Checked(chosen, notes, held.renamed)
 
 
 @on_threads
 def prune_components(step: PruneStep, say: Say = silent) -> dict[str, Report]:
     """Each component that was asked for, pruned by itself into OUT's folder of its name; the rest of the
-    pipeline is copied. With dry_run nothing is written."""
-    folder, out = Path(step.model), step.out
-    names = on_rank_0(lambda: asked_components(folder, step.component))
-    rest = Checkpoint(folder.resolve().name, folder, (), (), {})
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    on_rank_0(lambda: check_output(out, rest, size, overwrite=False))
-    for name in names:  # before the first is written
-        refuse_quantised(opened(str(folder / name), silent))
+    pipeline is copied."""
+    names, rest = _components(step)
     pruned: dict[str, tuple[Checkpoint, Report]] = {}
-
-    def prune_each(into: Callable[[str], Path]) -> None:
+    with shared_folder(step.out, overwrite=False) as partial:
         for name in names:
             say(f"component {name}")
-            one = step.model_copy(update={"model": str(folder / name), "out": into(name), "component": ()})
-            source, found = _prune(one, say)
-            pruned[name] = source, called_after(found, out / name)
-
-    if step.dry_run:
-        prune_each(lambda _: out)
-        left = find_sidecars(rest, names)[1]
-    else:
-        with shared_folder(out, overwrite=False) as partial:
-            prune_each(partial.__truediv__)
-            left = on_rank_0(lambda: copy_sidecars(rest, partial, names))
+            source, found = _prune(_component(step, name, partial / name), say)
+            pruned[name] = source, called_after(found, step.out / name)
+        left = on_rank_0(lambda: copy_sidecars(rest, partial, names))
     if left:
-        say(f"{'would be ' if step.dry_run else ''}left behind: {', '.join(left)}")
-    for name, (source, found) in pruned.items() if not step.dry_run else ():
-        check_left(source, found, out / name, say, allow_empty=step.allow_empty)
+        say(f"left behind: {', '.join(left)}")
+    for name, (source, found) in pruned.items():
+        check_left(source, found, step.out / name, say, allow_empty=step.allow_empty)
     return {name: found for name, (_, found) in pruned.items()}
 
 
-def _prune(step: PruneStep, say: Say) -> tuple[Checkpoint, Report]:
-    began = perf_counter()
+@on_threads
+def preview_components(step: PruneStep, say: Say = silent) -> dict[str, Report]:
+    """What `prune_components` would leave. Writes nothing."""
+    names, rest = _components(step)
+    found: dict[str, Report] = {}
+    for name in names:
+        say(f"component {name}")
+        found[name] = called_after(_preview(_component(step, name, step.out), say), step.out / name)
+    left = find_sidecars(rest, names)[1]
+    if left:
+        say(f"would be left behind: {', '.join(left)}")
+    return found
+
+
+def _components(step: PruneStep) -> tuple[list[str], Checkpoint]:
+    """The components to prune, and all else of the pipeline. Refuses before the first is written."""
+    folder = Path(step.model)
+    names = on_rank_0(lambda: asked_components(folder, step.component))
+    rest = Checkpoint(folder.resolve().name, folder, (), (), {})
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    on_rank_0(lambda: check_output(step.out, rest, size, overwrite=False))
+    for name in names:
+        refuse_quantised(opened(str(folder / name), silent))
+    return names, rest
+
+
+def _component(step: PruneStep, name: str, out: Path) -> PruneStep:
+    return step.model_copy(update={"model": str(Path(step.model) / name), "out": out, "component": ()})
+
+
+def _opened(step: PruneStep, say: Say) -> Checkpoint:
     source = opened(step.model, say, step.weights, step.key)
     refuse_quantised(source)
-    stamps = stamps_of(source)
     on_rank_0(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
+    return source
+
+
+def _plan(step: PruneStep, source: Checkpoint, say: Say) -> tuple[Plan, Chosen]:
     plan = plan_prune(
         source,
         sparsity=step.sparsity,
@@ -98,21 +128,33 @@ def _prune(step: PruneStep, say: Say) -> tuple[Checkpoint, Report]:
         say(f"band from {band.low:.3g} to {band.high:.3g}{wide}, {below}")
     if plan.threshold is not None:
         say(f"threshold {plan.threshold:.6g}")
-    if step.dry_run:
-        say("dry run: nothing is written; the zeros are those that the cut would leave")
-        say_left(source, say)
-        decided = perf_counter()
-        counts = count_all(source, plan.cut)
-        took = (decided - began, perf_counter() - decided)
-        found = foretell(step, source, chosen, counts, took, plan.cut)
-        if not step.allow_empty and (names := emptied(source, found)):
-            say(f"the run would exit 1, as next to nothing is left of {names}; --allow-empty allows it")
-        return source, found
+    return plan, chosen
+
+
+def _preview(step: PruneStep, say: Say) -> Report:
+    began = perf_counter()
+    source = _opened(step, say)
+    plan, chosen = _plan(step, source, say)
+    say("dry run: nothing is written; the zeros are those that the cut would leave")
+    say_left(source, say)
+    decided = perf_counter()
+    counts = count_all(source, plan.cut)
+    took = (decided - began, perf_counter() - decided)
+    found = foretell(step, source, chosen, counts, took, plan.cut)
+    if not step.allow_empty and (names := emptied(source, found)):
+        say(f"the run would exit 1, as next to nothing is left of {names}; --allow-empty allows it")
+    return found
+
+
+def _prune(step: PruneStep, say: Say) -> tuple[Checkpoint, Report]:
+    source = _opened(step, say)
+    stamps = stamps_of(source)
+    plan, chosen = _plan(step, source, say)
     with writing(step, source, stamps, chosen, say) as (folder, finish):
-        cut = [tensor for tensor in source.tensors if chosen[tensor.name].prunable]
         written = rewrite(source, folder, plan.cut, step.layout, finite=_finite(chosen))
         say_nonfinite(written, say)
         counts = written.counts
+        cut = [tensor for tensor in source.tensors if chosen[tensor.name].prunable]
         alert = drained((tensor.name, counts[tensor.name].zeros, tensor.size) for tensor in cut)
         if alert is not None:
             say(str(alert))

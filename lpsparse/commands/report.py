@@ -11,6 +11,7 @@ from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, write_beside
 from lpsparse.commands.artefact import Say, called_after
 from lpsparse.commands.base import on_threads, opened, silent
+from lpsparse.commands.checks import NOT_YET, Checked, Held, matches, without_unknown
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.pruning.targets import Decision
@@ -32,6 +33,7 @@ from lpsparse.reporting.records import Report
 from lpsparse.reporting.spectra import spectra
 from lpsparse.reporting.views import VIEWS
 from lpsparse.steps.base import flag
+from lpsparse.steps.budgets import BUDGETS, limit_of
 from lpsparse.steps.report import ReportStep
 from lpsparse.steps.resolve import resolve
 
@@ -45,6 +47,27 @@ def report_step(step: ReportStep, say: Say = silent) -> Report:
     if step.baseline is not None:
         found = check_baseline(found, read_report(step.baseline), step)
     return check_budgets(found, step)
+
+
+def check(step: ReportStep, held: Held) -> Checked:
+    """What is known of the step before it runs. Raises UsageError for patterns of tensors that cannot be
+    there."""
+    notes: list[str] = []
+    for name in BUDGETS:
+        for text in getattr(step, name.replace("-", "_")):
+            pattern = limit_of(name, text).pattern
+            if pattern is None or matches(pattern, held):
+                continue
+            if not held.renamed:
+                what = f"budget --{name} {text}: the pattern matches no tensor"
+                raise UsageError(290, what, hint="`lpsparse inspect MODEL` lists the names")
+            notes.append(f"{pattern}: {NOT_YET}")
+    bare, unknown = without_unknown(step, held, "include", "exclude", renamed=held.renamed)
+    if held.chosen is not None and not bare.include and not bare.exclude:
+        chosen = held.chosen  # what the manifest will say
+    else:
+        chosen = prunable_of(held.checkpoint, bare.include, bare.exclude)
+    return Checked(chosen, (*notes, *unknown), held.renamed)
 
 
 def report_on(model: str | Path) -> Report:

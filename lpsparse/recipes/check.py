@@ -9,53 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.hub import is_remote
-from lpsparse.checkpoint.manifest import own_manifest, read_manifest
-from lpsparse.checkpoint.opening import Checkpoint, no_key, open_checkpoint
+from lpsparse.checkpoint.opening import no_key, open_checkpoint
 from lpsparse.checkpoint.output import has_states, left_bytes, partial_of
-from lpsparse.checkpoint.preflight import check_keeps, check_place
+from lpsparse.checkpoint.preflight import check_place
 from lpsparse.checkpoint.rescue import LAYOUTS
 from lpsparse.checkpoint.writer import MANIFEST, REPORT
+from lpsparse.commands.checks import Checked, Held
 from lpsparse.commands.report import check_reread
 from lpsparse.errors import InputError, LpsparseError, OutputError
 from lpsparse.hub.headers import read_remote
-from lpsparse.pruning.targets import Chosen, refuse_quantised
-from lpsparse.recipes.check_data import check_data
-from lpsparse.recipes.check_patterns import check_patterns
+from lpsparse.pruning.targets import refuse_quantised
 from lpsparse.recipes.file import read_recipe
 from lpsparse.recipes.outputs import check_free, report_file
-from lpsparse.recipes.plan import WRITES, Link, planned
+from lpsparse.recipes.plan import Link, planned
 from lpsparse.recipes.run import is_finished
 from lpsparse.reporting.budgets import check_budgets
 from lpsparse.reporting.estimate import PROCESS_BYTES, estimate
 from lpsparse.reporting.history import is_report, read_report
-from lpsparse.steps.base import Step
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
-from lpsparse.steps.prune import PruneStep
-from lpsparse.steps.report import ReportStep, VerifyStep
-from lpsparse.steps.resolve import as_trained
-from lpsparse.training import memory
+from lpsparse.steps.base import about
+from lpsparse.steps.table import COMMANDS
 
 _SPARE = 1.05  # as preflight asks for
 _ELSEWHERE = "choose another --set out=FOLDER"
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A checkpoint that a step would take, as far as its headers tell."""
-
-    checkpoint: Checkpoint
-    sidecar_bytes: int | None = None  # of one that is not here; else they are looked at
-    download_bytes: int = 0
-    renamed: bool = False  # a new head is added on the way: names may get a prefix
-    chosen: Chosen | None = None  # what its manifest will say is prunable, where a step chose
 
 
 @dataclass(slots=True)
 class _Look:
     """What is found on the way through the steps."""
 
-    made: dict[str, _Held] = field(default_factory=dict[str, _Held])  # by folder: what the steps so far make
-    opened: dict[tuple[str | None, ...], _Held] = field(default_factory=dict[tuple[str | None, ...], _Held])
+    made: dict[str, Held] = field(default_factory=dict[str, Held])  # by folder: what the steps so far make
+    opened: dict[tuple[str | None, ...], Held] = field(default_factory=dict[tuple[str | None, ...], Held])
     fresh: set[str] = field(default_factory=set[str])  # folders that are not finished
     reports: set[Path] = field(default_factory=set[Path])  # that the report steps so far keep
     used: int = 0  # bytes of disk of the steps so far
@@ -81,7 +64,7 @@ def check_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None)
     for link in links:
         with _naming(link):
             steps.append(_step(link, look, place, free))
-            if isinstance(link.step, ReportStep):
+            if link.name == "report":
                 look.reports.add(report_file(link, links, read.out))
     return {
         "recipe": str(path),
@@ -105,62 +88,57 @@ def _naming(link: Link) -> Generator[None]:
 
 
 def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
-    step = link.step
-    if isinstance(step, ReportStep) and (Path(step.model) in look.reports or is_report(step.model)):
-        return _reread(step, look)
-    if isinstance(step, VerifyStep) and step.model not in look.made:
-        read_manifest(Path(step.model))
-    key = getattr(step, "key", None)
-    own = None if isinstance(step, VerifyStep) else key  # it is of SOURCE alone
-    held = _take(link.model, getattr(step, "weights", None), own, look)
-    others = [getattr(step, name) for name in ("base", "source", "against") if getattr(step, name, None)]
+    step, out, fields = link.step, link.out, type(link.step).model_fields
+    if link.name == "report" and (Path(link.model) in look.reports or is_report(link.model)):
+        return _reread(link, look)
+    given = {key: getattr(step, key) for key in ("key", "weights", "baseline") if key in fields}
+    own = None if about(type(step))["key"].needs else given["key"]  # else it is of the other checkpoint alone
+    held = _take(link.model, given.get("weights"), own, look)
+    others = [getattr(step, key) for key in ("base", "source", "against") if getattr(step, key, None)]
     for other in others:
-        _take(other, None, key, look)
+        _take(other, None, given["key"], look)
     if own is not None and not others and not held.checkpoint.is_torch:
         raise no_key(link.model, own)
-    if isinstance(step, EvalStep):
-        step = _as_trained(step, held.checkpoint, made=step.model in look.made)
-    if isinstance(step, ReportStep) and step.baseline is not None:
-        _check_baseline(step.baseline, look)
-    if isinstance(step, (FinetuneStep, PruneStep)) or held.checkpoint.layout in LAYOUTS:
+    if given.get("baseline") is not None:
+        _check_baseline(given["baseline"], look)
+    if held.checkpoint.layout in LAYOUTS:
         refuse_quantised(held.checkpoint)
-    notes = check_data(step, held.checkpoint) if isinstance(step, (FinetuneStep, EvalStep)) else []
-    chosen, more, renamed = check_patterns(step, held.checkpoint, held.chosen, renamed=held.renamed)
-    prunable = (
-        None if chosen is None else sum(t.size for t in held.checkpoint.tensors if chosen[t.name].prunable)
-    )
+    found: Checked = COMMANDS[step.command].load("check")(step, held)
+    chosen, source = found.chosen, held.checkpoint
+    prunable = None if chosen is None else sum(t.size for t in source.tensors if chosen[t.name].prunable)
     state = _state(link, held, look, place)
-    disk, most, memory_bytes = _needs(step, held, place, prunable)
-    if state == "finished":
-        disk = most = 0
-    elif isinstance(step, WRITES):
-        _check_disk(step.out, look.used + most, look.used, free + left_bytes(step.out))
+    needs = estimate(
+        source,
+        place / "out",
+        weight_bytes=0 if out is None else source.dense_bytes,
+        sidecar_bytes=held.sidecar_bytes,
+        threads=getattr(step, "threads", None),
+    )
+    disk = 0 if out is None or state == "finished" else needs.disk_bytes
+    if out is not None and state != "finished":
+        most = look.used + disk + found.state_bytes
+        _check_disk(out, most, look.used, free + left_bytes(out))
     look.used += disk
-    if isinstance(step, WRITES):
-        made = _Held(held.checkpoint, held.sidecar_bytes, renamed=renamed, chosen=chosen or held.chosen)
-        look.made[str(step.out)] = made if state != "finished" else _Held(open_checkpoint(step.out))
+    if out is not None:
+        made = Held(
+            source, held.sidecar_bytes, renamed=found.renamed, chosen=chosen or held.chosen, made=True
+        )
+        look.made[str(out)] = made if state != "finished" else Held(open_checkpoint(out), made=True)
     return {
         "step": link.name,
         "model": link.model,
-        "out": None if link.out is None else str(link.out),
+        "out": None if out is None else str(out),
         "state": state,
         "prunable_weights": prunable,
         "disk_bytes": disk,
-        "memory_bytes": memory_bytes,
-        "notes": [*notes, *more],
+        "memory_bytes": needs.memory_bytes if found.memory_bytes is None else found.memory_bytes,
+        "notes": list(found.notes),
     }
 
 
-def _as_trained(step: EvalStep, source: Checkpoint, *, made: bool) -> EvalStep:
-    """What it will be when it runs. Of a model that a step before makes, the recipe has said all."""
-    manifest = None if made else own_manifest(source)
-    if step.save and not made:
-        check_keeps(source)
-    return as_trained(step, {} if manifest is None else manifest.training)
-
-
-def _reread(step: ReportStep, look: _Look) -> dict[str, Any]:
+def _reread(link: Link, look: _Look) -> dict[str, Any]:
     """A report step of a report.json, which is read when no step before makes it."""
+    step: Any = link.step
     check_reread(step)
     if step.baseline is not None:
         _check_baseline(step.baseline, look)
@@ -186,15 +164,15 @@ def _check_baseline(baseline: Path, look: _Look) -> None:
         read_report(baseline)
 
 
-def _take(model: str, weights: str | None, key: str | None, look: _Look) -> _Held:
+def _take(model: str, weights: str | None, key: str | None, look: _Look) -> Held:
     if model in look.made:
         return look.made[model]
     if (model, weights, key) not in look.opened:
         if is_remote(model):
             far = read_remote(model, weights)
-            held = _Held(far.checkpoint, far.sidecar_bytes, far.download_bytes)
+            held = Held(far.checkpoint, far.sidecar_bytes, far.download_bytes)
         else:
-            held = _Held(open_checkpoint(model, weights, key, strict=False))
+            held = Held(open_checkpoint(model, weights, key, strict=False))
         if not held.checkpoint.tensors:
             what = f"{held.checkpoint.name}: holds no tensors"
             raise InputError(335, what, hint="give a checkpoint with weights")
@@ -202,17 +180,17 @@ def _take(model: str, weights: str | None, key: str | None, look: _Look) -> _Hel
     return look.opened[model, weights, key]
 
 
-def _state(link: Link, held: _Held, look: _Look, place: Path) -> str:
+def _state(link: Link, held: Held, look: _Look, place: Path) -> str:
     """What `run` would find at OUT, and do. Raises OutputError for what it would refuse."""
-    step = link.step
-    if not isinstance(step, WRITES):
+    step, out = link.step, link.out
+    if out is None:
         return "looks"
-    out, again = step.out, step.model in look.fresh
+    again = link.model in look.fresh
     check_place(out, held.checkpoint, (), out.parent if out.parent.is_dir() else place)
     if (out / MANIFEST).is_file():
-        if not again and not is_remote(step.model) and is_finished(step):
+        if not again and not is_remote(link.model) and is_finished(step):
             return "finished"
-        if not step.overwrite:
+        if step.at_default("overwrite"):
             what = f"{out}: holds what other settings, data or another input made"
             hint = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
             raise OutputError(401, what, hint=hint)
@@ -222,26 +200,6 @@ def _state(link: Link, held: _Held, look: _Look, place: Path) -> str:
         raise OutputError(401, f"{out}: exists already", hint=_ELSEWHERE)
     look.fresh.add(str(out))
     return "goes on" if has_states(partial_of(out)) else "new"
-
-
-def _needs(step: Step, held: _Held, place: Path, prunable: int | None) -> tuple[int, int, int]:
-    """Bytes of disk that stay, that are needed while it is written, and of memory."""
-    source, writes = held.checkpoint, isinstance(step, WRITES)
-    size = source.dense_bytes if writes else 0
-    threads = getattr(step, "threads", None)
-    needs = estimate(
-        source, place / "out", weight_bytes=size, sidecar_bytes=held.sidecar_bytes, threads=threads
-    )
-    if not writes:
-        counted = sum(tensor.size for tensor in source.tensors)
-        return 0, 0, memory.of_measuring(counted) if isinstance(step, EvalStep) else needs.memory_bytes
-    if not isinstance(step, FinetuneStep):
-        return needs.disk_bytes, needs.disk_bytes, needs.memory_bytes
-    trained, frozen = memory.trained_and_frozen(step, source.tensors)
-    took = memory.estimate(
-        step, trained=trained, frozen=frozen, prunable=prunable or 0, processes=step.processes or 1
-    )
-    return needs.disk_bytes, needs.disk_bytes + size, took.kept + took.peak  # a training state beside it
 
 
 def _check_disk(out: Path, need: int, before: int, free: int) -> None:

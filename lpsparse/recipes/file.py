@@ -12,7 +12,7 @@ from lpsparse.errors import InputError, UsageError
 from lpsparse.safe_yaml import read_yaml
 from lpsparse.steps.base import MODEL
 from lpsparse.steps.resolve import resolve
-from lpsparse.steps.table import STEPS
+from lpsparse.steps.table import RECIPE_WORDS, step_of
 
 # ${NAME} anywhere, or a path that begins with ~ or $NAME: what a shell would put in place of it, we do not.
 SHELL = re.compile(r"\$\{|^(?:~[^/\s]*|\$\w+)(?:/|$)")
@@ -99,15 +99,15 @@ def _check_step(
             206, f"{where}: one step name is needed, got {', '.join(step) or 'none'}", hint="split it"
         )
     name, values = next(iter(step.items()))
-    if name not in STEPS:
-        near = get_close_matches(name, STEPS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known steps: {', '.join(STEPS)}"
+    if name not in RECIPE_WORDS:
+        near = get_close_matches(name, RECIPE_WORDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known steps: {', '.join(RECIPE_WORDS)}"
         raise UsageError(202, f"{where}: unknown step {name!r}", hint=hint)
     given = overrides_of(name, values, overrides)
-    known = {info.alias or key for key, info in STEPS[name].model_fields.items()}
+    known = {info.alias or key for key, info in step_of(name).model_fields.items()}
     filled = {"model": "-", "out": "-", "data": "-"}
     resolve(
-        STEPS[name],
+        step_of(name),
         given,
         {k: v for k, v in filled.items() if k in known} | (values or {}),
         f"{where}.{name}",

@@ -16,31 +16,9 @@ from lpsparse.errors import OutputError
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.recipes.file import Recipe
 from lpsparse.recipes.plan import Link
-from lpsparse.steps.base import Step
-from lpsparse.steps.report import ReportStep
+from lpsparse.steps.base import Step, about
 
 RESOLVED = "recipe.resolved.yaml"
-
-
-_PATHS = ("data", "eval_data", "model_fn", "source", "base", "baseline", "against")
-
-
-_LEFT = {  # settings that decide nothing about the bytes, and the two that the recipe itself says
-    "model",
-    "out",
-    "overwrite",
-    "dry_run",
-    "threads",
-    "processes",
-    "shard",
-    "workers",
-    "resume",
-    "save_every",
-    "keep_last",
-    "max_time",
-    "track",
-    "rank_timeout",
-}
 
 
 def write_resolved(read: Recipe, links: Sequence[Link]) -> None:
@@ -91,9 +69,11 @@ def _is_unpinned(model: str) -> bool:
 
 
 def _values(step: Step, names: dict[str, str]) -> dict[str, Any]:
-    found = step.model_dump(mode="json", exclude=_LEFT - type(step).decides)
-    for name in _PATHS:
-        if isinstance(found.get(name), str):
+    known = about(type(step))
+    left = {name for name, each in known.items() if each.local} | {"model", "out"}
+    found = step.model_dump(mode="json", exclude=left)
+    for name in found:
+        if known[name].is_path and isinstance(found[name], str):
             found[name] = names.get(found[name], _path(found[name]))
     for name, info in type(step).model_fields.items():
         if isinstance(getattr(step, name), Decimal):
@@ -131,7 +111,7 @@ def check_free(out: Path) -> None:
 def report_file(link: Link, links: Sequence[Link], out: Path) -> Path:
     """Where the report of a report step is kept: the last one in OUT/report.json, those before it in
     OUT/report-N.json, N the step's number from 1."""
-    last = max(each.index for each in links if isinstance(each.step, ReportStep))
+    last = max(each.index for each in links if each.name == "report")
     return out / (REPORT if link.index == last else f"report-{link.index + 1}.json")
 
 
@@ -142,7 +122,7 @@ def earlier_reports(links: Sequence[Link], out: Path) -> list[Path]:
     for link in links:
         named = (Path(str(each)) for each in (link.model, getattr(link.step, "baseline", None)))
         needed |= {path / REPORT if path.is_dir() else path for path in named} - written
-        if isinstance(link.step, ReportStep):
+        if link.name == "report":
             written.add(report_file(link, links, out))
     found = {path.with_name(path.name.removesuffix(_OLD)) for path in out.glob("report*")}
     return sorted(path for path in found - needed if _KEPT.fullmatch(path.name))

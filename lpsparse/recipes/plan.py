@@ -8,16 +8,9 @@ from typing import Any
 from lpsparse.checkpoint.names import is_report_name
 from lpsparse.errors import OutputError, UsageError
 from lpsparse.recipes.file import Recipe, overrides_of
-from lpsparse.steps.base import Step
-from lpsparse.steps.finetune import EvalStep, FinetuneStep, RecoverStep
-from lpsparse.steps.pack import PackStep, UnpackStep
-from lpsparse.steps.prune import PruneStep
-from lpsparse.steps.report import ReportStep
+from lpsparse.steps.base import Step, about
 from lpsparse.steps.resolve import resolve
-from lpsparse.steps.table import STEPS
-
-WRITES = (FinetuneStep, PruneStep, PackStep, UnpackStep)
-TAKEN = ("model", "base", "source", "baseline", "against")  # that may name what a step before makes
+from lpsparse.steps.table import step_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +30,7 @@ class Link:
 
     @property
     def out(self) -> Path | None:
-        return self.step.out if isinstance(self.step, WRITES) else None
+        return self.step.destination
 
 
 def planned(read: Recipe, overrides: Mapping[str, str], path: Path) -> list[Link]:
@@ -64,24 +57,24 @@ def _linked(
     read: Recipe, overrides: Mapping[str, str], path: Path, i: int, before: Sequence[Link], current: str
 ) -> Link:
     name, values = next(iter(read.steps[i].items()))
-    kind, where = STEPS[name], f"{path}: steps[{i}].{name}"
+    kind, where = step_of(name), f"{path}: steps[{i}].{name}"
     settings = {"model": current, **(values or {})}
     given = {"model": settings.pop("model"), **overrides_of(name, values, overrides)}
-    for key in TAKEN:
+    for key in made_keys(kind):
         for table in (settings, given):
             if isinstance(table.get(key), str):
                 table[key] = _made(table[key], before)
     origin = next((link.origin for link in before if str(link.out) == given["model"]), given["model"])
     if "data" in kind.model_fields and read.data is not None:
         settings.setdefault("data", read.data)
-    if kind is ReportStep and _can_be_base(origin, {**settings, **given}, before):
+    if "base" in kind.model_fields and _can_be_base(origin, {**settings, **given}, before):
         settings.setdefault("base", origin)
         settings.setdefault("key", _key_of(given["model"], before))
-    if kind is EvalStep:
+    if kind.measures:
         trained = _trained(given["model"], before)
         if {**settings, **given}.get("task") in (None, trained.get("task")):
             settings = trained | settings
-    if kind is RecoverStep and not {"include", "exclude"} & {*settings, *given}:
+    if kind.same_selection and not {"include", "exclude"} & {*settings, *given}:
         settings |= _patterns(given["model"], before)
     called = ""
     if "out" in kind.model_fields:
@@ -94,7 +87,12 @@ def _linked(
     if getattr(step, "component", ()):
         hint = "give the component as the step's model: model: PIPELINE/unet"
         raise UsageError(282, f"{where}: component makes no model for the steps after it", hint=hint)
-    return Link(i, name, step.as_finetune() if isinstance(step, RecoverStep) else step, origin, called)
+    return Link(i, name, step.as_command(), origin, called)
+
+
+def made_keys(kind: type[Step]) -> list[str]:
+    """The settings that may name what an earlier step makes."""
+    return [name for name, known in about(kind).items() if known.is_made]
 
 
 def _can_be_base(origin: str, values: Mapping[str, Any], before: Sequence[Link]) -> bool:
@@ -123,9 +121,9 @@ def _patterns(model: str, before: Sequence[Link]) -> dict[str, Any]:
     link = next((link for link in before if str(link.out) == model), None)
     if link is None:
         return {}
-    if isinstance(link.step, (FinetuneStep, PruneStep)):
-        return {"include": link.step.include, "exclude": link.step.exclude}
-    return _patterns(link.step.model, before) if isinstance(link.step, (PackStep, UnpackStep)) else {}
+    if link.step.restores:
+        return _patterns(link.model, before)
+    return {name: getattr(link.step, name) for name in ("include", "exclude")}
 
 
 def _trained(model: str, before: Sequence[Link]) -> dict[str, Any]:
@@ -133,8 +131,9 @@ def _trained(model: str, before: Sequence[Link]) -> dict[str, Any]:
     link = next((link for link in before if str(link.out) == model), None)
     if link is None:
         return {}
-    if isinstance(link.step, FinetuneStep):
-        return {name: getattr(link.step, name) for name in EvalStep.inherited}
+    if link.step.trains:
+        known = about(type(link.step))
+        return {name: getattr(link.step, name) for name, each in known.items() if each.inherited}
     return _trained(link.model, before)
 
 
@@ -167,6 +166,6 @@ def trained_from(link: Link, links: Sequence[Link]) -> str | None:
     """The model beside which the quality of this step's model was measured: what the last finetune before it
     began with. None where no step of the recipe trained it."""
     maker = next((each for each in links if str(each.out) == link.model), None)
-    if maker is None or isinstance(maker.step, FinetuneStep):
+    if maker is None or maker.step.trains:
         return None if maker is None else maker.model
     return trained_from(maker, links)

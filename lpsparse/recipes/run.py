@@ -1,7 +1,7 @@
 """Run a recipe: each step's output is the next one's input; finished steps are skipped."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,36 +10,21 @@ from lpsparse.checkpoint.finding import locate
 from lpsparse.checkpoint.manifest import Manifest, as_text, digest, list_files, read_manifest
 from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.writer import MANIFEST, write_beside
-from lpsparse.commands import evaluate, finetune, pack, prune, report, verify
 from lpsparse.commands.artefact import recorded
+from lpsparse.commands.report import report_on
+from lpsparse.commands.results import Result
 from lpsparse.errors import InputError, OutputError
 from lpsparse.parallel import environment
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.parallel.progress import Brief
 from lpsparse.recipes.file import read_recipe
 from lpsparse.recipes.outputs import check_free, earlier_reports, report_file, set_aside, write_resolved
-from lpsparse.recipes.plan import WRITES, Link, planned, trained_from
+from lpsparse.recipes.plan import Link, planned, trained_from
 from lpsparse.reporting.records import Report
-from lpsparse.steps.base import POSITIONAL, Step
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
-from lpsparse.steps.pack import PackStep, UnpackStep
-from lpsparse.steps.prune import PruneStep
-from lpsparse.steps.report import ReportStep, VerifyStep
+from lpsparse.steps.base import Step, about
+from lpsparse.steps.table import COMMANDS
 
 Say = Callable[[str], None]
-_TOLD = (
-    "target_sparsity",
-    "method",
-    "epochs",
-    "steps",
-    "sparsity",
-    "below",
-    "gap",
-    "n_m",
-    "min_sparsity",
-    "max_bytes",
-    "max_quality_drop",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +33,17 @@ class Done:
 
     name: str
     step: Step
-    result: Report | dict[str, Any]
+    result: Report | Result
     skipped: bool = False
+
+    @property
+    def report(self) -> Report | None:
+        return self.result if isinstance(self.result, Report) else None
+
+    @property
+    def model(self) -> str:
+        step: Any = self.step  # every kind of step in a recipe has a model
+        return str(step.model)
 
 
 def run(
@@ -89,7 +83,7 @@ def run_each(
 def _kept(links: Sequence[Link], out: Path, say: Say, on_step: Callable[[Any], None]) -> Iterator[Done]:
     """Each step in turn, and the reports of report steps in `out`."""
     for link, done in zip(links, run_links(links, say, on_step), strict=True):
-        if isinstance(done.result, Report) and isinstance(link.step, ReportStep) and is_rank_0():
+        if isinstance(done.result, Report) and link.name == "report" and is_rank_0():
             write_beside(report_file(link, links, out), as_text(done.result))
         yield done
 
@@ -116,50 +110,37 @@ def run_links(
     `links` are not."""
     among = among or links
     for link in links:
-        step = link.step
+        step, out = link.step, link.out
         head = f"[{link.index + 1}/{len(among)}] "
-        say(Brief(head + in_short(link.name, step), head + command_line(link.name, step)))
-        if isinstance(step, ReportStep) and step.base is not None:
+        say(Brief(head + in_short(link.name, step), head + command_line(step)))
+        base = getattr(step, "base", None)
+        if base is not None:
             beside = trained_from(link, among)
             quality = f", quality too if it was measured on the same data, else with {beside}"
-            say(
-                f"  bytes are compared with {step.base}"
-                + (quality if beside not in (None, step.base) else "")
-            )
-        if isinstance(step, WRITES) and is_finished(step):
-            say(f"  finished already: {step.out}")
-            yield Done(link.name, step, report.report_on(step.out), skipped=True)
-        elif isinstance(step, WRITES) and (step.out / MANIFEST).is_file() and not step.overwrite:
-            what = f"{step.out}: holds what other settings, data or another input made"
+            say(f"  bytes are compared with {base}" + (quality if beside not in (None, base) else ""))
+        if out is not None and is_finished(step):
+            say(f"  finished already: {out}")
+            yield Done(link.name, step, report_on(out), skipped=True)
+        elif out is not None and (out / MANIFEST).is_file() and step.at_default("overwrite"):
+            what = f"{out}: holds what other settings, data or another input made"
             hint = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
             raise OutputError(401, what, hint=hint)
         else:
             yield Done(link.name, step, execute(step, say, on_step))
 
 
-def execute(step: Step, say: Say, on_step: Callable[[Any], None]) -> Report | dict[str, Any]:
-    """One step, by its kind."""
-    if isinstance(step, FinetuneStep):
-        return finetune.finetune_step(step, say, on_step)
-    if isinstance(step, EvalStep):
-        return evaluate.evaluate_step(step, say)
-    with environment.together():
-        if isinstance(step, PruneStep):
-            return prune.prune_step(step, say)
-        if isinstance(step, (PackStep, UnpackStep)):
-            return pack.pack_step(step, say)
-        if isinstance(step, VerifyStep):
-            return verify.verify_step(step, say)
-        assert isinstance(step, ReportStep)
-        return report.write_report(step, {}, say)
+def execute(step: Step, say: Say, on_step: Callable[[Any], None]) -> Report | Result:
+    """One step, by the function that its command names."""
+    run = COMMANDS[step.command].load("run")
+    if step.trains:
+        return run(step, say, on_step)
+    with nullcontext() if step.measures else environment.together():
+        return run(step, say)
 
 
 def passed(done: list[Done]) -> bool:
     """Whether every report met its budgets and every verification held."""
-    return all(
-        each.result.passed if isinstance(each.result, Report) else each.result.get("ok", True)
-        for each in done
-    )
+    return all(getattr(each.result, "passed", getattr(each.result, "ok", True)) for each in done)
 
 
 def is_finished(step: Any) -> bool:
@@ -185,15 +166,15 @@ def _same_source(manifest: Manifest, step: Any) -> bool:
 
 def in_short(name: str, step: Step) -> str:
     """A step on one line: what it makes, or reads, and the options that say how much."""
-    where = f"-> {step.out}" if isinstance(step, WRITES) else getattr(step, "model", "")
-    told = " ".join(step.options(_TOLD)).replace(" --", ", --")
+    out = step.destination
+    where = getattr(step, "model", "") if out is None else f"-> {out}"
+    headline = [name for name, known in about(type(step)).items() if known.headline]
+    told = " ".join(step.options(headline)).replace(" --", ", --")
     return f"{name} {where}{f' ({told})' if told else ''}"
 
 
-def command_line(name: str, step: Step) -> str:
+def command_line(step: Step) -> str:
     """The command that a person would type for this step."""
     import shlex
 
-    name = "finetune" if isinstance(step, FinetuneStep) else name  # recover is one
-    positional = [str(getattr(step, key)) for key in POSITIONAL if getattr(step, key, None) is not None]
-    return shlex.join(["lpsparse", name, *positional, *step.options()])
+    return shlex.join(["lpsparse", step.command, *step.arguments(), *step.options()])

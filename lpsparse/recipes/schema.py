@@ -3,9 +3,8 @@
 from typing import Any
 
 from lpsparse.recipes.file import SHELL, Recipe
-from lpsparse.steps.base import Step
-from lpsparse.steps.finetune import RecoverStep
-from lpsparse.steps.table import STEPS
+from lpsparse.steps.base import Step, about_of
+from lpsparse.steps.table import COMMANDS, RECIPE_WORDS, step_of
 
 # YAML 1.1, which we read, takes 4e-3 for text; editors take it for a number.
 _EXPONENT = r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"
@@ -21,7 +20,7 @@ def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a whole recipe. What two settings mean together it knows in part alone:
     `lpsparse recipe check` knows the rest."""
     top = Recipe.model_json_schema()
-    words = {name: _reference(name, kind) for name, kind in STEPS.items()}
+    words = {name: _reference(name, step_of(name)) for name in RECIPE_WORDS}
     steps = {
         "type": "array",
         "minItems": 1,
@@ -42,7 +41,7 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "required": top["required"],
         "properties": {name: _loose(node) for name, node in top["properties"].items()} | {"steps": steps},
-        "$defs": {name: _step(name, kind) for name, kind in STEPS.items()},
+        "$defs": {name: _step(name, step_of(name)) for name in RECIPE_WORDS},
     }
 
 
@@ -50,7 +49,7 @@ def _reference(name: str, kind: type[Step]) -> dict[str, Any]:
     """A step may stand without settings where it needs none."""
     step = {"$ref": f"#/$defs/{name}"}
     node = step if _needed(kind) or name in _RULES else {"anyOf": [step, {"type": "null"}]}
-    return {"description": " ".join((kind.__doc__ or "").split()), **node}
+    return {"description": COMMANDS[name].help, **node}
 
 
 def _needed(kind: type[Step]) -> list[str]:
@@ -63,18 +62,18 @@ def _step(name: str, kind: type[Step]) -> dict[str, Any]:
     properties = {key: _loose(node) for key, node in found.items() if key != "dry_run"}
     for key in _CHAIN.keys() & properties.keys():
         properties[key] = {"type": "string", "not": _EXPANDED, "description": _CHAIN[key]}
-    if issubclass(kind, RecoverStep):
-        properties["method"] |= {"enum": ["dense"]}
-        properties["keep_zeros"] |= {"const": True}
+    for key, value in kind.fixed.items():
+        properties[key] = {**properties[key], "const": value}
     spellings = {
         spelling: key
         for field, info in kind.model_fields.items()
         for key in [info.alias or field]
-        for spelling in {field, field.replace("_", "-")} - {key}
+        for name in (field, *about_of(info).aliases)
+        for spelling in {name, name.replace("_", "-")} - {key}
         if key in properties
     }
     return {
-        "description": " ".join((kind.__doc__ or "").split()),
+        "description": COMMANDS[name].help,
         "type": "object",
         "additionalProperties": False,
         "required": _needed(kind),

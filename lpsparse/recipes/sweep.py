@@ -18,15 +18,11 @@ from lpsparse.parallel.environment import is_rank_0
 from lpsparse.recipes import run
 from lpsparse.recipes.file import read_recipe
 from lpsparse.recipes.outputs import check_free, set_aside
-from lpsparse.recipes.plan import TAKEN, Link, planned
+from lpsparse.recipes.plan import Link, made_keys, planned
 from lpsparse.recipes.run import Done, Say
 from lpsparse.reporting.curve import draw
 from lpsparse.reporting.records import Budget, Report
-from lpsparse.steps.base import fraction
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
-from lpsparse.steps.pack import PackStep, UnpackStep
-from lpsparse.steps.prune import PruneStep
-from lpsparse.steps.report import ReportStep
+from lpsparse.steps.base import Step, about, fraction
 
 _FILES = ("sweep.json", "sweep.csv", "sweep.svg")
 _COLUMNS = (
@@ -125,15 +121,12 @@ def _varied(path: Path, links: Sequence[Link]) -> set[int]:
     varied: set[int] = set()
     made: set[str] = set()
     for link in links:
-        step = link.step
-        if isinstance(step, PruneStep) and step.sparsity is None:
-            rule = "n_m" if step.n_m else "gap" if step.gap else "below"
+        step, taken = link.step, made_keys(type(link.step))
+        rule = next((name for name in step.rivals if not step.at_default(name)), "sparsity")
+        if rule != "sparsity":
             what = f"{path}: steps[{link.index}].prune cuts by {rule}: there is no sparsity to vary"
             raise UsageError(286, what, hint="give it a sparsity, or run the recipe as it is")
-        cuts = isinstance(step, PruneStep) or (
-            isinstance(step, FinetuneStep) and step.target_sparsity is not None
-        )
-        if cuts or any(str(getattr(step, key, None)) in made for key in TAKEN):
+        if _swept_keys(step) or any(str(getattr(step, key)) in made for key in taken):
             varied.add(link.index)
             made |= {str(link.out)} if link.out is not None else set()
     if not made:
@@ -147,20 +140,23 @@ def _place(links: Sequence[Link], varied: set[int], value: Decimal, was: Path, f
     moved: dict[str, str] = {}
     found: list[Link] = []
     for link in links:
-        named = {key: str(getattr(link.step, key, None)) for key in TAKEN}
-        changes: dict[str, Any] = {key: moved[at] for key, at in named.items() if at in moved}
-        if "baseline" in changes:
-            changes["baseline"] = Path(changes["baseline"])
+        named = {key: getattr(link.step, key) for key in made_keys(type(link.step))}
+        changes: dict[str, Any] = {
+            key: type(at)(moved[str(at)]) for key, at in named.items() if str(at) in moved
+        }
         if link.out is not None:
             part = f"s{_short(value)}" if link.index in varied else "shared"
             changes["out"] = folder / part / link.called
             moved[str(link.out)] = str(changes["out"])
-        if isinstance(link.step, PruneStep):
-            changes["sparsity"] = value
-        if isinstance(link.step, FinetuneStep) and link.step.target_sparsity is not None:
-            changes["target_sparsity"] = value
+        changes |= dict.fromkeys(_swept_keys(link.step), value)
         found.append(replace(link, step=link.step.model_copy(update=changes)))
     return _Placed(found, [link for link in found if link.index in varied])
+
+
+def _swept_keys(step: Step) -> list[str]:
+    """The settings of a step that are the sparsity it cuts to."""
+    known = about(type(step))
+    return [name for name, each in known.items() if each.is_swept and getattr(step, name) is not None]
 
 
 def _short(value: Decimal) -> str:
@@ -173,7 +169,7 @@ def _row(
     """The model at one sparsity. The figures are of the folder that the row names; the budgets are those of
     every report, of this folder's first."""
     out = _named(links, own)
-    mine = [each.result for each in own if isinstance(each.step, ReportStep) and each.step.model == str(out)]
+    mine = [each.result for each in own if each.name == "report" and each.model == str(out)]
     report = mine[-1] if mine else report_on(out)
     assert isinstance(report, Report)
     budgets = [budget for each in (*reversed(own), *common) for budget in _budgets(each)]
@@ -200,22 +196,22 @@ def _named(links: Sequence[Link], own: Sequence[Done]) -> Path:
     """The folder that stands for a sparsity: what the last report with budgets looked at, else what the last
     step that writes has made."""
     outs = {str(link.out): link.out for link in links if link.out is not None}
-    judged = [str(each.step.model) for each in own if isinstance(each.step, ReportStep) and _budgets(each)]
+    judged = [each.model for each in own if each.name == "report" and _budgets(each)]
     return outs[next((model for model in reversed(judged) if model in outs), list(outs)[-1])]
 
 
 def _budgets(done: Done) -> tuple[Budget, ...]:
-    return done.result.budgets if isinstance(done.result, Report) else ()
+    return () if done.report is None else done.report.budgets
 
 
 def _alike(model: str, done: Sequence[Done]) -> set[str]:
     """The folders that hold the weights of `model`, in whatever layout."""
     found = {model}
-    stored = [each.step for each in done if isinstance(each.step, (PackStep, UnpackStep))]
-    for step in reversed(stored):
-        found |= {step.model} if str(step.out) in found else set()
-    for step in stored:
-        found |= {str(step.out)} if step.model in found else set()
+    stored = [(each.model, str(each.step.destination)) for each in done if each.step.restores]
+    for source, out in reversed(stored):
+        found |= {source} if out in found else set()
+    for source, out in stored:
+        found |= {out} if source in found else set()
     return found
 
 
@@ -232,11 +228,7 @@ def _quality(
 
 def _measured(done: Sequence[Done], alike: set[str]) -> tuple[str | None, float | None]:
     """What the last `eval` step of one of these models measured."""
-    found = [
-        each.result
-        for each in done
-        if isinstance(each.step, EvalStep) and each.step.model in alike and isinstance(each.result, dict)
-    ]
+    found = [each.result.as_data() for each in done if each.step.measures and each.model in alike]
     if not found:
         return None, None
     metric = "accuracy" if "accuracy" in found[-1] else "loss"

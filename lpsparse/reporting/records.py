@@ -238,6 +238,10 @@ class Report(Record):
         """Whether no budget failed that is more than a warning."""
         return all(budget.passed or budget.level == "warn" for budget in self.budgets)
 
+    def as_data(self) -> dict[str, Any]:
+        """Plain data, as report.json holds it."""
+        return self.model_dump(mode="json")
+
 
 def schema() -> str:
     """JSON Schema of report.json."""

@@ -1,12 +1,13 @@
-"""A step: the settings of one command, with their defaults, which are written nowhere else.
+"""A step: what one command can be asked, with all that there is to know about each setting.
 
-Light on purpose: `--help` imports it.
+Defaults, help, panels and what a setting needs are written here and nowhere else. No heavy imports.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Annotated, Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -16,10 +17,64 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     WithJsonSchema,
+    model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from lpsparse.families import Family
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a setting's type, default and help do not say. pydantic calls it with the JSON schema of it."""
+
+    panel: str = "Method"  # of --help; Arguments: given by its place
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    advanced: bool = False  # shown by --help-all only
+    metavar: str = ""
+    aliases: tuple[str, ...] = ()  # other names that the command line, recipes and Python accept
+    recorded: bool = True  # decides the bytes of OUT, so the manifest has it
+    local: bool = False  # says how this machine runs the step, so a resolved recipe leaves it out
+    headline: bool = False  # shown where a step is named on one line
+    is_path: bool = False  # of this machine
+    is_made: bool = False  # may name what an earlier step of a recipe makes
+    is_swept: bool = False  # the sparsity that a sweep varies
+    inherited: bool = False  # of the fine-tune that made MODEL, where an eval does not give it
+    has_default: bool = True  # False: it may be left out, and what stands in for it is no value
+
+    def __call__(self, schema: dict[str, Any]) -> None:
+        if not self.has_default:
+            del schema["default"]
+
+
+_OF_ABOUT = frozenset(About.__dataclass_fields__)
+
+
+def Setting(default: Any = ..., *, help: str, **more: Any) -> Any:
+    """A field of a step: `more` are fields of `About`, and pydantic's own rules such as ge, lt or alias.
+
+    `needs` maps another setting to the values one of which it must have for this one to mean anything; where
+    there are none, it must be given. `local` settings are not recorded.
+    """
+    about = {name: more.pop(name) for name in _OF_ABOUT & more.keys()}
+    about.setdefault("recorded", not about.get("local", False))
+    return Field(default, description=help, json_schema_extra=About(**about), **more)
+
+
+def about(kind: type[BaseModel]) -> dict[str, About]:
+    """What there is to know about each field, by its name."""
+    return {name: about_of(info) for name, info in kind.model_fields.items()}
+
+
+def about_of(info: FieldInfo) -> About:
+    extra = info.json_schema_extra
+    return extra if isinstance(extra, About) else About()
+
+
+def is_repeated(info: FieldInfo) -> bool:
+    """Whether its option may be given more than once."""
+    return get_args(info.annotation) == (str, ...)
 
 
 def listed(value: Any) -> Any:
@@ -82,89 +137,73 @@ Fraction = Annotated[
     ),
 ]
 
-INCLUDE = Field(
+INCLUDE = Setting(
     (),
-    description="Glob over tensor names that may be cut; repeatable. Default: linear and convolution "
+    help="Glob over tensor names that may be cut; repeatable. Default: linear and convolution "
     "weights, except output heads and routers.",
+    panel="Selection",
 )
 
-EXCLUDE = Field((), description="Glob over tensor names that are kept; repeatable, wins over --include.")
-
-MODEL = Field(min_length=1, description="Folder, weight file, *.index.json, or hub id org/name[@revision].")
-
-WEIGHTS = Field(
-    None,
-    description="Weight file or index in MODEL that is meant, a name alone. Default: the one that is there.",
+EXCLUDE = Setting(
+    (), help="Glob over tensor names that are kept; repeatable, wins over --include.", panel="Selection"
 )
 
-KEY = Field(
+MODEL = Setting(
+    min_length=1,
+    help="Folder, weight file, *.index.json, or hub id org/name[@revision].",
+    panel="Arguments",
+    recorded=False,
+    is_made=True,
+)
+
+WEIGHTS = Setting(
     None,
-    description="Table of tensors to read from a torch file, such as params_ema or ema.model. Default: the "
+    help="Weight file or index in MODEL that is meant, a name alone. Default: the one that is there.",
+    panel="Input",
+    recorded=False,
+    advanced=True,
+)
+
+KEY = Setting(
+    None,
+    help="Table of tensors to read from a torch file, such as params_ema or ema.model. Default: the "
     "only one.",
+    panel="Input",
+    advanced=True,
 )
 
-OUT = Field(description="Folder to write; must not exist yet.")
+OUT = Setting(help="Folder to write; must not exist yet.", panel="Arguments", recorded=False)
 
-OVERWRITE = Field(False, description="Replace an OUT that lpsparse wrote.")
+OVERWRITE = Setting(False, help="Replace an OUT that lpsparse wrote.", panel="Output", local=True)
 
-THREADS = Field(None, ge=1, description="Threads; the result is the same. Default: one a core.")
-
-ALLOW_EMPTY = Field(
-    False, description="Exit 0 also where a tensor or a layer type is left without weights. Default: exit 1."
+THREADS = Setting(
+    None,
+    ge=1,
+    help="Threads; the result is the same. Default: one a core.",
+    panel="Hardware",
+    local=True,
+    advanced=True,
 )
 
-DRY_RUN = Field(False, description="Say what would be done and write nothing.")
-
-POSITIONAL = ("model", "out", "base", "source", "folder", "repo")
-
-REPEATED = (  # flags that may be given more than once
-    "component",
-    "include",
-    "exclude",
-    "freeze",
-    "min_sparsity",
-    "max_bytes",
-    "max_quality_drop",
-    "max_layer_sparsity",
-    "min_nm",
-    "warn",
+ALLOW_EMPTY = Setting(
+    False,
+    help="Exit 0 also where a tensor or a layer type is left without weights. Default: exit 1.",
+    panel="Output",
+    recorded=False,
+    advanced=True,
 )
 
-_UNRECORDED = {
-    "model",
-    "weights",
-    "out",
-    "overwrite",
-    "dry_run",
-    "threads",
-    "source",
-    "base",
-    "data",
-    "eval_data",
-    "model_fn",
-    "processes",
-    "shard",
-    "workers",
-    "resume",
-    "save_every",
-    "keep_last",
-    "max_time",
-    "track",
-    "rank_timeout",
-    "look",
-    "allow_empty",
-    "component",
-}
-
-OTHER_NAMES = {  # what people call a setting -> the field, where a step has no such field of its own
-    "learning_rate": "lr",
-    "sparsity": "target_sparsity",
-}
+DRY_RUN = Setting(False, help="Say what would be done and write nothing.", panel="Output", local=True)
 
 
-def other_names(fields: Collection[str]) -> dict[str, str]:
-    """Of OTHER_NAMES those that a step with these fields takes."""
-    return {name: of for name, of in OTHER_NAMES.items() if of in fields and name not in fields}
+def other_names(kind: type[BaseModel]) -> dict[str, str]:
+    """Each alias that a step's settings have -> the setting's name."""
+    return {
+        alias: name
+        for name, known in about(kind).items()
+        for alias in known.aliases
+        if alias not in kind.model_fields
+    }
 
 
 def flag(field: str) -> str:
@@ -179,28 +218,71 @@ class Step(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), defer_build=True
     )
-    decides: ClassVar[frozenset[str]] = frozenset()  # what is recorded here, other than elsewhere
+    command: ClassVar[str]  # that does it
+    trains: ClassVar[bool] = False
+    measures: ClassVar[bool] = (
+        False  # quality, for the task and with the settings that MODEL was trained with
+    )
+    restores: ClassVar[bool] = False  # writes the same values in another layout
+    same_selection: ClassVar[bool] = False  # of tensors as the step before it
+    fixed: ClassVar[Mapping[str, Any]] = {}  # fields that have one value only
+    rivals: ClassVar[tuple[str, ...]] = ()  # fields of which one alone may be given
+
+    @property
+    def destination(self) -> Path | None:
+        """The folder that it writes a checkpoint to, if it writes one."""
+        return getattr(self, "out", None)
+
+    @model_validator(mode="after")
+    def _has_use(self) -> Self:
+        """Refuse a setting, not at its default, that means nothing beside the others."""
+        for name, known in about(type(self)).items():
+            for of, values in known.needs.items() if not self.at_default(name) else ():
+                if values and getattr(self, of) not in values:
+                    wanted = f"{flag(name)} is for {flag(of)} {' or '.join(values)}"
+                    raise ValueError(f"{wanted}, not {getattr(self, of)}")
+                if not values and self.at_default(of):
+                    raise ValueError(f"{flag(name)} needs {label(type(self), of)}")
+        return self
+
+    def as_command(self) -> "Step":
+        """The step that a person would type for it."""
+        return self
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide the bytes of the result: no paths of this machine."""
-        return self.model_dump(mode="json", exclude=_UNRECORDED - type(self).decides)
+        hidden = {name for name, known in about(type(self)).items() if not known.recorded}
+        return self.model_dump(mode="json", exclude=hidden)
 
     def at_default(self, name: str) -> bool:
         return getattr(self, name) == type(self).model_fields[name].default
 
+    def arguments(self) -> list[str]:
+        """What is given by its place, as a person would type it."""
+        places = (name for name, known in about(type(self)).items() if known.panel == "Arguments")
+        return [str(value) for name in places if (value := getattr(self, name)) is not None]
+
     def options(self, among: Collection[str] | None = None) -> list[str]:
         """The options (`among` these fields) that are not at their defaults, as a person would type them."""
         words: list[str] = []
-        for name in type(self).model_fields:
-            if name in POSITIONAL or self.at_default(name) or (among is not None and name not in among):
-                continue
+        for name, info in type(self).model_fields.items():
             value = getattr(self, name)
+            if about_of(info).panel == "Arguments" or self.at_default(name):
+                continue
+            if among is not None and name not in among:
+                continue
             if isinstance(value, bool):
                 words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
-            elif name in REPEATED:
+            elif is_repeated(info):
                 for pattern in value:
                     words += [flag(name), pattern]
             else:
                 text = ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
                 words += [flag(name), text]
         return words
+
+
+def label(kind: type[BaseModel], name: str) -> str:
+    """The command line's name of a field: MODEL, or --data."""
+    known = about(kind).get(name)
+    return name.upper() if known is not None and known.panel == "Arguments" else flag(name)

@@ -1,5 +1,6 @@
 """Settings of finetune, recover and eval."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -20,8 +21,8 @@ from lpsparse.steps.base import (
     Fraction,
     OneOf,
     Patterns,
+    Setting,
     Step,
-    flag,
     listed,
 )
 
@@ -48,34 +49,58 @@ class DataStep(Step):
     model: str = MODEL
     weights: str | None = WEIGHTS
     key: str | None = KEY
-    task: Task = Field(description="What the model does.")
-    split: str = Field(
-        "train", description="Part of DATA to use: file stem or name, with an optional [from:to]."
+    task: Task = Setting(help="What the model does.", panel="Input", inherited=True)
+    split: str = Setting(
+        "train", help="Part of DATA to use: file stem or name, with an optional [from:to].", panel="Input"
     )
-    text_field: str | None = Field(
+    text_field: str | None = Setting(
         None,
-        description="Column of the text. Default: text or sentence; in a table of two columns without a "
+        help="Column of the text. Default: text or sentence; in a table of two columns without a "
         "heading, the first.",
+        panel="Input",
+        inherited=True,
+        advanced=True,
     )
-    label_field: str | None = Field(None, description="Column of the label. Default: label.")
-    max_length: int = Field(
+    label_field: str | None = Setting(
+        None, help="Column of the label. Default: label.", panel="Input", inherited=True, advanced=True
+    )
+    max_length: int = Setting(
         128,
         ge=2,
-        description="Tokens a text is cut at (classification) or a block has (causal-lm). Default: 128, or "
+        help="Tokens a text is cut at (classification) or a block has (causal-lm). Default: 128, or "
         "the positions that MODEL has.",
+        panel="Input",
+        inherited=True,
     )
-    model_fn: str | None = Field(
+    model_fn: str | None = Setting(
         None,
-        description="MODULE:CALLABLE or FILE.py:CALLABLE that builds the torch module of a bare state dict.",
+        help="MODULE:CALLABLE or FILE.py:CALLABLE that builds the torch module of a bare state dict.",
+        panel="Input",
+        recorded=False,
+        is_path=True,
+        inherited=True,
     )
-    mean: Floats | None = Field(
+    mean: Floats | None = Setting(
         None,
-        description="Mean of each image channel, on 0..1, comma separated. Default: as MODEL's "
+        help="Mean of each image channel, on 0..1, comma separated. Default: as MODEL's "
         "preprocessor_config.json says, else 0.5.",
+        panel="Input",
+        inherited=True,
+        advanced=True,
     )
-    std: Floats | None = Field(None, description="Standard deviation of each image channel, likewise.")
-    batch_size: int = Field(32, ge=1, description="Rows, images or blocks a step (all processes together).")
-    seed: int = Field(0, ge=0, description="Seed of data order, new heads and dropout.")
+    std: Floats | None = Setting(
+        None,
+        help="Standard deviation of each image channel, likewise.",
+        panel="Input",
+        inherited=True,
+        advanced=True,
+    )
+    batch_size: int = Setting(
+        32, ge=1, help="Rows, images or blocks a step (all processes together).", panel="Training"
+    )
+    seed: int = Setting(
+        0, ge=0, help="Seed of data order, new heads and dropout.", panel="Training", advanced=True
+    )
 
     @model_validator(mode="after")
     def _channels(self) -> Self:
@@ -85,243 +110,402 @@ class DataStep(Step):
         return self
 
 
-def _without_default(schema: dict[str, Any]) -> None:
-    del schema["default"]
-
-
 class EvalStep(DataStep):
     """Measure a model's quality on data."""
 
-    # What a fine-tune of MODEL was told, and need not be said again.
-    inherited: ClassVar[tuple[str, ...]] = (
-        "task",
-        "text_field",
-        "label_field",
-        "max_length",
-        "model_fn",
-        "mean",
-        "std",
-    )
+    command: ClassVar[str] = "eval"
+    measures: ClassVar[bool] = True
 
     # `as_trained` fills it in, or refuses.
-    task: Task = Field(
+    task: Task = Setting(
         cast("Any", None),
-        json_schema_extra=_without_default,
-        description="What the model does. Default: what `finetune` trained MODEL for.",
+        help="What the model does. Default: what `finetune` trained MODEL for.",
+        panel="Input",
+        inherited=True,
+        has_default=False,
     )
-    data: str = Field(description="File or folder of data, or hub data set id.")
-    split: str = Field(
+    data: str = Setting(
+        help="File or folder of data, or hub data set id.", panel="Input", recorded=False, is_path=True
+    )
+    split: str = Setting(
         "validation",
-        description="Part of DATA to use: file stem or name, with an optional [from:to]; validation also "
-        "finds dev.",
+        help="Part of DATA to use: file stem or name, with an optional [from:to]; validation also finds dev.",
+        panel="Input",
     )
-    against: str | None = Field(
-        None, description="Dense model to measure on the same rows: the quality before."
+    against: str | None = Setting(
+        None,
+        help="Dense model to measure on the same rows: the quality before.",
+        panel="Input",
+        is_path=True,
+        is_made=True,
     )
-    save: bool = Field(
+    save: bool = Setting(
         False,
-        description="Record the result in MODEL, a folder that lpsparse wrote, for `report "
+        help="Record the result in MODEL, a folder that lpsparse wrote, for `report "
         "--max-quality-drop`. One of the same data is replaced.",
+        panel="Output",
     )
-    dry_run: bool = Field(False, description="With --save: measure, and write nothing.")
-
-    @model_validator(mode="after")
-    def _saves(self) -> Self:
-        if self.dry_run and not self.save:
-            raise ValueError("--dry-run goes with --save: nothing else is written")
-        return self
+    dry_run: bool = Setting(
+        False, help="With --save: measure, and write nothing.", panel="Output", local=True, needs={"save": ()}
+    )
 
 
 class FinetuneStep(DataStep):
     """Train so that most weights go to zero by themselves, then cut them and recover."""
 
-    decides: ClassVar[frozenset[str]] = frozenset({"threads"})  # sums in floating point
+    command: ClassVar[str] = "finetune"
+    trains: ClassVar[bool] = True
 
     out: Path = OUT
-    data: str = Field(description="File or folder of data, or hub data set id.")
-    eval_data: str | None = Field(None, description="Held-out data. Default: DATA.")
-    eval_split: str | None = Field(
+    data: str = Setting(
+        help="File or folder of data, or hub data set id.", panel="Input", recorded=False, is_path=True
+    )
+    eval_data: str | None = Setting(
+        None, help="Held-out data. Default: DATA.", panel="Input", recorded=False, is_path=True, advanced=True
+    )
+    eval_split: str | None = Setting(
         None,
-        description="Held-out part. Default: validation (or dev) if DATA has it, else a share of --split.",
+        help="Held-out part. Default: validation (or dev) if DATA has it, else a share of --split.",
+        panel="Input",
     )
-    eval_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of --split set aside when no --eval-split."
+    eval_fraction: float = Setting(
+        0.1, gt=0, lt=1, help="Share of --split set aside when no --eval-split.", panel="Input", advanced=True
     )
-    method: Method = Field(
+    method: Method = Setting(
         "lp",
-        description="How weights get to zero: L_p decay; the rivals gradual magnitude pruning, one-shot with "
+        help="How weights get to zero: L_p decay; the rivals gradual magnitude pruning, one-shot with "
         "masked training, L1 prox, deep weight factorisation, RigL's regrowth; or not at all.",
+        headline=True,
     )
-    target_sparsity: Fraction | None = Field(
+    target_sparsity: Fraction | None = Setting(
         None,
         ge=0,
         lt=1,
-        description="Fraction of the prunable weights that is zero in OUT, exactly. Default: no cut.",
+        help="Fraction of the prunable weights that is zero in OUT, exactly. Default: no cut.",
+        aliases=("sparsity",),
+        is_swept=True,
+        headline=True,
     )
-    p: float = Field(0.5, gt=0, description="Exponent of the norm; below 1 weights reach exact zero.")
-    lambda_p: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+    p: float = Setting(
+        0.5,
+        gt=0,
+        help="Exponent of the norm; below 1 weights reach exact zero.",
+        needs={"method": ("lp",)},
+        advanced=True,
+    )
+    lambda_p: Annotated[float, Field(ge=0)] | Literal["auto"] = Setting(
         "auto",
         alias="lambda",
-        description="Strength of the decay (ours: the authors' lambda times p); auto takes it from the sum "
+        help="Strength of the decay (ours: the authors' lambda times p); auto takes it from the sum "
         "of learning rates.",
+        needs={"method": ("lp", "l1", "dwf")},
+        advanced=True,
     )
-    lambda_convention: Literal["ours", "authors"] = Field(
-        "ours", description="How a number in --lambda is meant."
+    lambda_convention: Literal["ours", "authors"] = Setting(
+        "ours",
+        help="How a number in --lambda is meant.",
+        needs={"method": ("lp", "l1", "dwf")},
+        advanced=True,
     )
-    p_start: float | None = Field(
+    p_start: float | None = Setting(
         None,
         gt=0,
-        description="Exponent at the start of the decay phase, from where it goes linearly to --p. Default: "
+        help="Exponent at the start of the decay phase, from where it goes linearly to --p. Default: "
         "--p throughout.",
+        needs={"method": ("lp",)},
+        advanced=True,
     )
-    lambda_2: float = Field(0.0, ge=0, description="Ridge beside the L_p decay (elastic net); 0 is none.")
-    selective: bool = Field(
-        True, description="With a target, decay only the weights that the current target would cut."
+    lambda_2: float = Setting(
+        0.0,
+        ge=0,
+        help="Ridge beside the L_p decay (elastic net); 0 is none.",
+        needs={"method": ("lp", "l1")},
+        advanced=True,
     )
-    cautious: bool = Field(False, description="Decay only where the step itself moves a weight towards zero.")
-    prox: Literal["pwd", "irl1"] = Field(
-        "pwd", description="The decay's step: the paper's division, or the reweighted L1 threshold."
+    selective: bool = Setting(
+        True,
+        help="With a target, decay only the weights that the current target would cut.",
+        needs={"method": ("lp",), "target_sparsity": ()},
+        advanced=True,
     )
-    score: Literal["auto", "magnitude", "fisher"] = Field(
+    cautious: bool = Setting(
+        False,
+        help="Decay only where the step itself moves a weight towards zero.",
+        needs={"method": ("lp", "l1")},
+        advanced=True,
+    )
+    prox: Literal["pwd", "irl1"] = Setting(
+        "pwd",
+        help="The decay's step: the paper's division, or the reweighted L1 threshold.",
+        needs={"method": ("lp",)},
+        advanced=True,
+    )
+    score: Literal["auto", "magnitude", "fisher"] = Setting(
         "auto",
-        description="What says which weights go: |w|, or |w| times the root of AdamW's average squared "
+        help="What says which weights go: |w|, or |w| times the root of AdamW's average squared "
         "gradient (the rise of the loss without it). auto: fisher for --method lp with adamw, unless the "
         "model has batch normalisation or the cut comes within 20 steps.",
+        needs={"target_sparsity": ()},
+        advanced=True,
     )
-    masked_forward: bool = Field(
+    masked_forward: bool = Setting(
         True,
-        description="In the decay phase, leave what --selective chooses out of the forward pass already; it "
+        help="In the decay phase, leave what --selective chooses out of the forward pass already; it "
         "still learns and decays, and may come back.",
+        needs={"method": ("lp",), "target_sparsity": ()},
+        advanced=True,
     )
-    condition: Annotated[str, OneOf(CONDITIONINGS, ("auto", "none"))] = Field(
+    condition: Annotated[str, OneOf(CONDITIONINGS, ("auto", "none"))] = Setting(
         "auto",
-        description="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
+        help="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
         "weight-norm: norms are learnt; the others: docs/method.md. auto: rows with --method lp where "
         "all weights decay (no target), unless the model has batch normalisation; else none.",
+        advanced=True,
     )
-    gain_lr_ratio: float = Field(
-        1.0, ge=0, description="Learning rate of the norms in --condition weight-norm, as a multiple of --lr."
+    gain_lr_ratio: float = Setting(
+        1.0,
+        ge=0,
+        help="Learning rate of the norms in --condition weight-norm, as a multiple of --lr.",
+        needs={"condition": ("weight-norm",)},
+        advanced=True,
     )
-    path_penalty: float = Field(0.0, ge=0, description="Weight of the 1-path-norm in --condition l1-rows.")
-    factors: int = Field(2, ge=2, le=4, description="Factors of each weight in --method dwf.")
-    distill: float = Field(
+    path_penalty: float = Setting(
+        0.0,
+        ge=0,
+        help="Weight of the 1-path-norm in --condition l1-rows.",
+        needs={"condition": ("l1-rows",)},
+        advanced=True,
+    )
+    factors: int = Setting(
+        2,
+        ge=2,
+        le=4,
+        help="Factors of each weight in --method dwf.",
+        needs={"method": ("dwf",)},
+        advanced=True,
+    )
+    distill: float = Setting(
         0.0,
         ge=0,
         le=1,
-        description="Share of the loss that is the divergence from MODEL's own outputs; needs a MODEL with "
+        help="Share of the loss that is the divergence from MODEL's own outputs; needs a MODEL with "
         "its head.",
     )
-    temperature: float = Field(2.0, gt=0, description="Softening of both outputs in --distill.")
-    distill_blocks: float = Field(
+    temperature: float = Setting(2.0, gt=0, help="Softening of both outputs in --distill.", advanced=True)
+    distill_blocks: float = Setting(
         0.0,
         ge=0,
-        description="Weight of keeping every block's output near MODEL's own, as a relative squared error.",
+        help="Weight of keeping every block's output near MODEL's own, as a relative squared error.",
+        advanced=True,
     )
-    r_drop: float = Field(
+    r_drop: float = Setting(
         0.0,
         ge=0,
-        description="Weight of the divergence between two passes with dropout (R-Drop's alpha): helps where "
+        help="Weight of the divergence between two passes with dropout (R-Drop's alpha): helps where "
         "labelled data is short, at twice the time.",
+        advanced=True,
     )
-    keep_zeros: bool = Field(False, description="Never revive a weight that is zero in MODEL, of any tensor.")
-    decay_share: float = Field(
+    keep_zeros: bool = Setting(
+        False, help="Never revive a weight that is zero in MODEL, of any tensor.", advanced=True
+    )
+    decay_share: float = Setting(
         0.4,
         gt=0,
         le=1,
-        description="Share of the steps after which the target is met; the rest recovers. 1: no recovery.",
+        help="Share of the steps after which the target is met; the rest recovers. 1: no recovery.",
+        needs={"target_sparsity": ()},
+        advanced=True,
     )
-    ramp: Literal["cubic", "none"] = Field(
-        "cubic", description="How the target rises in the decay phase; none: all of it from the start."
+    ramp: Literal["cubic", "none"] = Setting(
+        "cubic",
+        help="How the target rises in the decay phase; none: all of it from the start.",
+        needs={"target_sparsity": ()},
+        advanced=True,
     )
-    cut: Literal["auto", "end", "gradual"] = Field(
+    cut: Literal["auto", "end", "gradual"] = Setting(
         "auto",
-        description="When what --method lp chose is cut for good: all at the end of --decay-share, before "
+        help="When what --method lp chose is cut for good: all at the end of --decay-share, before "
         "which it may come back, or as the target rises. auto: end, unless the model has batch "
         "normalisation.",
+        needs={"method": ("lp",), "target_sparsity": ()},
+        advanced=True,
     )
-    allocation: Literal["global", "lamp", "uniform", "erk"] = Field(
+    allocation: Literal["global", "lamp", "uniform", "erk"] = Setting(
         "global",
-        description="How the target is shared among tensors: by score over all; by LAMP scores, which spare "
+        help="How the target is shared among tensors: by score over all; by LAMP scores, which spare "
         "tensors of small scale; evenly; or by Erdos-Renyi densities, which spare small tensors.",
+        needs={"target_sparsity": ()},
+        advanced=True,
     )
     include: Patterns = INCLUDE
     exclude: Patterns = EXCLUDE
     allow_empty: bool = ALLOW_EMPTY
-    epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides --epochs.")
-    optimizer: Annotated[str, AfterValidator(_optimizer)] = Field(
+    epochs: float = Setting(3.0, gt=0, help="Passes over the training data.", panel="Training", headline=True)
+    steps: int | None = Setting(
+        None, ge=1, help="Optimizer steps; overrides --epochs.", panel="Training", headline=True
+    )
+    optimizer: Annotated[str, AfterValidator(_optimizer)] = Setting(
         "adamw",
-        description="Base optimizer: adamw, sgd (momentum 0.9), adafactor, muon (of matrices, adamw of the "
+        help="Base optimizer: adamw, sgd (momentum 0.9), adafactor, muon (of matrices, adamw of the "
         "rest), or MODULE:CLASS or FILE.py:CLASS of torch's interface.",
+        panel="Training",
+        advanced=True,
     )
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    lr_schedule: Literal["cosine", "linear", "restart"] = Field(
+    lr: float = Setting(1e-4, gt=0, help="Peak learning rate.", panel="Training", aliases=("learning_rate",))
+    lr_schedule: Literal["cosine", "linear", "restart"] = Setting(
         "restart",
-        description="How lr falls to zero; restart: half-way by the end of --decay-share, then from the peak "
+        help="How lr falls to zero; restart: half-way by the end of --decay-share, then from the peak "
         "again (a cosine where no recovery follows).",
+        panel="Training",
+        advanced=True,
     )
-    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which lr and lambda rise.")
-    weight_decay: float = Field(
-        0.0, ge=0, description="Ordinary decay of the tensors that L_p decay leaves alone."
+    warmup: float = Setting(
+        0.05,
+        ge=0,
+        lt=1,
+        help="Share of the steps in which lr and lambda rise.",
+        panel="Training",
+        aliases=("warmup_ratio",),
+        advanced=True,
     )
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+    weight_decay: float = Setting(
+        0.0,
+        ge=0,
+        help="Ordinary decay of the tensors that L_p decay leaves alone.",
+        panel="Training",
+        advanced=True,
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Setting(
         "auto",
-        description="Arithmetic of the forward pass; the weights stay in fp32 masters. auto: bf16 where the "
+        help="Arithmetic of the forward pass; the weights stay in fp32 masters. auto: bf16 where the "
         "device has it, else fp32.",
+        panel="Hardware",
     )
-    clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is no clipping.")
-    freeze: Patterns = Field((), description="Glob over tensor names that are not trained; repeatable.")
-    augment: Literal["none", "crop-flip", "noise"] = Field(
+    clip: float = Setting(
+        1.0,
+        ge=0,
+        help="Largest gradient norm; 0 is no clipping.",
+        panel="Training",
+        aliases=("max_grad_norm",),
+        advanced=True,
+    )
+    freeze: Patterns = Setting(
+        (), help="Glob over tensor names that are not trained; repeatable.", panel="Training", advanced=True
+    )
+    augment: Literal["none", "crop-flip", "noise"] = Setting(
         "none",
-        description="Random changes of the training data: crop-flip of images; noise in texts to "
+        help="Random changes of the training data: crop-flip of images; noise in texts to "
         "classify, where tokens are masked or exchanged (best with --distill).",
+        panel="Training",
+        advanced=True,
     )
-    log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl.")
-    threads: int | None = Field(
+    log_every: int = Setting(
+        20,
+        ge=1,
+        help="Steps between lines of metrics.jsonl.",
+        panel="Reporting",
+        aliases=("logging_steps",),
+        advanced=True,
+    )
+    threads: int | None = Setting(
         None,
         ge=1,
-        description="CPU threads. Default: torch's choice; 1 is fastest for a tiny language model.",
+        help="CPU threads. Default: torch's choice; 1 is fastest for a tiny language model.",
+        panel="Hardware",
+        advanced=True,
     )
-    accumulate: int = Field(
+    accumulate: int = Setting(
         1,
         ge=1,
-        description="Backward passes a step, each on a part of --batch-size: less memory, the same step.",
+        help="Backward passes a step, each on a part of --batch-size: less memory, the same step.",
+        panel="Hardware",
+        aliases=("gradient_accumulation_steps",),
+        advanced=True,
     )
-    checkpointing: bool = Field(
+    checkpointing: bool = Setting(
         False,
-        description="Compute a block's activations again in the backward pass instead of keeping them: less "
+        help="Compute a block's activations again in the backward pass instead of keeping them: less "
         "memory, a third more time (Hugging Face models).",
+        panel="Hardware",
+        aliases=("gradient_checkpointing",),
+        advanced=True,
     )
-    compile: bool = Field(False, description="Compile the model with torch.compile.")
-    processes: int | None = Field(
+    compile: bool = Setting(
+        False, help="Compile the model with torch.compile.", panel="Hardware", advanced=True
+    )
+    processes: int | None = Setting(
         None,
         ge=1,
-        description="Processes to start on this machine, one a GPU. Default: this one (or what a launcher "
+        help="Processes to start on this machine, one a GPU. Default: this one (or what a launcher "
         "such as `accelerate launch -m lpsparse` starts).",
+        panel="Hardware",
+        aliases=("num_processes",),
+        local=True,
     )
-    shard: bool = Field(
-        False, description="Share weights, gradients and averages out among the processes (FSDP2)."
+    shard: bool = Setting(
+        False,
+        help="Share weights, gradients and averages out among the processes (FSDP2).",
+        panel="Hardware",
+        aliases=("fsdp",),
+        local=True,
+        advanced=True,
     )
-    workers: int = Field(0, ge=0, description="Processes that prepare batches, beside each that trains.")
-    resume: str = Field(
+    workers: int = Setting(
+        0,
+        ge=0,
+        help="Processes that prepare batches, beside each that trains.",
+        panel="Hardware",
+        local=True,
+        advanced=True,
+    )
+    resume: str = Setting(
         "auto",
-        description="auto goes on from the training state that an unfinished run left in OUT.partial; never "
+        help="auto goes on from the training state that an unfinished run left in OUT.partial; never "
         "starts afresh and deletes it; or the folder of a state.",
+        panel="Output",
+        local=True,
     )
-    save_every: int | None = Field(
-        None, ge=1, description="Steps between training states. Default: every 15 minutes."
+    save_every: int | None = Setting(
+        None,
+        ge=1,
+        help="Steps between training states. Default: every 15 minutes.",
+        panel="Output",
+        aliases=("save_steps",),
+        local=True,
+        advanced=True,
     )
-    keep_last: int = Field(2, ge=1, description="Training states to keep.")
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
-        "none", description="Experiment tracker that also gets the metrics; tensorboard's files: runs/."
+    keep_last: int = Setting(
+        2,
+        ge=1,
+        help="Training states to keep.",
+        panel="Output",
+        aliases=("save_total_limit",),
+        local=True,
+        advanced=True,
     )
-    rank_timeout: float = Field(
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = Setting(
+        "none",
+        help="Experiment tracker that also gets the metrics; tensorboard's files: runs/.",
+        panel="Reporting",
+        aliases=("report_to",),
+        local=True,
+        advanced=True,
+    )
+    rank_timeout: float = Setting(
         600.0,
         gt=0,
-        description="Seconds that a process waits for the others before the run ends with exit code 6.",
+        help="Seconds that a process waits for the others before the run ends with exit code 6.",
+        panel="Hardware",
+        local=True,
+        advanced=True,
     )
-    max_time: float | None = Field(
-        None, gt=0, description="Minutes after which to save the state and exit 75; the same command goes on."
+    max_time: float | None = Setting(
+        None,
+        gt=0,
+        help="Minutes after which to save the state and exit 75; the same command goes on.",
+        panel="Output",
+        local=True,
+        advanced=True,
     )
     overwrite: bool = OVERWRITE
     dry_run: bool = DRY_RUN
@@ -356,57 +540,26 @@ class FinetuneStep(DataStep):
             raise ValueError(f"--method {self.method} has no averages to score by; use --score magnitude")
         return self
 
-    @model_validator(mode="after")
-    def _has_use(self) -> Self:
-        """Refuse an option, not at its default, that means nothing to the method, conditioning or target."""
-        for name, (of, users) in _USERS.items():
-            if not self.at_default(name) and getattr(self, of) not in users:
-                wanted = f"{flag(name)} is for {flag(of)} {' or '.join(users)}"
-                raise ValueError(f"{wanted}, not {getattr(self, of)}")
-        for name in _OF_A_TARGET:
-            if not self.at_default(name) and self.target_sparsity is None:
-                raise ValueError(f"{flag(name)} needs --target-sparsity")
-        return self
-
-
-_USERS = {  # option -> the option that must have one of these values for it to mean anything
-    "p": ("method", ("lp",)),
-    "lambda_p": ("method", ("lp", "l1", "dwf")),
-    "lambda_convention": ("method", ("lp", "l1", "dwf")),
-    "cautious": ("method", ("lp", "l1")),
-    "lambda_2": ("method", ("lp", "l1")),
-    "prox": ("method", ("lp",)),
-    "cut": ("method", ("lp",)),
-    "p_start": ("method", ("lp",)),
-    "selective": ("method", ("lp",)),
-    "masked_forward": ("method", ("lp",)),
-    "factors": ("method", ("dwf",)),
-    "gain_lr_ratio": ("condition", ("weight-norm",)),
-    "path_penalty": ("condition", ("l1-rows",)),
-}
-
-_OF_A_TARGET = ("decay_share", "ramp", "cut", "allocation", "score", "selective", "masked_forward")
-
 
 class RecoverStep(FinetuneStep):
     """Train on with every zero of MODEL held, so that what a cut cost comes back. A word of recipes for
     `finetune --method dense --keep-zeros`."""
 
-    method: Method = Field("dense", description="dense: nothing decays, and nothing more is cut.")
-    keep_zeros: bool = Field(True, description="Never revive a weight that is zero in MODEL: always so here.")
+    command: ClassVar[str] = "recover"
+    same_selection: ClassVar[bool] = True
+    fixed: ClassVar[Mapping[str, Any]] = {"method": "dense", "keep_zeros": True}
+
+    method: Method = Setting("dense", help="dense: nothing decays, and nothing more is cut.", headline=True)
+    keep_zeros: bool = Setting(True, help="Never revive a weight that is zero in MODEL: always so here.")
 
     @model_validator(mode="after")
     def _recovers(self) -> Self:
-        if self.method != "dense" or not self.keep_zeros:
+        if any(getattr(self, name) != value for name, value in self.fixed.items()):
             raise ValueError(
                 "recover is method dense with keep_zeros: for anything else the step is finetune"
             )
         return self
 
-    def as_finetune(self) -> FinetuneStep:
-        """The command that does it."""
-        settings = self.model_dump(exclude_unset=True) | {
-            "method": self.method,
-            "keep_zeros": self.keep_zeros,
-        }
+    def as_command(self) -> FinetuneStep:
+        settings = {**self.model_dump(exclude_unset=True), **self.fixed}
         return FinetuneStep.model_validate(settings, by_name=True)

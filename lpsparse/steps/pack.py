@@ -1,40 +1,43 @@
 """Settings of pack and unpack."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
-
-from lpsparse.steps.base import DRY_RUN, KEY, MODEL, OUT, OVERWRITE, THREADS, WEIGHTS, Step
+from lpsparse.steps.base import DRY_RUN, KEY, MODEL, OUT, OVERWRITE, THREADS, WEIGHTS, Setting, Step
 
 
 class PackStep(Step):
     """Store zeros as no bytes, losslessly."""
 
+    command: ClassVar[str] = "pack"
+    restores: ClassVar[bool] = True
+
     model: str = MODEL
     weights: str | None = WEIGHTS
     key: str | None = KEY
     out: Path = OUT
-    layout: Literal["packed", "bitmask"] = Field(
+    layout: Literal["packed", "bitmask"] = Setting(
         "packed",
-        description="packed is near the entropy bound; bitmask is the retired layout of compressed-tensors.",
+        help="packed is near the entropy bound; bitmask is the retired layout of compressed-tensors.",
+        panel="Output",
     )
-    level: Literal["fast", "default", "max"] = Field(
-        "default", description="How much is tried to save more bytes, of packed."
+    level: Literal["fast", "default", "max"] = Setting(
+        "default",
+        help="How much is tried to save more bytes, of packed.",
+        panel="Output",
+        advanced=True,
+        needs={"layout": ("packed",)},
     )
     threads: int | None = THREADS
     overwrite: bool = OVERWRITE
     dry_run: bool = DRY_RUN
 
-    @model_validator(mode="after")
-    def _level_of_packed(self) -> Self:
-        if self.level != "default" and self.layout != "packed":
-            raise ValueError(f"--level {self.level} goes with --layout packed")
-        return self
-
 
 class UnpackStep(Step):
     """Turn a packed model back into an ordinary dense one, bit for bit."""
+
+    command: ClassVar[str] = "unpack"
+    restores: ClassVar[bool] = True
 
     model: str = MODEL
     weights: str | None = WEIGHTS

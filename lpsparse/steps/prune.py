@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
@@ -17,6 +17,7 @@ from lpsparse.steps.base import (
     WEIGHTS,
     Fraction,
     Patterns,
+    Setting,
     Step,
 )
 
@@ -45,28 +46,36 @@ def pair(text: str | None) -> tuple[int, int] | None:
     return int(first), int(second)
 
 
-_COMPONENT = Field(
+_COMPONENT = Setting(
     (),
-    description="Glob over the components of MODEL, a diffusers pipeline's folder, that are pruned, each by "
+    help="Glob over the components of MODEL, a diffusers pipeline's folder, that are pruned, each by "
     "itself; repeatable. All else is copied.",
+    panel="Selection",
+    recorded=False,
 )
 
-LOOK = Field(
+LOOK = Setting(
     False,
-    description="Ask transformers what each tensor is: it builds the model without values. Default: only of "
+    help="Ask transformers what each tensor is: it builds the model without values. Default: only of "
     "what names and shapes leave open.",
+    panel="Selection",
+    recorded=False,
+    advanced=True,
 )
 
-_DRY_PRUNE = Field(
+_DRY_PRUNE = Setting(
     False,
-    description="Say what would be zero, with disk, memory and time, and write nothing; of a hub id that is "
+    help="Say what would be zero, with disk, memory and time, and write nothing; of a hub id that is "
     "not in the cache from its headers alone.",
+    panel="Output",
+    local=True,
 )
 
 
 class PruneStep(Step):
     """Cut the smallest weights to exact zeros."""
 
+    command: ClassVar[str] = "prune"
     rivals: ClassVar[tuple[str, ...]] = ("sparsity", "below", "gap", "n_m")  # one of them says how much
 
     model: str = MODEL
@@ -74,31 +83,39 @@ class PruneStep(Step):
     key: str | None = KEY
     component: Patterns = _COMPONENT
     out: Path = OUT
-    sparsity: Fraction | None = Field(
+    sparsity: Fraction | None = Setting(
         None,
         ge=0,
         le=1,
-        description="Fraction of the prunable weights that is zero afterwards, 0..1, met exactly within "
-        "each scope.",
+        help="Fraction of the prunable weights that is zero afterwards, 0..1, met exactly within each scope.",
+        aliases=("target_sparsity",),
+        is_swept=True,
+        headline=True,
     )
-    below: float | None = Field(None, ge=0, description="Cut every |w| below this.")
-    gap: bool = Field(
-        False, description="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none."
+    below: float | None = Setting(None, ge=0, help="Cut every |w| below this.", headline=True)
+    gap: bool = Setting(
+        False, help="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none.", headline=True
     )
-    n_m: Annotated[str, BeforeValidator(_n_m)] | None = Field(
-        None, description="Leave at most N non-zeros, the largest, in each M neighbours of a row, as 2:4."
-    )
-    scope: Literal["global", "tensor", "row"] = Field("global", description="Where --sparsity holds.")
-    block: Annotated[str, BeforeValidator(_block)] | None = Field(
+    n_m: Annotated[str, BeforeValidator(_n_m)] | None = Setting(
         None,
-        description="Cut whole blocks of ROWSxCOLUMNS, those with the smallest sum of magnitudes; "
+        help="Leave at most N non-zeros, the largest, in each M neighbours of a row, as 2:4.",
+        headline=True,
+    )
+    scope: Literal["global", "tensor", "row"] = Setting(
+        "global", help="Where --sparsity holds.", needs={"sparsity": ()}
+    )
+    block: Annotated[str, BeforeValidator(_block)] | None = Setting(
+        None,
+        help="Cut whole blocks of ROWSxCOLUMNS, those with the smallest sum of magnitudes; "
         "--sparsity is then met in blocks.",
     )
     include: Patterns = INCLUDE
     exclude: Patterns = EXCLUDE
     look: bool = LOOK
     allow_empty: bool = ALLOW_EMPTY
-    layout: Literal["dense", "bitmask", "packed"] = Field("dense", description="How the result is stored.")
+    layout: Literal["dense", "bitmask", "packed"] = Setting(
+        "dense", help="How the result is stored.", panel="Output"
+    )
     threads: int | None = THREADS
     overwrite: bool = OVERWRITE
     dry_run: bool = _DRY_PRUNE
@@ -113,8 +130,5 @@ class PruneStep(Step):
             )
         if self.block is not None and (self.sparsity is None or self.scope == "row"):
             raise ValueError("--block goes with --sparsity, of --scope global or tensor")
-        if self.scope != "global" and self.sparsity is None:
-            raise ValueError(f"--scope {self.scope} goes with --sparsity only")
-        if self.component and (self.overwrite or self.weights or self.key):
             raise ValueError("--component goes without --overwrite, --weights and --key")
         return self

@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, model_validator
 
-from lpsparse.steps.base import THREADS, Step
+from lpsparse.steps.base import THREADS, Setting, Step
 
 
 def _repo(value: str) -> str:
@@ -31,23 +31,30 @@ _REPO = re.compile(r"\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 class PushStep(Step):
     """Upload a folder that lpsparse wrote to the Hugging Face hub: checked, in one commit, compared there."""
 
-    folder: Path = Field(description="Folder that lpsparse wrote.")
-    repo: Annotated[str, AfterValidator(_repo)] = Field(
-        description="Model repository org/name; it is made if it is not there."
+    command: ClassVar[str] = "push"
+
+    folder: Path = Setting(help="Folder that lpsparse wrote.", panel="Arguments")
+    repo: Annotated[str, AfterValidator(_repo)] = Setting(
+        help="Model repository org/name; it is made if it is not there.", panel="Arguments"
     )
-    private: bool = Field(False, description="Make it private; one that is public already is refused.")
-    revision: Annotated[str, AfterValidator(_branch)] | None = Field(
-        None, description="Branch, made from main if it is not there. Default: main."
+    private: bool = Setting(
+        False, help="Make it private; one that is public already is refused.", panel="Output"
     )
-    message: str = Field("Upload with lpsparse", min_length=1, description="What the commit says.")
-    create_pr: bool = Field(False, description="Open a pull request in place of a commit to main.")
-    delete_others: bool = Field(
+    revision: Annotated[str, AfterValidator(_branch)] | None = Setting(
+        None, help="Branch, made from main if it is not there. Default: main.", panel="Output"
+    )
+    message: str = Setting("Upload with lpsparse", min_length=1, help="What the commit says.", panel="Output")
+    create_pr: bool = Setting(False, help="Open a pull request in place of a commit to main.", panel="Output")
+    delete_others: bool = Setting(
         False,
-        description="Delete in the same commit what is in REPO and not in FOLDER (hidden files stay, and all "
+        help="Delete in the same commit what is in REPO and not in FOLDER (hidden files stay, and all "
         "stays in the history). Without it, weights there that FOLDER has not are refused.",
+        panel="Output",
     )
     threads: int | None = THREADS
-    dry_run: bool = Field(False, description="Check FOLDER and list what would be sent; ask nobody.")
+    dry_run: bool = Setting(
+        False, help="Check FOLDER and list what would be sent; ask nobody.", panel="Output", local=True
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

@@ -3,19 +3,29 @@
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Field,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from lpsparse.steps.base import EXCLUDE, INCLUDE, KEY, MODEL, THREADS, WEIGHTS, Fraction, Patterns, Step
+from lpsparse.steps.base import (
+    EXCLUDE,
+    INCLUDE,
+    KEY,
+    MODEL,
+    THREADS,
+    WEIGHTS,
+    Fraction,
+    Patterns,
+    Setting,
+    Step,
+)
 from lpsparse.steps.budgets import BUDGETS, limit_of
 from lpsparse.steps.prune import LOOK
 
@@ -42,24 +52,38 @@ Limits = Annotated[
 class VerifyStep(Step):
     """Check that a folder is what its manifest says: files, hashes, zeros, finiteness."""
 
-    model: str = Field(min_length=1, description="Folder that lpsparse wrote, with its lpsparse.json.")
-    source: str | None = Field(
-        None,
-        description="What it was cut from: names (but for one prefix), shapes and dtypes must be its, every "
-        "value its bits or 0.",
-    )
-    key: str | None = Field(None, description="Table of tensors that is meant in SOURCE, a torch file.")
-    threads: int | None = THREADS
+    command: ClassVar[str] = "verify"
 
-    @model_validator(mode="after")
-    def _key_of_source(self) -> Self:
-        if self.key is not None and self.source is None:
-            raise ValueError(f"--key {self.key} goes with SOURCE: MODEL is not a torch file")
-        return self
+    model: str = Setting(
+        min_length=1,
+        help="Folder that lpsparse wrote, with its lpsparse.json.",
+        panel="Arguments",
+        recorded=False,
+        is_made=True,
+    )
+    source: str | None = Setting(
+        None,
+        help="What it was cut from: names (but for one prefix), shapes and dtypes must be its, every "
+        "value its bits or 0.",
+        panel="Arguments",
+        recorded=False,
+        is_path=True,
+        is_made=True,
+    )
+    key: str | None = Setting(
+        None,
+        help="Table of tensors that is meant in SOURCE, a torch file.",
+        panel="Input",
+        advanced=True,
+        needs={"source": ()},
+    )
+    threads: int | None = THREADS
 
 
 class InspectStep(Step):
     """Say what a checkpoint holds, from its headers alone."""
+
+    command: ClassVar[str] = "inspect"
 
     model: str = MODEL
     weights: str | None = WEIGHTS
@@ -70,47 +94,76 @@ class InspectStep(Step):
 class ReportStep(Step):
     """Measure sparsity and bytes from the files, and check budgets."""
 
+    command: ClassVar[str] = "report"
+
     model: str = MODEL
     weights: str | None = WEIGHTS
     key: str | None = KEY
-    base: str | None = Field(None, description="The checkpoint it came from, to compare with.")
+    base: str | None = Setting(
+        None,
+        help="The checkpoint it came from, to compare with.",
+        panel="Arguments",
+        recorded=False,
+        is_path=True,
+        is_made=True,
+    )
     threads: int | None = THREADS
     include: Patterns = INCLUDE
     exclude: Patterns = EXCLUDE
-    min_sparsity: Limits = Field(
+    min_sparsity: Limits = Setting(
         (),
-        description="Budget [GLOB=]FRACTION: least sparsity of the prunable weights, or of all that match.",
+        help="Budget [GLOB=]FRACTION: least sparsity of the prunable weights, or of all that match.",
+        panel="Budgets",
+        metavar="LIMIT",
+        headline=True,
     )
-    max_bytes: Limits = Field(
-        (), description="Budget [GLOB=]BYTES: most bytes of the weight files, or of tensors; 20MB, 1.5GiB."
-    )
-    max_quality_drop: Limits = Field(
+    max_bytes: Limits = Setting(
         (),
-        description="Budget: most that the quality recorded by finetune or `eval --save` may fall, in the "
+        help="Budget [GLOB=]BYTES: most bytes of the weight files, or of tensors; 20MB, 1.5GiB.",
+        panel="Budgets",
+        metavar="LIMIT",
+        headline=True,
+    )
+    max_quality_drop: Limits = Setting(
+        (),
+        help="Budget: most that the quality recorded by finetune or `eval --save` may fall, in the "
         "metric's own unit, or in % of what it was.",
+        panel="Budgets",
+        metavar="LIMIT",
+        headline=True,
     )
-    max_layer_sparsity: Limits = Field(
-        (), description="Budget [GLOB=]FRACTION: most sparsity of any one prunable (or matching) tensor."
-    )
-    min_nm: Limits = Field(
+    max_layer_sparsity: Limits = Setting(
         (),
-        description="Budget [GLOB=]N:M=FRACTION: least share of groups of M that hold at most N non-zeros.",
+        help="Budget [GLOB=]FRACTION: most sparsity of any one prunable (or matching) tensor.",
+        panel="Budgets",
+        metavar="LIMIT",
     )
-    warn: Annotated[Patterns, AfterValidator(_levels)] = Field(
+    min_nm: Limits = Setting(
         (),
-        description="A budget, by its name, that only warns; repeatable. baseline: those of "
+        help="Budget [GLOB=]N:M=FRACTION: least share of groups of M that hold at most N non-zeros.",
+        panel="Budgets",
+        metavar="LIMIT",
+    )
+    warn: Annotated[Patterns, AfterValidator(_levels)] = Setting(
+        (),
+        help="A budget, by its name, that only warns; repeatable. baseline: those of "
         "--baseline; finite: NaN or Inf, which fails where there is a budget.",
+        panel="Budgets",
+        metavar="BUDGET",
     )
-    baseline: Path | None = Field(
+    baseline: Path | None = Setting(
         None,
-        description="Earlier report.json, or a folder with one: sparsity, bytes and quality may be no "
+        help="Earlier report.json, or a folder with one: sparsity, bytes and quality may be no "
         "worse than there.",
+        panel="Budgets",
+        is_path=True,
+        is_made=True,
     )
-    max_regression: Fraction = Field(
-        Decimal(0), ge=0, le=1, description="Share by which they may be worse than --baseline."
+    max_regression: Fraction = Setting(
+        Decimal(0), ge=0, le=1, help="Share by which they may be worse than --baseline.", panel="Budgets"
     )
-    spectra: bool = Field(
-        False, description="Largest and smallest singular value of each prunable matrix (slow)."
+    spectra: bool = Setting(
+        False, help="Largest and smallest singular value of each prunable matrix (slow).", panel="Reporting"
     )
 
     @field_validator(*(name.replace("-", "_") for name in BUDGETS))
@@ -129,6 +182,4 @@ class ReportStep(Step):
             if name not in given:
                 missing = f"--{name}" if name != "finite" else "a budget"
                 raise ValueError(f"--warn {name}: {missing} is not given")
-        if self.max_regression and self.baseline is None:
-            raise ValueError(f"--max-regression {self.max_regression}: --baseline is not given")
         return self

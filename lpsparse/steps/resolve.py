@@ -11,14 +11,11 @@ from pydantic import BaseModel, ValidationError
 
 from lpsparse.errors import LpsparseError, UsageError
 from lpsparse.parallel.environment import WORDS
-from lpsparse.steps.base import POSITIONAL, Step, flag, other_names
+from lpsparse.steps.base import Step, about, flag, label, other_names
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
-from lpsparse.steps.push import PushStep
-from lpsparse.steps.report import InspectStep
-from lpsparse.steps.table import STEPS
+from lpsparse.steps.table import COMMANDS, step_of
 
 S = TypeVar("S", bound=BaseModel)
-_COMMANDS: dict[str, type[Step]] = {**STEPS, "inspect": InspectStep, "push": PushStep}
 _SWITCHES = (
     "LPSPARSE_JSON",
     "LPSPARSE_QUIET",
@@ -50,7 +47,7 @@ def as_trained(step: EvalStep, training: Mapping[str, Any]) -> EvalStep:
     that was for another task. Raises UsageError where neither says a task."""
     given = {name: getattr(step, name) for name in step.model_fields_set}
     fields = EvalStep.model_fields
-    known = {name: training.get(name) for name in EvalStep.inherited}
+    known = {name: training.get(name) for name, each in about(EvalStep).items() if each.inherited}
     known = {name: value for name, value in known.items() if value not in (None, fields[name].default)}
     if given.get("task") not in (None, known.get("task")):
         return step
@@ -67,7 +64,8 @@ def variable(field: str) -> str:
 
 def check_environment() -> None:
     """Raises UsageError for an LPSPARSE_ variable that sets nothing."""
-    fields = {variable(name) for kind in _COMMANDS.values() for name in kind.model_fields}
+    kinds = (step_of(name) for name, command in COMMANDS.items() if command.step)
+    fields = {variable(name) for kind in kinds for name in kind.model_fields}
     known = sorted({*fields, *_SWITCHES, *_NO_FLAGS})
     for key in os.environ:
         if key.startswith("LPSPARSE_") and key not in known:
@@ -120,7 +118,7 @@ def _is_chosen(kind: type[BaseModel], name: str, value: Any) -> bool:
 def _canonical(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as field names: YAML may say lambda or target-sparsity. A Path may stand for its text."""
     aliases = {info.alias: name for name, info in kind.model_fields.items() if info.alias}
-    aliases |= other_names(kind.model_fields) if issubclass(kind, Step) else {}
+    aliases |= other_names(kind)
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -147,7 +145,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> Lpspa
     shown = key if where else flag(key)
     if first["type"] == "missing":
         names = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing"]
-        listed = " and ".join(name if where else _label(name) for name in names)
+        listed = " and ".join(name if where else label(kind, name) for name in names)
         return UsageError(203, f"{prefix}{listed} must be given", hint=_see(kind))
     if first["type"] == "value_error":
         what = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
@@ -162,12 +160,6 @@ def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> Lpspa
     return UsageError(201, f"{prefix}{shown} {first['input']!r}: {allowed}", hint=hint)
 
 
-def _label(field: str) -> str:
-    """The command line's name of a field: MODEL, or --data."""
-    return field.upper() if field in POSITIONAL else flag(field)
-
-
 def _see(kind: type[BaseModel]) -> str:
     """Where its settings are told."""
-    command = next((name for name, step in _COMMANDS.items() if step is kind), "run")
-    return f"see `lpsparse {command} --help`"
+    return f"see `lpsparse {getattr(kind, 'command', 'run')} --help`"

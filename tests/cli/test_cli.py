@@ -19,25 +19,16 @@ from support.files import PRUNABLE, PRUNABLE_WEIGHTS, f32, tree_hash, write_safe
 import lpsparse
 from lpsparse import ExitCode, verify
 from lpsparse.cli import main
+from lpsparse.commands.results import Verification
 from lpsparse.errors import UsageError
 from lpsparse.recipes import run
 from lpsparse.recipes.outputs import RESOLVED
+from lpsparse.steps.base import about, flag, other_names
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
-from lpsparse.steps.table import STEPS
+from lpsparse.steps.table import COMMANDS, step_of
 
-COMMANDS = (
-    *sorted(STEPS.keys() - {"recover"}),
-    "inspect",
-    "push",
-    "run",
-    "sweep",
-    "recipe",
-    "demo",
-    "doctor",
-    "explain",
-    "help",
-)
+NAMES = [name for name, command in COMMANDS.items() if command.panel]
 
 
 # Help and version
@@ -52,13 +43,13 @@ def test_no_arguments_shows_the_help_and_exits_2(cli: Cli) -> None:
 def test_help_names_every_command_and_exit_code(cli: Cli) -> None:
     ran = cli("--help")
     assert (ran.rc, ran.stderr) == (0, "")
-    assert all(re.search(rf"^  {command} ", ran.stdout, re.M) for command in COMMANDS)
+    assert all(re.search(rf"^  {command} ", ran.stdout, re.M) for command in NAMES)
     codes = " ".join(ran.stdout.split())
     assert all(f"{int(code)} {code.name.lower()}" in codes for code in ExitCode)
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NAMES)
 def test_every_command_has_help_with_an_example(command: str, flag: str, cli: Cli) -> None:
     ran = cli(command, flag)
     assert (ran.rc, ran.stderr) == (0, "")
@@ -71,12 +62,28 @@ def test_a_command_of_commands_says_each_in_full_and_names_the_nearest(cli: Cli)
     assert "did you mean check" in failed(cli("recipe", "chek"), 2)
 
 
-@pytest.mark.parametrize("command", sorted(STEPS.keys() - {"recover"}))  # a word of recipes alone
+@pytest.mark.parametrize("command", [name for name in NAMES if COMMANDS[name].step])
 def test_help_lists_every_setting_of_the_step(command: str, cli: Cli) -> None:
-    text = cli(command, "--help").stdout
-    for name, info in STEPS[command].model_fields.items():
-        flag = f"--{(info.alias or name).replace('_', '-')}"
-        assert (name.upper() if name in ("model", "out", "base", "source") else flag) in text
+    text, short = (cli(command, flag).stdout for flag in ("--help-all", "--help"))
+    for name, known in about(step_of(command)).items():
+        word = name.upper() if known.panel == "Arguments" else flag(name)
+        assert re.search(rf"(?<!\w){re.escape(word)}\b", text)
+        assert known.advanced != bool(re.search(rf"^  (-\w, |\[)?{re.escape(word)}\b(?!-)", short, re.M))
+
+
+def test_the_help_of_finetune_shows_what_people_use(cli: Cli) -> None:
+    shown = re.findall(r"^  (--[a-z-]+)", cli("finetune", "--help").stdout, re.M)
+    assert len(shown) < 24 and {"--data", "--target-sparsity", "--lr"} <= {*shown}
+
+
+@pytest.mark.parametrize(
+    "alias", ["learning_rate", "max_grad_norm", "num_processes", "sparsity", "save_steps"]
+)
+def test_the_fields_names_for_settings_are_accepted(alias: str) -> None:
+    value = "0.5" if alias in ("learning_rate", "sparsity", "max_grad_norm") else "2"
+    given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm"}
+    step = resolve(FinetuneStep, {**given, alias: value})
+    assert not step.at_default(other_names(FinetuneStep)[alias])
 
 
 def test_version_is_the_packages_own(cli: Cli) -> None:
@@ -476,7 +483,10 @@ def test_a_shown_command_gives_back_the_step_that_it_was_made_of(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[FinetuneStep] = []
-    monkeypatch.setattr("lpsparse.commands.finetune.finetune_step", lambda step, *_: given.append(step) or {})
+    monkeypatch.setattr(
+        "lpsparse.commands.finetune.finetune_step",
+        lambda step, *_: given.append(step) or Verification(True, 0, 0, ()),
+    )
     options: dict[str, Any] = {
         "data": "a b.txt",
         "task": "causal-lm",
@@ -490,7 +500,7 @@ def test_a_shown_command_gives_back_the_step_that_it_was_made_of(
         "lambda_p": 2,
     }
     step = resolve(FinetuneStep, {"model": "m", "out": "o", **options})
-    shown = run.command_line("finetune", step)
+    shown = run.command_line(step)
     assert "--no-selective" in shown
     assert cli(*shlex.split(shown)[1:], "--json").rc == 0
     assert given == [step]

@@ -46,10 +46,10 @@ def test_demo_ends_in_a_table_and_a_report_and_meets_its_bounds(tmp_path: Path) 
 
 LEAVING = """
 import signal, subprocess, sys, time
-from lpsparse.cli import interrupts
+from lpsparse.cli import signals
 from lpsparse.cli.demo import _children
 signal.signal(signal.SIGINT, signal.default_int_handler)
-interrupts.listen()
+signals.listen()
 with _children() as children:
     rival = "import time; print('here', flush=True); time.sleep(60)"
     children.append(subprocess.Popen([sys.executable, "-c", rival], stderr=subprocess.DEVNULL))

@@ -20,17 +20,15 @@ from support.reports import bare, tensors
 
 import lpsparse
 from lpsparse import ExitCode, errors
-from lpsparse.cli.explain import exits_of, read_texts
-from lpsparse.cli.panels import _PANELS
-from lpsparse.cli.topics import read_topics
+from lpsparse.cli.help import exits_of, read_texts, read_topics
 from lpsparse.commands import doctor
 from lpsparse.errors import MEANINGS, LpsparseError
 from lpsparse.parallel import launcher
 from lpsparse.reporting.records import Budget
 from lpsparse.reporting.table import render
 from lpsparse.reporting.text import columns, fitted
-from lpsparse.steps.push import PushStep
-from lpsparse.steps.table import STEPS
+from lpsparse.steps.base import about
+from lpsparse.steps.table import COMMANDS, PANELS, step_of
 
 Cli = Callable[..., Ran]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -130,17 +128,24 @@ def test_every_variable_of_ours_that_help_names_is_one(cli: Cli, monkeypatch: py
 def test_options_are_shown_in_panels(cli: Cli) -> None:
     text = cli("finetune", "--help").stdout
     headings = re.findall(r"^(\w+):$", text, re.M)
-    assert headings[1:] == ["Input", "Method", "Training", "Hardware", "Output", "Reporting", "Other"]
+    assert headings[1:] == [
+        "Input",
+        "Method",
+        "Selection",
+        "Training",
+        "Hardware",
+        "Output",
+        "Reporting",
+        "Other",
+    ]
     method = text.partition("\nMethod:")[2].partition("\nTraining:")[0]
-    assert "--p NUMBER" in method and "--workers" not in method
+    assert "--distill NUMBER" in method and "--workers" not in method
     assert not re.search(r"--[a-z]+-\n", text)  # a flag in two pieces
 
 
-def test_every_option_in_a_panel_is_one() -> None:
-    fields = {name for step in (*STEPS.values(), PushStep) for name in step.model_fields}
-    fields |= {"as_json", "quiet", "verbose", "full", "set_", *_PANELS["Other"]}
-    fields |= {f"{view}_file" for view in ("json", "html", "markdown", "comment", "junit", "csv")}
-    assert {name for names in _PANELS.values() for name in names} <= fields
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.step])
+def test_every_setting_has_a_panel(name: str) -> None:
+    assert {known.panel for known in about(step_of(name)).values()} <= {*PANELS}
 
 
 # What was meant

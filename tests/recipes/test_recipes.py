@@ -18,6 +18,7 @@ from support.models import SMALL
 
 import lpsparse
 from lpsparse import LpsparseError
+from lpsparse.commands.results import Verification
 from lpsparse.recipes import run
 from lpsparse.recipes.file import read_recipe
 from lpsparse.recipes.outputs import RESOLVED, resolved
@@ -108,7 +109,7 @@ def test_recover_trains_and_holds_every_zero_of_the_cut_model(tmp_path: Path) ->
     steps = ({"prune": {"sparsity": 0.5, "out": "cut"}}, {"recover": {**RECOVER, "out": "back"}})
     write(path, *steps, {"verify": {}}, model="bundled:stories260k", out=str(tmp_path / "made"))
     done = lpsparse.run(path)
-    assert isinstance(done[2].result, dict) and done[2].result["ok"]
+    assert isinstance(done[2].result, Verification) and done[2].result.ok
     before, after = (lpsparse.load(tmp_path / "made" / name) for name in ("cut", "back"))
     assert all(bool(((before[name] == 0) == (after[name] == 0)).all()) for name in before)
     assert any(bool((before[name] != after[name]).any()) for name in before)
@@ -137,7 +138,7 @@ def test_recover_is_a_finetune_that_a_person_can_type(here: Path) -> None:
     settings = {"task": "causal-lm", "data": "text.txt", "steps": 7}
     write(here / "r.yaml", {"prune": {"sparsity": 0.5}}, {"recover": settings})
     link = links_of(here / "r.yaml", recover__lr="0.002")[1]
-    line = run.command_line(link.name, link.step)
+    line = run.command_line(link.step)
     assert line.startswith("lpsparse finetune made/1-prune made/2-recover --task causal-lm")
     assert "--method dense --keep-zeros" in line and "--lr 0.002" in line
 
