@@ -16,6 +16,7 @@ from lpsparse.commands.prune import prune_components, prune_step
 from lpsparse.commands.push import push_step
 from lpsparse.commands.report import write_report
 from lpsparse.commands.verify import verify_step
+from lpsparse.families import VIEWS
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.records import Report
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
@@ -59,22 +60,11 @@ def finetune(model: str | Path, out: str | Path, **options: Any) -> Report:
     return cast("Report", finetune_step(resolve(FinetuneStep, {"model": str(model), "out": out, **options})))
 
 
-def report(
-    model: str | Path,
-    base: str | Path | None = None,
-    *,
-    json: str | Path | None = None,
-    html: str | Path | None = None,
-    markdown: str | Path | None = None,
-    comment: str | Path | None = None,
-    junit: str | Path | None = None,
-    csv: str | Path | None = None,
-    **options: Any,
-) -> Report:
-    """Measure `model`, and what it came from; `json` to `csv` are files to write views of it to.
-    Options: fields of ReportStep."""
-    views = {"json": json, "html": html, "markdown": markdown, "comment": comment, "junit": junit, "csv": csv}
-    files = {view: Path(file) for view, file in views.items() if file is not None}
+def report(model: str | Path, base: str | Path | None = None, **options: Any) -> Report:
+    """Measure `model`, and compare it with `base`. Options: fields of ReportStep, and a file for each name in
+    VIEWS, such as html="report.html"."""
+    files = {view: Path(options.pop(view)) for view in VIEWS if options.get(view) is not None}
+    options = {name: value for name, value in options.items() if name not in VIEWS}
     given = {"model": str(model), "base": None if base is None else str(base), **options}
     return write_report(resolve(ReportStep, given), files)
 

@@ -12,9 +12,10 @@ from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, writ
 from lpsparse.commands.artefact import Say, called_after
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.errors import InputError, UsageError
+from lpsparse.families import VIEWS
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.pruning.targets import Decision
-from lpsparse.reporting.budgets import check_baseline, check_budgets
+from lpsparse.reporting.budgets.check import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.history import is_report, read_history, read_report
@@ -30,7 +31,6 @@ from lpsparse.reporting.measure import (
 )
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.spectra import spectra
-from lpsparse.reporting.views import VIEWS
 from lpsparse.steps.base import flag
 from lpsparse.steps.report import ReportStep
 from lpsparse.steps.resolve import resolve
@@ -66,7 +66,7 @@ def write_report(step: ReportStep, files: Mapping[str, Path], say: Say = silent)
     try:
         found = report_step(step, say)
         for view, path in files.items() if is_rank_0() else ():
-            write_beside(path, VIEWS[view](found))
+            write_beside(path, VIEWS[view].render(found))
             left.remove(path)
     except BaseException:
         for path in left:

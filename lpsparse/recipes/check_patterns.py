@@ -3,12 +3,12 @@
 from fnmatch import fnmatchcase
 
 from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.errors import UsageError
+from lpsparse.families import BUDGETS
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.targets import Chosen, choose, no_match
+from lpsparse.reporting.budgets.base import no_tensor
 from lpsparse.reporting.measure import prunable_of
 from lpsparse.steps.base import Step
-from lpsparse.steps.budgets import BUDGETS, limit_of
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.prune import PruneStep, pair
 from lpsparse.steps.report import ReportStep
@@ -72,13 +72,12 @@ def check_patterns(
 def _check_budgets(step: ReportStep, names: list[str], *, renamed: bool) -> list[str]:
     """Budgets of tensors that are not there yet; those of tensors that cannot be there raise UsageError."""
     notes: list[str] = []
-    for name in BUDGETS:
-        for text in getattr(step, name.replace("-", "_")):
-            pattern = limit_of(name, text).pattern
+    for name, kind in BUDGETS.items():
+        for text in getattr(step, kind.field, ()):
+            pattern = kind.limit(text).pattern
             if pattern is None or any(fnmatchcase(each, pattern) for each in names):
                 continue
             if not renamed:
-                what = f"budget --{name} {text}: the pattern matches no tensor"
-                raise UsageError(290, what, hint="`lpsparse inspect MODEL` lists the names")
+                raise no_tensor(f"--{name} {text}")
             notes.append(f"{pattern}: {_NOT_YET}")
     return notes
