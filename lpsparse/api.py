@@ -29,6 +29,7 @@ from lpsparse.commands.results import (
     Verification,
 )
 from lpsparse.commands.verify import verify_step
+from lpsparse.families import VIEWS
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.records import Report
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
@@ -126,22 +127,13 @@ def finetune(
     return preview_finetune(step) if dry_run else finetune_step(step)
 
 
-def report(
-    model: Model,
-    base: Model | None = None,
-    *,
-    json: Model | None = None,
-    html: Model | None = None,
-    markdown: Model | None = None,
-    comment: Model | None = None,
-    junit: Model | None = None,
-    csv: Model | None = None,
-    **options: Unpack[ReportOptions],
-) -> Report:
-    """Measure `model`, and what it came from; `json` to `csv` are files to write views of it to."""
-    views = {"json": json, "html": html, "markdown": markdown, "comment": comment, "junit": junit, "csv": csv}
-    files = {view: Path(file) for view, file in views.items() if file is not None}
-    given = {"model": str(model), "base": None if base is None else str(base), **options}
+def report(model: Model, base: Model | None = None, **options: Unpack[ReportOptions]) -> Report:
+    """Measure `model`, and compare it with `base`. `json`, `html` and the other names of VIEWS are files to
+    write the report to."""
+    settings: dict[str, Any] = {**options}
+    files = {view: Path(settings.pop(view)) for view in VIEWS if settings.get(view) is not None}
+    settings = {name: value for name, value in settings.items() if name not in VIEWS}
+    given = {"model": str(model), "base": None if base is None else str(base), **settings}
     return write_report(resolve(ReportStep, given), files)
 
 

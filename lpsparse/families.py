@@ -50,3 +50,38 @@ TASKS = Family(
         "image-classification": "image_classification:prepare",
     },
 )
+BUDGETS = Family(
+    "reporting.budgets",
+    {
+        "min-sparsity": "zeros:MIN_SPARSITY",
+        "max-bytes": "cost:MAX_BYTES",
+        "max-quality-drop": "cost:MAX_QUALITY_DROP",
+        "max-layer-sparsity": "zeros:MAX_LAYER_SPARSITY",
+        "min-nm": "zeros:MIN_NM",
+    },
+)
+VIEWS = Family(  # what a report can be written as
+    "reporting",
+    {
+        "json": "views:JSON",
+        "html": "views:HTML",
+        "markdown": "views:MARKDOWN",
+        "comment": "views:COMMENT",
+        "junit": "views:JUNIT",
+        "csv": "views:CSV",
+    },
+)
+HTML_VIEWS = Family(  # sections of the page, in their order
+    "reporting.html",
+    {
+        "bytes": "storage:view",
+        "layers": "layers:view",
+        "types": "layers:kinds_view",
+        "quality": "goodness:view",
+        "magnitudes": "magnitudes:view",
+        "patterns": "patterns:view",
+        "training": "curves:view",
+        "changes": "moved:view",
+        "method": "method:view",
+    },
+)

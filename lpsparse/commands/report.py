@@ -13,9 +13,11 @@ from lpsparse.commands.artefact import Say, called_after
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.checks import NOT_YET, Checked, Held, matches, without_unknown
 from lpsparse.errors import InputError, UsageError
+from lpsparse.families import BUDGETS, VIEWS
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.pruning.targets import Decision
-from lpsparse.reporting.budgets import check_baseline, check_budgets
+from lpsparse.reporting.budgets.base import no_tensor
+from lpsparse.reporting.budgets.check import check_baseline, check_budgets
 from lpsparse.reporting.changes import changes
 from lpsparse.reporting.check import check_weights
 from lpsparse.reporting.history import is_report, read_history, read_report
@@ -31,9 +33,7 @@ from lpsparse.reporting.measure import (
 )
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.spectra import spectra
-from lpsparse.reporting.views import VIEWS
 from lpsparse.steps.base import flag
-from lpsparse.steps.budgets import BUDGETS, limit_of
 from lpsparse.steps.report import ReportStep
 from lpsparse.steps.resolve import resolve
 
@@ -53,14 +53,13 @@ def check(step: ReportStep, held: Held) -> Checked:
     """What is known of the step before it runs. Raises UsageError for patterns of tensors that cannot be
     there."""
     notes: list[str] = []
-    for name in BUDGETS:
-        for text in getattr(step, name.replace("-", "_")):
-            pattern = limit_of(name, text).pattern
+    for name, kind in BUDGETS.items():
+        for text in getattr(step, kind.field):
+            pattern = kind.limit(text).pattern
             if pattern is None or matches(pattern, held):
                 continue
             if not held.renamed:
-                what = f"budget --{name} {text}: the pattern matches no tensor"
-                raise UsageError(290, what, hint="`lpsparse inspect MODEL` lists the names")
+                raise no_tensor(f"--{name} {text}")
             notes.append(f"{pattern}: {NOT_YET}")
     bare, unknown = without_unknown(step, held, "include", "exclude", renamed=held.renamed)
     if held.chosen is not None and not bare.include and not bare.exclude:
@@ -89,7 +88,7 @@ def write_report(step: ReportStep, files: Mapping[str, Path], say: Say = silent)
     try:
         found = report_step(step, say)
         for view, path in files.items() if is_rank_0() else ():
-            write_beside(path, VIEWS[view](found))
+            write_beside(path, VIEWS[view].render(found))
             left.remove(path)
     except BaseException:
         for path in left:

@@ -23,7 +23,7 @@ from lpsparse.recipes.file import read_recipe
 from lpsparse.recipes.outputs import check_free, report_file
 from lpsparse.recipes.plan import Link, planned
 from lpsparse.recipes.run import is_finished
-from lpsparse.reporting.budgets import check_budgets
+from lpsparse.reporting.budgets.check import check_budgets
 from lpsparse.reporting.estimate import PROCESS_BYTES, estimate
 from lpsparse.reporting.history import is_report, read_report
 from lpsparse.steps.base import about

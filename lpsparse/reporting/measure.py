@@ -16,6 +16,7 @@ from lpsparse.checkpoint.weights import Named, file_size
 from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.targets import Chosen, Decision, choose, recorded
 from lpsparse.reporting.bound import sampled_bytes
+from lpsparse.reporting.budgets.zeros import N_M
 from lpsparse.reporting.records import (
     KINDS,
     Base,
@@ -29,11 +30,9 @@ from lpsparse.reporting.records import (
     Report,
     Share,
     TensorRow,
-    groups,
     kind_of,
 )
 from lpsparse.reporting.survey import survey
-from lpsparse.steps.budgets import REPORTED_N_M
 
 _PACKED = "lpsparse (load, unpack){}; ordinary loaders refuse it by its file name"
 _HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it
@@ -188,7 +187,7 @@ def _kinds(rows: list[TensorRow]) -> tuple[KindRow, ...]:
 
 
 def _n_m(row: TensorRow) -> dict[str, tuple[int, int]]:
-    return {name: groups(row, name) for name in REPORTED_N_M}
+    return {name: row.groups(name) for name in N_M}
 
 
 def _together(tables: list[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:

@@ -105,12 +105,11 @@ class TensorRow:
     spectrum: Spectrum | None = None
     change: Change | None = None
 
-
-def groups(row: TensorRow, n_m: str) -> tuple[int, int]:
-    """How many groups of a tensor meet N:M, of how many. One whose rows are not made of whole groups meets
-    none: no runtime takes it as N:M."""
-    known = row.detail.n_m.get(n_m) if row.detail else None
-    return known or (0, -(-row.weights // int(n_m.partition(":")[2])))
+    def groups(self, n_m: str) -> tuple[int, int]:
+        """How many groups meet N:M, and how many there are. None of a tensor whose rows are not made of
+        complete groups does: no runtime accepts it as N:M."""
+        known = self.detail.n_m.get(n_m) if self.detail else None
+        return known or (0, -(-self.weights // int(n_m.partition(":")[2])))
 
 
 class KindRow(Record):

@@ -17,9 +17,9 @@ from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.parallel.progress import advance, phase
 from lpsparse.parallel.threads import parallel
 from lpsparse.reporting.bound import bound_bytes
+from lpsparse.reporting.budgets.zeros import N_M
 from lpsparse.reporting.records import ATTENTION_ROWS, Detail, Histogram, kind_of
 
-N_M = {"1:4": 1, "2:4": 2, "4:8": 4}  # how many non-zeros a group may have
 _GROUPS = {name: int(name.partition(":")[2]) for name in N_M}  # how large one is
 _SIDES = (4, 16)  # of blocks
 _TASK_BYTES = 32 << 20  # what a thread looks at at a time

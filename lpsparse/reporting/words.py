@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lpsparse.checkpoint.manifest import Quality
-from lpsparse.reporting.budgets import FINITE, quality_drop
+from lpsparse.families import BUDGETS
+from lpsparse.reporting.budgets.check import FINITE
+from lpsparse.reporting.budgets.cost import drop_of
 from lpsparse.reporting.records import Base, Budget, Report, TensorRow
 from lpsparse.reporting.text import percent, shorten, size
 
@@ -185,11 +187,11 @@ def _excess(budget: Budget) -> str:
 
 
 def _unit(budget: Budget) -> str:
-    """Of its limit, value and margin: bytes, share or metric."""
-    if budget.name in ("max-bytes", "bytes of baseline"):
-        return "bytes"
-    share = budget.relative or "sparsity" in budget.name or budget.name.startswith("min-nm")
-    return "share" if share else "metric"
+    """The unit of its limit, value and margin: bytes, share or metric."""
+    kind = BUDGETS.get(budget.name.partition(" ")[0])  # "min-nm 2:4"
+    if kind is not None:
+        return "share" if budget.relative else kind.unit
+    return {"bytes of baseline": "bytes", "sparsity of baseline": "share"}.get(budget.name, "metric")
 
 
 def _in_unit(budget: Budget, value: float) -> str:
@@ -235,10 +237,10 @@ def apart(quality: Quality) -> bool | None:
 
 def change_of(quality: Quality) -> str:
     """Better or worse, and by how much; empty where there was nothing before."""
-    drop = quality_drop(quality)
+    drop = drop_of(quality)
     if drop is None:
         return ""
-    found = f"{'worse' if drop > 0 else 'better'} by {abs(drop):.4f}" if drop else "unchanged"
+    found = f"{'worse' if drop > 0 else 'better'} by {abs(float(drop)):.4f}" if drop else "unchanged"
     return f"{found} since it was cut, which may have cost more" if quality.of_cut else found
 
 

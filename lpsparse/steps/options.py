@@ -133,20 +133,26 @@ class EvalOptions(TypedDict, total=False):
 
 
 class ReportOptions(TypedDict, total=False):
-    weights: str | None
-    key: str | None
-    threads: int | None
-    include: str | Sequence[str]
-    exclude: str | Sequence[str]
     min_sparsity: str | Sequence[str]
     max_bytes: str | Sequence[str]
     max_quality_drop: str | Sequence[str]
     max_layer_sparsity: str | Sequence[str]
     min_nm: str | Sequence[str]
+    weights: str | None
+    key: str | None
+    threads: int | None
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
     warn: str | Sequence[str]
     baseline: str | Path | None
     max_regression: float | str | Decimal
     spectra: bool
+    json: str | Path
+    html: str | Path
+    markdown: str | Path
+    comment: str | Path
+    junit: str | Path
+    csv: str | Path
 
 
 class InspectOptions(TypedDict, total=False):

@@ -3,17 +3,11 @@
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, model_validator
 
+from lpsparse.families import BUDGETS
 from lpsparse.steps.base import (
     EXCLUDE,
     INCLUDE,
@@ -26,27 +20,17 @@ from lpsparse.steps.base import (
     Setting,
     Step,
 )
-from lpsparse.steps.budgets import BUDGETS, limit_of
+from lpsparse.steps.budgets import with_budgets
 from lpsparse.steps.prune import LOOK
-
-
-def _texts(value: Any) -> Any:
-    return [str(each) for each in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
 def _levels(value: tuple[str, ...]) -> tuple[str, ...]:
     for each in value:
         if each not in (*BUDGETS, "baseline", "finite"):
             near = [f"; did you mean {name}?" for name in get_close_matches(each, BUDGETS, n=1)]
-            raise ValueError(f"--warn {each}: not {', '.join(BUDGETS)}, finite or baseline{''.join(near)}")
+            expected = f"expected {', '.join(BUDGETS)}, finite or baseline"
+            raise ValueError(f"--warn {each}: {expected}{''.join(near)}")
     return value
-
-
-Limits = Annotated[
-    tuple[str, ...],
-    BeforeValidator(_texts),
-    WithJsonSchema({"type": "array", "items": {"type": ["number", "string"]}}),
-]
 
 
 class VerifyStep(Step):
@@ -91,7 +75,7 @@ class InspectStep(Step):
     look: bool = LOOK
 
 
-class ReportStep(Step):
+class ReportStep(with_budgets(Step)):
     """Measure sparsity and bytes from the files, and check budgets."""
 
     command: ClassVar[str] = "report"
@@ -110,73 +94,37 @@ class ReportStep(Step):
     threads: int | None = THREADS
     include: Patterns = INCLUDE
     exclude: Patterns = EXCLUDE
-    min_sparsity: Limits = Setting(
-        (),
-        help="Budget [GLOB=]FRACTION: least sparsity of the prunable weights, or of all that match.",
-        panel="Budgets",
-        metavar="LIMIT",
-        headline=True,
-    )
-    max_bytes: Limits = Setting(
-        (),
-        help="Budget [GLOB=]BYTES: most bytes of the weight files, or of tensors; 20MB, 1.5GiB.",
-        panel="Budgets",
-        metavar="LIMIT",
-        headline=True,
-    )
-    max_quality_drop: Limits = Setting(
-        (),
-        help="Budget: most that the quality recorded by finetune or `eval --save` may fall, in the "
-        "metric's own unit, or in % of what it was.",
-        panel="Budgets",
-        metavar="LIMIT",
-        headline=True,
-    )
-    max_layer_sparsity: Limits = Setting(
-        (),
-        help="Budget [GLOB=]FRACTION: most sparsity of any one prunable (or matching) tensor.",
-        panel="Budgets",
-        metavar="LIMIT",
-    )
-    min_nm: Limits = Setting(
-        (),
-        help="Budget [GLOB=]N:M=FRACTION: least share of groups of M that hold at most N non-zeros.",
-        panel="Budgets",
-        metavar="LIMIT",
-    )
     warn: Annotated[Patterns, AfterValidator(_levels)] = Setting(
         (),
-        help="A budget, by its name, that only warns; repeatable. baseline: those of "
-        "--baseline; finite: NaN or Inf, which fails where there is a budget.",
+        help="Name of a budget that only warns; repeatable. `baseline`: those of --baseline; "
+        "`finite`: NaN or Inf, which fails if there is any budget.",
         panel="Budgets",
         metavar="BUDGET",
     )
     baseline: Path | None = Setting(
         None,
-        help="Earlier report.json, or a folder with one: sparsity, bytes and quality may be no "
-        "worse than there.",
+        help="Earlier report.json, or a folder with one: sparsity, bytes and quality must not get worse.",
         panel="Budgets",
         is_path=True,
         is_made=True,
     )
     max_regression: Fraction = Setting(
-        Decimal(0), ge=0, le=1, help="Share by which they may be worse than --baseline.", panel="Budgets"
+        Decimal(0),
+        ge=0,
+        le=1,
+        help="Allowed regression relative to --baseline, 0..1.",
+        panel="Budgets",
+        needs={"baseline": ()},
     )
     spectra: bool = Setting(
         False, help="Largest and smallest singular value of each prunable matrix (slow).", panel="Reporting"
     )
 
-    @field_validator(*(name.replace("-", "_") for name in BUDGETS))
-    @classmethod
-    def _understood(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        for each in value:
-            limit_of(str(info.field_name).replace("_", "-"), each)
-        return value
-
     @model_validator(mode="after")
     def _of_something(self) -> Self:
-        """A gate that lost what it is about would pass for ever."""
-        given = {name for name in (*BUDGETS, "baseline") if getattr(self, name.replace("-", "_"))}
+        """A gate whose budget was lost would always pass."""
+        given = {name for name, kind in BUDGETS.items() if getattr(self, kind.field, ())}
+        given |= {"baseline"} if self.baseline is not None else set()
         given |= {"finite"} if given else set()
         for name in self.warn:
             if name not in given:

@@ -647,9 +647,7 @@ def test_baselines_of_foreign_files_are_told_apart_by_base(tiny: Path, tmp_path:
     assert cli("report", mine, other, "--baseline", first).rc == 3
     unknown = cli("report", mine, "--baseline", first, "--json", "-")
     assert unknown.rc == 0
-    assert "whether the baseline is of the same base model" in " ".join(
-        json.loads(unknown.stdout)["not_measured"]
-    )
+    assert any("baseline" in each for each in json.loads(unknown.stdout)["not_measured"])
 
 
 def test_after_a_failure_no_earlier_file_looks_like_its_report(

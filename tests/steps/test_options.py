@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from lpsparse.families import VIEWS
 from lpsparse.steps import options
 from lpsparse.steps.base import about
 from lpsparse.steps.table import COMMANDS, step_of
@@ -48,6 +49,7 @@ def render() -> str:
             for field, info in kind.model_fields.items()
             if about(kind)[field].panel != "Arguments" and field not in OWN
         ]
+        parts += [f"    {view}: str | Path\n" for view in (VIEWS if name == "report" else ())]
         parts.append("\n")
     return "".join(parts).rstrip() + "\n"
 

@@ -1,4 +1,4 @@
-"""The page: ten views in one file that asks for nothing. Same report, same bytes."""
+"""The report as one page that loads nothing else. The same report gives the same bytes."""
 
 import base64
 import hashlib
@@ -8,40 +8,19 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from lpsparse import __version__
-from lpsparse.reporting.html import (
-    curves,
-    goodness,
-    layers,
-    magnitudes,
-    method,
-    moved,
-    parts,
-    patterns,
-    storage,
-    verdict,
-)
+from lpsparse.families import HTML_VIEWS
+from lpsparse.reporting.html import parts, verdict
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.text import harmless, without_order
 
 _ORDER = "#&#35;["  # for `##[`: the same letters
 _HERE = Path(__file__).parent
-_VIEWS = (
-    storage.view,
-    layers.view,
-    layers.kinds_view,
-    goodness.view,
-    magnitudes.view,
-    patterns.view,
-    curves.view,
-    moved.view,
-    method.view,
-)
 
 
 def render(report: Report) -> str:
-    """HTML. All text is cleaned and escaped on its way out, whatever it is."""
+    """HTML. The template cleans and escapes all text."""
     style = (_HERE / "style.css").read_text(encoding="utf-8")
-    # `finalize` sees every value of the template: none can be forgotten.
+    # `finalize` sees every value of the template, so that none can be forgotten.
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -63,7 +42,7 @@ def render(report: Report) -> str:
         alerts=verdict.alerts(report),
         cards=verdict.cards(report),
         budgets=verdict.budgets(report),
-        views=[view(report) for view in _VIEWS],
+        views=[view(report) for view in HTML_VIEWS.values()],
         named=parts.named,
         coded=parts.coded,
     )
@@ -71,11 +50,11 @@ def render(report: Report) -> str:
 
 
 def _harmless(page: str) -> str:
-    """The same page, of which GitHub's runner makes no command when it goes to stdout."""
+    """The same page without text that GitHub's runner would run as a command."""
     head, end, body = page.partition("</style>")
     return without_order(head, _ORDER) + end + harmless(body, _ORDER, "&#58;:")
 
 
 def _hash(style: str) -> Markup:
-    """What the page's policy knows its style sheet by."""
+    """The hash by which the page's content policy accepts its style sheet."""
     return Markup("sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode())
