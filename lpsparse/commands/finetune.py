@@ -44,7 +44,7 @@ def finetune_step(
     if step.dry_run:
         say("dry run: nothing is written")
         say(f"loading {step.model}")
-        from lpsparse.training.loop import plan_training, prepare
+        from lpsparse.training.build import plan_training, prepare
         from lpsparse.training.precision import with_precision
 
         step, precision = with_precision(step)
@@ -64,11 +64,13 @@ def finetune_step(
 def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
     say(f"loading {step.model}")  # torch and the data too, which takes seconds
     from lpsparse.parallel import launcher, ranks
-    from lpsparse.training import job
-    from lpsparse.training.loop import prepare, start, train
+    from lpsparse.training.build import prepare, start
+    from lpsparse.training.loop import train
+    from lpsparse.training.metrics import recording
     from lpsparse.training.model import trained_checkpoint
     from lpsparse.training.precision import with_precision
     from lpsparse.training.quality import held_of
+    from lpsparse.training.state import find_states, made_by, training_folder
 
     launcher.end_with_launcher()
     asked = step
@@ -81,10 +83,10 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     if asked.mixed_precision == "auto":  # what it chose; a time that was measured differs from run to run
         notes = (*precision, *notes)
     recipe = recorded(asked)
-    of_run = job.made_by(step, source, recorded(step))
-    with job.training_folder(step) as folder:
-        states = job.find_states(step, folder, of_run, say)
-        with job.recording(step, states, on_step, say) as record:
+    of_run = made_by(step, source, recorded(step))
+    with training_folder(step) as folder:
+        states = find_states(step, folder, of_run, say)
+        with recording(step, states, on_step, say) as record:
             trained = train(step, task, record, say, states)
         written = trained_checkpoint(source, task.loaded)
         if not is_rank_0():

@@ -4,6 +4,7 @@ from fnmatch import fnmatchcase
 
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import UsageError
+from lpsparse.families import TASKS
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.targets import Chosen, choose, no_match
 from lpsparse.reporting.measure import prunable_of
@@ -13,7 +14,6 @@ from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.prune import PruneStep, pair
 from lpsparse.steps.report import ReportStep
 
-_HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
 _NOT_YET = "matches no tensor yet; the new head may give it one"
 
 
@@ -29,7 +29,7 @@ def check_patterns(
     if not isinstance(step, (FinetuneStep, PruneStep, ReportStep)):
         return None, [], renamed
     names = [tensor.name for tensor in source.tensors]
-    if isinstance(step, FinetuneStep) and step.task in _HEADED and step.model_fn is None:
+    if isinstance(step, FinetuneStep) and TASKS[step.task].fresh_head and step.model_fn is None:
         plain = choose(source, needed=False)
         heads = [name for name, each in plain.items() if each.role == "head" and "pooler" not in name]
         renamed = renamed or not heads

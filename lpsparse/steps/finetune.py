@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from lpsparse.families import CONDITIONINGS, TASKS
+from lpsparse.families import CONDITIONINGS, METHODS, SCORES, TASKS
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
     DRY_RUN,
@@ -27,7 +27,7 @@ from lpsparse.steps.base import (
 
 Task = Annotated[str, OneOf(TASKS)]
 
-Method = Literal["lp", "gradual", "one-shot", "l1", "dwf", "rigl", "dense"]
+Method = Annotated[str, OneOf(METHODS)]
 
 
 def _optimizer(value: str) -> str:
@@ -182,7 +182,7 @@ class FinetuneStep(DataStep):
     prox: Literal["pwd", "irl1"] = Field(
         "pwd", description="The decay's step: the paper's division, or the reweighted L1 threshold."
     )
-    score: Literal["auto", "magnitude", "fisher"] = Field(
+    score: Annotated[str, OneOf(SCORES, ("auto",))] = Field(
         "auto",
         description="What says which weights go: |w|, or |w| times the root of AdamW's average squared "
         "gradient (the rise of the loss without it). auto: fisher for --method lp with adamw, unless the "
