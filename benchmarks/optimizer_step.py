@@ -140,7 +140,7 @@ def training_times(model: Path, device: str) -> dict[str, float]:
     from lpsparse.steps.finetune import FinetuneStep
     from lpsparse.steps.resolve import resolve
     from lpsparse.training.control import SparsityControl
-    from lpsparse.training.phases import plan_phases
+    from lpsparse.training.schedule import plan_phases
 
     runs: dict[str, Callable[..., None]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -162,6 +162,7 @@ def training_times(model: Path, device: str) -> dict[str, float]:
             given = {"model": "", "out": "", "data": "", "task": "text-classification", "score": "fisher"}
             step = resolve(FinetuneStep, {**given, "target_sparsity": 0.8, "lr": 1e-5})
             control = SparsityControl(step, weights, optimizer, plan_phases(step, 10 * STEPS))
+            control.begin()
 
         def run(t: int, control: Any = control, network: Any = network, optimizer: Any = optimizer) -> None:
             if control is not None:

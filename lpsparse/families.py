@@ -41,13 +41,26 @@ CONDITIONINGS = Family(
         "denoise": "denoise:Denoise",
     },
 )
-TASKS = Family(
-    "training.tasks",
+METHODS = Family(
+    "training.methods",
     {
-        "causal-lm": "causal_lm:prepare",
-        "masked-lm": "masked_lm:prepare",
-        "text-classification": "text_classification:prepare",
-        "image-classification": "image_classification:prepare",
+        "lp": "lp:Lp",
+        "gradual": "gradual:Gradual",
+        "one-shot": "one_shot:OneShot",
+        "l1": "l1:L1",
+        "dwf": "dwf:Dwf",
+        "rigl": "rigl:Rigl",
+        "dense": "dense:Dense",
+    },
+)
+SCORES = Family("training", {"magnitude": "scores:MAGNITUDE", "fisher": "scores:FISHER"})
+TASKS = Family(
+    "training",
+    {
+        "causal-lm": "tasks:CAUSAL_LM",
+        "masked-lm": "tasks:MASKED_LM",
+        "text-classification": "tasks:TEXT_CLASSIFICATION",
+        "image-classification": "tasks:IMAGE_CLASSIFICATION",
     },
 )
 BUDGETS = Family(

@@ -10,18 +10,12 @@ from typing import TypeVar
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.opening import Checkpoint
 from lpsparse.errors import InputError, UsageError
+from lpsparse.families import TASKS
 from lpsparse.pruning.targets import Chosen
 from lpsparse.steps.base import Step
 from lpsparse.steps.finetune import DataStep
 from lpsparse.training.data import find
 
-_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
-_KINDS = {
-    "causal-lm": (".txt", *_TABLES),
-    "masked-lm": (".txt", *_TABLES),
-    "text-classification": _TABLES,
-    "image-classification": (".npz", ".parquet"),
-}
 NOT_YET = "matches no tensor yet; the new head may give it one"
 S = TypeVar("S", bound=Step)
 
@@ -77,10 +71,11 @@ def check_files(task: str, wanted: dict[str, list[str]]) -> tuple[str, ...]:
 def _check_file(task: str, path: Path) -> None:
     if not os.access(path, os.R_OK):
         raise InputError(371, f"{path}: Permission denied", hint="check the data and its permissions")
-    if path.is_dir() and task == "image-classification":
+    kind = TASKS[task]
+    if path.is_dir() and kind.folders:
         return
-    if path.is_dir() or path.suffix not in _KINDS[task]:
-        what = f"{path}: not data of {task} ({', '.join(_KINDS[task])})"
+    if path.is_dir() or path.suffix not in kind.suffixes:
+        what = f"{path}: not data of {task} ({', '.join(kind.suffixes)})"
         raise InputError(372, what, hint="give such a file, or another task")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise InputError(381, f"{path.name}: parquet needs pyarrow", hint="pip install 'lpsparse[data]'")

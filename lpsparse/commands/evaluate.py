@@ -106,7 +106,7 @@ def _is_cut(checkpoint: Checkpoint) -> bool:
 
 def _measured(step: EvalStep, source: Checkpoint, say: Say) -> "tuple[Task, Measured]":
     """What was measured on, and how good the model is on it."""
-    from lpsparse.training.loop import prepare
+    from lpsparse.training.build import prepare
     from lpsparse.training.quality import evaluate
 
     task = prepare(step, source)

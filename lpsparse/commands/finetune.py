@@ -14,6 +14,7 @@ from lpsparse.commands.base import opened, silent
 from lpsparse.commands.checks import Checked, Held, check_files, check_model, matches, without_unknown
 from lpsparse.commands.report import report_on
 from lpsparse.commands.results import TrainingPreview
+from lpsparse.families import TASKS
 from lpsparse.parallel.environment import is_launched, is_rank_0
 from lpsparse.parallel.threads import using_threads
 from lpsparse.pruning.targets import Decision, choose, no_match, refuse_quantised
@@ -25,7 +26,6 @@ from lpsparse.steps.resolve import as_launched
 from lpsparse.training import memory
 from lpsparse.training.data import check_apart, held_out_of
 
-_HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
 _NOT_OURS = Decision(False, "not part of the model")
 
 
@@ -48,7 +48,7 @@ def preview(step: FinetuneStep, say: Say = silent) -> TrainingPreview:
     step, source = _opened(step, say)
     say("dry run: nothing is written")
     say(f"loading {step.model}")
-    from lpsparse.training.loop import plan_training, prepare
+    from lpsparse.training.build import plan_training, prepare
     from lpsparse.training.precision import with_precision
 
     step, precision = with_precision(step)
@@ -75,7 +75,9 @@ def check(step: FinetuneStep, held: Held) -> Checked:
     notes = check_files(step.task, wanted)
     if not notes and parts is not None:
         check_apart(step.data, step.split, *parts)
-    renamed = held.renamed or (step.task in _HEADED and step.model_fn is None and not _has_head(source))
+    renamed = held.renamed or (
+        TASKS[step.task].fresh_head and step.model_fn is None and not _has_head(source)
+    )
     step, unknown = without_unknown(step, held, "include", "exclude", "freeze", renamed=renamed)
     for pattern in step.freeze:
         if not matches(pattern, held):
@@ -108,11 +110,13 @@ def _opened(step: FinetuneStep, say: Say) -> tuple[FinetuneStep, Checkpoint]:
 def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[Any], None]) -> Report:
     say(f"loading {step.model}")  # torch and the data too, which takes seconds
     from lpsparse.parallel import launcher, ranks
-    from lpsparse.training import job
-    from lpsparse.training.loop import prepare, start, train
+    from lpsparse.training.build import prepare, start
+    from lpsparse.training.loop import train
+    from lpsparse.training.metrics import recording
     from lpsparse.training.model import trained_checkpoint
     from lpsparse.training.precision import with_precision
     from lpsparse.training.quality import held_of
+    from lpsparse.training.state import find_states, made_by, training_folder
 
     launcher.end_with_launcher()
     asked = step
@@ -125,10 +129,10 @@ def _train(step: FinetuneStep, source: Checkpoint, say: Say, on_step: Callable[[
     if asked.mixed_precision == "auto":  # what it chose; a time that was measured differs from run to run
         notes = (*precision, *notes)
     recipe = recorded(asked)
-    of_run = job.made_by(step, source, recorded(step))
-    with job.training_folder(step) as folder:
-        states = job.find_states(step, folder, of_run, say)
-        with job.recording(step, states, on_step, say) as record:
+    of_run = made_by(step, source, recorded(step))
+    with training_folder(step) as folder:
+        states = find_states(step, folder, of_run, say)
+        with recording(step, states, on_step, say) as record:
             trained = train(step, task, record, say, states)
         written = trained_checkpoint(source, task.loaded)
         if not is_rank_0():

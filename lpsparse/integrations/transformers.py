@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from lpsparse.errors import StateError, UsageError
-from lpsparse.training.resume import decode, encode, moved
 from lpsparse.training.sparsity import Sparsity
+from lpsparse.training.state import decode, encode, moved
 
 _STATE = "lpsparse-state"
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from lpsparse.families import CONDITIONINGS, TASKS
+from lpsparse.families import CONDITIONINGS, METHODS, SCORES, TASKS
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
     DRY_RUN,
@@ -28,7 +28,7 @@ from lpsparse.steps.base import (
 
 Task = Annotated[str, OneOf(TASKS)]
 
-Method = Literal["lp", "gradual", "one-shot", "l1", "dwf", "rigl", "dense"]
+Method = Annotated[str, OneOf(METHODS)]
 
 
 def _optimizer(value: str) -> str:
@@ -240,7 +240,7 @@ class FinetuneStep(DataStep):
         needs={"method": ("lp",)},
         advanced=True,
     )
-    score: Literal["auto", "magnitude", "fisher"] = Setting(
+    score: Annotated[str, OneOf(SCORES, ("auto",))] = Setting(
         "auto",
         help="What says which weights go: |w|, or |w| times the root of AdamW's average squared "
         "gradient (the rise of the loss without it). auto: fisher for --method lp with adamw, unless the "

@@ -24,7 +24,7 @@ class FinetuneOptions(TypedDict, total=False):
     eval_data: str | None
     eval_split: str | None
     eval_fraction: float
-    method: Literal["lp", "gradual", "one-shot", "l1", "dwf", "rigl", "dense"]
+    method: str
     target_sparsity: float | str | Decimal | None
     p: float
     lambda_p: float | Literal["auto"]
@@ -34,7 +34,7 @@ class FinetuneOptions(TypedDict, total=False):
     selective: bool
     cautious: bool
     prox: Literal["pwd", "irl1"]
-    score: Literal["auto", "magnitude", "fisher"]
+    score: str
     masked_forward: bool
     condition: str
     gain_lr_ratio: float

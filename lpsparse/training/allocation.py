@@ -1,9 +1,4 @@
-"""Which weights are to go: a score for each weight, how the count is shared among tensors, and exact masks.
-
-Scores: magnitude |w|, or fisher |w| * sqrt(v) with v AdamW's own average of squared gradients, corrected
-for its start. The square of the latter is twice the rise of the loss when w is set to zero, in the
-diagonal approximation of the curvature by the empirical Fisher information (LeCun et al. 1989, Optimal
-Brain Damage, eq. 5; Singh and Alistarh 2020, arXiv 2004.14340), with the curvature for free.
+"""Share a count of zeros among tensors by their scores, and make exact masks.
 
 Shares: global, the smallest scores wherever they are; lamp, the smallest w**2 / (sum of the squares that
 are not smaller in its tensor), which never empties a tensor whose scale is small (Lee et al. 2021, arXiv
@@ -11,18 +6,13 @@ are not smaller in its tensor), which never empties a tensor whose scale is smal
 al. 2020, arXiv 1911.11134).
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lpsparse.errors import UsageError
 from lpsparse.parallel import ranks
 
 SHARES = ("global", "lamp", "uniform", "erk")
-SETTLED = 10  # steps; before them an average of squared gradients is mostly noise
 
 
 def kth_smallest(values: Tensor, count: int, *, across: bool = False) -> Tensor:
@@ -66,26 +56,6 @@ def keep_only_(values: Tensor, keep: Tensor) -> None:
     array = values.numpy(force=True)
     np.multiply(array, keep.numpy(), out=array)
     np.add(array, 0.0, out=array)  # -0 becomes +0
-
-
-@torch.no_grad()
-def fisher(weights: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
-    """|w| * sqrt(v), shaped like the weights; of sharded ones, like this process's parts. Raises UsageError
-    for weights of which the optimizer keeps no v: those that get no gradient."""
-    betas: dict[int, Any] = {
-        id(p): group.get("betas") for group in optimizer.param_groups for p in group["params"]
-    }
-    scores: dict[str, Tensor] = {}
-    blind = [name for name, weight in weights.items() if "exp_avg_sq" not in optimizer.state.get(weight, {})]
-    if blind:
-        what = f"no gradient has reached {', '.join(blind[:4])}: nothing says what the loss would lose by it"
-        raise UsageError(227, what, hint="--exclude it, or use --score magnitude")
-    for name, weight in weights.items():
-        state: dict[str, Any] = optimizer.state[weight]
-        average = ranks.local_tensor(state["exp_avg_sq"]) / (1 - betas[id(weight)][1] ** float(state["step"]))
-        size = ranks.local_tensor(weight.detach()).abs()
-        scores[name] = average.sqrt_().add_(torch.finfo(weight.dtype).eps ** 2).mul_(size)
-    return scores
 
 
 @torch.no_grad()

@@ -1,47 +1,33 @@
-"""The training loop on accelerate. One process and many are the same code."""
+"""The training loop, from the first step to the last. One process and many are the same code."""
 
+import math
+import statistics
+import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from lpsparse.borrowed import borrow
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.errors import InputError, UsageError
-from lpsparse.families import TASKS
+from lpsparse.errors import InterruptError, NumericError, ResourceError, ResumableError
 from lpsparse.parallel import ranks
-from lpsparse.parallel.environment import has_other_ranks
-from lpsparse.pruning.select import target_count
-from lpsparse.pruning.targets import Chosen, kept_in_words
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
-from lpsparse.training.data import check_apart, held_out_of
-from lpsparse.training.distill import blocks, make_teacher
-from lpsparse.training.loss import check_dropout
-from lpsparse.training.memory import estimate
+from lpsparse.parallel.progress import advance, phase
+from lpsparse.pruning.targets import Chosen
+from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.training.build import Setup, build
+from lpsparse.training.loss import batch_loss
+from lpsparse.training.metrics import OnStep, Progress
 from lpsparse.training.optimizers import switch
-from lpsparse.training.order import steps_of
+from lpsparse.training.order import Part, batches, seed_pass
 from lpsparse.training.quality import Measured, evaluate
-from lpsparse.training.resume import States
-from lpsparse.training.run import Progress, Run
-from lpsparse.training.setup import (
-    check_shard,
-    choose_weights,
-    in_short,
-    leaves_unused,
-    make_optimizer,
-    prepare_module,
-    resolve_auto,
-)
-from lpsparse.training.sparsity import Method
-from lpsparse.training.stopping import listening
-from lpsparse.training.summary import in_words
-from lpsparse.training.tasks.base import Task
+from lpsparse.training.state import States, moved
+from lpsparse.training.stopping import Stop, guarded, listening
+from lpsparse.training.tasks.base import Batch, Task
 
-AUGMENT = {"image-classification": "crop-flip", "text-classification": "noise"}
+SAVE_SECONDS = 15 * 60
+SPIKE = 10.0  # times the usual loss: reported, since a batch may be broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,153 +39,205 @@ class Trained:
     facts: str  # steps, lambda_p, sum of learning rates, w_kill, in words
 
 
-def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint, *, spread: bool = True) -> Task:
-    """Model and data of a step, checked; a fresh head and the data order follow from the seed.
-
-    All processes call it. Without `spread` only process 0 has the model's values (`distributed.spread`).
-    """
-    torch.manual_seed(step.seed)
-    held = held_out_of(step) if isinstance(step, FinetuneStep) else None
-    if held is not None:
-        check_apart(step.data, step.split, *held)
-    if isinstance(step, FinetuneStep) and step.augment not in ("none", AUGMENT.get(step.task)):
-        what = f"--augment {step.augment} is not for --task {step.task}"
-        raise UsageError(249, what, hint=f"use --augment {AUGMENT.get(step.task, 'none')}")
-    try:
-        task = TASKS[step.task](step, checkpoint)
-    except OSError as error:
-        what = f"{error.filename or step.data}: {error.strerror or error}"
-        raise InputError(371, what, hint="check the data and its permissions") from error
-    if spread:
-        device = PartialState().device or torch.device("cpu")
-        ranks.distribute(task.loaded.module, device, shard=False, bf16=False)
-    return task
-
-
-def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
-    """What `train` would do, as plain data."""
-    step = resolve_auto(step, task.loaded.module, steps_of(step, task))
-    prunable, weights = choose_weights(step, task.loaded)
-    params = list(task.loaded.module.parameters())
-    size = sum(weight.numel() for weight in weights.values())
-    zeros = None
-    if step.target_sparsity is not None:
-        there = sum(int((weight == 0).sum()) for weight in weights.values())
-        zeros = target_count(step.target_sparsity, size, there)
-    trained = sum(param.numel() for param in params if param.requires_grad)
-    frozen = sum(param.numel() for param in params) - trained
-    memory = estimate(step, trained=trained, frozen=frozen, prunable=size, processes=step.processes or 1)
-    return {
-        "bytes_kept": memory.kept,
-        "bytes_peak": memory.kept + memory.peak,
-        "method": step.method,
-        "steps": steps_of(step, task),
-        "examples": len(task.train),
-        "held_out": len(task.held_out),
-        "processes": step.processes or 1,
-        "prunable_weights": size,
-        "prunable_tensors": len(weights),
-        "zeros": zeros,
-        "kept": kept_in_words(prunable),
-        "fresh": list(task.loaded.new),
-        "warning": in_short(step, steps_of(step, task)),
-    }
-
-
 def train(
-    step: FinetuneStep,
-    task: Task,
-    on_step: Callable[[Progress], None],
-    say: Callable[[str], None],
-    states: States,
+    step: FinetuneStep, task: Task, on_step: OnStep, say: Callable[[str], None], states: States
 ) -> Trained:
     """Train `task` in place by the step's method, from the state that `states` has found, if any.
 
     All processes call it. Raises NumericError on a loss or gradient that is not finite, ResumableError and
     InterruptError when it was asked to stop and has saved its state.
     """
-    if step.threads:
-        torch.set_num_threads(step.threads)
-    accelerator = start(step)
-    model = task.loaded.module
-    steps = steps_of(step, task)
-    step = resolve_auto(step, model, steps)
-    short = in_short(step, steps)
-    if short is not None:
-        say(f"warning: {short}")
-    if step.shard:
-        check_shard(step)
-    check_dropout(step, model)
-    teacher = make_teacher(step, task)
-    for each in (model,) if teacher is None else (model, teacher.model):
-        bf16 = step.mixed_precision == "bf16"
-        ranks.distribute(each, accelerator.device, blocks(each), shard=step.shard, bf16=bf16)
-    prunable, weights = choose_weights(step, task.loaded)  # sharding has put others in their place
-    say(kept_in_words(prunable))
     found = states.read()
-    before = None if task.loaded.new or found is not None else evaluate(step, task, "before")
-    prepare_module(step, model)
-    optimizer = make_optimizer(step, model, weights)
-    switch(optimizer, "train")
-    # Sharding is torch's own: accelerate's does not know processes without a GPU.
-    if ranks.world_size() > 1 and not step.shard and leaves_unused(task, accelerator.device):
-        unused: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
-        accelerator.ddp_handler = unused
-    prepared = model if step.shard else accelerator.prepare(model)
-    wrapped = accelerator.prepare(optimizer)
-    fresh = {name for name, out in task.loaded.names.items() if out in task.loaded.new}
-    method = Method(step, model, weights, optimizer, steps, fresh)
-    facts = in_words(step, method.control, steps)
-    say(facts)
-    run = Run(step, task, accelerator, prepared, wrapped, method, teacher, states, before, say)
+    setup = build(step, task, say, resumes=found is not None)
+    step, driver, optimizer = setup.step, setup.driver, setup.optimizer
+    run, steps = Run(setup, states), driver.control.phases.steps
     if found is not None:
         run.restore(found)
-        say(f"goes on after step {run.done} of {steps}")
-    if teacher is not None:
-        teacher.open()
-    with listening(run.stop):
-        run.loop(on_step)
-    made = facts.full
+        say(f"resuming at step {driver.done} of {steps}")
+    if setup.teacher is not None:
+        setup.teacher.open()
+    setup.model.train()
+    given = batches(step, task, driver.done, steps)
+    with listening(run.stop), phase(run.doing(), steps, "steps", done=driver.done):
+        for t in range(driver.done, steps):
+            # Twice: torch reports a dead worker by a signal, which may come while the first reads an error.
+            with guarded(step, t, states.last), guarded(step, t, states.last):
+                parts = next(given)
+                driver.before_step()
+                loss = run.backward(parts)
+                driver.after_backward()
+                asked, due = run.check(t, loss)
+                optimizer.step()
+                run.skipped += setup.accelerator.optimizer_step_was_skipped
+                optimizer.zero_grad()
+                driver.after_step()
+                run.report(parts[0][0].epoch, on_step)
+                if asked or due:
+                    run.save()
+            if asked:
+                raise run.left(asked)
+    return _finished(run)
+
+
+def _finished(run: "Run") -> Trained:
+    """Take everything off the model, round its weights to the dtypes of OUT, and measure it."""
+    setup, facts = run.setup, run.setup.facts.full
+    task, model = setup.task, setup.task.loaded.module
     if run.skipped:
-        made += f"; {run.skipped} steps left out, whose gradients overflowed in fp16"
-    switch(optimizer, "eval")
-    method.finish()
-    if teacher is not None:
-        teacher.close()
-    if not step.shard:
-        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # or it would be measured under autocast
+        facts += f"; {run.skipped} steps left out, whose gradients overflowed in fp16"
+    switch(setup.driver.control.optimizer, "eval")
+    setup.driver.finish()
+    if setup.teacher is not None:
+        setup.teacher.close()
+    if not setup.step.shard:  # or it would be measured under autocast
+        setup.accelerator.unwrap_model(setup.model, keep_fp32_wrapper=False)
     ranks.broadcast_buffers(model)
     task.loaded.round_to_storage()
-    return Trained(task, prunable, run.before, evaluate(step, task, "after"), made)
+    return Trained(task, setup.prunable, run.before, evaluate(setup.step, task, "after"), facts)
 
 
-def start(step: FinetuneStep) -> Accelerator:
-    """Accelerate for this run; with it the processes know one another."""
-    reset = borrow("accelerate.state:AcceleratorState._reset_state")
-    if reset is not None:
-        reset()
-    accelerator = _accelerator(step)
-    ranks.make_barrier_group()
-    return accelerator
+class Run:
+    """What changes from step to step, beside the model and the optimizer."""
 
+    def __init__(self, setup: Setup, states: States) -> None:
+        self.setup, self.states, self.before = setup, states, setup.before
+        self.losses: list[float] = []  # since the last line of the log
+        self.skipped = 0  # steps whose gradients overflowed in fp16
+        self.stop = Stop(setup.step.max_time)
+        self._saved = time.monotonic()
+        self._recent: deque[float] = deque(maxlen=20)
+        self._zero = ("", "")  # phase and share of zeros when they were counted last
 
-def _accelerator(step: FinetuneStep) -> Accelerator:
-    has_gpu = torch.accelerator.is_available()
-    if step.mixed_precision == "fp16" and not has_gpu:
-        raise UsageError(248, "--mixed-precision fp16: needs a GPU", hint="use auto, or no in a new process")
-    # Left to itself, accelerate takes processes without a GPU for one process each.
-    alone_on_cpu = has_other_ranks() and not has_gpu
-    try:
-        limit = InitProcessGroupKwargs(timeout=timedelta(seconds=step.rank_timeout))
-        accelerator = Accelerator(
-            mixed_precision=step.mixed_precision, cpu=alone_on_cpu, kwargs_handlers=[limit]
+    def backward(self, parts: list[tuple[Part, Batch]]) -> float:
+        """Return the loss of this process's share of the step's batch, and leave its gradients."""
+        setup, step, world_size = self.setup, self.setup.step, ranks.world_size()
+        augment, device = setup.task.augment, setup.accelerator.device
+        alone = world_size * step.accumulate == 1
+        ready: list[tuple[Part, Batch]] = []
+        for part, batch in parts:
+            batch = {key: value.to(device) for key, value in batch.items()}
+            ready.append((part, batch if augment is None else augment(batch, part.seeds(step.seed))))
+        counts = [0 if part.empty else setup.task.count(batch) for part, batch in ready]
+        total = 1.0 if alone else ranks.all_reduce_sum([sum(counts)])[0]
+        whole = 0.0
+        for k, (part, batch) in enumerate(ready):
+            last = k == len(ready) - 1
+            seed_pass(step, part)
+            with nullcontext() if last else ranks.no_sync(setup.model):
+                with setup.accelerator.autocast():
+                    loss = batch_loss(step, setup.task, setup.model, batch, setup.teacher)
+                if not alone:  # so that the processes' mean is the mean over the whole batch
+                    loss = loss * (world_size * counts[k] / total)
+                setup.accelerator.backward(loss)
+            whole += float(loss.detach())
+        return whole
+
+    def check(self, t: int, loss: float) -> tuple[int, bool]:
+        """Clip the gradients of step t and look whether all is finite. Return whether the run was asked to
+        stop (2: by Ctrl-C), and whether a state is due; the same on all processes."""
+        accelerator, step = self.setup.accelerator, self.setup.step
+        groups: list[dict[str, Any]] = self.setup.optimizer.param_groups
+        params = [param for group in groups for param in group["params"]]  # gains included
+        norm = ranks.to_float(accelerator.clip_grad_norm_(params, step.clip or math.inf))
+        # A loss scaler (fp16) skips a step whose gradients overflow, and continues with a smaller scale.
+        bad = not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm))
+        asked = {"": 0, "SIGINT": 2}.get(self.stop.reason(), 1)
+        bad, asked, due = ranks.all_reduce_max([bad, asked, self._is_due(t + 1)])
+        if bad:
+            last = self.states.last()
+            kept = f"the state of step {last} is complete" if last else "nothing was written"
+            steps = self.setup.driver.control.phases.steps
+            what = f"step {t + 1} of {steps}: loss {loss}, gradient norm {norm}; {kept}"
+            raise NumericError(501, what, hint="lower --lr (with --resume never); the input is untouched")
+        self.losses.append(loss)
+        usual = statistics.median(self._recent) if len(self._recent) == self._recent.maxlen else math.inf
+        if loss > SPIKE * usual:
+            times = f"{loss / usual:.0f} times the usual {usual:.4g}"
+            self.setup.say(f"step {t + 1}: loss {loss:.4g} is {times}")
+        self._recent.append(loss)
+        return int(asked), bool(due)
+
+    def _is_due(self, done: int) -> bool:
+        save_every = self.setup.step.save_every
+        if save_every is not None:
+            return done % save_every == 0
+        return time.monotonic() - self._saved >= SAVE_SECONDS
+
+    def report(self, epoch: int, on_step: OnStep) -> None:
+        """Advance the phase; every `log_every` steps give `on_step` the figures, as counting takes time."""
+        control, done = self.setup.driver.control, self.setup.driver.done
+        if done % self.setup.step.log_every == 0 or done == control.phases.steps:
+            progress = self._progress(epoch)
+            on_step(progress)
+            self._zero = (self.doing(), f"zero {100 * progress.sparsity:.2f} %")
+        zero = [self._zero[1]] if self._zero[0] == self.doing() else []
+        rates = (f"lr {control.rates[done - 1]:.1e}", f"lambda {control.method.lambda_p:.1e}")
+        advance(1, "steps", what=self.doing(), facts=(f"loss {self._recent[-1]:.4f}", *zero, *rates))
+
+    def doing(self) -> str:
+        """The phase's name."""
+        control = self.setup.driver.control
+        if control.method.cuts == "never":
+            return "train"
+        name = control.phases.name(self.setup.driver.done)
+        return "settle" if name == "recover" and control.target is None else name
+
+    def _progress(self, epoch: int) -> Progress:
+        control, done = self.setup.driver.control, self.setup.driver.done
+        if not self.setup.step.shard:
+            odd = ranks.first_different_rank(ranks.fingerprint(control.weights.values()))
+            if odd is not None:
+                what = f"step {done}: weights diverged: rank {odd} differs from rank 0"
+                hint = "run the same command again; check the memory of that machine"
+                raise ResourceError(605, what, hint=hint)
+        mean = ranks.all_reduce_sum([sum(self.losses) / len(self.losses)])[0] / ranks.world_size()
+        self.losses.clear()
+        size = max(1, control.size)
+        return Progress(
+            step=done,
+            steps=control.phases.steps,
+            epoch=epoch,
+            loss=mean,
+            lr=control.rates[done - 1],
+            lambda_p=control.method.lambda_p,
+            target=control.scheduled(done) / size,
+            sparsity=control.zeros() / size,
+            near_zero=control.near_zero(),
         )
-    except (ValueError, ImportError) as error:  # accelerate's own check of the device, or of its settings
-        if step.mixed_precision == "no":
-            what = f"accelerate does not start: {str(error).strip().splitlines()[0]}"
-            hint = "check the variables ACCELERATE_* and OMP_NUM_THREADS, and `accelerate env`"
-            raise UsageError(258, what, hint=hint) from None
-        what = f"--mixed-precision {step.mixed_precision}: {str(error).strip().splitlines()[0]}"
-        raise UsageError(248, what, hint="use auto, or no in a new process") from None
-    assert accelerator.num_processes == ranks.world_size() or not has_other_ranks()
-    return accelerator
+
+    def left(self, asked: int) -> ResumableError | InterruptError:
+        """The error with which a run leaves that was asked to stop and has saved its state."""
+        reason, driver = self.stop.reason() or "another process", self.setup.driver
+        how = " again" if self.setup.step.resume == "auto" else " with --resume auto"
+        what = f"stopped by {reason} after step {driver.done} of {driver.control.phases.steps}"
+        what += f"; its state is in {self.states.folder}"
+        kind = InterruptError if asked == 2 else ResumableError
+        return kind(750, what, hint=f"run the same command{how} to resume")
+
+    def save(self) -> None:
+        """Save all that decides the rest of the run: tensors, numbers and text."""
+        setup, scaler, before = self.setup, self.setup.accelerator.scaler, self.before
+        state: dict[str, Any] = {
+            "losses": ranks.all_gather(list(self.losses)),
+            "skipped": self.skipped,
+            "before": None if before is None else astuple(before),
+            "weights": dict(setup.task.loaded.module.state_dict()),
+            "optimizer": setup.driver.control.optimizer.state_dict(),
+            "method": setup.driver.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        self.states.save(setup.driver.done, state)
+        self._saved = time.monotonic()
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `save`."""
+        setup, scaler = self.setup, self.setup.accelerator.scaler
+        self.losses, self.skipped = list(state["losses"][ranks.rank()]), state["skipped"]
+        self.before = None if state["before"] is None else Measured(*state["before"])
+        for name, value in setup.task.loaded.module.state_dict().items():
+            ranks.local_tensor(value).copy_(state["weights"][name])
+        setup.driver.load_state_dict(moved(state["method"], setup.accelerator.device))
+        ranks.load_averages(setup.driver.control.optimizer, state["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.tensors import Tensor
+from lpsparse.families import METHODS
 from lpsparse.steps.finetune import FinetuneStep
 
 _WEIGHT, _GRADIENT = 4, 4
@@ -32,15 +33,15 @@ def estimate(step: FinetuneStep, *, trained: int, frozen: int, prunable: int, pr
     the forward and again for the backward pass (in bf16 half of them), and reduces the gradients.
     """
     share = processes if step.shard else 1
-    selects = step.target_sparsity is not None and step.method == "lp" and step.selective
+    method = METHODS[step.method]
+    selects = step.target_sparsity is not None and method.selects and step.selective
     extra = _SPARED * selects + _COVERED * (selects and step.masked_forward)
-    extra += _LIVING * (step.target_sparsity is not None and step.method != "lp")
+    extra += _LIVING * (step.target_sparsity is not None and not method.selects)
     each = _WEIGHT + _GRADIENT + _AVERAGES.get(step.optimizer, 8)
     kept = (each * trained + _WEIGHT * frozen + extra * prunable) / share
     if step.distill or step.distill_blocks:
         kept += _WEIGHT * (trained + frozen) / share  # the teacher
-    decays = step.method in ("lp", "l1")
-    work = max(_DIVISOR * decays, _CHOICE * (step.target_sparsity is not None)) * prunable / share
+    work = max(_DIVISOR * method.decays, _CHOICE * (step.target_sparsity is not None)) * prunable / share
     ring = (processes - 1) / processes
     width = 2 if step.shard and step.mixed_precision == "bf16" else 4
     moved = 2 * width * (trained + frozen) + 4 * trained if step.shard else 2 * 4 * trained

@@ -3,16 +3,32 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from lpsparse.errors import UsageError
+from lpsparse.families import METHODS
+from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.model_fn import load_code
 
 Group = dict[str, Any]
 
 
-def make(name: str, groups: list[Group], lr: float) -> Optimizer:
+def make_optimizer(step: FinetuneStep, model: nn.Module, weights: dict[str, Tensor]) -> Optimizer:
+    """The base optimizer; its own weight decay acts only where L_p decay does not."""
+    chosen = {id(weight) for weight in weights.values()} if METHODS[step.method].decays else set[int]()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    plain = [param for param in trained if id(param) not in chosen]
+    groups = [
+        {"params": [param for param in trained if id(param) in chosen], "weight_decay": 0.0},
+        {"params": [param for param in plain if param.ndim >= 2], "weight_decay": step.weight_decay},
+        {"params": [param for param in plain if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return _make(step.optimizer, groups, step.lr)
+
+
+def _make(name: str, groups: list[Group], lr: float) -> Optimizer:
     """The optimizer `name` over `groups`, each with its own "weight_decay".
 
     Raises UsageError for MODULE:CLASS that is no optimizer or cannot be made of groups and a learning rate.

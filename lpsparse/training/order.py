@@ -7,13 +7,8 @@ batch of a step is the same for any number of processes; they take parts of it.
 import math
 import multiprocessing
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,12 +16,10 @@ from torch.utils.data import DataLoader
 
 from lpsparse.parallel import launcher, ranks
 from lpsparse.steps.finetune import FinetuneStep
-from lpsparse.training.stopping import ASKS
+from lpsparse.training.stopping import ASKS, watch_workers
 from lpsparse.training.tasks.base import Batch, Task
 
 _POOL = 32  # batches whose examples are sorted by length together
-_LINGERS = 2.0  # seconds that the system may take to say that a process is gone
-_workers: list[BaseProcess] = []  # of the loader that is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,38 +108,12 @@ def batches(step: FinetuneStep, task: Task, first: int, steps: int) -> Iterator[
     of_step: list[tuple[Part, Batch]] = []
     before = multiprocessing.active_children()
     read = iter(loader)  # which starts its processes
-    _workers[:] = [each for each in multiprocessing.active_children() if each not in before]
+    watch_workers([each for each in multiprocessing.active_children() if each not in before])
     for batch in read:
         of_step.append((given.pop(0), batch))
         if len(of_step) == step.accumulate:
             yield of_step
             of_step = []
-
-
-def worker_is_gone() -> bool:
-    """Whether a process of the loader has ended by itself, so that an error is about that: torch raises one
-    while it waits for it, while it fetches what that one had sent, or from a signal's handler at any
-    moment."""
-    gone: list[Any] = wait([each.sentinel for each in _workers], _LINGERS) if _workers else []
-    for worker in _workers:
-        if worker.sentinel in gone:
-            worker.join(_LINGERS)
-    return any(worker.exitcode for worker in _workers)
-
-
-def hear_no_more_of_workers() -> None:
-    """torch raises an error by a signal for each process of a loader that died, whatever is being done; once
-    one is known to be gone, that would only end the cleaning up."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    if callable(handler):  # with what a program had set before, which torch's calls
-
-        def quietly(number: int, frame: FrameType | None) -> None:
-            with suppress(RuntimeError):
-                handler(number, frame)
-
-        signal.signal(signal.SIGCHLD, quietly)
 
 
 def _in_worker(_: int) -> None:

@@ -1,4 +1,4 @@
-"""The method as four calls around a loop's optimizer: of `lpsparse finetune`, and of anybody's loop."""
+"""What a method does beside a training loop, as four calls: `lpsparse finetune` and any loop of your own."""
 
 import logging
 from collections.abc import Collection
@@ -8,16 +8,18 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lpsparse.errors import StateError, UsageError
+from lpsparse.families import CONDITIONINGS
 from lpsparse.pruning.targets import Chosen, kept_in_words
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
 from lpsparse.training.allocation import keep_only_
 from lpsparse.training.attached import around_step, own_rate, set_rate, with_hooks
-from lpsparse.training.conditioning import fold
+from lpsparse.training.conditioning import condition, fold
+from lpsparse.training.conditioning.base import Conditioning
 from lpsparse.training.control import SparsityControl
 from lpsparse.training.model import Loaded
-from lpsparse.training.phases import plan_phases
-from lpsparse.training.setup import choose_weights, make_conditioning, resolve_auto
+from lpsparse.training.schedule import plan_phases
+from lpsparse.training.settings import freeze_, prunable_parameters, resolve_auto
 
 _log = logging.getLogger("lpsparse")
 _OF_THE_LOOP = {  # fields of FinetuneStep that mean nothing here
@@ -34,8 +36,9 @@ _OF_THE_LOOP = {  # fields of FinetuneStep that mean nothing here
 }
 
 
-class Method:
-    """What a run of `steps` optimizer steps does beside its loop. `step` is one that `resolve_auto` has seen.
+class Driver:
+    """Drive learning rates, conditioning and sparsity control through `steps` optimizer steps. `resolve_auto`
+    has seen `step`. Weights change from the first `before_step` on.
 
     Call `before_step` before the forward pass, `after_backward` when the gradients are there (before they are
     clipped), `after_step` after the optimizer's step, and `finish` at the end. The optimizer's step makes up
@@ -59,7 +62,7 @@ class Method:
         self.top = max(own_rate(group) for group in optimizer.param_groups)
         # First, so that whatever else looks at the weights in the optimizer's step sees them uncovered.
         self._attached = around_step(optimizer, "lpsparse", self._catch_up)
-        self.conditioning = make_conditioning(step, model, weights, optimizer)
+        self.conditioning = _conditioning(step, model, weights, optimizer)
         cut = {id(weight) for weight in weights.values()}
         held = {id(param) for group in optimizer.param_groups for param in group["params"]} - cut
         others = {
@@ -68,6 +71,7 @@ class Method:
         self.control = SparsityControl(
             step, weights, optimizer, plan_phases(step, steps), others=others, top=self.top or None
         )
+        self.control.begin()
 
     def _catch_up(self) -> None:
         if self._due:
@@ -116,8 +120,6 @@ class Method:
         cut = not self._finished and self.control.finish(self.done)  # also through the last retraction
         self._finished = True
         self._attached.remove()
-        if self.control.decay is not None:
-            self.control.decay.remove()
         return cut
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +145,21 @@ class Method:
             self.conditioning.load_state_dict(state["conditioning"])
 
 
-class Sparsity(Method):
+def _conditioning(
+    step: FinetuneStep, model: nn.Module, weights: dict[str, Tensor], optimizer: Optimizer
+) -> Conditioning | None:
+    if step.condition == "none" or not weights:
+        return None
+    wanted = {id(weight) for weight in weights.values()}
+    names = [name for name, param in model.named_parameters() if id(param) in wanted]
+    takes: dict[str, str] = CONDITIONINGS[step.condition].takes
+    options = {option: float(getattr(step, field) or 0) for option, field in takes.items()}
+    conditioning = condition(model, step.condition, names, **options)
+    conditioning.attach(optimizer)
+    return conditioning
+
+
+class Sparsity(Driver):
     """Bring a model's weights to a target sparsity in a loop of `steps` optimizer steps.
 
     It sets the learning rate of every step, as torch's schedulers do: its peak is each parameter group's own
@@ -171,8 +187,8 @@ class Sparsity(Method):
         step = resolve_auto(resolve(FinetuneStep, {**fixed, **options, "optimizer": kind}), model, steps)
         loaded = Loaded(model, {name: name for name in model.state_dict()}, (), ())
         held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        # `resumes`: a cut may have emptied a tensor
-        prunable, weights = choose_weights(step, loaded, resumes=True, held=held)
+        freeze_(step, loaded)
+        prunable, weights = prunable_parameters(step, loaded, resumes=True, held=held)
         self.summary = kept_in_words(prunable).full
         self._say_left(prunable)
         super().__init__(step, model, weights, optimizer, steps)
@@ -191,7 +207,7 @@ class Sparsity(Method):
 
     def _mask(self, name: str) -> Any:
         def hook(weight: Tensor) -> None:
-            held = name in self.control.masks and not self.control.exchanges(self.done)
+            held = name in self.control.masks and not self.control.method.exchanges(self.done)
             if weight.grad is not None and held:
                 keep_only_(weight.grad, self.control.masks[name])
 

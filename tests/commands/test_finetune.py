@@ -268,7 +268,7 @@ def test_a_recipe_trains_again_when_its_data_changed_and_not_otherwise(tmp_path:
 def test_noise_masks_or_exchanges_words_only_and_follows_its_generator(tiny_bert: Path, table: Path) -> None:
     from lpsparse.steps.finetune import FinetuneStep
     from lpsparse.steps.resolve import resolve
-    from lpsparse.training.loop import prepare
+    from lpsparse.training.build import prepare
     from lpsparse.training.tasks.base import Task
 
     def prepared(augment: str) -> Task:
@@ -324,7 +324,7 @@ def test_auto_takes_the_fisher_score_where_no_batch_norm_is_and_says_so(
 ) -> None:
     from lpsparse.steps.finetune import FinetuneStep
     from lpsparse.steps.resolve import resolve
-    from lpsparse.training.setup import resolve_auto
+    from lpsparse.training.settings import resolve_auto
 
     given = {"model": "m", "out": "o", "data": "d", "task": "causal-lm", "target_sparsity": "0.5"}
     plain, normed = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))

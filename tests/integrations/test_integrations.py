@@ -17,7 +17,7 @@ from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.integrations.transformers import SparsityCallback
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
-from lpsparse.training.loop import prepare
+from lpsparse.training.build import prepare
 from lpsparse.training.order import batches
 
 STEPS, RATE = 30, 2e-3

@@ -231,7 +231,7 @@ def test_a_run_that_was_killed_in_its_second_step_goes_on_there(tmp_path: Path) 
     words += ["--set", "recover.max_time=0.0001"]  # it stops as soon as it has gone on
     again = subprocess.run(words, cwd=tmp_path, env=cli_environment(), capture_output=True, text=True)
     assert again.returncode == 75, again.stderr
-    assert "finished already: made/cut" in again.stderr and "goes on after step" in again.stderr
+    assert "finished already: made/cut" in again.stderr and "resuming at step" in again.stderr
     assert tree_hash(tmp_path / "made" / "cut") == first
 
 

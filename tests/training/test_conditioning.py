@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lpsparse import LpAdamW, LpsparseError, condition, fold
 from lpsparse.families import CONDITIONINGS
+from lpsparse.training.conditioning.base import as_rows, from_rows, row_scale
 from lpsparse.training.conditioning.denoise import ridge_affine
 from lpsparse.training.conditioning.l1_rows import normalize_l1, project_simplex
-from lpsparse.training.conditioning.layout import as_rows, from_rows, row_scale
 from lpsparse.training.conditioning.modular import atom_scale
 from lpsparse.training.conditioning.rows import normalize_rows, tangent_
 from lpsparse.training.conditioning.spectral import PowerIteration

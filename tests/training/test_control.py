@@ -15,14 +15,15 @@ from lpsparse.errors import LpsparseError
 from lpsparse.parallel import ranks
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
-from lpsparse.training.allocation import SHARES, allocate, fisher, keep_only_, kth_smallest, smallest_masks
+from lpsparse.training.allocation import SHARES, allocate, keep_only_, kth_smallest, smallest_masks
 from lpsparse.training.conditioning import condition
 from lpsparse.training.control import SparsityControl, quantile
 from lpsparse.training.decay import kill_magnitude
-from lpsparse.training.factors import Factors
 from lpsparse.training.memory import estimate
-from lpsparse.training.phases import plan_phases
-from lpsparse.training.regrow import is_due, regrow
+from lpsparse.training.methods.dwf import Factors
+from lpsparse.training.methods.rigl import is_due, regrow
+from lpsparse.training.schedule import plan_phases
+from lpsparse.training.scores import fisher
 
 
 def step_of(**options: object) -> FinetuneStep:
@@ -34,7 +35,9 @@ def step_of(**options: object) -> FinetuneStep:
 def control_of(
     step: FinetuneStep, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int
 ) -> SparsityControl:
-    return SparsityControl(step, dict(weights), optimizer, plan_phases(step, steps))
+    control = SparsityControl(step, dict(weights), optimizer, plan_phases(step, steps))
+    control.begin()
+    return control
 
 
 def weights_of(seed: int) -> dict[str, nn.Parameter]:
@@ -351,8 +354,8 @@ def test_a_number_for_lambda_decays_each_factor_by_it_or_by_the_authors_two_over
             method="dwf", factors=depth, target_sparsity="0.5", lambda_p=0.3, lambda_convention=kind, lr=0.01
         )
         control = control_of(step, weights_of(6), torch.optim.AdamW(weights_of(6).values()), 9)
-        assert control.factors is not None
-        decays.append(control.factors.decay)
+        assert control.method.factors is not None
+        decays.append(control.method.factors.decay)
     assert decays == pytest.approx([0.3, 0.6 / depth])
 
 
@@ -375,7 +378,7 @@ def test_a_number_for_lambda_is_ours_or_the_authors() -> None:
         control_of(step_of(p=0.5, lambda_p=2.0, lambda_convention=kind, lr=0.01), weights_of(6), inner, 9)
         for kind in ("ours", "authors")
     )
-    assert (ours.base_lambda, theirs.base_lambda) == (2.0, 1.0)
+    assert (ours.method.base_lambda, theirs.method.base_lambda) == (2.0, 1.0)
     assert ours.w_kill == pytest.approx(kill_magnitude(0.5, 2.0, sum(ours.rates[:8])))  # then it settles
 
 
@@ -394,15 +397,17 @@ def test_with_a_target_only_weights_that_the_current_target_would_cut_decay(scor
         for name, weight in weights.items():
             weight.grad = 0 * slope[name] if t == control.phases.start else slope[name].clone()
         inner.step()
-    assert control.decay is not None
+    assert control.method.decay is not None
     if score == "magnitude":
         moved = {name: (weights[name] / before[name]).detach() for name in weights}
-        assert all((moved[name][control.spare[name]] > 1 - 1e-4).all() for name in weights)
-        assert all((moved[name][~control.spare[name]] < 1 - 1e-4).all() for name in weights)
-    gone = sum(int((~keep).sum()) for keep in control.spare.values())
+        assert all((moved[name][control.method.spare[name]] > 1 - 1e-4).all() for name in weights)
+        assert all((moved[name][~control.method.spare[name]] < 1 - 1e-4).all() for name in weights)
+    gone = sum(int((~keep).sum()) for keep in control.method.spare.values())
     assert gone == control.scheduled(control.phases.start + 10) > 0
-    kept = torch.cat([scores[name].abs()[control.spare[name]] for name in weights])
-    assert torch.cat([scores[name].abs()[~control.spare[name]] for name in weights]).max() <= kept.min()
+    kept = torch.cat([scores[name].abs()[control.method.spare[name]] for name in weights])
+    assert (
+        torch.cat([scores[name].abs()[~control.method.spare[name]] for name in weights]).max() <= kept.min()
+    )
 
 
 @pytest.mark.parametrize("score", ["magnitude", "fisher"])
@@ -432,7 +437,7 @@ def test_lambda_is_steered_down_when_weights_arrive_early_and_up_when_late() -> 
                 weight.mul_(shrink)
         for t in (0, 10, 20, 30, 40):
             control.before_step(t)
-        steered.append(control.steering)
+        steered.append(control.method.steering)
     assert steered[0] < 1 < steered[1]
 
 
@@ -606,7 +611,7 @@ def test_the_estimate_of_memory_is_what_a_run_keeps(way: dict[str, object]) -> N
         control.after_step(t)
     tensors = [*model.parameters(), *(param.grad for param in model.parameters())]
     tensors += [each for state in inner.state.values() for each in state.values()]
-    tensors += [*control.masks.values(), *control.spare.values(), *control._covered.values()]
+    tensors += [*control.masks.values(), *control.state_dict()["spare"].values(), *control.covered.values()]
     kept = sum(each.numel() * each.element_size() for each in tensors if each is not None and each.ndim)
     size, prunable = sum(param.numel() for param in model.parameters()), 64 * 96 + 96 * 32
     found = estimate(step, trained=size, frozen=0, prunable=prunable, processes=1)

@@ -8,7 +8,7 @@ from support.models import Net, batch_of, step_of, task_of
 from torch import nn
 
 from lpsparse import LpsparseError
-from lpsparse.training.distill import Teacher, blocks, make_teacher
+from lpsparse.training.loss import Teacher, blocks, make_teacher
 
 
 def test_the_loss_is_the_mix_of_its_three_terms() -> None:

@@ -16,9 +16,9 @@ from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.steps.resolve import resolve
+from lpsparse.training.build import prepare
 from lpsparse.training.data import class_names, read_rows
 from lpsparse.training.labels import config_names, label_of, number
-from lpsparse.training.loop import prepare
 from lpsparse.training.tasks.base import length_of
 
 ANY = open_checkpoint(BUNDLED)

@@ -7,8 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from lpsparse import LpsparseError
-from lpsparse.training.distill import make_teacher
-from lpsparse.training.loss import batch_loss, check_dropout, disagreement
+from lpsparse.training.loss import batch_loss, check_dropout, disagreement, make_teacher
 
 
 def net_of() -> nn.Module:

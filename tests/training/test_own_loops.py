@@ -510,7 +510,7 @@ def test_keep_zeros_holds_the_zeros_of_every_tensor(optimizer: str) -> None:
 def test_a_fresh_head_is_not_held_at_its_zeros() -> None:
     from lpsparse.steps.finetune import FinetuneStep
     from lpsparse.steps.resolve import resolve
-    from lpsparse.training.sparsity import Method
+    from lpsparse.training.sparsity import Driver
 
     model = network()
     nn.init.zeros_(model[4].bias), nn.init.zeros_(model[2].bias)
@@ -523,8 +523,8 @@ def test_a_fresh_head_is_not_held_at_its_zeros() -> None:
         "keep_zeros": True,
     }
     step = resolve(FinetuneStep, given).model_copy(update={"score": "magnitude", "condition": "none"})
-    method = Method(step, model, {"0.weight": model[0].weight}, adamw(model.parameters()), 9, {"4.bias"})
-    assert list(method.control.held) == ["2.bias"]
+    driver = Driver(step, model, {"0.weight": model[0].weight}, adamw(model.parameters()), 9, {"4.bias"})
+    assert list(driver.control.held) == ["2.bias"]
 
 
 # Copies and groups of later (torchlars#4, Torch-Pruning#374, allennlp#2159)

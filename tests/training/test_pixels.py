@@ -16,8 +16,8 @@ from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.steps.finetune import EvalStep
 from lpsparse.steps.resolve import resolve
+from lpsparse.training.build import prepare
 from lpsparse.training.images import Image, read_images
-from lpsparse.training.loop import prepare
 from lpsparse.training.pixels import same_channels
 
 MEAN, STD = [0.9, 0.1, 0.3], [0.05, 0.9, 0.2]

@@ -28,7 +28,7 @@ from lpsparse.commands.finetune import finetune_step
 from lpsparse.errors import StateError
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
-from lpsparse.training import resume as resume_module
+from lpsparse.training import state as state_module
 
 Options = dict[str, Any]
 STEPS = 15  # of the run of `faulty`; 5 an epoch
@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_ends_in_the_bits_of_one_that_was_not(
         assert f"stopped by SIGTERM after step {at} of {STEPS}" in stopped.stderr
         assert not out.exists() and states(out) == [f"step-{at:08d}"]
         resumed = train(out, given, monkeypatch)
-        assert resumed.rc == 0 and f"goes on after step {at} of {STEPS}" in resumed.stderr
+        assert resumed.rc == 0 and f"resuming at step {at} of {STEPS}" in resumed.stderr
         assert tree_hash(out) == tree_hash(tmp_path / "whole")
         assert (out / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
         assert not out.with_name(f"{out.name}.partial").exists() and not (out / STATE).exists()
@@ -109,7 +109,7 @@ def test_a_second_signal_does_not_wait_and_the_state_before_stays(
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "out", given, monkeypatch, "0:8:SIGTERM+SIGTERM")
     assert states(tmp_path / "out") == ["step-00000003", "step-00000006"]
-    assert "goes on after step 6" in train(tmp_path / "out", given, monkeypatch).stderr
+    assert "resuming at step 6" in train(tmp_path / "out", given, monkeypatch).stderr
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
 
 
@@ -118,7 +118,7 @@ def test_ctrl_c_saves_the_state_and_exits_130_with_the_way_on(
 ) -> None:
     ran = train(tmp_path / "out", faulty, monkeypatch, "0:3:SIGINT")
     assert ran.rc == ExitCode.INTERRUPT and "stopped by SIGINT after step 3" in ran.stderr
-    assert "the same command again goes on from there" in ran.stdout
+    assert "run the same command again" in ran.stdout
     assert train(tmp_path / "out", faulty, monkeypatch).rc == 0
 
 
@@ -153,7 +153,7 @@ def test_a_damaged_state_is_passed_over_and_said_and_kept(
     if damage == "no file":
         file.unlink()
     ran = train(tmp_path / "out", given, monkeypatch, "0:1:SIGTERM")
-    assert f"{newest}: is damaged and passed over" in ran.stderr and "goes on after step 6" in ran.stderr
+    assert f"{newest}: is damaged and passed over" in ran.stderr and "resuming at step 6" in ran.stderr
     assert train(tmp_path / "out", given, monkeypatch).rc == 0
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "whole")
 
@@ -180,7 +180,7 @@ def test_only_the_last_states_are_kept_and_an_older_one_goes_after_the_new_one_i
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resume_module, "save_file", full)
+    monkeypatch.setattr(state_module, "save_file", full)
     ran = train(tmp_path / "out", given, monkeypatch)
     assert ran.rc == ExitCode.OUTPUT and "No space left on device; earlier states are whole" in ran.stderr
     whole = [name for name in states(tmp_path / "out") if not name.endswith(".partial")]
@@ -194,9 +194,9 @@ def test_a_damaged_newer_state_never_takes_the_place_of_a_whole_one(
     train(tmp_path / "out", given, monkeypatch, "0:9:SIGTERM")
     (tmp_path / "out.partial" / STATE / "step-00000009" / "state.json").write_text("{")
     ran = train(tmp_path / "out", {**given, "keep_last": 1}, monkeypatch, "0:1:SIGTERM")
-    assert "goes on after step 8" in ran.stderr
+    assert "resuming at step 8" in ran.stderr
     assert states(tmp_path / "out") == ["step-00000009"]  # written anew, and whole
-    assert "goes on after step 9" in train(tmp_path / "out", given, monkeypatch).stderr
+    assert "resuming at step 9" in train(tmp_path / "out", given, monkeypatch).stderr
 
 
 def test_a_full_disk_as_safetensors_tells_it_is_an_output_error(
@@ -205,7 +205,7 @@ def test_a_full_disk_as_safetensors_tells_it_is_an_output_error(
     def full(*_: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(resume_module, "save_file", full)
+    monkeypatch.setattr(state_module, "save_file", full)
     ran = train(tmp_path / "out", {**faulty, "save_every": 2}, monkeypatch)
     assert ran.rc == ExitCode.OUTPUT and "No space left on device" in ran.stderr
     assert not list(tmp_path.glob("out*"))
@@ -218,7 +218,7 @@ def test_another_command_does_not_delete_the_states_of_a_run(
     with pytest.raises(LpsparseError, match="holds the training states of an unfinished run") as caught:
         lpsparse.prune(faulty["model"], tmp_path / "out", sparsity=0.5)
     assert caught.value.exit_code == ExitCode.STATE
-    assert "goes on after step 3" in train(tmp_path / "out", faulty, monkeypatch).stderr
+    assert "resuming at step 3" in train(tmp_path / "out", faulty, monkeypatch).stderr
 
 
 @pytest.mark.parametrize("holder", ["a later process of this number", "no mark"])
@@ -231,7 +231,7 @@ def test_a_dead_holder_is_told_from_a_living_one(
         mark.unlink()
     else:
         mark.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": 12.0}))
-    assert "goes on after step 3" in train(tmp_path / "out", faulty, monkeypatch).stderr
+    assert "resuming at step 3" in train(tmp_path / "out", faulty, monkeypatch).stderr
 
 
 @pytest.mark.parametrize("left", ["states", "a dead run's", "nothing"])
@@ -283,17 +283,17 @@ def test_other_code_of_the_model_is_another_run(
 def test_a_signal_while_a_state_is_written_leaves_it_whole(
     faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = resume_module.save_file
+    write = state_module.save_file
 
     def asked(tensors: Any, path: Any) -> None:
         write(tensors, path)
         if "step-00000004" in str(path):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(resume_module, "save_file", asked)
+    monkeypatch.setattr(state_module, "save_file", asked)
     ran = train(tmp_path / "out", {**faulty, "save_every": 4}, monkeypatch)
     assert ran.rc == ExitCode.RESUMABLE and states(tmp_path / "out") == ["step-00000004", "step-00000005"]
-    monkeypatch.setattr(resume_module, "save_file", write)
+    monkeypatch.setattr(state_module, "save_file", write)
     assert "damaged" not in train(tmp_path / "out", faulty, monkeypatch).stderr
 
 
@@ -336,7 +336,7 @@ def test_a_state_of_another_version_is_refused(
     record = json.loads(path.read_text())
     del record["sha256"]
     (record if key == "version" else record["made_by"]["versions"])[key] = value
-    record["sha256"] = resume_module._digest(record)
+    record["sha256"] = state_module._digest(record)
     path.write_text(json.dumps(record))
     ran = train(tmp_path / "out", faulty, monkeypatch)
     assert ran.rc == ExitCode.STATE and str(value) in ran.stderr
@@ -349,12 +349,12 @@ def test_a_state_may_be_named_and_one_that_is_none_is_refused(
     train(tmp_path / "out", {**faulty, "save_every": 4}, monkeypatch, "0:9:SIGTERM")
     earlier = tmp_path / "out.partial" / STATE / "step-00000008"
     ran = train(tmp_path / "second", faulty, monkeypatch, resume=str(earlier))
-    assert ran.rc == 0 and "goes on after step 8" in ran.stderr
+    assert ran.rc == 0 and "resuming at step 8" in ran.stderr
     assert tree_hash(tmp_path / "second") == tree_hash(tmp_path / "whole")
     stopped = train(tmp_path / "fourth", faulty, monkeypatch, "0:2:SIGTERM", resume=str(earlier))
-    assert "with --resume auto goes on from there" in stopped.stdout
+    assert "with --resume auto" in stopped.stdout
     again = train(tmp_path / "fourth", faulty, monkeypatch, resume=str(earlier))
-    assert again.rc == 0 and "goes on after step 10" in again.stderr  # not from the named one once more
+    assert again.rc == 0 and "resuming at step 10" in again.stderr  # not from the named one once more
     for folder, what in ((tmp_path, "is no whole training state"), (tmp_path / "nver", "no such folder")):
         ran = train(tmp_path / "third", faulty, monkeypatch, resume=str(folder))
         assert ran.rc == ExitCode.STATE and what in ran.stderr and "auto, never or a state" in ran.stdout
@@ -380,9 +380,9 @@ def test_a_state_that_points_outside_of_its_folder_is_damaged(tmp_path: Path) ->
     (tmp_path / "secret").write_bytes(b"x")
     folder = tmp_path / "step-00000001"
     folder.mkdir()
-    record = {"version": 1, "files": {"../secret": resume_module._sha256(tmp_path / "secret")}}
-    (folder / "state.json").write_text(json.dumps({**record, "sha256": resume_module._digest(record)}))
-    assert resume_module._whole(folder) is None
+    record = {"version": 1, "files": {"../secret": state_module._sha256(tmp_path / "secret")}}
+    (folder / "state.json").write_text(json.dumps({**record, "sha256": state_module._digest(record)}))
+    assert state_module._whole(folder) is None
 
 
 def test_nan_stops_before_the_step_and_names_the_last_whole_state(
@@ -391,7 +391,7 @@ def test_nan_stops_before_the_step_and_names_the_last_whole_state(
     given = {**faulty, "save_every": 3}
     ran = train(tmp_path / "out", given, monkeypatch, "0:8:nan")
     assert ran.rc == ExitCode.NUMERIC and "step 8 of 15: loss nan" in ran.stderr
-    assert "the state of step 6 is whole" in ran.stderr and "lower --lr" in ran.stdout
+    assert "the state of step 6" in ran.stderr and "lower --lr" in ran.stdout
     assert train(tmp_path / "out", given, monkeypatch).rc == 0  # what was bad was outside of the data
 
 
@@ -420,7 +420,7 @@ def test_steps_that_a_loss_scaler_leaves_out_are_counted(
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
         return accelerator
 
-    monkeypatch.setattr("lpsparse.training.loop._accelerator", scaled)
+    monkeypatch.setattr("lpsparse.training.build._accelerator", scaled)
     given = {**faulty, "target_sparsity": "0.6"}
     assert train(tmp_path / "whole", given, monkeypatch, "0:2:spike,0:4:spike").rc == 0
     notes = " ".join(json.loads((tmp_path / "whole" / "lpsparse.json").read_text())["notes"])

@@ -18,7 +18,7 @@ from lpsparse.checkpoint.opening import open_checkpoint
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
-from lpsparse.training.loop import prepare
+from lpsparse.training.build import prepare
 from lpsparse.training.tasks import blocks as blocks_module
 
 TEXT = "The quick brown fox jumps over the lazy dog and says that it is a fine day. " * 60

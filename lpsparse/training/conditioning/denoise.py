@@ -11,7 +11,7 @@ weight itself. Evaluation sees the weight.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ def ridge_affine(x: Tensor, q: Tensor, ridge: float, keep_beta: float = 1.0) -> 
 
 
 class Denoise(Overlay):
+    takes: ClassVar[dict[str, str]] = {"sparsity": "target_sparsity"}
+
     def __init__(
         self, model: nn.Module, names: Iterable[str] | None = None, *, sparsity: float = 0.5, **options: Any
     ) -> None:

@@ -12,7 +12,7 @@ projection. The bias stays outside the row.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ def project_simplex(v: Tensor, dropped: int) -> Tensor:
 
 
 class L1Rows(Overlay):
+    takes: ClassVar[dict[str, str]] = {"sparsity": "target_sparsity", "path_penalty": "path_penalty"}
+
     def __init__(
         self,
         model: nn.Module,

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpsparse.training.conditioning.base import Conditioned, Conditioning
-from lpsparse.training.conditioning.layout import as_rows, row_scale
+from lpsparse.training.conditioning.base import Conditioned, Conditioning, as_rows, row_scale
 
 
 def normalize_rows(v: Tensor, g: Tensor, axis: int = 0, groups: int = 1) -> Tensor:

@@ -10,7 +10,7 @@ reaches a millionth of its first norm stops there), so that no row flips.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 from lpsparse.errors import UsageError
 from lpsparse.parallel.ranks import average_
 from lpsparse.training.attached import around_step
-from lpsparse.training.conditioning.base import Conditioned
-from lpsparse.training.conditioning.layout import as_rows
+from lpsparse.training.conditioning.base import Conditioned, as_rows
 from lpsparse.training.conditioning.rows import RowConditioning
 
 _LEAST = 1e-6  # of the first norm
@@ -29,6 +28,8 @@ _LEAST = 1e-6  # of the first norm
 class WeightNorm(RowConditioning):
     """Rows with learnable norms: `gains`, name -> (output units,) parameters that `attach` gives to the
     optimizer."""
+
+    takes: ClassVar[dict[str, str]] = {"gain_lr_ratio": "gain_lr_ratio"}
 
     def __init__(
         self,

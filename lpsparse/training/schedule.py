@@ -12,8 +12,9 @@ Without a target there is no cut. All weights decay; with p < 1 the run ends by 
 import math
 from dataclasses import dataclass
 
+from lpsparse.families import METHODS, SCORES
 from lpsparse.steps.finetune import FinetuneStep
-from lpsparse.training.allocation import SETTLED
+from lpsparse.training.scores import SETTLED
 
 # Without a target, p < 1 empties a band of magnitudes, but weights on their way through it freeze there as
 # the learning rate ends. So the run ends by letting only those fall that are far under w_kill already, at
@@ -75,9 +76,10 @@ def plan_phases(step: FinetuneStep, steps: int) -> Phases:
         cut_at = max(1, min(steps, round(step.decay_share * steps)))
     else:
         cut_at = steps - round(SETTLE_SHARE * steps) if step.p < 1 else steps
-    settles = step.score == "fisher" and step.method in ("lp", "l1")
-    decays = step.method in ("lp", "l1", "dwf") and step.cut != "gradual"  # has the warm-up of lambda
-    start = SETTLED if settles else 0 if decays else warmup
+    method = METHODS[step.method]
+    settles = method.decays and SCORES[step.score].settles
+    fades = method.cuts == "end" and step.cut != "gradual"  # has the warm-up of lambda
+    start = SETTLED if settles else 0 if fades else warmup
     if step.target_sparsity is None:
         start = 0
     elif not settles:

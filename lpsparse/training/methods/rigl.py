@@ -9,13 +9,31 @@ steps of a long one, and the step goes on after it.
 """
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from lpsparse.training.methods.one_shot import OneShot
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARE = 0.3
 END = 0.75
 EXCHANGES = 40
+
+
+class Rigl(OneShot):
+    words = "RigL"
+    shards = False
+
+    def exchanges(self, t: int) -> bool:
+        return is_due(t, self.control.phases.steps)
+
+    def after_backward(self, t: int) -> None:
+        if self.exchanges(t):
+            control = self.control
+            control.masks = regrow(control.weights, control.masks, t, control.phases.steps)
+            control.hold()
+            control.forget()
 
 
 def is_due(t: int, steps: int) -> bool:
@@ -23,8 +41,9 @@ def is_due(t: int, steps: int) -> bool:
     return t > 0 and t % every == 0 and t < END * steps
 
 
-@torch.no_grad()
-def regrow(weights: dict[str, Tensor], masks: dict[str, Tensor], t: int, steps: int) -> dict[str, Tensor]:
+def regrow(
+    weights: "dict[str, Tensor]", masks: "dict[str, Tensor]", t: int, steps: int
+) -> "dict[str, Tensor]":
     """The new masks, each with as many living weights as before. Gradients must be those of a dense model."""
     share = SHARE / 2 * (1 + math.cos(math.pi * t / (END * steps)))
     after: dict[str, Tensor] = {}

@@ -1,89 +1,39 @@
-"""One fine-tune as a job: what made it, the folder in which it goes on after a stop, and its metrics.
+"""What a run tells of its steps: metrics.jsonl in OUT.partial, an experiment tracker, and the caller."""
 
-Every process of a launched job calls these functions; process 0 writes.
-"""
-
-import hashlib
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import tracking
 
-from lpsparse import __version__
-from lpsparse.checkpoint.manifest import source_of
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.output import output_folder, partial_of
 from lpsparse.checkpoint.writer import METRICS, write_text
-from lpsparse.errors import StateError
 from lpsparse.parallel import ranks
-from lpsparse.parallel.environment import local_rank
 from lpsparse.steps.finetune import FinetuneStep
-from lpsparse.training.resume import States
-from lpsparse.training.run import Progress
+from lpsparse.training.state import States
 
 Say = Callable[[str], None]
+_CLASSES = {"tensorboard": "TensorBoardTracker", "trackio": "TrackioTracker", "wandb": "WandBTracker"}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One optimizer step, for a bar or a log."""
+
+    step: int  # steps done
+    steps: int
+    epoch: int
+    loss: float  # mean since the last one
+    lr: float
+    lambda_p: float
+    target: float  # sparsity that the plan asks for now
+    sparsity: float  # exact zeros, as a share of the prunable weights
+    near_zero: float  # as good as zero, likewise
 
 
 OnStep = Callable[[Progress], None]
-
-
-def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What a state must share with a run to go on in it exactly. Raises StateError, on all processes, where
-    one was given something else."""
-    files = None
-    if local_rank() == 0:  # it is read once a machine
-        files = {record.name: record.sha256 for record in source_of(source).files}
-    ranks.barrier()
-    files = ranks.all_gather(files)[ranks.rank() - local_rank()]
-    numbers = {"lpsparse": __version__, "torch": version("torch")}
-    versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
-    found = {
-        "recipe": recipe,
-        "model": files,
-        "versions": versions,
-        "shard": step.shard,
-        "code": {"model_fn": _code(step.model_fn), "optimizer": _code(step.optimizer)},
-    }
-    odd = ranks.first_different_rank(json.dumps(found, sort_keys=True))
-    if odd is not None:
-        what = f"process {odd} has other options, another model or other data than process 0"
-        raise StateError(707, what, hint="give every process the same")
-    return found
-
-
-def _code(spec: str | None) -> str | None:
-    """What code that a person named is: its file by its hash, else by its name."""
-    file = Path((spec or "").rpartition(":")[0])
-    if file.suffix == ".py" and file.is_file():
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    return spec
-
-
-@contextmanager
-def training_folder(step: FinetuneStep) -> Generator[Path]:
-    """OUT.partial, which process 0 makes and completes."""
-    if ranks.rank() > 0:
-        yield partial_of(step.out)
-        return
-    states = "drop" if step.resume == "never" else "resume"
-    with output_folder(step.out, overwrite=step.overwrite, states=states) as folder:
-        yield folder
-
-
-def find_states(step: FinetuneStep, folder: Path, made: dict[str, Any], say: Say) -> States:
-    """The run's states, and in `found` the one to go on from. Raises StateError where it cannot be used, and
-    where the processes see different ones."""
-    ranks.barrier()
-    states = States(folder, made, keep=step.keep_last, shard=step.shard)
-    states.find(step.resume, say)
-    if ranks.first_different_rank(str(states.found and states.found[1]["step"])) is not None:
-        what = f"{folder}: the processes do not find the same training state"
-        raise StateError(710, what, hint="put OUT on a disk that all machines see")
-    return states
 
 
 @contextmanager
@@ -129,9 +79,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-_CLASSES = {"tensorboard": "TensorBoardTracker", "trackio": "TrackioTracker", "wandb": "WandBTracker"}
 
 
 class Tracker:

@@ -11,16 +11,50 @@ trains from scratch with an initialisation of its own and large learning rates.
 """
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from lpsparse.training.methods import Method
 
-from lpsparse.training.attached import around_step, own_rate
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from lpsparse.training.control import SparsityControl
 
 _LEAST = 1e-30  # a product under it is as good as zero, and follows nothing
 _FALL = 20.0  # of a product that nothing holds, over the phase
+
+
+class Dwf(Method):
+    words = "deep weight factorisation"
+    shards = False
+
+    def __init__(self, control: "SparsityControl") -> None:
+        super().__init__(control)
+        self.factors: Factors | None = None
+
+    def begin(self) -> None:
+        control, step = self.control, self.control.step
+        given = step.lambda_p
+        if given != "auto" and step.lambda_convention == "authors":
+            given *= 2 / step.factors  # p = 2 / D
+        self.factors = Factors(control.weights, control.optimizer, step.factors, control.sum_lr, given)
+
+    def before_cut(self) -> None:
+        if self.factors is not None:
+            self.factors.remove()
+        self.factors = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factors": None if self.factors is None else self.factors.factors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["factors"] is None:
+            self.before_cut()
+        for name, saved in (state["factors"] or {}).items():
+            assert self.factors is not None
+            for factor, value in zip(self.factors.factors[name], saved, strict=True):
+                factor.copy_(value)
 
 
 class Factors:
@@ -29,12 +63,16 @@ class Factors:
 
     def __init__(
         self,
-        weights: dict[str, Tensor],
-        optimizer: Optimizer,
+        weights: "dict[str, Tensor]",
+        optimizer: "Optimizer",
         depth: int,
         sum_lr: float,
         lambda_p: float | Literal["auto"],
     ) -> None:
+        from torch import no_grad
+
+        from lpsparse.training.attached import around_step, own_rate
+
         self.weights, self.optimizer = weights, optimizer
         self.factors = {name: _split(weight.detach(), depth) for name, weight in weights.items()}
         self.decay = math.log(_FALL) / (depth * sum_lr) if lambda_p == "auto" else lambda_p
@@ -44,12 +82,15 @@ class Factors:
             mine = [each for name, own in self.factors.items() if id(weights[name]) in held for each in own]
             if mine:
                 optimizer.add_param_group({"params": mine, "weight_decay": 0.0, "lr": own_rate(group)})
-        self._attached = around_step(optimizer, "deep weight factorisation", self._before, self._after)
+        self._attached = around_step(
+            optimizer, "deep weight factorisation", no_grad()(self._before), no_grad()(self._after)
+        )
 
-    @torch.no_grad()
     def _before(self) -> None:
         """Decay and gradients of the factors, which follow where conditioning has put the weights; the
         weights themselves are not moved by the optimizer."""
+        import torch
+
         groups: list[dict[str, Any]] = self.optimizer.param_groups  # loading a state makes new ones
         rates = {id(param): float(group["lr"]) for group in groups for param in group["params"]}
         for name, factors in self.factors.items():
@@ -62,7 +103,6 @@ class Factors:
             for k, factor in enumerate(factors):
                 factor.grad = None if grad is None else grad * _product(factors[:k] + factors[k + 1 :])
 
-    @torch.no_grad()
     def _after(self) -> None:
         for name, factors in self.factors.items():
             self.weights[name].copy_(_product(factors))
@@ -80,10 +120,14 @@ class Factors:
                 self.optimizer.state.pop(factor, None)
 
 
-def _split(weight: Tensor, depth: int) -> list[nn.Parameter]:
+def _split(weight: "Tensor", depth: int) -> "list[nn.Parameter]":
+    from torch import nn
+
     root = weight.abs().pow(1 / depth)
     return [nn.Parameter(weight.sign() * root if k == 0 else root.clone()) for k in range(depth)]
 
 
-def _product(factors: list[nn.Parameter]) -> Tensor:
+def _product(factors: "list[nn.Parameter]") -> "Tensor":
+    import torch
+
     return torch.stack([factor.detach() for factor in factors]).prod(0)

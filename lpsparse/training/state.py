@@ -4,15 +4,18 @@
         state.json              what made it, counters, and the hashes of the rest
         rank-00000.safetensors  weights, buffers, averages, masks
 
-Tensors and JSON, never pickle. A folder gets its name when it is whole and was read back; an older one goes
-only after that. Data order and dropout are functions of seed and step (`order`), so no random state is kept.
+Tensors and JSON, never pickle. A folder gets its name when it is complete and was read back; an older one is
+deleted only after that. Data order and dropout are functions of seed and step (`order`), so no random state
+is kept. Every process of a launched job calls these functions; rank 0 writes.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,75 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lpsparse import __version__
+from lpsparse.checkpoint.manifest import source_of
+from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.output import output_folder, partial_of
 from lpsparse.checkpoint.writer import STATE, fsync, write_json
 from lpsparse.errors import OutputError, StateError
 from lpsparse.parallel import ranks
+from lpsparse.parallel.environment import local_rank
+from lpsparse.steps.finetune import FinetuneStep
 
 VERSION = 2
 _RECORD = "state.json"
+
+
+def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a state must share with a run to go on in it exactly. Raises StateError, on all processes, where
+    one was given something else."""
+    files = None
+    if local_rank() == 0:  # it is read once a machine
+        files = {record.name: record.sha256 for record in source_of(source).files}
+    ranks.barrier()
+    files = ranks.all_gather(files)[ranks.rank() - local_rank()]
+    numbers = {"lpsparse": __version__, "torch": version("torch")}
+    versions = {name: ".".join(text.split(".")[:2]) for name, text in numbers.items()}
+    found = {
+        "recipe": recipe,
+        "model": files,
+        "versions": versions,
+        "shard": step.shard,
+        "code": {"model_fn": _code(step.model_fn), "optimizer": _code(step.optimizer)},
+    }
+    odd = ranks.first_different_rank(json.dumps(found, sort_keys=True))
+    if odd is not None:
+        what = f"process {odd} has other options, another model or other data than process 0"
+        raise StateError(707, what, hint="give every process the same")
+    return found
+
+
+def _code(spec: str | None) -> str | None:
+    """What code that a person named is: its file by its hash, else by its name."""
+    file = Path((spec or "").rpartition(":")[0])
+    if file.suffix == ".py" and file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    return spec
+
+
+@contextmanager
+def training_folder(step: FinetuneStep) -> Generator[Path]:
+    """OUT.partial, which process 0 makes and completes."""
+    if ranks.rank() > 0:
+        yield partial_of(step.out)
+        return
+    states = "drop" if step.resume == "never" else "resume"
+    with output_folder(step.out, overwrite=step.overwrite, states=states) as folder:
+        yield folder
+
+
+def find_states(
+    step: FinetuneStep, folder: Path, made: dict[str, Any], say: Callable[[str], None]
+) -> "States":
+    """The run's states, and in `found` the one to go on from. Raises StateError where it cannot be used, and
+    where the processes see different ones."""
+    ranks.barrier()
+    states = States(folder, made, keep=step.keep_last, shard=step.shard)
+    states.find(step.resume, say)
+    if ranks.first_different_rank(str(states.found and states.found[1]["step"])) is not None:
+        what = f"{folder}: the processes do not find the same training state"
+        raise StateError(710, what, hint="put OUT on a disk that all machines see")
+    return states
 
 
 def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
