@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, overload
 
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.open import Checkpoint, open_checkpoint
 from lpsparse.commands.evaluate import evaluate_step
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.commands.inspect import inspect_step

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, ordered
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.tensors import Blocks, Tensor
+from lpsparse.checkpoint.tensors import Blocks, Checkpoint, Tensor
 from lpsparse.errors import InputError
 from lpsparse.parallel.progress import advance, phase
 from lpsparse.parallel.threads import parallel

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lpsparse import __version__
+from lpsparse.checkpoint.files import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_text
 from lpsparse.checkpoint.header import unique_json
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_text
+from lpsparse.checkpoint.tensors import Checkpoint
 from lpsparse.errors import InputError
 from lpsparse.parallel.progress import HASHED, advance
 from lpsparse.parallel.threads import check_going_on, parallel

@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from lpsparse.checkpoint.files import MANIFEST, REPLACED, find_sidecars
 from lpsparse.checkpoint.hub import is_cached
 from lpsparse.checkpoint.manifest import list_files, read_manifest
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.output import check_partial, left_bytes, partial_of
-from lpsparse.checkpoint.writer import MANIFEST, REPLACED, find_sidecars
+from lpsparse.checkpoint.tensors import Checkpoint
+from lpsparse.checkpoint.transaction import check_partial, left_bytes, partial_of
 from lpsparse.errors import InputError, OutputError
 
 

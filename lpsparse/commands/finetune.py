@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpsparse.checkpoint.manifest import Quality, source_of
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
-from lpsparse.checkpoint.rewrite import follow, rewrite
+from lpsparse.checkpoint.write import follow, rewrite
 from lpsparse.commands.artefact import Say, called_after, check_left, check_same, complete, recorded
 from lpsparse.commands.base import opened, silent
 from lpsparse.commands.report import report_on

@@ -4,11 +4,11 @@ from time import perf_counter
 
 from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.preflight import check_output
-from lpsparse.checkpoint.rescue import LAYOUTS
-from lpsparse.checkpoint.rewrite import Written, rewrite
+from lpsparse.checkpoint.write import Written, rewrite
 from lpsparse.commands.artefact import Say, stamps_of, writing
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.preview import foretell, say_left
+from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.parallel.threads import on_rank_0
 from lpsparse.pruning.targets import refuse_quantised
 from lpsparse.reporting.measure import own_quality, prunable_of
@@ -25,7 +25,7 @@ def say_nonfinite(written: Written, say: Say) -> None:
 @on_threads
 def pack_step(step: PackStep | UnpackStep, say: Say = silent) -> Report:
     source = opened(step.model, say, step.weights, step.key)
-    if source.layout in LAYOUTS:
+    if source.layout in RETIRED_LAYOUTS:
         refuse_quantised(source)
     stamps = stamps_of(source)
     chosen = on_rank_0(lambda: prunable_of(source))

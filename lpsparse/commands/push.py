@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from lpsparse.checkpoint.files import MANIFEST
 from lpsparse.checkpoint.manifest import read_manifest
-from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.commands.artefact import Say
 from lpsparse.commands.base import silent
 from lpsparse.commands.verify import verify_step

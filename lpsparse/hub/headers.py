@@ -13,13 +13,12 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, Field, ValidationError
 
-from lpsparse.checkpoint.finding import check_index, check_name, parse_index
 from lpsparse.checkpoint.foreign import refuse_hollow
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
 from lpsparse.checkpoint.hub import IGNORED, http_error, setting
+from lpsparse.checkpoint.layouts.retired import find_packed
 from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names, is_index
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rescue import find_packed
+from lpsparse.checkpoint.open import Checkpoint, check_index, check_name, parse_index
 from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.errors import InputError, RemoteError
 from lpsparse.parallel.threads import parallel

@@ -15,10 +15,10 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from lpsparse import __version__
+from lpsparse.checkpoint.files import FOREIGN_WEIGHTS, MANIFEST
 from lpsparse.checkpoint.hub import setting
 from lpsparse.checkpoint.manifest import FileRecord, digest, read_manifest
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, is_part
-from lpsparse.checkpoint.writer import FOREIGN_WEIGHTS, MANIFEST
 from lpsparse.errors import OutputError, RemoteError
 from lpsparse.hub.errors import LOG_IN, UNSEEN, UNSURE, asking, calm
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from lpsparse.checkpoint.entry import KEY, LoaderEntry, digest_of, is_ours, parse_entry
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.loader_entry import KEY, LoaderEntry, digest_of, is_ours, parse_entry
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.torchfile import NAMES
 from lpsparse.errors import InputError, UsageError

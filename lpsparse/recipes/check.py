@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.files import MANIFEST, REPORT
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import own_manifest, read_manifest
-from lpsparse.checkpoint.opening import Checkpoint, no_key, open_checkpoint
-from lpsparse.checkpoint.output import has_states, left_bytes, partial_of
+from lpsparse.checkpoint.open import Checkpoint, no_key, open_checkpoint
 from lpsparse.checkpoint.preflight import check_keeps, check_place
-from lpsparse.checkpoint.rescue import LAYOUTS
-from lpsparse.checkpoint.writer import MANIFEST, REPORT
+from lpsparse.checkpoint.transaction import has_states, left_bytes, partial_of
 from lpsparse.commands.report import check_reread
 from lpsparse.errors import InputError, LpsparseError, OutputError
+from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.hub.headers import read_remote
 from lpsparse.pruning.targets import Chosen, refuse_quantised
 from lpsparse.recipes.check_data import check_data
@@ -122,7 +122,7 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         step = _as_trained(step, held.checkpoint, made=step.model in look.made)
     if isinstance(step, ReportStep) and step.baseline is not None:
         _check_baseline(step.baseline, look)
-    if isinstance(step, (FinetuneStep, PruneStep)) or held.checkpoint.layout in LAYOUTS:
+    if isinstance(step, (FinetuneStep, PruneStep)) or held.checkpoint.layout in RETIRED_LAYOUTS:
         refuse_quantised(held.checkpoint)
     notes = check_data(step, held.checkpoint) if isinstance(step, (FinetuneStep, EvalStep)) else []
     chosen, more, renamed = check_patterns(step, held.checkpoint, held.chosen, renamed=held.renamed)

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lpsparse.checkpoint.hub import is_remote
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import check_apart, find, held_out_of

@@ -2,7 +2,7 @@
 
 from fnmatch import fnmatchcase
 
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import UsageError
 from lpsparse.pruning.plan import plan_unread
 from lpsparse.pruning.targets import Chosen, choose, no_match

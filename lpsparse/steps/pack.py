@@ -1,11 +1,12 @@
 """Settings of pack and unpack."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lpsparse.steps.base import DRY_RUN, KEY, MODEL, OUT, OVERWRITE, THREADS, WEIGHTS, Step
+from lpsparse.families import LAYOUTS
+from lpsparse.steps.base import DRY_RUN, KEY, MODEL, OUT, OVERWRITE, THREADS, WEIGHTS, OneOf, Step
 
 
 class PackStep(Step):
@@ -15,7 +16,7 @@ class PackStep(Step):
     weights: str | None = WEIGHTS
     key: str | None = KEY
     out: Path = OUT
-    layout: Literal["packed", "bitmask"] = Field(
+    layout: Annotated[str, OneOf(LAYOUTS, but=("dense",))] = Field(
         "packed",
         description="packed is near the entropy bound; bitmask is the retired layout of compressed-tensors.",
     )
@@ -28,7 +29,7 @@ class PackStep(Step):
 
     @model_validator(mode="after")
     def _level_of_packed(self) -> Self:
-        if self.level != "default" and self.layout != "packed":
+        if self.level != "default" and not LAYOUTS[self.layout].has_levels:
             raise ValueError(f"--level {self.level} goes with --layout packed")
         return self
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from lpsparse.families import LAYOUTS
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
     EXCLUDE,
@@ -16,6 +17,7 @@ from lpsparse.steps.base import (
     THREADS,
     WEIGHTS,
     Fraction,
+    OneOf,
     Patterns,
     Step,
 )
@@ -98,7 +100,7 @@ class PruneStep(Step):
     exclude: Patterns = EXCLUDE
     look: bool = LOOK
     allow_empty: bool = ALLOW_EMPTY
-    layout: Literal["dense", "bitmask", "packed"] = Field("dense", description="How the result is stored.")
+    layout: Annotated[str, OneOf(LAYOUTS)] = Field("dense", description="How the result is stored.")
     threads: int | None = THREADS
     overwrite: bool = OVERWRITE
     dry_run: bool = _DRY_PRUNE

@@ -14,10 +14,10 @@ from typing import Any
 from accelerate import tracking
 
 from lpsparse import __version__
+from lpsparse.checkpoint.files import METRICS, write_text
 from lpsparse.checkpoint.manifest import source_of
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.output import output_folder, partial_of
-from lpsparse.checkpoint.writer import METRICS, write_text
+from lpsparse.checkpoint.open import Checkpoint
+from lpsparse.checkpoint.transaction import output_folder, partial_of
 from lpsparse.errors import StateError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.environment import local_rank

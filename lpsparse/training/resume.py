@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lpsparse.checkpoint.writer import STATE, fsync, write_json
+from lpsparse.checkpoint.files import STATE, fsync, write_json
 from lpsparse.errors import OutputError, StateError
 from lpsparse.parallel import ranks
 

@@ -25,7 +25,7 @@ from support.files import PRUNABLE, Given, f32, tiny_arrays, tree_hash, write_sa
 import lpsparse
 from lpsparse import load, pack, prune, unpack, verify
 from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.errors import InputError, LpsparseError
 
 Cli = Callable[..., Ran]

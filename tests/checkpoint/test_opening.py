@@ -38,7 +38,7 @@ from support.files import (
 import lpsparse
 from lpsparse import inspect, load, prune, report, verify
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError, UsageError
 from lpsparse.recipes import run
 

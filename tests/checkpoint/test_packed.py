@@ -21,9 +21,9 @@ import lpsparse
 from lpsparse import pack, unpack, verify
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.layouts import packed
-from lpsparse.checkpoint.layouts.chunks import LEVELS, decode_chunk, encode_chunk
-from lpsparse.checkpoint.layouts.frames import BrokenError
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.layouts.packing.chunks import LEVELS, decode_chunk, encode_chunk
+from lpsparse.checkpoint.layouts.packing.frames import BrokenError
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.errors import InputError
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -198,7 +198,7 @@ def test_any_range_of_lines_of_any_shape_is_read_alone(
         "lpsparse.checkpoint.tensors.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))
     )
     monkeypatch.setattr(
-        "lpsparse.checkpoint.files.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))
+        "lpsparse.checkpoint.layouts.packed.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))
     )
     shape = data.draw(st.sampled_from([(300,), (1, 801), (31, 37), (3, 16, 24), (1, 7, 64), (129, 1)]))
     draw = np.random.default_rng(data.draw(st.integers(0, 9)))

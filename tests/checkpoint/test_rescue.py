@@ -16,9 +16,8 @@ from support.files import ROOT, Given, f32, write_safetensors
 
 import lpsparse
 from lpsparse import load, pack, prune, unpack, verify
-from lpsparse.checkpoint import rescue
-from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.layouts import bitmask, retired
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.errors import InputError, LpsparseError
 
 GOLDEN = ROOT / "tests" / "golden" / "compressed-tensors"
@@ -76,7 +75,7 @@ def test_pack_writes_the_names_dtypes_shapes_and_bytes_that_compressed_tensors_w
         for row in pack(GOLDEN / dense, tmp_path / "out", layout="bitmask").tensors
         if row.layout == "bitmask"
     ]
-    theirs = {f"{name}.weight" for name in rescue.find_packed(raw(GOLDEN / packed))}
+    theirs = {f"{name}.weight" for name in retired.find_packed(raw(GOLDEN / packed))}
     both = [part for name in names if name in theirs for part in bitmask.stored_names(name)]
     ours, known = raw(tmp_path / "out" / "lpsparse.safetensors"), raw(GOLDEN / packed)
     assert len(both) == 4 * count
@@ -226,7 +225,7 @@ def test_any_lines_in_blocks_of_any_size_are_those_of_the_whole(
     (tensor,) = open_checkpoint(packed_file(tmp_path, parts)).tensors
     whole = tensor.read().reshape(tensor.grid)
     monkeypatch.setattr("lpsparse.checkpoint.tensors.BLOCK_BYTES", 16)
-    monkeypatch.setattr("lpsparse.checkpoint.rescue.BLOCK_BYTES", 16)
+    monkeypatch.setattr("lpsparse.checkpoint.layouts.retired.BLOCK_BYTES", 16)
     lines = whole.shape[0]
     for first in range(lines):
         for last in range(first + 1, lines + 1):

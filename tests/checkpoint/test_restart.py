@@ -13,8 +13,8 @@ import pytest
 from support.files import SHARDS, again, tree_hash
 
 from lpsparse import pack, prune, verify
-from lpsparse.checkpoint.output import output_folder
-from lpsparse.checkpoint.writer import OWNER, REPLACED
+from lpsparse.checkpoint.files import OWNER, REPLACED
+from lpsparse.checkpoint.transaction import output_folder
 from lpsparse.errors import OutputError, TerminatedError
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import lpsparse
 from lpsparse import LpsparseError
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.integrations.transformers import SparsityCallback
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve

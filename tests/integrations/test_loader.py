@@ -37,8 +37,8 @@ from transformers import (
 )
 
 import lpsparse
-from lpsparse.checkpoint.entry import parse_entry, quantization_entry, with_entry, without_entry
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.loader_entry import parse_entry, quantization_entry, with_entry, without_entry
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.integrations.loader import LazyTensor, Reading
 

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.checkpoint.writer import OWNER, STATE
+from lpsparse.checkpoint.files import OWNER, STATE
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.parallel import ranks
 from lpsparse.steps.finetune import FinetuneStep

@@ -19,15 +19,15 @@ from lpsparse.parallel.environment import set_torch_names
 PROGRAM = """
 import json, os, sys
 import lpsparse
-from lpsparse.checkpoint import stored
+from lpsparse.checkpoint.layouts import dense
 from lpsparse.pruning import plan
 model, out = sys.argv[1:]
 read, selecting = [], plan.select
 def select(*args, **options):
-    exactly = stored.read_exactly
-    stored.read_exactly = lambda *given: read.append(given[-1]) or exactly(*given)
+    exactly = dense.read_exactly
+    dense.read_exactly = lambda *given: read.append(given[-1]) or exactly(*given)
     found = selecting(*args, **options)
-    stored.read_exactly = exactly
+    dense.read_exactly = exactly
     return found
 plan.select = select
 with lpsparse.together():
@@ -55,10 +55,10 @@ print(json.dumps(found))
 # A process that is lost when it is to write.
 LOST = """
 import os, signal, time
-from lpsparse.checkpoint import files
+from lpsparse.checkpoint.layouts import dense
 from lpsparse.cli import main
 if os.environ["RANK"] == os.environ["LOST"]:
-    files.write_tensors = lambda *_: time.sleep(0.2) or os.kill(os.getpid(), signal.SIGKILL)
+    dense.write_tensors = lambda *_: time.sleep(0.2) or os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 import psutil
 
-from lpsparse.checkpoint.writer import METRICS, OWNER, REPLACED, STATE, fsync
+from lpsparse.checkpoint.files import METRICS, OWNER, REPLACED, STATE, fsync
 from lpsparse.errors import OutputError, StateError, TerminatedError
 from lpsparse.parallel.threads import on_rank_0
 
