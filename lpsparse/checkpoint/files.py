@@ -71,7 +71,7 @@ def copy_sidecars(source: Checkpoint, folder: Path, but: Collection[str] = ()) -
 def find_sidecars(
     source: Checkpoint, but: Collection[str] = ()
 ) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
-    """What `copy_sidecars` copies, with the name that it gets, and what it leaves behind."""
+    """The files that `copy_sidecars` copies, with their names in OUT; and the names of those that stay."""
     if source.root is None:
         return [], ()
     found: list[tuple[Path, str]] = []
@@ -148,10 +148,12 @@ def check_report_file(path: Path, models: Iterable[str | None]) -> None:
     inside = any(each == target or (each.is_dir() and each in target.parents) for each in inputs)
     if inside or (target.parent / MANIFEST).exists():
         raise OutputError(
-            405, f"{path}: is read, or lies inside a checkpoint", hint="choose a file outside of it"
+            405, f"{path}: is an input, or lies inside a checkpoint", hint="choose a file outside of it"
         )
     if path.exists() and (not path.is_file() or path.suffix in FOREIGN_WEIGHTS):
-        raise OutputError(401, f"{path}: exists and is no report", hint="choose another file, such as x.json")
+        raise OutputError(
+            401, f"{path}: exists and is not a report", hint="choose another file, such as x.json"
+        )
 
 
 def write_beside(path: Path, text: str) -> None:

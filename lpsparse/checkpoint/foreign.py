@@ -1,5 +1,5 @@
-"""What other programs leave where a checkpoint is expected: refused by name, with the command that makes a
-checkpoint of it; and masks of torch.nn.utils.prune, which are applied."""
+"""Refuse what other programs leave where a checkpoint is expected, with the command that makes one of it;
+apply the masks of torch.nn.utils.prune."""
 
 import os
 import re
@@ -87,14 +87,12 @@ def refuse_parts(folder: Path, names: Collection[str], *, within: bool) -> None:
     for place, inside in places.items():
         parts = [name for name in inside if name.endswith(_PART)]
         if parts:
-            what = f"{place}: a checkpoint of torch.distributed in {len(parts)} parts ({_PART}), not gathered"
+            what = f"{place}: a torch.distributed checkpoint in {len(parts)} parts ({_PART}), not gathered"
             gather = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} weights.pt"
             raise InputError(316, what, hint=f"`{gather}`, then take weights.pt")
         parts = [name for name in inside if name.endswith(_OPTIMIZER_PART)]
         if parts:
-            what = (
-                f"{place}: a checkpoint of DeepSpeed in {len(parts)} parts (*{_OPTIMIZER_PART}), not gathered"
-            )
+            what = f"{place}: a DeepSpeed checkpoint in {len(parts)} parts (*{_OPTIMIZER_PART}), not gathered"
             tag = f" -t {place.resolve().name}" if place == folder else ""
             top = place.parent if place.name else Path("..")
             hint = f"`python {top / 'zero_to_fp32.py'} {top} gathered{tag}`, then take the folder gathered"

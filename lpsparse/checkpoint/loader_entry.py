@@ -35,7 +35,7 @@ def _encodes(layout: str) -> str:
 
 
 class LoaderEntry(BaseModel):
-    """What KEY holds in config.json."""
+    """The value of KEY in config.json."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -121,7 +121,7 @@ def with_entry(config: str, entry: dict[str, Any]) -> str:
     table = _table(config)
     parts = [table, *(part for part in table.values() if isinstance(part, dict))]
     if any(part.get(KEY) and not is_ours(part[KEY]) for part in parts):
-        what = f"config.json has a {KEY} of its own: transformers could not read both"
+        what = f"config.json has another {KEY}: transformers can read only one"
         raise InputError(362, what, hint="keep this model dense")
     config = without_entry(config)
     before, after = config[: config.rindex("}")], config[config.rindex("}") :]
@@ -130,7 +130,7 @@ def with_entry(config: str, entry: dict[str, Any]) -> str:
 
 
 def is_ours(settings: Any) -> bool:
-    """Whether a `quantization_config` is an entry of ours, true or not."""
+    """Whether a `quantization_config` claims to be ours."""
     return isinstance(settings, dict) and settings.get("quant_method") == _METHOD
 
 
@@ -155,5 +155,5 @@ def _table(config: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(363, f"config.json is not JSON: {error}", hint="fix the file") from None
     if not isinstance(table, dict):
-        raise InputError(363, "config.json is no table", hint="fix the file")
+        raise InputError(363, "config.json: expected a JSON object", hint="fix the file")
     return table

@@ -64,7 +64,7 @@ class Quality(_Record):
 
 
 class Trained(_Record):
-    """What one fine-tune read to train on."""
+    """The data that one fine-tune trained on."""
 
     data: dict[str, str]  # file name -> sha256
     split: str = Field(pattern=r"^[^\[\]]+(\[\d{0,18}:\d{0,18}\])?$")
@@ -153,7 +153,7 @@ def hash_of(files: tuple[FileRecord, ...]) -> str:
 
 
 def own_manifest(checkpoint: Checkpoint) -> "Manifest | None":
-    """What lpsparse wrote about a folder; None elsewhere."""
+    """The manifest of a folder that lpsparse wrote; None elsewhere."""
     folder = checkpoint.root
     return read_manifest(folder) if folder is not None and (folder / MANIFEST).is_file() else None
 

@@ -82,7 +82,7 @@ def is_part(name: str) -> bool:
 
 
 def as_left(name: str) -> str:
-    """What a file that is none is called: the outermost folder that is no part of a model, or its name."""
+    """How a file that is not part of a model is named: by its outermost such folder, or by its own name."""
     parts = name.split("/")
     for i, folder in enumerate(parts[:-1], 1):
         if is_hidden(folder) or _LEFT_BY_TRAINING.fullmatch(folder.lower()):

@@ -35,7 +35,7 @@ from lpsparse.checkpoint.tensors import Checkpoint, Tensor
 from lpsparse.errors import InputError, RemoteError, UsageError
 from lpsparse.families import LAYOUTS
 
-_NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
+_NAME_IT = "choose one with --weights NAME, or give that file instead of the folder"
 _INDEX_AGAIN = "download the checkpoint again"
 
 
@@ -143,12 +143,12 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
         folder = Path(__file__).parents[1] / "bundled"
         if text.removeprefix("bundled:") in os.listdir(folder):
             return folder / text.removeprefix("bundled:"), text, None
-        raise InputError(326, f"{text}: nothing of that name is bundled", hint="try bundled:stories260k")
+        raise InputError(326, f"{text}: no such bundled model", hint="try bundled:stories260k")
     if os.path.lexists(path):
         return path, path.resolve().name if path.exists() else path.name, None  # a link loop has no end
     near = _nearest(path)
     if is_hub_id(text):
-        local = "a local folder in its place (`run`: --set model=FOLDER)"
+        local = "a local folder instead (`run`: --set model=FOLDER)"
         try:
             folder, commit = fetch(text, replace_with=local)
         except RemoteError as error:
@@ -157,13 +157,12 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
         return folder, text.partition("@")[0], commit
     hint = "check the path (`run`: --set model=PATH)" if near is None else f"did you mean {near}?"
     if near is None and re.fullmatch(r"[\w.-]+", text):
-        hint = f"check the path; a model of the hub has its owner's name before it: org/{text}"
+        hint = f"check the path; a hub id begins with its owner: org/{text}"
     raise InputError(327, f"{text}: no such file or folder", hint=hint)
 
 
 def _nearest(path: Path) -> Path | None:
-    """What could be meant by a path that is not there: a folder or weights of nearly that name, there or
-    in a folder of nearly the name of its own."""
+    """A folder or weight file with a similar path, for a path that does not exist; None without one."""
     from difflib import get_close_matches
 
     try:
@@ -199,7 +198,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def named_weights(folder: Path, name: str) -> Path:
-    """The one of that name. Raises InputError where it is not there."""
+    """The weight file of that name. Raises InputError if it is missing."""
     if not os.path.lexists(folder / name):
         names = sorted(path.name for path in folder.iterdir())
         there = ", ".join([each for each in names if each.endswith(WEIGHT_SUFFIXES) or is_index(each)][:8])
@@ -209,13 +208,13 @@ def named_weights(folder: Path, name: str) -> Path:
 
 
 def check_name(weights: str | None) -> None:
-    """Raises UsageError where it is more than the name of a file."""
+    """Raises UsageError for a path instead of a name."""
     if weights is not None and not _is_bare(weights):
         raise UsageError(216, f"--weights {weights}: a name in MODEL, not a path", hint="give the name alone")
 
 
 def _is_bare(name: str) -> bool:
-    """Whether it is a file's name on every system, not a path to somewhere else."""
+    """Whether it is a bare file name on every system, not a path."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
 
 
@@ -230,7 +229,7 @@ def read_index(path: Path) -> dict[Path, set[str]]:
         what = f"{path}: shard {lost[0].name!r} with {len(files[lost[0]])} tensors is missing{more}"
         others = set(os.listdir(path.parent)) - {shard.name for shard in files}
         for whole in whole_sets(others):
-            what += f"; all {len(whole)} shards of another set are here, so the index is an old one"
+            what += f"; the index is out of date: all {len(whole)} shards of another set are here"
             raise InputError(330, what, hint=_open_all(whole))
         raise InputError(330, what, hint=_INDEX_AGAIN)
     return files
@@ -239,7 +238,7 @@ def read_index(path: Path) -> dict[Path, set[str]]:
 def part_of(file: Path) -> tuple[str, ...]:
     """A note where a file is one of several shards, which is opened alone."""
     count = len(set_of(file.name))
-    return (f"one of {count} shards: the rest of the model is not looked at",) if count > 1 else ()
+    return (f"one of {count} shards: the others are not read",) if count > 1 else ()
 
 
 def _open_all(shards: list[str]) -> str:

@@ -171,10 +171,10 @@ def _unwrap(path: Path, value: Any, key: str | None) -> tuple[dict[str, Any], li
     try:
         "".join(named).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which no other file can hold
-        what = f"{path}: a name in it is no text"
+        what = f"{path}: a name in it is not text"
         raise InputError(320, what, hint="save a state dict with text for names") from None
     if len(named) < len(table):
-        what = f"{path}: {len(table) - len(named)} names stand twice when written as text"
+        what = f"{path}: {len(table) - len(named)} names are equal when written as text"
         raise InputError(320, what, hint="save a state dict with text for names")
     return named, notes
 

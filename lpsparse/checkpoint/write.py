@@ -25,7 +25,7 @@ WAITING = 2  # threads that write, more than there are cores
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What is in OUT, as it was read back: in each tensor, and each weight file."""
+    """Counts of each tensor and records of each weight file of OUT, as read back."""
 
     counts: dict[str, Count]
     files: tuple[FileRecord, ...]
@@ -48,10 +48,7 @@ def rewrite(
     InputError; OutputError when a file does not hold what was written.
     """
     to: Layout = LAYOUTS[layout]
-    taken = to.names_taken({tensor.name for tensor in source.tensors})
-    if taken:
-        what = f"{source.name}: {taken[0]!r}: this name belongs to the {layout} layout"
-        raise InputError(342, what, hint="keep this model dense, or rename the tensor")
+    _refuse_taken(source, to)
     names = weight_file_names(source, packed=not to.is_plain)
     on_rank_0(lambda: drop_weights(folder, but=set(names.values())))
     by_file = source.by_file
@@ -67,23 +64,23 @@ def rewrite(
             found and not wrote.changed,
         )
 
-    weight_map: dict[str, str] = {}
-    counts: dict[str, Count] = {}
-    files: list[FileRecord] = []
-    kept = 0
     sizes = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in by_file.items()}
     with phase("writing and reading back", 2 * source.dense_bytes):
         found = parallel(written, source.files, waiting=WAITING, size=lambda path: sizes[path.name])
-    for entries, counted, record, same in found:
-        weight_map |= dict.fromkeys(entries, record.name)
-        counts |= counted
-        files.append(record)
-        kept += same
     if len(source.files) > 1:
+        weight_map = {entry: record.name for entries, _, record, _ in found for entry in entries}
         index = index_name(source, packed=not to.is_plain)
         on_rank_0(lambda: write_index(folder, index, weight_map, source.dense_bytes))
     on_rank_0(lambda: _check_complete(open_checkpoint(folder), source))
-    return Written(counts, tuple(files), kept)
+    counts = {name: each for _, counted, *_ in found for name, each in counted.items()}
+    return Written(counts, tuple(record for *_, record, _ in found), sum(same for *_, same in found))
+
+
+def _refuse_taken(source: Checkpoint, to: Layout) -> None:
+    taken = to.names_taken({tensor.name for tensor in source.tensors})
+    if taken:
+        what = f"{source.name}: {taken[0]!r}: this name is reserved by the {to.name} layout"
+        raise InputError(342, what, hint="keep this model dense, or rename the tensor")
 
 
 def _check_complete(written: Checkpoint, source: Checkpoint) -> None:
@@ -93,8 +90,8 @@ def _check_complete(written: Checkpoint, source: Checkpoint) -> None:
     )
     others = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
     if others:
-        what = f"{source.name}: {others[0]!r} is not in OUT as it should be, nor are {len(others) - 1} others"
-        raise OutputError(408, what, hint="keep this model dense, and tell us; nothing was kept")
+        what = f"{source.name}: {len(others)} tensors of OUT are not as they were written: {others[0]!r}"
+        raise OutputError(408, what, hint="keep this model dense, and report this bug; OUT was not made")
 
 
 def _read_back(
@@ -109,8 +106,8 @@ def _read_back(
     for name, written in sums.items():
         found = read.get(name, NOTHING)
         if (found.stored, found.total) != written:
-            what = f"{source.name}: {name!r}: {found} read back, {written} (stored, total) written"
-            raise OutputError(408, what, hint="check the disk and run again; nothing was kept")
+            what = f"{source.name}: {name!r}: read back {found}, wrote (stored, total) {written}"
+            raise OutputError(408, what, hint="check the disk and run again; OUT was not made")
     for tensor in tensors:
         if tensor.name in sums and (finite is None or tensor.name in finite):
             check_finite(source, tensor, read[tensor.name].nonfinite)
@@ -188,7 +185,7 @@ def index_name(source: Checkpoint, *, packed: bool) -> str:
 
 
 def _stem(source: Checkpoint) -> str:
-    """What files in OUT are called that cannot keep their names: as loaders look for them."""
+    """Stem of files in OUT that cannot keep their names: the one that loaders look for."""
     config = {} if source.root is None else json_table(source.root / "config.json")
     of_diffusers = source.files[0].name.startswith(DIFFUSERS) or "_diffusers_version" in config
     return DIFFUSERS if of_diffusers else "model"

@@ -52,7 +52,7 @@ def rescued(checkpoint: Checkpoint) -> Checkpoint:
     for prefix, parts in found.items():
         name = prefix if whole else f"{prefix}.weight"
         if name in given:
-            what = f"{checkpoint.name}: {name!r} is there twice, packed and not"
+            what = f"{checkpoint.name}: {name!r} is stored twice, packed and dense"
             raise InputError(340, what, hint=_AGAIN)
         at[f"{prefix}.compressed"] = _open_packed(
             checkpoint.name, name, {part: given[f"{prefix}.{part}"] for part in parts}
@@ -61,7 +61,7 @@ def rescued(checkpoint: Checkpoint) -> Checkpoint:
     tensors = tuple(at.get(name, tensor) for name, tensor in given.items() if name in at or name not in gone)
     layout = next((tensor.layout for tensor in at.values() if tensor.layout in RETIRED_LAYOUTS), BY_ROWS.name)
     metadata = {file: {**said, "lpsparse.layout": layout} for file, said in checkpoint.metadata.items()}
-    note = f"{len(at)} tensors are unpacked from the retired {layout} of compressed-tensors"
+    note = f"{len(at)} tensors are unpacked from {layout}, a retired layout of compressed-tensors"
     return replace(checkpoint, tensors=tensors, metadata=metadata, notes=(*checkpoint.notes, note))
 
 
@@ -186,12 +186,12 @@ def _in_order(values: Tensor, mask: Tensor, shape: tuple[int, ...], refuse: Refu
 
 
 def folder_of(checkpoint: Checkpoint) -> Path | None:
-    """Where its config.json is, of a single file too."""
+    """The folder of its config.json, also for a single file."""
     return checkpoint.root or next((path.parent for path in checkpoint.files), None)
 
 
 def config_of(folder: Path | None) -> dict[str, Any]:
-    """What config.json says. One that cannot be read says nothing: it is carried as it is."""
+    """The content of config.json; empty if it cannot be read (it is copied as it is)."""
     return {} if folder is None else json_table(folder / "config.json")
 
 
@@ -225,7 +225,7 @@ def free_config(folder: Path) -> tuple[str, ...]:
     encoding = json.detect_encoding(text)
     path.write_bytes(_without(text.decode(encoding), unwanted).encode(encoding))
     fsync(path)
-    return (f"left out of config.json: {', '.join(unwanted)}, which told of the retired layout",)
+    return (f"removed from config.json: {', '.join(unwanted)} (settings of the retired layout)",)
 
 
 def _without(text: str, unwanted: list[str]) -> str:
