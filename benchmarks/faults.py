@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint import LPSPARSE, generate
 
 import lpsparse
-from lpsparse.checkpoint import output
-from lpsparse.checkpoint.output import partial_of
+from lpsparse.checkpoint import transaction
+from lpsparse.checkpoint.transaction import partial_of
 from lpsparse.cli import main as lpsparse_main
 
 PAGE = 4096  # bytes
@@ -303,7 +303,7 @@ class Disk:
         os.open = self._open_descriptor(os.open)
         os.close = self._close_descriptor(os.close)
         builtins.open = io.open = self._open(io.open)
-        output.exchange_names = self._exchange(output.exchange_names)
+        transaction.exchange_names = self._exchange(transaction.exchange_names)
 
     def fails(self, path: str, *kinds: str) -> bool:
         """Count a call; whether it fails. One that is killed does not return."""

@@ -16,7 +16,7 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.errors import InputError
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"

@@ -18,9 +18,9 @@ import zstandard
 from numpy.typing import NDArray
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.layouts import bitmask, chunks
-from lpsparse.checkpoint.layouts import packed as layout
-from lpsparse.checkpoint.opening import Tensor
+from lpsparse.checkpoint.layouts import bitmask
+from lpsparse.checkpoint.layouts.packing import chunks
+from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.parallel.threads import parallel, using_threads
 
 SLOW = 64 << 20  # bytes: zstd -19 is tried on no more, and once
@@ -155,7 +155,7 @@ def profile(tensors: tuple[Tensor, ...], rounds: int) -> list[float]:
     with ExitStack() as stack:
         for name in ("decode_mask", "decode_exponents", "_decode_rest", "_spread"):
             stack.enter_context(patch.object(chunks, name, watched(name, getattr(chunks, name))))
-        stack.enter_context(patch.object(layout, "decode_chunk", watched("chunk", layout.decode_chunk)))
+        stack.enter_context(patch.object(chunks, "decode_chunk", watched("chunk", chunks.decode_chunk)))
         whole = sum(
             timed(lambda: [each.read() for each in tensors], time.process_time)[0] for _ in range(rounds)
         )

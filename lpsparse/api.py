@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.open import Checkpoint, open_checkpoint
 from lpsparse.commands.evaluate import evaluate_step
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.commands.finetune import preview as preview_finetune

@@ -30,6 +30,12 @@ class Family(Mapping[str, Any]):
         return len(self.members)
 
 
+LAYOUTS = Family(  # how weights are stored
+    "checkpoint.layouts", {"dense": "dense:DENSE", "bitmask": "bitmask:BITMASK", "packed": "packed:PACKED"}
+)
+RETIRED_LAYOUTS = Family(  # of compressed-tensors, which can only be read
+    "checkpoint.layouts", {"sparse-bitmask": "retired:BY_ROWS", "sparse-24-bitmask": "retired:TWO_OF_FOUR"}
+)
 CONDITIONINGS = Family(
     "training.conditioning",
     {

@@ -1,5 +1,4 @@
-"""What is in tensors: zeros, kept values, NaN and Inf, and a sum that tells whether bits are those that were
-written."""
+"""Count zeros, kept values, NaN and Inf in tensors, with a checksum of their bits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits, infinity, ordered
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.tensors import Blocks, Tensor
+from lpsparse.checkpoint.tensors import Blocks, Checkpoint, Tensor
 from lpsparse.errors import InputError
 from lpsparse.parallel.progress import advance, phase
 from lpsparse.parallel.threads import parallel
@@ -22,7 +20,7 @@ Cuts = Callable[[Tensor], Cut | None]
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What is in a tensor, or in some of its lines."""
+    """Counts of a tensor, or of some of its lines."""
 
     zeros: int  # exact zeros of either sign (for integers: zero)
     stored: int  # values that are not the all-zero bit pattern: -0.0 counts
@@ -43,7 +41,7 @@ NOTHING = Count(0, 0, 0, 0)
 
 
 def count_block(line: int, block: Bits, dtype: str) -> Count:
-    """Of a block of lines, the first of which has this number."""
+    """Counts of a block of lines that begins with this line."""
     advance(block.nbytes)
     stored, total = sums_of(line, block)
     if not DTYPES[dtype].is_float or _is_plain(block, dtype):
@@ -77,7 +75,7 @@ def count(tensor: Tensor, blocks: Blocks) -> Count:
 
 
 def count_all(checkpoint: Checkpoint, cut: Cuts = lambda _: None) -> dict[str, Count]:
-    """What is in each tensor, or would be after `cut`."""
+    """Counts of each tensor, as it is or after `cut`."""
     tasks: list[tuple[Tensor, int, int]] = []
     for tensor in checkpoint.tensors:
         whole = cut(tensor) is not None  # it goes from the first line to the last

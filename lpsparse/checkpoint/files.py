@@ -1,229 +1,195 @@
-"""One weight file in each of the layouts: the tensors of a source's file, cut (or not) and encoded, block by
-block."""
+"""The files of a checkpoint that is written, beside its weights: their names, and text that is on the disk
+when a call is over."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, components_in, is_index, is_part
+from lpsparse.checkpoint.tensors import Checkpoint
+from lpsparse.errors import OutputError
 
-from lpsparse.checkpoint.counting import NOTHING, Count, Cuts, Sums, count, sums_of
-from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.layouts import bitmask, packed
-from lpsparse.checkpoint.layouts.chunks import encode_chunk
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor, regrouped
-from lpsparse.checkpoint.weights import (
-    Named,
-    Part,
-    WeightFile,
-    by_alignment,
-    header_text,
-    place,
-    write_tensors,
+MANIFEST = "lpsparse.json"
+REPORT = "report.json"
+CARD = "README.md"
+METRICS = "metrics.jsonl"
+BASE_CARD = "README.base.md"  # the source's own card in OUT
+STATE = ".lpsparse-state"  # folder in OUT.partial of an unfinished run's training states
+OURS = (MANIFEST, REPORT, METRICS)  # of an earlier run on the source: never carried over
+OWNER = ".lpsparse-owner.json"
+REPLACED = (
+    ".lpsparse-replaced"  # in an OUT that is being exchanged: only such an OUT.old is put back or deleted
 )
-from lpsparse.parallel.progress import advance
-from lpsparse.parallel.threads import parallel_in_order
-
-_ROOM = 32  # bytes that an entry of a header may be longer than was thought
-
-
-@dataclass(frozen=True, slots=True)
-class Wrote:
-    names: tuple[str, ...]  # entries of the file
-    sums: Sums  # of the tensors, as they were written
-    changed: bool  # whether anything had to be written
-
-
-Write = Callable[[Path, list[Tensor], Cuts, dict[str, str], str], Wrote]
-
-
-def names_taken(tensors: list[Tensor], layout: str) -> list[str]:
-    """Tensors that a reader of the layout would take for parts of others."""
-    owners = {tensor.name for tensor in tensors}
-    if layout == "bitmask":
-        return sorted(name for name in owners if bitmask.is_taken(name, owners))
-    if layout == "packed":
-        return sorted(owners & {name + packed.SUFFIX for name in owners})
-    return []
+_MOST_MODULES_BYTES = 1_000_000
+_AT_ONCE = 1 << 20  # letters
+# Weights in formats that we do not rewrite: a loader would prefer them to ours, so they stay behind.
+FOREIGN_WEIGHTS = (
+    *WEIGHT_SUFFIXES,
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".tflite",
+    ".npz",
+    ".ckpt",
+    ".pkl",
+)
 
 
-def _flow(tensors: list[Tensor], cut: Cuts, sums: Sums) -> Iterator[tuple[Tensor, int, Bits]]:
-    """The blocks of all tensors, cut; their sums are taken on the way. What is packed and is not cut is
-    decoded on all threads: the others must be read in their order."""
-
-    def wanted() -> Iterator[tuple[Tensor, int, Bits | None, int]]:
-        for tensor in tensors:
-            apply = cut(tensor)
-            if apply is None and tensor.layout != "dense":
-                yield from ((tensor, first, None, last) for first, last in tensor.tasks(BLOCK_BYTES))
-                continue
-            blocks = apply(tensor.blocks()) if apply else tensor.blocks()
-            yield from ((tensor, line, block, 0) for line, block in blocks)
-
-    def made(item: tuple[Tensor, int, Bits | None, int]) -> tuple[Tensor, int, Bits, tuple[int, int]]:
-        tensor, line, block, last = item
-        if block is None:
-            block = np.concatenate([each for _, each in tensor.blocks(line, last)])
-        return tensor, line, block, sums_of(line, block)
-
-    for tensor, line, block, (stored, total) in parallel_in_order(made, wanted()):
-        known = sums[tensor.name]
-        sums[tensor.name] = known[0] + stored, (known[1] + total) % 2**64
-        advance(block.nbytes)
-        yield tensor, line, block
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _write_dense(target: Path, tensors: list[Tensor], cut: Cuts, metadata: dict[str, str], _: str) -> Wrote:
-    sums: Sums = {tensor.name: (0, 0) for tensor in tensors}
-    entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    parts = ((tensor.name, line * block.shape[1], block) for tensor, line, block in _flow(tensors, cut, sums))
-    return Wrote(tuple(sums), sums, write_tensors(target, entries, metadata, parts))
+def copy_sidecars(source: Checkpoint, folder: Path, but: Collection[str] = ()) -> tuple[str, ...]:
+    """Copy what else is a part of the model, byte for byte, `but` the folders of these names; returns what is
+    left behind, by name.
+
+    The source's README.md becomes README.base.md. Links to folders, and links out of a local model folder,
+    stay behind; those of a snapshot in the hub's cache lead to its own blobs and are followed.
+    """
+    found, left = find_sidecars(source, but)
+    for path, name in found:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+        fsync(folder / name)
+    for path in folder.rglob("*"):  # a name is durable when its folder is
+        if path.is_dir():
+            fsync(path)
+    return left
 
 
-def _write_bitmask(target: Path, tensors: list[Tensor], cut: Cuts, metadata: dict[str, str], _: str) -> Wrote:
-    """In two passes: the header says how many values there are."""
-    sums: Sums = {tensor.name: (0, 0) for tensor in tensors}
-    counted: dict[str, Count] = {}
-    for tensor in tensors:
-        apply = cut(tensor)
-        found = count(tensor, apply(tensor.blocks()) if apply else tensor.blocks())
-        if bitmask.pays(tensor.dtype, tensor.shape, found.stored):
-            counted[tensor.name] = found
-    entries = [e for t in tensors for e in entries_of(t, counted.get(t.name, NOTHING), t.name in counted)]
-
-    def parts() -> Iterator[Part]:
-        for tensor in tensors:
-            flow = _flow([tensor], cut, sums)
-            if tensor.name in counted:
-                yield from _bitmask_parts(tensor, flow)
+def find_sidecars(
+    source: Checkpoint, but: Collection[str] = ()
+) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
+    """The files that `copy_sidecars` copies, with their names in OUT; and the names of those that stay."""
+    if source.root is None:
+        return [], ()
+    found: list[tuple[Path, str]] = []
+    left: list[str] = []
+    root = source.root.resolve()
+    within = next((each for each in (root, *root.parents) if each.parent.name == "snapshots"), None)
+    blobs = root if within is None else within.parents[1] / "blobs"  # of the hub's cache
+    used, modules = {path.name for path in source.files}, _modules(source.root)
+    ours = (source.root / MANIFEST).is_file()  # then README.md is our card, and the base's is README.base.md
+    for path in sorted(source.root.rglob("*")):
+        relative = path.relative_to(source.root)
+        folders = relative.parts if path.is_dir() else relative.parts[:-1]
+        if any(part.startswith(".") for part in folders) or relative.parts[0] in but:
+            continue
+        if path.is_dir():
+            if path.is_symlink():
+                left.append(f"{relative.as_posix()} (a link to a folder)")
+            elif not os.access(path, os.R_OK | os.X_OK):  # a copy would lack what is in it
+                found.append((path, relative.as_posix()))
+            continue
+        if not path.is_file():
+            left.append(f"{relative.as_posix()} (no file)")
+            continue
+        outside = not {root, blobs} & set(path.resolve().parents)
+        if outside and source.revision is None:  # that of a hub id is huggingface_hub's own
+            left.append(f"{relative.as_posix()} (a link out of the folder)")
+        elif relative.parent.as_posix() not in modules and (
+            path.suffix in FOREIGN_WEIGHTS or is_index(path.name)
+        ):
+            if relative.as_posix() not in used and not path.name.endswith(".json"):
+                left.append(as_left(relative.as_posix()))
+        elif len(relative.parts) > 1 or path.name not in (*OURS, OWNER, REPLACED, CARD, BASE_CARD):
+            if is_part(relative.as_posix()):
+                found.append((path, relative.as_posix()))
             else:
-                yield from ((tensor.name, line * block.shape[1], block) for _, line, block in flow)
-
-    changed = write_tensors(target, sorted(entries, key=by_alignment), metadata, parts())
-    return Wrote(tuple(name for name, _, _ in entries), sums, changed)
-
-
-def entries_of(tensor: Tensor, counted: Count, packs: bool) -> list[Named]:
-    """The entries of a weight file that hold a tensor: itself, or the parts of the bitmask layout."""
-    if packs:
-        return bitmask.stored_shapes(tensor.name, tensor.dtype, tensor.shape, counted.stored)
-    return [(tensor.name, tensor.dtype, tensor.shape)]
+                left.append(as_left(relative.as_posix()))
+        elif path.name == (BASE_CARD if ours or not (source.root / CARD).is_file() else CARD):
+            found.append((path, BASE_CARD if source.files else CARD))  # no card of ours beside no weights
+        elif not ours:  # somebody else's, where ours is to be
+            left.append(relative.as_posix())
+    return found, tuple(dict.fromkeys(left))
 
 
-def _bitmask_parts(tensor: Tensor, flow: Iterator[tuple[Tensor, int, Bits]]) -> Iterator[Part]:
-    values, mask, shape, offsets = bitmask.stored_names(tensor.name)
-    yield shape, 0, np.array(tensor.shape, "<i8").view("<u8")
-    stored, pieces = 0, tensor.grid[0] // tensor.rows
-    for _, line, block in flow:
-        parts = bitmask.encode(block, stored)
-        yield values, stored, parts["compressed"]
-        yield mask, line * parts["bitmask"].shape[1], parts["bitmask"]
-        begun = -line % pieces  # of pieces of rows, those that begin one
-        yield offsets, -(-line // pieces), parts["row_offsets"][begun::pieces]
-        stored += parts["compressed"].size
+def _modules(root: Path) -> set[str]:
+    """Folders whose weights are in no other file: the components of a diffusers pipeline, and of a
+    sentence-transformers model its modules behind the transformer, such as 2_Dense."""
+    if parts := components_in(root):
+        return set(parts)
+    path = root / "modules.json"
+    if not path.is_file() or path.stat().st_size > _MOST_MODULES_BYTES:
+        return set()
+    try:
+        table: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return set()  # it is copied as it is
+    items: list[Any] = table if isinstance(table, list) else []
+    names = (each.get("path") for each in items if isinstance(each, dict))
+    return {name for name in names if isinstance(name, str)} - {"", "."}
 
 
-def _write_packed(
-    target: Path, tensors: list[Tensor], cut: Cuts, metadata: dict[str, str], level: str
-) -> Wrote:
-    """In one pass: how long a tensor gets is seen when it is written, so the header, which says it, is the
-    last. Tensors that are not smaller are written after the others, as they are."""
-    sums: Sums = {tensor.name: (0, 0) for tensor in tensors}
-    entries: list[Named] = []
-    left: list[Tensor] = []
-    with WeightFile(target, room(tensors, metadata)) as file:
-        end, chunks = 0, _encoded(tensors, cut, level, sums)
-        for tensor in tensors:
-            size = _put_packed(file, end, tensor, chunks)
-            if size is None:
-                left.append(tensor)
-            else:
-                entries.append((tensor.name + packed.SUFFIX, "U8", (size,)))
-                end += size
-        places = place(entries) + place([(each.name, each.dtype, each.shape) for each in left], end)
-        starts = {each.name: each.offset for each in places}
-        sums |= {tensor.name: (0, 0) for tensor in left}
-        for tensor, line, block in _flow(left, cut, sums):
-            file.put(starts[tensor.name] + line * block.shape[1] * block.itemsize, block)
-        text = header_text(places, metadata | _manifest(tensors, left))
-        file.finish(text, sum(each.nbytes for each in places))
-    return Wrote(tuple(each.name for each in places), sums, file.changed)
+def write_json(path: Path, value: object) -> None:
+    """JSON with a fixed form, durable: the same value gives the same bytes; NaN is refused."""
+    write_text(path, as_json(value))
 
 
-def _manifest(tensors: list[Tensor], left: list[Tensor]) -> dict[str, str]:
-    plain = {tensor.name for tensor in left}
-    table = {each.name: None if each.name in plain else (each.dtype, each.shape) for each in tensors}
-    return {packed.MANIFEST: packed.manifest(table)}
+def as_json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def room(tensors: list[Tensor], metadata: dict[str, str]) -> int:
-    """Bytes that the header of a packed file is given."""
-    names = [(tensor.name + packed.SUFFIX, tensor.dtype, tensor.shape) for tensor in tensors]
-    text = header_text(place(names), metadata | _manifest(tensors, []))
-    return len(text) + _ROOM * len(tensors)
+def check_report_file(path: Path, models: Iterable[str | None]) -> None:
+    """Raises OutputError where a report would replace a part of a checkpoint."""
+    target = path.resolve()
+    inputs = [Path(model).resolve() for model in models if model is not None]
+    inside = any(each == target or (each.is_dir() and each in target.parents) for each in inputs)
+    if inside or (target.parent / MANIFEST).exists():
+        raise OutputError(
+            405, f"{path}: is an input, or lies inside a checkpoint", hint="choose a file outside of it"
+        )
+    if path.exists() and (not path.is_file() or path.suffix in FOREIGN_WEIGHTS):
+        raise OutputError(
+            401, f"{path}: exists and is not a report", hint="choose another file, such as x.json"
+        )
 
 
-def packed_sizes(source: Checkpoint, cut: Cuts, level: str) -> dict[str, int | None]:
-    """Bytes of each tensor when it is packed; None where it stays as it is."""
-    sums: Sums = {tensor.name: (0, 0) for tensor in source.tensors}
-    lengths = {
-        tensor.name: [packed.head_bytes(tensor.shape, tensor.dtype, _chunk_values(tensor))]
-        for tensor in source.tensors
-    }
-    for tensor, stored in _encoded(list(source.tensors), cut, level, sums):
-        lengths[tensor.name].append(len(stored))
-    sizes = {name: -(-sum(parts) // 8) * 8 for name, parts in lengths.items()}
-    return {
-        tensor.name: sizes[tensor.name] if _pays(sizes[tensor.name], tensor) else None
-        for tensor in source.tensors
-    }
+def write_beside(path: Path, text: str) -> None:
+    """`write_text` so that `path` is never half a file. Raises OutputError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a name that nobody else's file has
+    try:
+        write_text(partial, text)
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(409, f"{path}: {error.strerror}", hint="choose another file") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _pays(size: int, tensor: Tensor) -> bool:
-    return packed.pays(size, tensor.nbytes, len(tensor.shape))
+def replace_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files of a folder anew: all beside the old ones first, then renamed in this order. Raises
+    OutputError."""
+    partial = {name: folder / f".{name}.{os.getpid()}.partial" for name in texts}
+    try:
+        for name, text in texts.items():
+            write_text(partial[name], text)
+        for name, path in partial.items():
+            path.replace(folder / name)
+        fsync(folder)
+    except OSError as error:
+        what = f"{error.filename or folder}: {error.strerror}"
+        raise OutputError(404, what, hint="make the folder writable, or save in a copy of it") from error
+    finally:
+        for path in partial.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
-_Chunks = Iterator[tuple[Tensor, bytes]]
-
-
-def _encoded(tensors: list[Tensor], cut: Cuts, level: str, sums: Sums) -> _Chunks:
-    """The chunks of all tensors, encoded on all threads."""
-
-    def values() -> Iterator[tuple[Tensor, Bits]]:
-        by_name = {tensor.name: tensor for tensor in tensors}
-        for name, flow in groupby(_flow(tensors, cut, sums), key=lambda item: item[0].name):
-            tensor = by_name[name]
-            blocks = (block.reshape(-1) for _, _, block in flow)
-            yield from ((tensor, each) for each in regrouped(blocks, _chunk_values(tensor)))
-
-    return parallel_in_order(lambda item: (item[0], encode_chunk(item[1], item[0].dtype, level)), values())
-
-
-def _chunk_values(tensor: Tensor) -> int:
-    """Of whole lines, about as many as are read at a time; a line that is longer is divided anywhere."""
-    lines, width = tensor.grid
-    most = BLOCK_BYTES // DTYPES[tensor.dtype].storage.itemsize
-    return most if width > most else max(1, BLOCK_BYTES * lines // max(tensor.nbytes, 1)) * max(width, 1)
-
-
-def _put_packed(file: WeightFile, start: int, tensor: Tensor, chunks: _Chunks) -> int | None:
-    """Write the chunks of a tensor, then its head; its bytes, or None where it is to be written as it is."""
-    values = _chunk_values(tensor)
-    at, ends = packed.head_bytes(tensor.shape, tensor.dtype, values), list[int]()
-    for _ in range(-(-packed.units_of(tensor.shape, tensor.dtype) // values)):
-        _, stored = next(chunks)
-        if _pays(at + len(stored), tensor):
-            file.put(start + at, np.frombuffer(stored, np.uint8))
-        at += len(stored)
-        ends.append(at)
-    size = -(-at // 8) * 8
-    if not _pays(size, tensor):
-        return None
-    file.put(start + at, np.zeros(size - at, np.uint8))
-    file.put(start, packed.head(tensor.shape, tensor.dtype, values, ends))
-    return size
-
-
-WRITERS: dict[str, Write] = {"dense": _write_dense, "bitmask": _write_bitmask, "packed": _write_packed}
+def write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for first in range(0, len(text), _AT_ONCE):
+            file.write(text[first : first + _AT_ONCE])  # each time its bytes are held beside it
+        file.flush()
+        os.fsync(file.fileno())

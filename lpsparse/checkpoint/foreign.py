@@ -1,21 +1,25 @@
-"""What a file or folder is that holds weights, but no checkpoint as it lies there: what it is called, and the
-command that makes a checkpoint of it."""
+"""Refuse what other programs leave where a checkpoint is expected, with the command that makes one of it;
+apply the masks of torch.nn.utils.prune."""
 
 import os
 import re
 import zipfile
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from lpsparse.checkpoint.components import components_in, is_pipeline
-from lpsparse.checkpoint.dtypes import DTYPES
+import numpy as np
+
+from lpsparse.checkpoint.dtypes import DTYPES, Bits
 from lpsparse.checkpoint.header import check_regular, json_table
-from lpsparse.checkpoint.tensors import Tensor
+from lpsparse.checkpoint.names import components_in, is_pipeline
+from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.errors import InputError
 
 _OPTIMIZER_PART = "_optim_states.pt"  # of DeepSpeed's ZeRO: one for each process
 _PART = ".distcp"  # of torch.distributed.checkpoint
+_ONE = {"F64": 0x3FF0000000000000, "F32": 0x3F800000, "F16": 0x3C00, "BF16": 0x3F80}
 
 
 def refuse_archive(path: Path) -> None:
@@ -83,14 +87,12 @@ def refuse_parts(folder: Path, names: Collection[str], *, within: bool) -> None:
     for place, inside in places.items():
         parts = [name for name in inside if name.endswith(_PART)]
         if parts:
-            what = f"{place}: a checkpoint of torch.distributed in {len(parts)} parts ({_PART}), not gathered"
+            what = f"{place}: a torch.distributed checkpoint in {len(parts)} parts ({_PART}), not gathered"
             gather = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} weights.pt"
             raise InputError(316, what, hint=f"`{gather}`, then take weights.pt")
         parts = [name for name in inside if name.endswith(_OPTIMIZER_PART)]
         if parts:
-            what = (
-                f"{place}: a checkpoint of DeepSpeed in {len(parts)} parts (*{_OPTIMIZER_PART}), not gathered"
-            )
+            what = f"{place}: a DeepSpeed checkpoint in {len(parts)} parts (*{_OPTIMIZER_PART}), not gathered"
             tag = f" -t {place.resolve().name}" if place == folder else ""
             top = place.parent if place.name else Path("..")
             hint = f"`python {top / 'zero_to_fp32.py'} {top} gathered{tag}`, then take the folder gathered"
@@ -121,3 +123,44 @@ def refuse_hollow(name: str, tensors: Iterable[Tensor]) -> None:
 
 def _in_any_layer(name: str) -> str:
     return re.sub(r"\d+", "0", name)
+
+
+def baked(tensors: Iterable[Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
+    """The tensors, with each masked weight as torch's `prune.remove` leaves it; and a note where there are
+    such. A mask must be of the shape and dtype of its weight."""
+    given = {tensor.name: tensor for tensor in tensors}
+    pairs = {name: name.removesuffix("_orig") + "_mask" for name in given if name.endswith("_orig")}
+    pairs = {
+        name: mask
+        for name, mask in pairs.items()
+        if _is_mask(given.get(mask), given[name]) and name.removesuffix("_orig") not in given
+    }
+    masks = set(pairs.values())
+    found = [
+        _baked(tensor, given[pairs[name]]) if name in pairs else tensor
+        for name, tensor in given.items()
+        if name not in masks
+    ]
+    note = f"masks of torch.nn.utils.prune are applied to {len(pairs)} weights: {', '.join(list(pairs)[:3])}"
+    return found, (note,) if pairs else ()
+
+
+def _is_mask(mask: Tensor | None, of: Tensor) -> bool:
+    return mask is not None and (mask.shape, mask.dtype) == (of.shape, of.dtype) and of.dtype in _ONE
+
+
+def _baked(tensor: Tensor, mask: Tensor) -> Tensor:
+    def blocks(first: int = 0, last: int | None = None) -> Blocks:
+        for (line, values), (_, kept) in zip(
+            tensor.blocks(first, last), mask.blocks(first, last), strict=True
+        ):
+            yield line, np.where(_checked(kept, mask) != 0, values, np.zeros_like(values))
+
+    return replace(tensor, name=tensor.name.removesuffix("_orig"), blocks=blocks)
+
+
+def _checked(kept: Bits, mask: Tensor) -> Bits:
+    if not np.isin(kept, (0, _ONE[mask.dtype])).all():
+        what = f"{mask.file}: {mask.name!r}: a mask with other values than 0 and 1"
+        raise InputError(359, what, hint="call prune.remove(module, name) before you save")
+    return kept

@@ -83,7 +83,7 @@ def read_header(path: Path) -> Header:
 
 
 def check_header(path: Path, size: int, read: Read) -> Header:
-    """The same of a file of `size` bytes, wherever it lies: `path` is what errors call it."""
+    """`read_header` for a file of `size` bytes anywhere; errors name it `path`."""
     length = int.from_bytes(read(0, min(8, size)), "little")
     if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
         sniff(
@@ -152,7 +152,7 @@ def _by_offset(entry: Entry) -> tuple[int, int, str]:
 
 
 def json_table(path: Path) -> dict[str, Any]:
-    """What a small JSON file beside weights says. One that is not there or cannot be read says nothing."""
+    """The object in a small JSON file beside weights; empty if it is missing or cannot be read."""
     try:
         if not path.is_file() or path.stat().st_size > _MAX_TABLE_BYTES:
             return {}

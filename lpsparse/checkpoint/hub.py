@@ -47,10 +47,10 @@ def fetch(text: str, *, kind: str = "model", replace_with: str = "a local folder
             folder = _snapshot(text, kind, local=False)
     except (http_error(), OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = f"{text}: the {kind} is not in the local cache and the hub gave none ({reason[:120]})"
+        what = f"{text}: the {kind} is not in the local cache, and the hub did not return it ({reason[:120]})"
         raise RemoteError(801, what, hint=f"check id and network, or give {replace_with}") from error
     if kind == "model" and not _has_weights(folder):
-        what = f"{text}: the local cache holds a part of it without weights, or it has none"
+        what = f"{text}: no weights: the local cache is incomplete, or the repository has none"
         raise RemoteError(802, what, hint=f"go online, check the id, or give {replace_with}")
     return folder, folder.name
 

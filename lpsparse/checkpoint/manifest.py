@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lpsparse import __version__
+from lpsparse.checkpoint.files import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_text
 from lpsparse.checkpoint.header import unique_json
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, METRICS, OWNER, REPLACED, STATE, write_text
+from lpsparse.checkpoint.tensors import Checkpoint
 from lpsparse.errors import InputError
 from lpsparse.parallel.progress import HASHED, advance
 from lpsparse.parallel.threads import check_going_on, parallel
@@ -64,7 +64,7 @@ class Quality(_Record):
 
 
 class Trained(_Record):
-    """What one fine-tune read to train on."""
+    """The data that one fine-tune trained on."""
 
     data: dict[str, str]  # file name -> sha256
     split: str = Field(pattern=r"^[^\[\]]+(\[\d{0,18}:\d{0,18}\])?$")
@@ -153,7 +153,7 @@ def hash_of(files: tuple[FileRecord, ...]) -> str:
 
 
 def own_manifest(checkpoint: Checkpoint) -> "Manifest | None":
-    """What lpsparse wrote about a folder; None elsewhere."""
+    """The manifest of a folder that lpsparse wrote; None elsewhere."""
     folder = checkpoint.root
     return read_manifest(folder) if folder is not None and (folder / MANIFEST).is_file() else None
 

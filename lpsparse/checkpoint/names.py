@@ -1,7 +1,14 @@
-"""Which of the names in a folder, on disk or on the hub, are its weights; old names of tensors."""
+"""Which names in a folder, on disk or on the hub, are its weights: one file, an index, a set of shards, or
+the components of a diffusers pipeline, each a model in its own folder; old names of tensors."""
 
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lpsparse.checkpoint.header import json_table
+from lpsparse.errors import UsageError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".tar")
 TORCH_FILES = (*TORCH_SUFFIXES, ".ckpt")  # of a file that is named; in folders it is often a spare copy
@@ -46,6 +53,8 @@ _LEFT_BY_TRAINING = re.compile(
     r"wandb|runs|mlruns|logs|lightning_logs|tensorboard|(last-)?checkpoints?([-_].+)?|training_state"
     r"|global_step\d+|optimizer_\d+|.+_fsdp_\d+|__pycache__|.+\.mlpackage"
 )
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})((?:\.\w+)+)", re.ASCII)  # model-00001-of-00002.safetensors
+_PIPELINE = "model_index.json"
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _NO_WEIGHTS = re.compile(  # what trainers put beside a model, in files like those of weights
     r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state)(_\d+)?\.(bin|pt|pth)"
@@ -73,7 +82,7 @@ def is_part(name: str) -> bool:
 
 
 def as_left(name: str) -> str:
-    """What a file that is none is called: the outermost folder that is no part of a model, or its name."""
+    """How a file that is not part of a model is named: by its outermost such folder, or by its own name."""
     parts = name.split("/")
     for i, folder in enumerate(parts[:-1], 1):
         if is_hidden(folder) or _LEFT_BY_TRAINING.fullmatch(folder.lower()):
@@ -103,3 +112,46 @@ def find_weight_names(names: Collection[str]) -> list[str]:
     torch_named = [name for name in _TORCH_ORDER if name in names]
     torch_loose = sorted(name for name in names if name.endswith(TORCH_SUFFIXES))
     return present or (torch_named[:1] if torch_named and not loose else loose + torch_loose)
+
+
+def is_pipeline(names: Collection[str]) -> bool:
+    """Whether a folder of these names holds a pipeline, and no weights of its own."""
+    return _PIPELINE in names and not find_weight_names(names)
+
+
+def components_in(folder: Path) -> list[str]:
+    """The components that have weights; none where there is no model_index.json."""
+    if not (folder / _PIPELINE).is_file():
+        return []
+    here = set(os.listdir(folder))  # a name that leads elsewhere is not among them
+    named = sorted(
+        name for name in json_table(folder / _PIPELINE) if name in here and (folder / name).is_dir()
+    )
+    return [name for name in named if find_weight_names(os.listdir(folder / name))]
+
+
+def asked_components(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """The components whose names one of the globs matches. Raises UsageError where one matches none."""
+    if not folder.is_dir() or not is_pipeline(os.listdir(folder)):
+        what = f"--component {patterns[0]}: {folder} is not the folder of a diffusers pipeline"
+        raise UsageError(262, what, hint="give that folder (a hub id: download it), or no --component")
+    there = components_in(folder)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in there):
+            what = f"--component {pattern}: no such component with weights in {folder}"
+            raise UsageError(262, what, hint=f"one of {', '.join(there) or 'none, as it holds no weights'}")
+    return [name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def whole_sets(names: Collection[str]) -> list[list[str]]:
+    """The shards of each set of several, by its name, of which none is missing."""
+    sets = (set_of(name) for name in sorted(names) if "-00001-of-" in name)
+    return [shards for shards in sets if len(shards) > 1 and set(shards) <= set(names)]
+
+
+def set_of(name: str) -> list[str]:
+    """All shards of the set that a file is one of, by its name; else its name alone."""
+    shard = _SHARD.fullmatch(name)
+    if shard is None or not 1 <= int(shard[2]) <= int(shard[3]):
+        return [name]
+    return [f"{shard[1]}-{i:05d}-of-{shard[3]}{shard[4]}" for i in range(1, int(shard[3]) + 1)]

@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from lpsparse.checkpoint.files import MANIFEST, REPLACED, find_sidecars
 from lpsparse.checkpoint.hub import is_cached
 from lpsparse.checkpoint.manifest import list_files, read_manifest
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.output import check_partial, left_bytes, partial_of
-from lpsparse.checkpoint.writer import MANIFEST, REPLACED, find_sidecars
+from lpsparse.checkpoint.tensors import Checkpoint
+from lpsparse.checkpoint.transaction import check_partial, left_bytes, partial_of
 from lpsparse.errors import InputError, OutputError
 
 
@@ -26,7 +26,7 @@ def check_output(
     check_partial(out)
     for path, _ in find_sidecars(source)[0]:
         if not os.access(path, os.R_OK):
-            what = f"{path}: Permission denied, and it is to be copied"
+            what = f"{path}: permission denied, so it cannot be copied to OUT"
             raise InputError(305, what, hint="check its permissions, or move it away")
     free = shutil.disk_usage(out.absolute().parent).free + left_bytes(out)
     if need_bytes * 1.05 > free:
@@ -51,7 +51,7 @@ def check_keeps(source: Checkpoint) -> Path:
 
 
 def _check_name(out: Path, *, overwrite: bool) -> None:
-    """Whether something stands there that is not to be replaced, and whether the name can be."""
+    """Raises OutputError if OUT exists and may not be replaced, or its name cannot be used."""
     if out.name in ("", ".."):
         raise OutputError(401, f"{out}: exists already", hint="choose another OUT")
     try:
@@ -105,7 +105,7 @@ def check_place(out: Path, source: Checkpoint, reads: Iterable[Path], parent: Pa
         raise OutputError(405, f"{out}: holds the input", hint="choose another OUT")
     within = next((each for each in target.parents if (each / MANIFEST).is_file()), None)
     if within is not None:
-        what = f"{out}: lies inside {within.name}, which lpsparse wrote: it would not verify any more"
+        what = f"{out}: lies inside {within.name}, which lpsparse wrote and which would no longer verify"
         raise OutputError(405, what, hint="choose an OUT outside of it")
     if is_cached(target):
         raise OutputError(405, f"{out}: lies inside the hub's cache", hint="choose an OUT outside of it")

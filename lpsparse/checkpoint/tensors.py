@@ -1,13 +1,15 @@
-"""A tensor of a checkpoint, wherever it lies: raw bits, a few megabytes of lines at a time."""
+"""A checkpoint and its tensors, whatever the layout: raw bits, a few megabytes of lines at a time."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
+from lpsparse.checkpoint.names import TORCH_FILES
 from lpsparse.parallel.threads import parallel, sharing_with
 
 BLOCK_BYTES = 2 << 20  # lines are read about this much at a time: with the work on it, it stays in the cache
@@ -24,7 +26,7 @@ class Tensor:
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
     file: str  # weight file it lies in
-    layout: str  # dense, bitmask, packed or one of rescue.LAYOUTS
+    layout: str  # a name of LAYOUTS or RETIRED_LAYOUTS
     stored_bytes: int
     blocks: Callable[..., Blocks] = field(repr=False, compare=False)  # of lines (first=0, last=None)
 
@@ -71,6 +73,53 @@ class Tensor:
         for line, block in self.blocks():
             found[line : line + len(block)] = block
         return found.reshape(self.shape if DTYPES[self.dtype].bits >= 8 else -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint. `tensors` are in file order, then byte order."""
+
+    name: str  # folder or file name, or hub id: never a path of this machine
+    root: Path | None  # folder whose other files are the sidecars; None for a single file
+    files: tuple[Path, ...]  # weight files
+    tensors: tuple[Tensor, ...]
+    metadata: dict[str, dict[str, str]]  # by weight file
+    revision: str | None = None
+    index: str | None = None  # name of the file that lists the shards
+    notes: tuple[str, ...] = ()  # what was unwrapped, dropped or chosen
+    _by_name: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False, compare=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name. Raises KeyError."""
+        if not self._by_name:
+            self._by_name.update({tensor.name: tensor for tensor in self.tensors})
+        return self._by_name[name]
+
+    @property
+    def layout(self) -> str:
+        found = {metadata.get("lpsparse.layout") for metadata in self.metadata.values()} - {None}
+        return found.pop() or "dense" if found else "dense"
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether it lies in torch files."""
+        return any(path.suffix in TORCH_FILES for path in self.files)
+
+    @property
+    def by_file(self) -> dict[str, list[Tensor]]:
+        """The tensors of each weight file, by its name."""
+        found: dict[str, list[Tensor]] = {path.name: [] for path in self.files}
+        for tensor in self.tensors:
+            found[tensor.file].append(tensor)
+        return found
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
 
 
 def _rows(shape: tuple[int, ...], dtype: str) -> int:

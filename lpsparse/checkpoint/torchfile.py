@@ -21,6 +21,7 @@ import torch
 
 from lpsparse.checkpoint.dtypes import Bits
 from lpsparse.checkpoint.header import MAX_DIMENSIONS, check_regular
+from lpsparse.checkpoint.tensors import Blocks, Tensor, grid_of, lines_at_once
 from lpsparse.errors import InputError, UsageError
 
 NAMES = {
@@ -56,6 +57,28 @@ class TorchFile:
     tensors: dict[str, tuple[str, Bits]]  # dtype, and raw bits in its own shape
     ties: dict[str, str]  # other names of these tensors, as safetensors' save_model writes them
     notes: tuple[str, ...]  # what was unwrapped or dropped
+
+
+def open_torch_file(path: Path, key: str | None) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
+    """Tensors, metadata and notes of a torch file: see `read_torch_file`."""
+    found = read_torch_file(path, key)
+    tensors = [_tensor(path, name, *item) for name, item in found.tensors.items()]
+    return tensors, {"format": "pt", **found.ties}, found.notes
+
+
+def _tensor(path: Path, name: str, dtype: str, raw: Bits) -> Tensor:
+    def blocks(first: int = 0, last: int | None = None) -> Blocks:
+        if not raw.size:
+            return
+        lines, width = grid_of(raw.shape, dtype)
+        step = lines_at_once(width, dtype)
+        end = lines if last is None else last
+        # A view with strides of its own is never copied as a whole.
+        values = raw.reshape(-1) if raw.flags.c_contiguous else raw.flat
+        for line in range(first, end, step):
+            yield line, values[line * width : min(line + step, end) * width].reshape(-1, width)
+
+    return Tensor(name, dtype, raw.shape, path.name, "dense", raw.nbytes, blocks)
 
 
 def read_torch_file(path: Path, key: str | None = None) -> TorchFile:
@@ -148,10 +171,10 @@ def _unwrap(path: Path, value: Any, key: str | None) -> tuple[dict[str, Any], li
     try:
         "".join(named).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which no other file can hold
-        what = f"{path}: a name in it is no text"
+        what = f"{path}: a name in it is not text"
         raise InputError(320, what, hint="save a state dict with text for names") from None
     if len(named) < len(table):
-        what = f"{path}: {len(table) - len(named)} names stand twice when written as text"
+        what = f"{path}: {len(table) - len(named)} names are equal when written as text"
         raise InputError(320, what, hint="save a state dict with text for names")
     return named, notes
 

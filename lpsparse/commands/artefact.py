@@ -7,7 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse.checkpoint.counting import count
-from lpsparse.checkpoint.entry import tell_loaders
+from lpsparse.checkpoint.files import (
+    BASE_CARD,
+    CARD,
+    MANIFEST,
+    METRICS,
+    REPORT,
+    copy_sidecars,
+    fsync,
+    replace_texts,
+    write_text,
+)
+from lpsparse.checkpoint.layouts.retired import free_config
+from lpsparse.checkpoint.loader_entry import tell_loaders
 from lpsparse.checkpoint.manifest import (
     Manifest,
     Quality,
@@ -21,23 +33,12 @@ from lpsparse.checkpoint.manifest import (
     source_of,
     write_manifest,
 )
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.output import shared_folder
-from lpsparse.checkpoint.rescue import LAYOUTS, free_config
-from lpsparse.checkpoint.rewrite import Written
+from lpsparse.checkpoint.open import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.tensors import Tensor
-from lpsparse.checkpoint.writer import (
-    BASE_CARD,
-    CARD,
-    MANIFEST,
-    METRICS,
-    REPORT,
-    copy_sidecars,
-    fsync,
-    replace_texts,
-    write_text,
-)
+from lpsparse.checkpoint.transaction import shared_folder
+from lpsparse.checkpoint.write import Written
 from lpsparse.errors import InputError, LpsparseError, VerdictError
+from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.parallel.threads import beside, on_rank_0
 from lpsparse.pruning.targets import Chosen
 from lpsparse.reporting import card, figure
@@ -138,7 +139,7 @@ def complete(
     _keep_curves(step, source, folder)
     if sidecars is not None:
         sidecars(folder)
-    freed = free_config(folder) if source.layout in LAYOUTS else ()
+    freed = free_config(folder) if source.layout in RETIRED_LAYOUTS else ()
     checkpoint = open_checkpoint(folder)
     said = (*freed, *tell_loaders(folder, checkpoint))
     said = (*said, f"left behind: {', '.join(left)}") if left else said

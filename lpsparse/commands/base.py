@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.open import Checkpoint, open_checkpoint
 from lpsparse.commands.artefact import Say
 from lpsparse.errors import InputError
 from lpsparse.parallel.threads import on_every_rank, using_threads

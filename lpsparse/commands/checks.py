@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lpsparse.checkpoint.hub import is_remote
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.families import TASKS
 from lpsparse.pruning.targets import Chosen

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 
 from lpsparse import __version__
+from lpsparse.checkpoint.files import fsync
 from lpsparse.checkpoint.hub import setting
-from lpsparse.checkpoint.output import exchange_names
-from lpsparse.checkpoint.writer import fsync
+from lpsparse.checkpoint.transaction import exchange_names
 from lpsparse.errors import ExitCode
 from lpsparse.parallel.threads import cores
 from lpsparse.reporting.text import clean, size

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lpsparse.checkpoint.manifest import Quality, own_manifest
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.preflight import check_keeps
 from lpsparse.commands.artefact import Say, keep_quality
 from lpsparse.commands.base import opened, silent

@@ -6,9 +6,9 @@ from typing import Any
 
 from lpsparse.checkpoint.hub import is_remote
 from lpsparse.checkpoint.manifest import Quality, source_of
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
-from lpsparse.checkpoint.rewrite import follow, rewrite
+from lpsparse.checkpoint.write import follow, rewrite
 from lpsparse.commands.artefact import Say, called_after, check_left, check_same, complete, recorded
 from lpsparse.commands.base import opened, silent
 from lpsparse.commands.checks import Checked, Held, check_files, check_model, matches, without_unknown

@@ -3,10 +3,9 @@
 from time import perf_counter
 
 from lpsparse.checkpoint.counting import count_all
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
-from lpsparse.checkpoint.rescue import LAYOUTS
-from lpsparse.checkpoint.rewrite import Written, rewrite
+from lpsparse.checkpoint.write import Written, rewrite
 from lpsparse.commands.artefact import Say, stamps_of, writing
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.checks import Checked, Held
@@ -54,7 +53,7 @@ def check(step: PackStep | UnpackStep, held: Held) -> Checked:
 
 def _opened(step: PackStep | UnpackStep, say: Say) -> tuple[Checkpoint, Chosen]:
     source = opened(step.model, say, step.weights, step.key)
-    if source.layout in LAYOUTS:
+    if source.layout in RETIRED_LAYOUTS:
         refuse_quantised(source)
     chosen = on_rank_0(lambda: prunable_of(source))
     on_rank_0(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))

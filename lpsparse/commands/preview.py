@@ -1,12 +1,12 @@
 """What `--dry-run` of prune, pack and unpack shows: what OUT would be, and what it would take."""
 
 from lpsparse.checkpoint.counting import Count, Cuts
-from lpsparse.checkpoint.files import packed_sizes
-from lpsparse.checkpoint.opening import Checkpoint, no_key
+from lpsparse.checkpoint.files import find_sidecars
+from lpsparse.checkpoint.open import Checkpoint, no_key
 from lpsparse.checkpoint.preflight import check_output
-from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.commands.artefact import Say, called_after
 from lpsparse.commands.results import FileSize, RemotePreview, TensorOutlook
+from lpsparse.families import LAYOUTS
 from lpsparse.pruning.plan import Outlook, plan_unread
 from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
 from lpsparse.reporting.estimate import estimate, report_of
@@ -24,14 +24,11 @@ def foretell(
     cut: Cuts = lambda _: None,
 ) -> Report:
     """What a dry run shows: the report of OUT, and what it would take."""
-    layout = str(getattr(step, "layout", "dense"))
-    sizes: dict[str, int | None] = {}
-    if layout == "packed":  # only packing tells
-        sizes = packed_sizes(source, cut, str(getattr(step, "level", "default")))
-    found = report_of(source, chosen, counts, layout, sizes)
+    layout, level = str(getattr(step, "layout", "dense")), str(getattr(step, "level", "default"))
+    found = report_of(source, chosen, counts, layout, cut, level)
     size = found.bytes.file_bytes
     # All is counted as it is written and read back; packing and unpacking take as long as four counts each.
-    took = took[0], took[1] * (2 if found.layout == "dense" else 10)
+    took = took[0], took[1] * (2 if LAYOUTS[layout].is_plain else 10)
     needs = estimate(source, step.out, weight_bytes=size, threads=step.threads, took=took)
     return called_after(found.model_copy(update={"estimate": needs}), step.out)
 

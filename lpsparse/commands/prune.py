@@ -3,14 +3,14 @@
 from pathlib import Path
 from time import perf_counter
 
-from lpsparse.checkpoint.components import asked_components
 from lpsparse.checkpoint.counting import count_all
+from lpsparse.checkpoint.files import copy_sidecars, find_sidecars
 from lpsparse.checkpoint.hub import is_remote
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.output import shared_folder
+from lpsparse.checkpoint.names import asked_components
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.preflight import check_output
-from lpsparse.checkpoint.rewrite import rewrite
-from lpsparse.checkpoint.writer import copy_sidecars, find_sidecars
+from lpsparse.checkpoint.transaction import shared_folder
+from lpsparse.checkpoint.write import rewrite
 from lpsparse.commands.artefact import Say, called_after, check_left, emptied, stamps_of, writing
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.checks import Checked, Held, without_unknown

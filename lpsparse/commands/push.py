@@ -1,7 +1,7 @@
 """Upload a folder that lpsparse wrote to the hub."""
 
+from lpsparse.checkpoint.files import MANIFEST
 from lpsparse.checkpoint.manifest import FileRecord, read_manifest
-from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.commands.artefact import Say
 from lpsparse.commands.base import silent
 from lpsparse.commands.results import FileSize, Upload, UploadPreview

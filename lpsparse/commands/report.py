@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.files import MANIFEST, REPORT, check_report_file, write_beside
 from lpsparse.checkpoint.manifest import hash_of, own_manifest, source_of
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, REPORT, check_report_file, write_beside
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.commands.artefact import Say, called_after
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.checks import NOT_YET, Checked, Held, matches, without_unknown

@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from lpsparse.checkpoint.components import components_in
+from lpsparse.checkpoint.files import MANIFEST
 from lpsparse.checkpoint.manifest import read_manifest
-from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.checkpoint.writer import MANIFEST
+from lpsparse.checkpoint.names import components_in
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.commands.artefact import Say
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.checks import Checked, Held

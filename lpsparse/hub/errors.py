@@ -1,4 +1,4 @@
-"""How the hub is asked: huggingface_hub kept quiet, and what goes wrong with it told as errors of ours."""
+"""Call huggingface_hub quietly, and turn its errors into ours."""
 
 import warnings
 from collections.abc import Callable, Generator
@@ -15,9 +15,9 @@ from lpsparse.errors import (
 )
 
 _SILENCE = 300  # seconds without a byte after which the hub is given up: huggingface_hub would wait for ever
-UNSEEN = "no commit was made, so nothing of it is to be seen"
-UNSURE = "whether the commit was made is not known"
-_AGAIN = "push again: what has arrived is not sent twice"
+UNSEEN = "no commit was made, so the repository is unchanged"
+UNSURE = "it is not known whether the commit was made"
+_AGAIN = "push again: files that have arrived are not sent twice"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 _MENDS = {
     400: "fix what it names, and push again",
@@ -25,16 +25,16 @@ _MENDS = {
     402: "see the billing of that account, or push to another name",
     403: "use a token that may write there (`hf auth login`), or push to a name of your own, or --create-pr",
     404: "check the name, and that the token may see it",
-    409: "it was changed by another meanwhile: look at it, and push again",
-    412: "it was changed by another meanwhile: look at it, and push again",
-    413: "the hub has limits for a file and an account: see huggingface.co/docs/hub/storage-limits",
+    409: "the repository has changed meanwhile: look at it, and push again",
+    412: "the repository has changed meanwhile: look at it, and push again",
+    413: "a file or the account is over the hub's limits: see huggingface.co/docs/hub/storage-limits",
 }
 
 
 @contextmanager
 def calm(bars: bool, say: Callable[[str], None]) -> Generator[None]:
-    """huggingface_hub without its log (which names signed addresses), with or without bars, its warnings said
-    as ours are, and with a limit to its patience."""
+    """Use huggingface_hub without its log (which names signed addresses), with or without bars, with its
+    warnings passed to `say` and with a timeout."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -65,7 +65,7 @@ def calm(bars: bool, say: Callable[[str], None]) -> Generator[None]:
 
 @contextmanager
 def asking(repo: str, so_far: str) -> Generator[None]:
-    """What goes wrong inside, as an error that says how far it came."""
+    """Turn an exception inside into an error that says how far the push came."""
     try:
         yield
     except LpsparseError:
@@ -99,7 +99,7 @@ def _explain(repo: str, so_far: str, error: BaseException) -> LpsparseError:
         return RemoteError(806, f"{repo}: {_first(str(error))}", hint="give another name")
     why = _first(str(chain[-1])) or type(chain[-1]).__name__
     if isinstance(chain[-1], (ValueError, LookupError, TypeError)):
-        why = f"the hub's answer is not understood ({why})"
+        why = f"cannot parse the hub's answer ({why})"
     denied = isinstance(chain[-1], PermissionError)  # by Xet's client
     hint = LOG_IN if denied else f"check the network, and {_AGAIN}"
     return RemoteError(808, f"{repo}: {why}; {so_far}", hint=hint)

@@ -1,8 +1,8 @@
-"""What a checkpoint on the hub holds, from its headers alone: no weights are fetched.
+"""Open a checkpoint on the hub from its headers alone: no weights are fetched.
 
-Of what comes over the wire nothing is believed. An answer has a cap in bytes and in seconds, a server that
-gives a whole file where a part was asked for is left after that part, and headers and index go through the
-checks that files on disk go through.
+Nothing from the network is trusted. An answer is capped in bytes and seconds, a server that sends a complete
+file for a range is left after that range (HfApi.get_safetensors_metadata would read all of it), and headers
+and index go through the checks of files on disk.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,12 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, Field, ValidationError
 
-from lpsparse.checkpoint.finding import check_index, check_name, parse_index
 from lpsparse.checkpoint.foreign import refuse_hollow
 from lpsparse.checkpoint.header import MAX_HEADER_BYTES, Header, check_header
 from lpsparse.checkpoint.hub import IGNORED, http_error, setting
+from lpsparse.checkpoint.layouts.retired import find_packed
 from lpsparse.checkpoint.names import TORCH_SUFFIXES, WEIGHT_SUFFIXES, find_weight_names, is_index
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rescue import find_packed
+from lpsparse.checkpoint.open import Checkpoint, check_index, check_name, parse_index
 from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.errors import InputError, RemoteError
 from lpsparse.parallel.threads import parallel
@@ -97,7 +96,7 @@ def _list(text: str) -> tuple[str, dict[str, int]]:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise _refusal(text, f"its list of files is not understood: {what}") from None
+        raise _refusal(text, f"cannot parse its list of files: {what}") from None
     except ValueError as error:  # a name that the hub's client refuses
         raise _refusal(text, str(error)) from None
     return found.sha, {file.rfilename: file.size for file in found.siblings}
@@ -176,7 +175,7 @@ def _get(where: str, url: str, cap: int, first: int | None) -> bytes:
 
 
 def _refusal(where: str, reason: str) -> RemoteError:
-    what = f"{where}: not in the local cache, and the hub did not give it ({reason.splitlines()[0][:160]})"
+    what = f"{where}: not in the local cache, and the hub did not return it ({reason.splitlines()[0][:160]})"
     return RemoteError(803, what, hint="check id, revision, token and network, or give a local folder")
 
 

@@ -1,8 +1,8 @@
-"""A folder that lpsparse wrote, to the Hugging Face hub: in one commit, which is read back and compared.
+"""Push a folder that lpsparse wrote to the Hugging Face hub, in one commit that is read back and compared.
 
 What goes out is what the manifest lists and is a part of a model (`names.is_part`), and the manifest itself:
 no metrics, no marks, no hidden files but .gitattributes. huggingface_hub's own upload_folder makes several
-commits of a large folder, the first of them a half of it; here all is sent first, and is then seen at once.
+commits of a large folder, so loaders could see a part of it; here all is sent first, and committed once.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from lpsparse import __version__
+from lpsparse.checkpoint.files import FOREIGN_WEIGHTS, MANIFEST
 from lpsparse.checkpoint.hub import setting
 from lpsparse.checkpoint.manifest import FileRecord, digest, read_manifest
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES, as_left, is_part
-from lpsparse.checkpoint.writer import FOREIGN_WEIGHTS, MANIFEST
 from lpsparse.errors import OutputError, RemoteError
 from lpsparse.hub.errors import LOG_IN, UNSEEN, UNSURE, asking, calm
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to, and how."""
+    """The repository and how to push to it."""
 
     repo: str
     revision: str | None  # a branch; None: main
@@ -52,11 +52,11 @@ def check_access() -> None:
     from huggingface_hub import get_token
 
     if setting("HF_HUB_OFFLINE"):
-        raise RemoteError(804, "HF_HUB_OFFLINE is set: nothing is sent", hint="unset it, or use --dry-run")
-    if get_token() is None:
         raise RemoteError(
-            805, "no token for the hub, which takes files only from those who are logged in", hint=LOG_IN
+            804, "HF_HUB_OFFLINE is set: nothing can be sent", hint="unset it, or use --dry-run"
         )
+    if get_token() is None:
+        raise RemoteError(805, "not logged in to the hub: there is no token", hint=LOG_IN)
 
 
 def push_files(
@@ -84,10 +84,10 @@ def push_files(
                 create_pr=to.create_pr,
                 parent_commit=info.sha,
             )
-        with asking(to.repo, f"the commit {made.commit_url} was made, and is not compared"):
+        with asking(to.repo, f"the commit {made.commit_url} was made, and is not verified"):
             _compare(api, to.repo, made, folder, files, others)
     if made.oid == info.sha:
-        say("all of it was there already: no new commit")
+        say("nothing has changed: no new commit")
     return {
         "url": made.commit_url,
         "commit": made.oid,
@@ -142,24 +142,24 @@ def _prepare(
     new = info is None
     if info is None:
         if to.create_pr:
-            hint = "leave --create-pr out: then it is made"
-            raise RemoteError(806, f"{to.repo}: no such repository to ask for a merge", hint=hint)
-        say(f"{to.repo} is not there yet: it is made")
+            hint = "leave --create-pr out, and it is created"
+            raise RemoteError(806, f"{to.repo}: no such repository to open a pull request in", hint=hint)
+        say(f"creating {to.repo}")
         api.create_repo(to.repo, private=to.private or None)  # None: an organisation's own default
         info = api.model_info(to.repo, timeout=_timeout())
-        say(f"{to.repo} is made, {'private' if info.private else 'public'}")
+        say(f"{to.repo} is created, {'private' if info.private else 'public'}")
     elif to.private and not info.private:
         hint = "leave --private out, or make it private on the hub, or push to another name"
-        raise OutputError(414, f"{to.repo}: exists, and everybody can read it", hint=hint)
+        raise OutputError(414, f"{to.repo}: exists and is public", hint=hint)
     there = [file.rfilename for file in info.siblings or ()]
     others = sorted(name for name in there if name not in ours and name[0] != ".")
     if not to.delete_others:
         _check_others(to.repo, others, say)
         others = []
     for name in others:
-        say(f"{to.repo}: {name} is deleted: FOLDER has it not")
+        say(f"{to.repo}: deleting {name}, which is not in FOLDER")
     if not has_branch:
-        say(f"{to.repo}: branch {to.revision} is made, from main")
+        say(f"{to.repo}: creating branch {to.revision} from main")
         api.create_branch(to.repo, branch=to.revision or "main")
     return info, new, others
 
@@ -187,11 +187,11 @@ def _check_others(repo: str, others: list[str], say: Callable[[str], None]) -> N
     weights = [name for name in others if name.endswith((*FOREIGN_WEIGHTS, ".index.json"))]
     if weights:
         named = ", ".join(weights[:4]) + (f" and {len(weights) - 4} more" if len(weights) > 4 else "")
-        what = f"{repo}: holds weights that FOLDER has not, and a loader may take these: {named}"
+        what = f"{repo}: holds other weights, which a loader may pick up: {named}"
         hint = "--delete-others removes them in the same commit (the history keeps them); or push elsewhere"
         raise OutputError(413, what, hint=hint)
     if others:
-        say(f"{repo}: keeps {len(others)} files that FOLDER has not: {', '.join(others[:4])}")
+        say(f"{repo}: keeps {len(others)} files that are not in FOLDER: {', '.join(others[:4])}")
 
 
 def _compare(

@@ -1,7 +1,7 @@
-"""Has transformers open our folders, whichever of the two is imported first. Standard library only.
+"""Make transformers open packed folders, whichever of the two is imported first. Standard library only.
 
-What is waited for is the module of transformers that defines PreTrainedModel, by that public name:
-`import transformers` alone does not import it, and what does import it needs torch anyway.
+The hook waits for the module of transformers that defines PreTrainedModel, by that public name: `import
+transformers` alone does not import it, and code that does import it needs torch anyway.
 """
 
 import sys
@@ -14,7 +14,7 @@ _CLASS = "PreTrainedModel"
 
 
 class _Hook:
-    """A finder that finds transformers' modules as Python does, and looks at each once it has run."""
+    """An import finder that looks at each module of transformers once it has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,12 +1,11 @@
 """In transformers: `from_pretrained` opens a folder that lpsparse has packed, and gives an ordinary model.
 
-`PreTrainedModel.from_pretrained` is wrapped. A packed folder goes on to transformers as what it stands for:
-the dense config, and a `state_dict` whose tensors are decoded when they are read. All that follows is as for
-the dense model: renames, merges, ties, casts, devices, the loading info. Every other folder, and every other
-argument, reaches transformers untouched.
+`PreTrainedModel.from_pretrained` is wrapped. A packed folder is passed to transformers as the dense config
+and a `state_dict` whose tensors are decoded when they are read, so renames, merges, ties, casts, devices and
+the loading info work as for the dense model. All other folders and arguments reach transformers untouched.
 
-That the values of `state_dict` may be read lazily, by `[...]` as safetensors' slices are, is not documented.
-Where a transformers wants more of them, all tensors are unpacked into memory first, with a warning.
+transformers does not document that it reads the values of `state_dict` lazily, by `[...]` as safetensors'
+slices. If a version needs more of them, all tensors are unpacked into memory first, with a warning.
 """
 
 import json
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from lpsparse.checkpoint.entry import KEY, LoaderEntry, digest_of, is_ours, parse_entry
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.loader_entry import KEY, LoaderEntry, digest_of, is_ours, parse_entry
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.checkpoint.torchfile import NAMES
 from lpsparse.errors import InputError, UsageError
@@ -69,7 +68,7 @@ def _packed(path: str, config: Any, given: dict[str, Any]) -> LoaderEntry | None
 
 
 def _config_of(path: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What config.json holds; nothing where it cannot be had, which transformers says in its own words."""
+    """The content of config.json; empty where transformers cannot get it, which it then says itself."""
     try:
         return PreTrainedConfig.get_config_dict(path, **_hub(given))[0]
     except Exception:
@@ -154,7 +153,7 @@ class Reading:
             raise InputError(364, f"{folder}: {found}, config.json says {entry.tensors}", hint=_COPY)
         digest = digest_of(checkpoint)
         if digest != entry.digest:
-            what = f"{folder}: the digest of what is stored is {digest}, not {entry.digest}"
+            what = f"{folder}: the stored tensors have the digest {digest}, config.json has {entry.digest}"
             raise InputError(365, what, hint=_COPY)
         self.tensors = checkpoint.tensors
         self.given: set[str] = set()  # tensors that were read

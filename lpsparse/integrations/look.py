@@ -1,5 +1,5 @@
 """Say what the tensors of a transformers model are, by the modules that hold them. pruning/look.py runs it in
-a process of its own, so that who asks imports no torch.
+its own process, so that the caller imports no torch.
 
 The model is built on the meta device, which holds no values; its class comes from transformers' own tables,
 never from the config, and no remote code is run.
@@ -40,8 +40,7 @@ def build(config: dict[str, Any]) -> nn.Module | None:
 
 
 def answer(config: Path, into: Path) -> None:
-    """Write what there is to say of a config.json: {"class", "prefix", "roles"}, each role with the shape of
-    its tensor in the model."""
+    """Write {"class", "prefix", "roles"} for a config.json, each role with the shape of its tensor."""
     model = build(json.loads(config.read_text("utf-8")))
     found: dict[str, Any] = {"class": None, "prefix": "", "roles": {}}
     if model is not None:

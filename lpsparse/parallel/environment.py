@@ -15,7 +15,7 @@ WORDS = {
     **dict.fromkeys(("", "0", "false", "no", "off"), False),
 }
 
-# Rank, number of processes and rank on this machine, as MPICH's and Intel's, and Open MPI's mpirun tell.
+# Rank, world size and local rank in the variables of MPICH's and Intel's mpirun, and of Open MPI's.
 _MPI = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -74,9 +74,9 @@ def switched_on(name: str) -> bool:
 
 @contextmanager
 def together() -> Generator[None]:
-    """Have the processes of a launched job (torchrun, accelerate, srun), which all come here, share the work
-    of prune, pack, unpack, verify and report inside, over a file system that all of them see. Alone it does
-    nothing. Raises ResourceError when one of them is gone.
+    """Share the work of prune, pack, unpack, verify and report inside among all ranks of a launched job
+    (torchrun, accelerate, srun), which all enter here and see one file system. A single process is
+    unaffected. Raises ResourceError when a rank is gone.
     """
     set_torch_names()
     if not has_other_ranks():

@@ -115,7 +115,7 @@ def _quiet_elastic() -> None:
 
 
 def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
-    """What ended the run: a process that was killed before one that then missed it."""
+    """The failure that ended the run: a killed process before one that then missed it."""
     earliest = min(failure.timestamp for failure in failures.values())
     near = sorted(
         (each for each in failures.values() if each.timestamp <= earliest + _TOGETHER),
@@ -125,7 +125,7 @@ def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
     if first.exitcode < 0 and first.exitcode != -signal.SIGTERM:
         name = signal.Signals(-first.exitcode).name
         what = f"process {first.local_rank} was ended by {name}; the others were stopped"
-        hint = "run the same command again: it goes on from the last training state, if there is one"
+        hint = "run the same command again: it resumes from the last training state, if there is one"
         return ResourceError(603, what, hint=hint)
     failed = [each for each in near if each.exitcode > 0]
     # What misses another process says so, and what the launcher then stops ends as if it were asked to.
@@ -142,6 +142,6 @@ def _first_failure(failures: dict[int, Any]) -> LaunchError | ResourceError:
 
 
 def _said(failure: Any, key: str) -> str:
-    """What a failed rank's command line recorded about its error, if anything."""
+    """What a failed rank recorded about its error; empty if nothing."""
     said = str(failure.error_file_data.get(key, ""))
     return "" if said == "<NONE>" else said  # elastic's own word

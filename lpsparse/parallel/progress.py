@@ -1,5 +1,4 @@
-"""How far the work is, told to whoever listens: phases of bytes, steps or rows. A process has one listener:
-its command line."""
+"""Report progress in phases of bytes, steps or rows to the one listener of a process, its command line."""
 
 import threading
 from collections.abc import Callable, Generator
@@ -11,7 +10,7 @@ from lpsparse.parallel.threads import share_of_rank
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a phase is."""
+    """Progress of a phase."""
 
     what: str  # is done
     unit: str  # of `done` and `total`: bytes, steps, rows; HASHED are bytes that are hashed beside other work
@@ -52,8 +51,8 @@ def told_to(listener: Listener) -> Generator[None]:
 
 @contextmanager
 def phase(what: str, total: int, unit: str = "bytes", *, done: int = 0) -> Generator[None]:
-    """Work on `total` units, of which `done` were done before; within another phase it is a part of that one.
-    Bytes are divided among the processes of a job."""
+    """Work on `total` units, `done` of them done before; a nested phase is a part of the outer one. Bytes are
+    divided among the ranks of a job."""
     global _now
     if _now is not None:
         yield
@@ -72,8 +71,7 @@ def phase(what: str, total: int, unit: str = "bytes", *, done: int = 0) -> Gener
 def advance(
     amount: int, unit: str = "bytes", *, what: str | None = None, facts: tuple[str, ...] | None = None
 ) -> None:
-    """`amount` more units are done; a phase in other units is not moved. `what` and `facts` replace the
-    phase's."""
+    """Add `amount` units to the phase, if it counts in this unit. `what` and `facts` replace the phase's."""
     global _now
     with _lock:
         if _now is None or _now.unit != unit:

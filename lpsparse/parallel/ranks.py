@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
-_MEETING = timedelta(minutes=10)  # that processes have to find one another
+_MEETING = timedelta(minutes=10)  # for ranks to connect
 
 _patient: Any = None  # a process group without a time limit to speak of
 
-MISSED = 604  # code of the error of a process that waited for one that is gone or late
+MISSED = 604  # code of the error of a rank that waited for one that is gone or late
 
 
 def _is_one() -> bool:
@@ -106,12 +106,11 @@ def all_gather_no_timeout(value: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Generator[None]:
-    """Share the work on checkpoints inside among the processes of a launched job, which all come here: each
-    reads, cuts and writes its part, process 0 alone makes and renames OUT, and all get the result.
+    """Share the work on checkpoints inside among all ranks of a job: each reads, cuts and writes its part,
+    rank 0 makes and renames OUT, and all get the result.
 
-    Over gloo, or the group that is there, which stays: a launcher's store remembers where it was, and another
-    could not meet. Raises ResourceError when a process is gone, UsageError when the launcher has not said
-    where to meet.
+    Uses gloo, or the existing process group, and keeps it: a launcher's store cannot be joined twice. Raises
+    ResourceError when a rank is gone, UsageError when the launcher set no address to meet at.
     """
     if _is_one():
         _meet()
@@ -131,7 +130,7 @@ def _meet() -> None:
         ) from error
     except RuntimeError as error:
         line = str(error).strip().partition("\n")[0][:200]
-        what = f"process {os.environ.get('RANK')}: the others did not come: {line}"
+        what = f"rank {os.environ.get('RANK')}: the other ranks did not connect: {line}"
         raise ResourceError(MISSED, what, hint="see what ended the other processes") from error
 
 
@@ -210,11 +209,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def distribute(
     model: nn.Module, device: torch.device, blocks: Iterable[nn.Module] = (), *, shard: bool, bf16: bool
 ) -> None:
-    """Bring `model` to `device` with the values of process 0 on all processes; those of the others may be on
-    the meta device until then.
+    """Move `model` to `device` with the values of rank 0 on all ranks; the others may be on the meta device.
 
-    With `shard` each keeps its part of the first dimension of every parameter (FSDP2), to be gathered block
-    by block; beside these parts no process but the first has more than one block's parameters at a time.
+    With `shard` each rank keeps its part of the first dimension of every parameter (FSDP2), gathered block by
+    block; only rank 0 ever holds more than one block's parameters beside these parts.
     """
     if shard:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -23,12 +23,12 @@ _processes: ContextVar["Processes | None"] = ContextVar("processes", default=Non
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The ranks of a job that take the same steps. All of them call each function."""
+    """The ranks of a job that share work. All of them call each function."""
 
-    number: int  # of this one
-    count: int
-    gathered: Callable[[Any], list[Any]]  # a small value of each, by number
-    of_first: Callable[[Callable[[], Any]], Any]  # what a function gives on the first, or its error
+    number: int  # rank of this process
+    count: int  # world size
+    gathered: Callable[[Any], list[Any]]  # a small value of each rank, by rank
+    of_first: Callable[[Callable[[], Any]], Any]  # a function's result on rank 0, or its error
 
 
 def sharing_with(processes: Processes | None) -> AbstractContextManager[None]:
@@ -105,10 +105,11 @@ def parallel(
     waiting: int = 0,
     size: Callable[[A], float] = lambda _: 1,
 ) -> list[B]:
-    """`function` of each item, in their order; the first error, in that order, is raised. Inside of such a
-    function there are the threads that are left over; where there are none, it is a plain loop. `waiting`
-    more threads where many of them wait for a disk. `among` processes each takes a share of the items, by
-    their `size`, and all have what all of them found, or the error of the first process that has one."""
+    """Apply `function` to each item on threads and return the results in order, or raise the first error.
+
+    Nested calls get the threads that are left over, or run a plain loop. `waiting` adds threads where many
+    wait for a disk. The ranks of a job each take a share of the items, by `size`; all get all results, or the
+    error of the first rank that has one."""
     work = list(items)
     processes = _processes.get()
     if processes is None:
@@ -134,7 +135,7 @@ def _dealt(sizes: list[float], count: int) -> list[list[int]]:
 
 
 def parallel_in_order(function: Callable[[A], B], items: Iterable[A]) -> Generator[B]:
-    """`function` of each item, in their order, on all threads and a few items ahead of who takes them."""
+    """Apply `function` to each item on all threads, and yield the results in order, a few items ahead."""
     count = _count.get() or cores()
     if count < 2:
         yield from map(function, items)
@@ -156,7 +157,7 @@ def parallel_in_order(function: Callable[[A], B], items: Iterable[A]) -> Generat
 
 
 def _begin(stop: Event, count: int) -> None:
-    """On a thread: what it calls takes so many threads, and ends when `stop` is set."""
+    """Set up a thread: `count` threads for nested calls, which end when `stop` is set."""
     _count.set(count)
     _stop.set(stop)
 
@@ -182,7 +183,7 @@ def _on_threads(function: Callable[[A], B], work: list[A], waiting: int) -> list
 
 
 def check_going_on() -> None:
-    """Raises CancelledError on a thread of `parallel` whose work has become useless."""
+    """Raises CancelledError on a thread of `parallel` whose result is no longer needed."""
     stop = _stop.get()
     if stop is not None and stop.is_set():
         raise CancelledError
@@ -190,8 +191,8 @@ def check_going_on() -> None:
 
 @contextmanager
 def beside(function: Callable[[], B]) -> Generator[Callable[[], B]]:
-    """Begin with `function` beside the block; a call waits for what it gives, or raises its error. `among`
-    processes it begins when it is called: what they tell one another has an order."""
+    """Run `function` on a thread beside the block, and yield a call that waits for its result or raises its
+    error. Within a job of ranks it runs when it is called: collectives have an order."""
     if _processes.get() is not None:
         yield function
         return

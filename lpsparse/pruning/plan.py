@@ -10,7 +10,7 @@ import numpy as np
 
 from lpsparse.checkpoint.counting import Cut, check_finite, nonfinite
 from lpsparse.checkpoint.dtypes import Bits, code_of, key_of, ordered, value_of
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.errors import UsageError, VerdictError
 from lpsparse.parallel.progress import phase

@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lpsparse.checkpoint import rescue
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.entry import is_ours
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rescue import config_of, folder_of
-from lpsparse.checkpoint.weights import Named
+from lpsparse.checkpoint.layouts.retired import CONFIGS, config_of, folder_of, is_only_sparse
+from lpsparse.checkpoint.loader_entry import is_ours
+from lpsparse.checkpoint.open import Checkpoint
+from lpsparse.checkpoint.safetensors_writer import Named
 from lpsparse.errors import InputError, UsageError
+from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.parallel.progress import Brief
 from lpsparse.parallel.threads import on_rank_0
 from lpsparse.pruning.look import look
@@ -284,10 +284,10 @@ def refuse_quantised(source: Checkpoint) -> None:
     scales stand for themselves, and so do values that are only sparse."""
     found = quantised((tensor.name, tensor.dtype, tensor.shape) for tensor in source.tensors)
     method = next(iter(found.values()), None)
-    rescued = source.layout in rescue.LAYOUTS
+    rescued = source.layout in RETIRED_LAYOUTS
     if rescued or any(tensor.dtype not in (*_UNSCALED, "I64", "BOOL") for tensor in source.tensors):
         method = (
-            _configured(rescue.folder_of(source) if rescued else source.root) or method
+            _configured(folder_of(source) if rescued else source.root) or method
         )  # of values that stand for themselves it says nothing
     if method is not None:
         names = [tensor.name for tensor in source.tensors if tensor.name in found]
@@ -301,10 +301,10 @@ def refuse_quantised(source: Checkpoint) -> None:
 
 def _configured(folder: Path | None) -> str | None:
     """What config.json calls its quantisation, at its top or in a part such as text_config."""
-    config = rescue.config_of(folder)
+    config = config_of(folder)
     parts: list[Any] = [config, *config.values()]
-    for settings in (part.get(key) for part in parts if isinstance(part, dict) for key in rescue.CONFIGS):
-        if settings and not rescue.is_only_sparse(settings) and not is_ours(settings):
+    for settings in (part.get(key) for part in parts if isinstance(part, dict) for key in CONFIGS):
+        if settings and not is_only_sparse(settings) and not is_ours(settings):
             method: Any = settings.get("quant_method") if isinstance(settings, dict) else None
             return method if isinstance(method, str) and method else "by its config.json"
     return None

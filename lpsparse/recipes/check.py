@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lpsparse.checkpoint.files import MANIFEST, REPORT
 from lpsparse.checkpoint.hub import is_remote
-from lpsparse.checkpoint.opening import no_key, open_checkpoint
-from lpsparse.checkpoint.output import has_states, left_bytes, partial_of
+from lpsparse.checkpoint.open import no_key, open_checkpoint
 from lpsparse.checkpoint.preflight import check_place
-from lpsparse.checkpoint.rescue import LAYOUTS
-from lpsparse.checkpoint.writer import MANIFEST, REPORT
+from lpsparse.checkpoint.transaction import has_states, left_bytes, partial_of
 from lpsparse.commands.checks import Checked, Held
 from lpsparse.commands.report import check_reread
 from lpsparse.errors import InputError, LpsparseError, OutputError
+from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.hub.headers import read_remote
 from lpsparse.pruning.targets import refuse_quantised
 from lpsparse.recipes.file import read_recipe
@@ -101,7 +101,7 @@ def _step(link: Link, look: _Look, place: Path, free: int) -> dict[str, Any]:
         raise no_key(link.model, own)
     if given.get("baseline") is not None:
         _check_baseline(given["baseline"], look)
-    if held.checkpoint.layout in LAYOUTS:
+    if held.checkpoint.layout in RETIRED_LAYOUTS:
         refuse_quantised(held.checkpoint)
     found: Checked = COMMANDS[step.command].load("check")(step, held)
     chosen, source = found.chosen, held.checkpoint

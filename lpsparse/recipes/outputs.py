@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lpsparse import __version__
+from lpsparse.checkpoint.files import MANIFEST, REPORT, write_beside
 from lpsparse.checkpoint.hub import is_hub_id
 from lpsparse.checkpoint.manifest import read_manifest
-from lpsparse.checkpoint.writer import MANIFEST, REPORT, write_beside
 from lpsparse.errors import OutputError
 from lpsparse.parallel.environment import is_rank_0
 from lpsparse.recipes.file import Recipe

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpsparse.checkpoint.finding import locate
+from lpsparse.checkpoint.files import MANIFEST, write_beside
 from lpsparse.checkpoint.manifest import Manifest, as_text, digest, list_files, read_manifest
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.writer import MANIFEST, write_beside
+from lpsparse.checkpoint.open import Checkpoint, locate, open_checkpoint
 from lpsparse.commands.artefact import recorded
 from lpsparse.commands.report import report_on
 from lpsparse.commands.results import Result

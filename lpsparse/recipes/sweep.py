@@ -9,8 +9,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from lpsparse.checkpoint.finding import locate
-from lpsparse.checkpoint.writer import as_json, write_beside
+from lpsparse.checkpoint.files import as_json, write_beside
+from lpsparse.checkpoint.open import locate
 from lpsparse.commands import base
 from lpsparse.commands.report import report_on
 from lpsparse.errors import UsageError

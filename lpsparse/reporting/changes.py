@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits, magnitudes, ordered
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
 from lpsparse.parallel.progress import advance, phase
 from lpsparse.reporting.records import Change

@@ -8,11 +8,11 @@ import numpy as np
 
 from lpsparse.checkpoint.counting import count_all
 from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.files import MANIFEST
 from lpsparse.checkpoint.manifest import TensorRecord, digest, list_files, own_manifest, read_manifest
 from lpsparse.checkpoint.names import is_hidden
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.open import Checkpoint, open_checkpoint
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
-from lpsparse.checkpoint.writer import MANIFEST
 from lpsparse.errors import InputError
 from lpsparse.parallel.progress import HASHED, advance, phase
 from lpsparse.parallel.threads import parallel

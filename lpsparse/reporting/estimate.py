@@ -1,21 +1,17 @@
 """What a run would write, and what it would take of disk, memory and time: for dry runs."""
 
 import hashlib
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from lpsparse.checkpoint.counting import Count
-from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.files import entries_of, room
-from lpsparse.checkpoint.layouts import bitmask, packed
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rewrite import WAITING, metadata_of
-from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
-from lpsparse.checkpoint.weights import Named, file_size
-from lpsparse.checkpoint.writer import find_sidecars
+from lpsparse.checkpoint.counting import Count, Cuts
+from lpsparse.checkpoint.files import find_sidecars
+from lpsparse.checkpoint.open import Checkpoint
+from lpsparse.checkpoint.tensors import BLOCK_BYTES
+from lpsparse.checkpoint.write import WAITING, metadata_of
+from lpsparse.families import LAYOUTS
 from lpsparse.parallel.threads import cores
 from lpsparse.pruning.targets import Chosen
 from lpsparse.reporting.measure import measure
@@ -31,30 +27,28 @@ _PROBE_BYTES = 16 << 20
 
 
 def report_of(
-    source: Checkpoint, chosen: Chosen, counts: dict[str, Count], layout: str, sizes: dict[str, int | None]
+    source: Checkpoint,
+    chosen: Chosen,
+    counts: dict[str, Count],
+    layout: str,
+    cut: Cuts = lambda _: None,
+    level: str = "default",
 ) -> Report:
-    """The report of OUT, if `source` were written in `layout` with `counts` in its tensors; `sizes` are the
-    bytes of those that are packed."""
-    files: dict[str, list[Named]] = {path.name: [] for path in source.files}
-    tensors: list[Tensor] = []
-    for tensor in source.tensors:
-        counted = counts[tensor.name]
-        packs = layout == "bitmask" and bitmask.pays(tensor.dtype, tensor.shape, counted.stored)
-        entries = entries_of(tensor, counted, packs)
-        size = sizes.get(tensor.name)
-        if size is not None:
-            packs, entries = True, [(tensor.name + packed.SUFFIX, "U8", (size,))]
-        files[tensor.file] += entries
-        stored = sum(math.prod(shape) * DTYPES[dtype].bits // 8 for _, dtype, shape in entries)
-        tensors.append(replace(tensor, layout=layout if packs else "dense", stored_bytes=stored))
+    """The report of OUT, if `source` were written in `layout` after `cut`, which leaves these `counts`."""
     by_file = source.by_file
-    metadata = {file: metadata_of(source, file, layout, by_file[file]) for file in files}
-    written = replace(source, tensors=tuple(tensors), metadata=metadata)
-    found = measure(written, chosen, counts=counts)
-    size = sum(file_size(entries, metadata[file]) for file, entries in files.items())
-    if layout == "packed":
-        rooms = [room(by_file[file], metadata[file]) for file in files]
-        size = sum(tensor.stored_bytes for tensor in tensors) + sum(8 + each for each in rooms)
+    metadata = {file: metadata_of(source, file, layout, tensors) for file, tensors in by_file.items()}
+    plans = [
+        LAYOUTS[layout].plan(tensors, counts, cut, metadata[file], level) for file, tensors in by_file.items()
+    ]
+    stored = {name: size for plan in plans for name, size in plan.stored.items()}
+    tensors = tuple(
+        replace(tensor, layout=layout, stored_bytes=stored[tensor.name])
+        if tensor.name in stored
+        else replace(tensor, layout="dense", stored_bytes=tensor.nbytes)
+        for tensor in source.tensors
+    )
+    found = measure(replace(source, tensors=tensors, metadata=metadata), chosen, counts=counts)
+    size = sum(plan.file_bytes for plan in plans)
     told = {"file_bytes": size} | ({"packed_bytes": size} if layout == "packed" else {})
     return found.model_copy(update={"bytes": found.bytes.model_copy(update=told)})
 

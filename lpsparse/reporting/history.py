@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lpsparse.checkpoint.files import METRICS, REPORT
 from lpsparse.checkpoint.header import unique_json
 from lpsparse.checkpoint.names import is_report_name
-from lpsparse.checkpoint.writer import METRICS, REPORT
 from lpsparse.errors import InputError
 from lpsparse.reporting.records import Point, Report
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.layouts.retired import config_of
 from lpsparse.checkpoint.names import LEGACY_NORMS
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rescue import config_of
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.pruning.roles import is_head
 

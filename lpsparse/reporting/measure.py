@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.files import entries_of, room
-from lpsparse.checkpoint.layouts import bitmask, packed
+from lpsparse.checkpoint.layouts import packed
+from lpsparse.checkpoint.layouts.base import layout_of
+from lpsparse.checkpoint.layouts.retired import config_of
 from lpsparse.checkpoint.manifest import Manifest, Quality, TensorRecord, digest, own_manifest
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rescue import LAYOUTS, config_of
-from lpsparse.checkpoint.rewrite import metadata_of
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Tensor
-from lpsparse.checkpoint.weights import Named, file_size
+from lpsparse.checkpoint.write import metadata_of
+from lpsparse.families import LAYOUTS
 from lpsparse.parallel.threads import parallel
 from lpsparse.pruning.targets import Chosen, Decision, choose, recorded
 from lpsparse.reporting.bound import sampled_bytes
@@ -34,7 +34,6 @@ from lpsparse.reporting.records import (
 )
 from lpsparse.reporting.survey import survey
 
-_PACKED = "lpsparse (load, unpack){}; ordinary loaders refuse it by its file name"
 _HEAD_BYTES, _CHUNK_BYTES = 56, 40  # of a packed tensor, about, beside the order-0 bound of what is in it
 _TRANSFORMERS = "transformers from_pretrained"
 _LIBRARIES = {  # a key of config.json, and who has it
@@ -44,12 +43,6 @@ _LIBRARIES = {  # a key of config.json, and who has it
     "pretrained_cfg": "timm create_model",
 }
 _TORCH = "torch.load, as it is a torch file; lpsparse, which runs nothing of it; no safetensors reader"
-_OPENS = {
-    "dense": "any safetensors reader{}",
-    "bitmask": _PACKED,
-    "packed": _PACKED,
-    **dict.fromkeys(LAYOUTS, "lpsparse (load, unpack); compressed-tensors until 0.14, which wrote it"),
-}
 
 
 def measure(
@@ -77,11 +70,8 @@ def measure(
     for tensor in checkpoint.tensors:
         rows.append(_row(tensor, counts[tensor.name], details.get(tensor.name), chosen[tensor.name]))
     for file, tensors in checkpoint.by_file.items():
-        stored: list[Named] = []  # in the bitmask layout
-        for tensor in tensors:
-            pays = bitmask.pays(tensor.dtype, tensor.shape, counts[tensor.name].stored)
-            stored += entries_of(tensor, counts[tensor.name], pays)
-        bitmask_bytes += file_size(stored, metadata_of(checkpoint, file, "bitmask", tensors))
+        metadata = metadata_of(checkpoint, file, "bitmask", tensors)
+        bitmask_bytes += LAYOUTS["bitmask"].plan(tensors, counts, lambda _: None, metadata, "").file_bytes
     rule = (
         f"exact zeros of either sign; prunable are {sum(row.prunable for row in rows)} of "
         f"{len(rows)} tensors; all weights are the values of all tensors, integers and statistics too; "
@@ -115,7 +105,7 @@ def _opens_with(checkpoint: Checkpoint) -> str:
         by and checkpoint.layout != "dense"
     ):  # a loader for packed folders is registered with transformers alone
         by = f"{by} after `import lpsparse`" if by == _TRANSFORMERS else ""
-    return _OPENS[checkpoint.layout].format(f"; {by}" if by else "")
+    return layout_of(checkpoint.layout).opens_with.format(f"; {by}" if by else "")
 
 
 def prunable_of(
@@ -235,7 +225,7 @@ def _packed(checkpoint: Checkpoint, rows: list[TensorRow], counts: dict[str, Cou
     if checkpoint.layout != "dense" and not any(row.detail for row in rows):
         return None
     headers = sum(
-        room(tensors, metadata_of(checkpoint, file, "packed", tensors))
+        packed.room(tensors, metadata_of(checkpoint, file, "packed", tensors))
         for file, tensors in checkpoint.by_file.items()
     )
     both = zip(rows, checkpoint.tensors, strict=True)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lpsparse.checkpoint.dtypes import DTYPES
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.tensors import Tensor
 from lpsparse.parallel.progress import advance, phase
 from lpsparse.parallel.threads import parallel

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from lpsparse.checkpoint.counting import Count
 from lpsparse.checkpoint.dtypes import DTYPES, FIELDS, Bits, infinity, magnitudes, ordered
-from lpsparse.checkpoint.layouts.exponents import counts_of
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rescue import config_of
+from lpsparse.checkpoint.layouts.packing.planes import counts_of
+from lpsparse.checkpoint.layouts.retired import config_of
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.tensors import Blocks, Tensor
 from lpsparse.parallel.progress import advance, phase
 from lpsparse.parallel.threads import parallel

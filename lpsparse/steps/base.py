@@ -98,14 +98,15 @@ def fraction(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Annotation of a field that names a member of a family, or one of `others`."""
+    """Annotation of a field that names a member of a family `but` some, or one of `others`."""
 
     family: Family
     others: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
-        return [*self.others, *self.family]
+        return [*self.others, *(name for name in self.family if name not in self.but)]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))

@@ -93,7 +93,7 @@ class PruneOptions(TypedDict, total=False):
     exclude: str | Sequence[str]
     look: bool
     allow_empty: bool
-    layout: Literal["dense", "bitmask", "packed"]
+    layout: str
     threads: int | None
     overwrite: bool
 
@@ -101,7 +101,7 @@ class PruneOptions(TypedDict, total=False):
 class PackOptions(TypedDict, total=False):
     weights: str | None
     key: str | None
-    layout: Literal["packed", "bitmask"]
+    layout: str
     level: Literal["fast", "default", "max"]
     threads: int | None
     overwrite: bool

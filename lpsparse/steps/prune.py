@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
+from lpsparse.families import LAYOUTS
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
     EXCLUDE,
@@ -16,6 +17,7 @@ from lpsparse.steps.base import (
     THREADS,
     WEIGHTS,
     Fraction,
+    OneOf,
     Patterns,
     Setting,
     Step,
@@ -113,7 +115,7 @@ class PruneStep(Step):
     exclude: Patterns = EXCLUDE
     look: bool = LOOK
     allow_empty: bool = ALLOW_EMPTY
-    layout: Literal["dense", "bitmask", "packed"] = Setting(
+    layout: Annotated[str, OneOf(LAYOUTS)] = Setting(
         "dense", help="How the result is stored.", panel="Output"
     )
     threads: int | None = THREADS

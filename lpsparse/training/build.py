@@ -11,7 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from lpsparse.borrowed import borrow
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.families import TASKS
 from lpsparse.parallel import ranks

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import tracking
 
-from lpsparse.checkpoint.writer import METRICS, write_text
+from lpsparse.checkpoint.files import METRICS, write_text
 from lpsparse.parallel import ranks
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.state import States

@@ -19,13 +19,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.entry import is_ours
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.rescue import LAYOUTS
+from lpsparse.checkpoint.loader_entry import is_ours
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.checkpoint.tensors import BLOCK_BYTES, Blocks, grid_of, read_all
 from lpsparse.checkpoint.tensors import Tensor as StoredTensor
 from lpsparse.checkpoint.torchfile import NAMES
 from lpsparse.errors import InputError, StateError
+from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.parallel import ranks
 from lpsparse.training.model_fn import build
 from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
@@ -133,7 +133,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         if key == "quantization_config" and is_ours(value):
             continue
         if key == "quantization_config":
-            if checkpoint.layout in LAYOUTS:
+            if checkpoint.layout in RETIRED_LAYOUTS:
                 what = f"{path}: says {checkpoint.layout}, which cannot be trained as it is"
                 raise InputError(393, what, hint="`lpsparse unpack` it first")
             raise InputError(

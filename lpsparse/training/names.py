@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lpsparse.borrowed import borrow
 from lpsparse.checkpoint.names import LEGACY_NORMS
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError
 
 

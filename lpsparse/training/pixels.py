@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.images import Image, Pixels

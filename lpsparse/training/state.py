@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lpsparse import __version__
+from lpsparse.checkpoint.files import STATE, fsync, write_json
 from lpsparse.checkpoint.manifest import source_of
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.output import output_folder, partial_of
-from lpsparse.checkpoint.writer import STATE, fsync, write_json
+from lpsparse.checkpoint.open import Checkpoint
+from lpsparse.checkpoint.transaction import output_folder, partial_of
 from lpsparse.errors import OutputError, StateError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.environment import local_rank

@@ -28,7 +28,7 @@ def test_a_hostile_file_is_refused_by_what_is_wrong_with_it(
     with pytest.raises(InputError) as refused:
         read_header(path)
     assert time.perf_counter() - started < 5  # the bound for any bad input, on a busy machine too
-    said = f"{refused.value.what} | {refused.value.hint}"
+    said = f"{refused.value.code}: {refused.value.what} | {refused.value.hint}"
     assert str(path) in said
     assert [word for word in words if word not in said] == []
 
@@ -49,8 +49,9 @@ def test_a_header_length_that_looks_like_another_format_is_read(length: int, tmp
 def test_such_a_file_cut_short_is_told_as_cut_short(length: int, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + b'{"a":')
-    with pytest.raises(InputError, match="truncated"):
+    with pytest.raises(InputError) as refused:
         read_header(path)
+    assert refused.value.code == "LPS303"
 
 
 def test_many_duplicate_names_are_refused_at_once(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_many_duplicate_names_are_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(with_header("{" + text + "}"))
     started = time.perf_counter()
-    with pytest.raises(InputError, match="duplicate key '99999'"):
+    with pytest.raises(InputError, match="'99999'"):
         read_header(path)
     assert time.perf_counter() - started < 2
 
@@ -66,9 +67,9 @@ def test_many_duplicate_names_are_refused_at_once(tmp_path: Path) -> None:
 def test_more_tensors_than_the_cap_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lpsparse.checkpoint.header.MAX_TENSORS", 12)
     path = write_safetensors(tmp_path / "m.safetensors", {str(i): ("U8", [0], b"") for i in range(13)})
-    with pytest.raises(InputError, match="13 tensors, the cap is 12") as refused:
+    with pytest.raises(InputError) as refused:
         read_header(path)
-    assert "LPSPARSE_MAX_TENSORS=13" in refused.value.hint
+    assert refused.value.code == "LPS304" and "LPSPARSE_MAX_TENSORS=13" in refused.value.hint
     monkeypatch.setenv("LPSPARSE_MAX_TENSORS", "13")
     assert len(read_header(path).entries) == 13
 
@@ -82,8 +83,9 @@ def test_tensors_are_counted_before_they_are_parsed_however_their_keys_are_writt
     monkeypatch.setattr("lpsparse.checkpoint.header.MAX_TENSORS", 12)
     text = ",".join(f'"{i}":{{"dtype":"U8","shape":[0],{rest}}}' for i in range(29))
     (tmp_path / "m.safetensors").write_bytes(with_header("{" + text))  # cut: no parser would come to its end
-    with pytest.raises(InputError, match="tensors, the cap is 12"):
+    with pytest.raises(InputError) as refused:
         read_header(tmp_path / "m.safetensors")
+    assert refused.value.code == "LPS304"
 
 
 @settings(max_examples=400, deadline=None)

@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from support.cli import Ran, cli_environment
-from support.files import PRUNABLE, Given, f32, tiny_arrays, tree_hash, write_safetensors
+from support.files import PRUNABLE, Given, f32, refuses, tiny_arrays, tree_hash, write_safetensors
 
 import lpsparse
 from lpsparse import load, pack, prune, unpack, verify
 from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.errors import InputError, LpsparseError
 
 Cli = Callable[..., Ran]
@@ -311,7 +311,7 @@ def test_packing_pays_when_its_four_parts_are_fewer_bytes(
 def test_names_that_belong_to_the_layout_are_refused_not_confused(extra: str, tmp_path: Path) -> None:
     given = {"a.weight": ("F32", [7, 13], bytes(364)), extra: ("U8", [7, 13], bytes(range(91)))}
     write_safetensors(tmp_path / "m.safetensors", given)
-    with pytest.raises(InputError, match="belongs to the bitmask layout") as refused:
+    with refuses("LPS342") as refused:
         pack(tmp_path / "m.safetensors", tmp_path / "packed", layout="bitmask")
     assert repr(extra) in refused.value.what
     assert os.listdir(tmp_path) == ["m.safetensors"]
@@ -406,7 +406,7 @@ def test_a_packed_file_that_lies_is_refused(changes: dict[str, Given | None], tm
 def test_a_layout_of_a_newer_lpsparse_is_refused_not_read_as_something_else(
     metadata: dict[str, str], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="newer lpsparse"):
+    with refuses("LPS336"):
         open_checkpoint(packed_file(tmp_path, metadata))
 
 

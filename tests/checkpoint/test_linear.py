@@ -13,10 +13,9 @@ from safetensors.numpy import save_file
 from support.files import f32, write_safetensors
 
 from lpsparse import inspect, pack, prune, report, unpack
-from lpsparse.checkpoint.files import names_taken
-from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.checkpoint.tensors import Tensor
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.commands.verify import verify_step
+from lpsparse.families import LAYOUTS
 from lpsparse.steps.report import VerifyStep
 
 COUNTS = (20, 40, 60)
@@ -85,11 +84,9 @@ def test_work_grows_with_the_number_of_tensors(command: str, made: list[tuple[Pa
 def test_the_names_of_a_hundred_thousand_tensors_are_checked_at_once() -> None:
     """With a set of the others for each of them this takes minutes."""
     names = [f"experts.{i}.weight" for i in range(100_000)]
-    of = [
-        Tensor(name, "F32", (), "f", "dense", 4, lambda: iter(())) for name in (*names, f"{names[7]}.packed")
-    ]
-    assert names_taken(of, "packed") == [f"{names[7]}.packed"]
-    assert names_taken(of[:-1], "packed") == []
+    names_taken = LAYOUTS["packed"].names_taken
+    assert names_taken({*names, f"{names[7]}.packed"}) == [f"{names[7]}.packed"]
+    assert names_taken({*names}) == []
 
 
 def test_a_tensor_is_found_by_its_name_without_looking_through_all(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from support.files import (
     JSON,
     Exploit,
     f32,
+    refuses,
     rezipped,
     save,
     tiny_arrays,
@@ -38,8 +39,8 @@ from support.files import (
 import lpsparse
 from lpsparse import inspect, load, prune, report, verify
 from lpsparse.checkpoint.names import WEIGHT_SUFFIXES
-from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError, UsageError
+from lpsparse.checkpoint.open import open_checkpoint
+from lpsparse.errors import ExitCode, InputError, LpsparseError, RemoteError
 from lpsparse.recipes import run
 
 Cli = Callable[..., Ran]
@@ -156,14 +157,14 @@ def test_every_command_takes_the_name_of_the_weights(command: str, several: Path
     "name", ["", ".", "..", "../tiny/net.pt", "extra/x.pt", "/etc/passwd", "C:net.pt", "a\\b.pt", "net.pt\0"]
 )
 def test_weights_are_a_name_and_not_a_path(name: str, several: Path) -> None:
-    with pytest.raises(UsageError, match="not a path"):
+    with refuses("LPS216"):
         open_checkpoint(several, name)
 
 
 def test_weights_that_are_not_there_are_told_with_those_that_are(several: Path) -> None:
     with pytest.raises(InputError, match=r"only model.safetensors, model.safetensors.index.json, net.pt"):
         open_checkpoint(several, "gone.safetensors")
-    with pytest.raises(UsageError, match="is a file already"):
+    with refuses("LPS216"):
         open_checkpoint(several / "net.pt", "net.pt")
 
 
@@ -262,7 +263,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tiny: Path) -> None:
     checkpoint = open_checkpoint(tiny)
     os.truncate(tiny / "model.safetensors", (tiny / "model.safetensors").stat().st_size - 4)
-    with pytest.raises(InputError, match="became shorter"):
+    with refuses("LPS333"):
         [tensor.read() for tensor in checkpoint.tensors]
 
 
@@ -636,12 +637,14 @@ def test_text_that_is_neither_path_nor_hub_id_is_not_looked_up(text: str, tmp_pa
     "name", ["../x", "..", ".", "", "nothing", "../bundled/stories260k", "/etc", "stories260k/../.."]
 )
 def test_bundled_names_one_of_our_own_folders_only(name: str) -> None:
-    assert "nothing of that name is bundled" in refusal(f"bundled:{name}")
+    with refuses("LPS326"):
+        open_checkpoint(f"bundled:{name}")
 
 
 def test_an_absolute_path_is_no_bundled_model(tmp_path: Path) -> None:
     (tmp_path / "bundled" / "x").mkdir(parents=True)
-    assert "nothing of that name is bundled" in refusal(f"bundled:{tmp_path / 'bundled' / 'x'}")
+    with refuses("LPS326"):
+        open_checkpoint(f"bundled:{tmp_path / 'bundled' / 'x'}")
 
 
 def test_the_bundled_model_opens_from_any_folder(
@@ -673,7 +676,7 @@ def test_a_cache_without_weights_is_a_matter_of_the_hub_and_exits_8(tmp_path: Pa
 
 def test_two_keys_that_are_one_as_text_are_refused(tmp_path: Path) -> None:
     torch.save({1: torch.ones(3), "1": torch.zeros(3)}, tmp_path / "net.pt")
-    with pytest.raises(LpsparseError, match="stand twice"):
+    with refuses("LPS320"):
         open_checkpoint(tmp_path / "net.pt")
 
 
@@ -737,7 +740,7 @@ def test_of_several_state_dicts_the_named_one_is_opened_and_none_unnamed(key: st
     said = refusal(path)
     assert "2 tables of tensors" in said and f"{key!r} (2 tensors)" in said and "--key " in said
     assert float(load(path, key=key)["a.weight"].sum()) == 91
-    with pytest.raises(UsageError, match="no such table"):
+    with refuses("LPS261"):
         open_checkpoint(path, key="other")
 
 
@@ -805,7 +808,7 @@ def test_an_index_of_another_set_of_shards_is_refused_and_the_set_that_is_there_
         assert {tensor.name for tensor in open_checkpoint(tmp_path / "m", shard).tensors} == set(names)
     (tmp_path / "m" / "model-00001-of-00002.safetensors").unlink()
     assert "--weights" not in refusal(tmp_path / "m")  # what is left is no whole set
-    with pytest.raises(InputError, match="is one of 2 shards"):
+    with refuses("LPS330", "2 shards"):
         open_checkpoint(tmp_path / "m", "model-00002-of-00002.safetensors")
 
 
@@ -814,9 +817,8 @@ def test_shards_without_an_index_open_as_a_set_and_one_alone_says_so(tmp_path: P
     first = "model-00001-of-00003.safetensors"
     assert f"--weights {first}" in refusal(tmp_path / "m")
     assert len(open_checkpoint(tmp_path / "m", first).files) == 3
-    assert open_checkpoint(tmp_path / "m" / first).notes == (
-        "one of 3 shards: the rest of the model is not looked at",
-    )
+    (note,) = open_checkpoint(tmp_path / "m" / first).notes
+    assert "one of 3 shards" in note
 
 
 def hollow(*empty: str) -> dict[str, Any]:

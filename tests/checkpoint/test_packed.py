@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
-from support.files import ROOT, peak_of, write_safetensors
+from support.files import ROOT, peak_of, refuses, write_safetensors
 
 import lpsparse
 from lpsparse import pack, unpack, verify
 from lpsparse.checkpoint.dtypes import DTYPES
 from lpsparse.checkpoint.layouts import packed
-from lpsparse.checkpoint.layouts.chunks import LEVELS, decode_chunk, encode_chunk
-from lpsparse.checkpoint.layouts.frames import BrokenError
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.layouts.packing.chunks import LEVELS, decode_chunk, encode_chunk
+from lpsparse.checkpoint.layouts.packing.frames import BrokenError
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.errors import InputError
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -198,7 +198,7 @@ def test_any_range_of_lines_of_any_shape_is_read_alone(
         "lpsparse.checkpoint.tensors.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))
     )
     monkeypatch.setattr(
-        "lpsparse.checkpoint.files.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))
+        "lpsparse.checkpoint.layouts.packed.BLOCK_BYTES", data.draw(st.sampled_from([64, 200, 2 << 20]))
     )
     shape = data.draw(st.sampled_from([(300,), (1, 801), (31, 37), (3, 16, 24), (1, 7, 64), (129, 1)]))
     draw = np.random.default_rng(data.draw(st.integers(0, 9)))
@@ -317,7 +317,7 @@ def test_names_that_meet_in_two_shards_are_refused_not_lost(tmp_path: Path) -> N
     write_safetensors(tmp_path / "x.packed.safetensors", {"x.packed": ("U8", [16], bytes(16))})
     index = {"weight_map": {"x": "x.safetensors", "x.packed": "x.packed.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"'x\.packed': this name belongs to the packed layout"):
+    with refuses("LPS342", "'x.packed'"):
         pack(tmp_path, tmp_path.parent / "out-of-two")
     assert not (tmp_path.parent / "out-of-two").exists()
 
@@ -347,7 +347,7 @@ def test_memory_does_not_grow_with_a_tensor_that_transformers_is_told_of(tmp_pat
 def test_a_tensor_named_like_a_packed_one_is_refused_not_confused(tmp_path: Path) -> None:
     given = {"a.weight": ("F32", [7, 13], bytes(364)), "a.weight.packed": ("U8", [7], bytes(7))}
     path = write_safetensors(tmp_path / "m.safetensors", given)
-    with pytest.raises(InputError, match=r"'a\.weight\.packed': this name belongs to the packed layout"):
+    with refuses("LPS342", "'a.weight.packed'"):
         pack(path, tmp_path / "packed")
 
 
@@ -408,6 +408,6 @@ def test_load_refuses_bytes_that_were_changed_since(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"is not what lpsparse\.json describes: other bytes"):
+    with refuses("LPS352"):
         lpsparse.load(tmp_path / "packed")
     assert lpsparse.load(tmp_path / "packed", check=False)

@@ -303,17 +303,17 @@ def test_ctrl_c_at_any_moment_is_one_line(command: str, tiny: Path) -> None:
 
 SLOW = """
 import signal, time
-from lpsparse.checkpoint import output
+from lpsparse.checkpoint import transaction
 from lpsparse.cli import main
-remove = output.remove_ours
+remove = transaction.remove_ours
 def slowly(*given):
     print("cleaning", flush=True)
     time.sleep(60)
     remove(*given)
-output.remove_ours = slowly
+transaction.remove_ours = slowly
 def stops(*given, **options):
     signal.raise_signal(signal.SIGINT)
-output._exchange = stops
+transaction._exchange = stops
 main(["prune", "tiny", "out", "--sparsity", "0.5"])
 """
 

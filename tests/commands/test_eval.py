@@ -200,7 +200,7 @@ def test_a_disk_that_fails_while_it_is_recorded_leaves_the_folder_as_it_was(
         path.write_text(text[:10])
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("lpsparse.checkpoint.writer.write_text", full)
+    monkeypatch.setattr("lpsparse.checkpoint.files.write_text", full)
     assert "No space left" in failed_late(cli("eval", half, *WORDS, "--save"), 4)
     assert tree_hash(half) == before
 

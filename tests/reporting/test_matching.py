@@ -16,7 +16,7 @@ from support.files import ROOT, tiny_arrays
 from support.models import BUNDLED, built
 
 from lpsparse import prune, report
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.cli import github
 from lpsparse.reporting.html.page import render
 from lpsparse.reporting.matching import match

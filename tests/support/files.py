@@ -6,17 +6,18 @@ import json
 import os
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lpsparse.commands.prune import prune_step
-from lpsparse.errors import InputError
+from lpsparse.errors import InputError, LpsparseError
 from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.resolve import resolve
 
@@ -144,63 +145,78 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 9086837
 
 
 HOSTILE = {
-    "zero bytes": (b"", ["0 bytes"]),
-    "seven bytes": (bytes(7), ["7 bytes"]),
-    "eight bytes": (bytes(8), ["header"]),
-    "header of 2**63": ((2**63).to_bytes(8, "little") + b"{}", ["9223372036854775808", "100000000"]),
-    "header past the end": ((999).to_bytes(8, "little") + b"{}", ["1007", "10", "truncated"]),
-    "git lfs pointer": (LFS, ["Git LFS pointer", "90868376 bytes", "git lfs pull"]),
-    "git lfs pointer of no size": (LFS[:-20] + b"size -1\n", ["Git LFS pointer, not the weights |"]),
-    "git lfs pointer of any size": (LFS[:-9] + b"9" * 400 + b"\n", ["Git LFS pointer, not the weights |"]),
-    "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(64), ["protobuf", "ONNX"]),
-    "onnx without its maker": (b"\x08\x0a\x3a\xc3\x91\x04\x0a\x1c" + bytes(64), ["protobuf", "ONNX"]),
-    "html page": (b"<!DOCTYPE html><html>not found</html>", ["HTML"]),
-    "gguf": (b"GGUF\x03\0\0\0" + bytes(64), ["GGUF"]),
-    "zip": (b"PK\x03\x04\x14\0\0\0" + bytes(64), ["zip", ".pt"]),
-    "pickle": (b"\x80\x02}q\0(X\x01\0\0\0" + bytes(64), ["pickle", ".pt"]),
-    "framed pickle": (b"\x80\x04\x95\x03\0\0\0\0\0" + bytes(64), ["pickle", ".pt"]),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(64), ["HDF5"]),
-    "truncated tail": (GOOD[:-5], ["truncated", "5 bytes missing", "'b.weight'"]),
-    "trailing junk": (GOOD + b"xyz", ["3 bytes follow"]),
-    "not utf-8": (with_header(b'{"a\xff": ' + A_TEXT.encode() + b"}", bytes(7)), ["utf-8"]),
-    "utf-16": (with_header(json.dumps({"a": A}).encode("utf-16-le"), bytes(7)), ["not valid"]),
-    "lone surrogate": (with_header('{"\\ud800": ' + A_TEXT + "}", bytes(7)), ["surrogate"]),
-    "json list": (with_header([1, 2]), ["list"]),
-    "json number": (with_header(b"7"), ["int"]),
-    "cut json": (with_header(b'{"a": '), ["not valid"]),
-    "nested 5,000 deep": (with_header(b"[" * 5000 + b"]" * 5000), ["nested too deep"]),
-    "nested in an entry": (entry(shape=[[[[]]]]), ["'a'", "shape"]),
-    "number of 5,000 digits": (with_header('{"a": ' + "9" * 5000 + "}"), ["not valid"]),
-    "duplicate name": (with_header(f'{{"a": {A_TEXT}, "a": {A_TEXT}}}', bytes(7)), ["key 'a', at 1 and 2"]),
-    "duplicate metadata": (with_header('{"__metadata__": {}, "__metadata__": {}}'), ["duplicate"]),
-    "metadata not strings": (with_header({"__metadata__": {"format": 7}}), ["__metadata__"]),
-    "metadata a list": (with_header({"__metadata__": ["pt"]}), ["__metadata__"]),
-    "overlap": (two((0, 7), (5, 12), 12), ["'b' overlaps 'a'"]),
-    "the same range twice": (two((0, 7), (0, 7), 7), ["overlaps"]),
-    "hole between": (two((0, 7), (9, 16), 16), ["'b'", "hole after 'a'"]),
-    "hole at the start": (two((2, 9), (9, 16), 16), ["'a'", "hole"]),
-    "reversed offsets": (entry(data_offsets=[7, 0]), ["'a'", "[7, 0]"]),
-    "negative offset": (entry(data_offsets=[-7, 0]), ["'a'", "[-7, 0]"]),
-    "one offset": (entry(data_offsets=[0]), ["'a'", "data_offsets"]),
-    "offsets a table": (entry(data_offsets={"0": 7}), ["'a'", "data_offsets"]),
-    "shape and bytes differ": (entry(shape=[7, 13]), ["'a'", "91 bytes", "give 7"]),
-    "64 bit overflow": (entry(shape=[2**40, 2**40]), ["'a'"]),
-    "float overflow": (entry(shape=[2**62] * 40), ["'a'", "dimensions"]),
-    "a million dimensions": (entry(shape=[2**62] * 1_000_000), ["'a'", "dimensions"]),
-    "an empty shape past 64 bits": (entry(shape=[0, 2**62, 2**62], data_offsets=[0, 0]), ["'a'"]),
-    "dimension past 64 bits": (entry(shape=[2**64]), ["'a'"]),
-    "float dimension": (entry(shape=[7.0]), ["'a'", "7.0"]),
-    "negative dimension": (entry(shape=[-7]), ["'a'", "-7"]),
-    "bool dimension": (entry(shape=[True, 7]), ["'a'", "True"]),
-    "text dimension": (entry(shape=["7"]), ["'a'", "'7'"]),
-    "no shape": (with_header({"a": {"dtype": "U8", "data_offsets": [0, 7]}}, bytes(7)), ["'a'"]),
-    "one key too many": (entry(device="cuda"), ["'a'"]),
-    "entry not a table": (with_header({"a": 7}), ["'a'"]),
-    "unknown dtype": (entry(dtype="Q7"), ["'a'", "'Q7'"]),
-    "dtype a list": (entry(dtype=["U8"]), ["'a'", "dtype"]),
-    "dtype a table": (entry(dtype={}), ["'a'", "dtype"]),
-    "f4 not ending on a byte": (entry(dtype="F4", shape=[13]), ["'a'", "6.5 bytes"]),
-    "nan in the header": (entry(shape=[float("nan")]), ["NaN is no JSON"]),
+    "zero bytes": (b"", ["LPS301", "0 bytes"]),
+    "seven bytes": (bytes(7), ["LPS301", "7 bytes"]),
+    "eight bytes": (bytes(8), ["LPS308"]),
+    "header of 2**63": (
+        (2**63).to_bytes(8, "little") + b"{}",
+        ["LPS302", "9223372036854775808", "100000000"],
+    ),
+    "header past the end": ((999).to_bytes(8, "little") + b"{}", ["LPS303", "1007", "10"]),
+    "git lfs pointer": (LFS, ["LPS307", "Git LFS pointer", "90868376 bytes", "git lfs pull"]),
+    "git lfs pointer of no size": (
+        LFS[:-20] + b"size -1\n",
+        ["LPS307", "Git LFS pointer, not the weights |"],
+    ),
+    "git lfs pointer of any size": (
+        LFS[:-9] + b"9" * 400 + b"\n",
+        ["LPS307", "Git LFS pointer, not the weights |"],
+    ),
+    "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(64), ["LPS307", "protobuf", "ONNX"]),
+    "onnx without its maker": (
+        b"\x08\x0a\x3a\xc3\x91\x04\x0a\x1c" + bytes(64),
+        ["LPS307", "protobuf", "ONNX"],
+    ),
+    "html page": (b"<!DOCTYPE html><html>not found</html>", ["LPS307", "HTML"]),
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(64), ["LPS307", "GGUF"]),
+    "zip": (b"PK\x03\x04\x14\0\0\0" + bytes(64), ["LPS307", "zip", ".pt"]),
+    "pickle": (b"\x80\x02}q\0(X\x01\0\0\0" + bytes(64), ["LPS307", "pickle", ".pt"]),
+    "framed pickle": (b"\x80\x04\x95\x03\0\0\0\0\0" + bytes(64), ["LPS307", "pickle", ".pt"]),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(64), ["LPS307", "HDF5"]),
+    "truncated tail": (GOOD[:-5], ["LPS303", "5 bytes missing", "'b.weight'"]),
+    "trailing junk": (GOOD + b"xyz", ["LPS313", "3 bytes follow"]),
+    "not utf-8": (with_header(b'{"a\xff": ' + A_TEXT.encode() + b"}", bytes(7)), ["LPS308", "utf-8"]),
+    "utf-16": (with_header(json.dumps({"a": A}).encode("utf-16-le"), bytes(7)), ["LPS308"]),
+    "lone surrogate": (with_header('{"\\ud800": ' + A_TEXT + "}", bytes(7)), ["LPS308", "surrogate"]),
+    "json list": (with_header([1, 2]), ["LPS309", "list"]),
+    "json number": (with_header(b"7"), ["LPS309", "int"]),
+    "cut json": (with_header(b'{"a": '), ["LPS308"]),
+    "nested 5,000 deep": (with_header(b"[" * 5000 + b"]" * 5000), ["LPS308", "nested too deep"]),
+    "nested in an entry": (entry(shape=[[[[]]]]), ["LPS311", "'a'", "shape"]),
+    "number of 5,000 digits": (with_header('{"a": ' + "9" * 5000 + "}"), ["LPS308"]),
+    "duplicate name": (
+        with_header(f'{{"a": {A_TEXT}, "a": {A_TEXT}}}', bytes(7)),
+        ["LPS308", "key 'a', at 1 and 2"],
+    ),
+    "duplicate metadata": (with_header('{"__metadata__": {}, "__metadata__": {}}'), ["LPS308", "duplicate"]),
+    "metadata not strings": (with_header({"__metadata__": {"format": 7}}), ["LPS310", "__metadata__"]),
+    "metadata a list": (with_header({"__metadata__": ["pt"]}), ["LPS310", "__metadata__"]),
+    "overlap": (two((0, 7), (5, 12), 12), ["LPS312", "'b' overlaps 'a'"]),
+    "the same range twice": (two((0, 7), (0, 7), 7), ["LPS312", "overlaps"]),
+    "hole between": (two((0, 7), (9, 16), 16), ["LPS312", "'b'", "hole after 'a'"]),
+    "hole at the start": (two((2, 9), (9, 16), 16), ["LPS312", "'a'", "hole"]),
+    "reversed offsets": (entry(data_offsets=[7, 0]), ["LPS311", "'a'", "[7, 0]"]),
+    "negative offset": (entry(data_offsets=[-7, 0]), ["LPS311", "'a'", "[-7, 0]"]),
+    "one offset": (entry(data_offsets=[0]), ["LPS311", "'a'", "data_offsets"]),
+    "offsets a table": (entry(data_offsets={"0": 7}), ["LPS311", "'a'", "data_offsets"]),
+    "shape and bytes differ": (entry(shape=[7, 13]), ["LPS311", "'a'", "91 bytes", "give 7"]),
+    "64 bit overflow": (entry(shape=[2**40, 2**40]), ["LPS311", "'a'"]),
+    "float overflow": (entry(shape=[2**62] * 40), ["LPS311", "'a'"]),
+    "a million dimensions": (entry(shape=[2**62] * 1_000_000), ["LPS311", "'a'"]),
+    "an empty shape past 64 bits": (entry(shape=[0, 2**62, 2**62], data_offsets=[0, 0]), ["LPS311", "'a'"]),
+    "dimension past 64 bits": (entry(shape=[2**64]), ["LPS311", "'a'"]),
+    "float dimension": (entry(shape=[7.0]), ["LPS311", "'a'", "7.0"]),
+    "negative dimension": (entry(shape=[-7]), ["LPS311", "'a'", "-7"]),
+    "bool dimension": (entry(shape=[True, 7]), ["LPS311", "'a'", "True"]),
+    "text dimension": (entry(shape=["7"]), ["LPS311", "'a'", "'7'"]),
+    "no shape": (with_header({"a": {"dtype": "U8", "data_offsets": [0, 7]}}, bytes(7)), ["LPS311", "'a'"]),
+    "one key too many": (entry(device="cuda"), ["LPS311", "'a'"]),
+    "entry not a table": (with_header({"a": 7}), ["LPS311", "'a'"]),
+    "unknown dtype": (entry(dtype="Q7"), ["LPS311", "'a'", "'Q7'"]),
+    "dtype a list": (entry(dtype=["U8"]), ["LPS311", "'a'", "dtype"]),
+    "dtype a table": (entry(dtype={}), ["LPS311", "'a'", "dtype"]),
+    "f4 not ending on a byte": (entry(dtype="F4", shape=[13]), ["LPS311", "'a'", "6.5 bytes"]),
+    "nan in the header": (entry(shape=[float("nan")]), ["LPS308", "NaN"]),
 }
 
 
@@ -214,6 +230,14 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
+
+
+@contextlib.contextmanager
+def refuses(code: str, *words: str) -> Generator[pytest.ExceptionInfo[LpsparseError]]:
+    """Expect an error of this code that gives these names and numbers."""
+    with pytest.raises(LpsparseError) as refused:
+        yield refused
+    assert refused.value.code == code and not [word for word in words if word not in str(refused.value)]
 
 
 def peak_of(read: Callable[[], object]) -> int:

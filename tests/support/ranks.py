@@ -2,10 +2,20 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 # What two ranks are forked with, loaded once for all tests of a worker: loading takes longer than their work.
 _LOADED = ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.auto", "accelerate")
+
+
+def free_port(among: Iterable[int] = (0,)) -> int:
+    """A port that nobody listens on, the first `among` these."""
+    for port in among:
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("localhost", port))
+            return found.getsockname()[1]
+    raise AssertionError("no free port")
 
 
 def on_two_ranks(function: Callable[..., None], *args: object) -> None:
@@ -15,9 +25,7 @@ def on_two_ranks(function: Callable[..., None], *args: object) -> None:
 
     import torch
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     multiprocessing.set_forkserver_preload([*_LOADED])
     torch.multiprocessing.start_processes(_rank, (port, function, args), nprocs=2, start_method="forkserver")
 

@@ -154,7 +154,7 @@ def test_a_split_that_is_not_there_is_not_made_of_the_training_rows(
 
 def labels_of(folder: Path, table: dict[str, str] | list[str] | None, rows: list[str]) -> list[int]:
     """The ids that `eval` gives to the labels of `rows`, for a model whose config has this id2label."""
-    from lpsparse.checkpoint.opening import open_checkpoint
+    from lpsparse.checkpoint.open import open_checkpoint
 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"id2label": table}))

@@ -13,7 +13,7 @@ from support.models import BUNDLED
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.steps.resolve import resolve
 from lpsparse.training.build import prepare

@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.steps.finetune import EvalStep
 from lpsparse.steps.resolve import resolve
 from lpsparse.training.build import prepare

@@ -22,8 +22,8 @@ from support.files import tree_hash
 
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
-from lpsparse.checkpoint.output import _take  # pyright: ignore[reportPrivateUsage]
-from lpsparse.checkpoint.writer import METRICS, OWNER, STATE
+from lpsparse.checkpoint.files import METRICS, OWNER, STATE
+from lpsparse.checkpoint.transaction import _take  # pyright: ignore[reportPrivateUsage]
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.errors import StateError
 from lpsparse.steps.finetune import FinetuneStep

@@ -14,7 +14,7 @@ from support.models import BUNDLED, experts, gpt2, llama, saved
 
 import lpsparse
 from lpsparse import LpsparseError
-from lpsparse.checkpoint.opening import open_checkpoint
+from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve

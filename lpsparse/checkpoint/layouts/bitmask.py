@@ -10,15 +10,22 @@ than two dimensions is flattened. A value is "zero" when all its bits are zero: 
 and would have written +0.0), and unpacking is bit-exact.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lpsparse.checkpoint.counting import Count, Cuts, Sums, count
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
-from lpsparse.checkpoint.header import Entry
+from lpsparse.checkpoint.header import Entry, Header, unique_json
+from lpsparse.checkpoint.layouts.base import PACKED_OPENS, Layout, Planned, Wrote, flow, read_exactly
+from lpsparse.checkpoint.layouts.dense import dense_tensor
+from lpsparse.checkpoint.safetensors_writer import Named, Part, by_alignment, file_size, write_tensors
+from lpsparse.checkpoint.tensors import Blocks, Tensor, grid_of, lines_at_once
 from lpsparse.errors import InputError
 
 PARTS = ("compressed", "bitmask", "shape", "row_offsets")
@@ -44,9 +51,7 @@ def stored_names(name: str) -> tuple[str, ...]:
     return tuple(f"{prefix}.{part}" for part in PARTS)
 
 
-def stored_shapes(
-    name: str, dtype: str, shape: tuple[int, ...], stored: int
-) -> list[tuple[str, str, tuple[int, ...]]]:
+def stored_shapes(name: str, dtype: str, shape: tuple[int, ...], stored: int) -> list[Named]:
     """(name, dtype, shape) of the four tensors that hold a weight with `stored` non-zero values."""
     rows, columns = shape[0], math.prod(shape[1:])
     values, mask, size, offsets = stored_names(name)
@@ -62,9 +67,11 @@ def pays(dtype: str, shape: tuple[int, ...], stored: int) -> bool:
     """Whether the four parts take fewer bytes than the dense tensor."""
     if not 2 <= len(shape) <= _MOST_DIMENSIONS or not DTYPES[dtype].is_float or math.prod(shape) == 0:
         return False
-    parts = stored_shapes("", dtype, shape, stored)
-    packed = sum(math.prod(s) * DTYPES[d].bits // 8 for _, d, s in parts)
-    return packed < math.prod(shape) * DTYPES[dtype].bits // 8
+    return _bytes(stored_shapes("", dtype, shape, stored)) < math.prod(shape) * DTYPES[dtype].bits // 8
+
+
+def _bytes(parts: list[Named]) -> int:
+    return sum(math.prod(shape) * DTYPES[dtype].bits // 8 for _, dtype, shape in parts)
 
 
 def is_taken(name: str, packed: set[str]) -> bool:
@@ -176,3 +183,125 @@ def check(where: str, parts: dict[str, Entry], read: Read, hint: str = _AGAIN) -
         raise refuse("row_offsets do not rise from 0 to the number of values")
     stored = sum(entry.nbytes for entry in (values, mask, size, offsets))
     return Packed(where, values.dtype, shape, columns, stored, bounds, read, hint)
+
+
+def _open(path: Path, header: Header) -> list[Tensor]:
+    entries = {entry.name: entry for entry in header.entries}
+    tensors: list[Tensor] = []
+    for entry in header.entries:
+        prefix, _, part = entry.name.rpartition(".")
+        if part in PARTS and f"{prefix}.bitmask" in entries:
+            if part == "bitmask":
+                tensors.append(_encoded_tensor(path, name_of(prefix), entries))
+        else:
+            tensors.append(dense_tensor(path, entry))
+    try:
+        order = list(unique_json(header.metadata.get("lpsparse.order", "[]")))
+    except (ValueError, TypeError):
+        order = []
+    places = {str(name): place for place, name in enumerate(order)}
+    return sorted(tensors, key=lambda tensor: places.get(tensor.name, len(places)))
+
+
+def _encoded_tensor(path: Path, name: str, entries: dict[str, Entry]) -> Tensor:
+    named = zip(PARTS, stored_names(name), strict=True)
+    parts = {part: entries[stored] for part, stored in named if stored in entries}
+
+    def read(part: str, first: int, count: int) -> Bits:
+        with path.open("rb") as file:
+            return read_exactly(file, parts[part], first, count)
+
+    return bitmask_tensor(name, path.name, check(f"{path}: {name!r}", parts, read))
+
+
+def bitmask_tensor(name: str, file: str, parts: Packed, layout: str = "bitmask") -> Tensor:
+    """A weight of the bitmask layout, or of one that is decoded like it."""
+
+    def blocks(first: int = 0, last: int | None = None) -> Blocks:
+        lines, width = grid_of(parts.shape, parts.dtype)
+        end = lines if last is None else last
+        if lines > parts.rows:
+            yield from parts.decode_pieces(first, end, width)
+            return
+        step = lines_at_once(width, parts.dtype)
+        for row in range(first, end, step):
+            yield row, parts.decode(row, min(end, row + step))
+
+    return Tensor(name, parts.dtype, parts.shape, file, layout, parts.stored_bytes, blocks)
+
+
+def _write(target: Path, tensors: list[Tensor], cut: Cuts, metadata: dict[str, str], _: str) -> Wrote:
+    """In two passes: the header says how many values there are."""
+    sums: Sums = {tensor.name: (0, 0) for tensor in tensors}
+    counts: dict[str, Count] = {}
+    for tensor in tensors:
+        apply = cut(tensor)
+        counts[tensor.name] = count(tensor, apply(tensor.blocks()) if apply else tensor.blocks())
+    encoded, entries = _entries(tensors, counts)
+
+    def parts() -> Iterator[Part]:
+        for tensor in tensors:
+            blocks = flow([tensor], cut, sums)
+            if tensor.name in encoded:
+                yield from _parts(tensor, blocks)
+            else:
+                yield from ((tensor.name, line * block.shape[1], block) for _, line, block in blocks)
+
+    changed = write_tensors(target, sorted(entries, key=by_alignment), metadata, parts())
+    return Wrote(tuple(name for name, _, _ in entries), sums, changed)
+
+
+def _plan(
+    tensors: list[Tensor], counts: dict[str, Count], cut: Cuts, metadata: dict[str, str], level: str
+) -> Planned:
+    stored, entries = _entries(tensors, counts)
+    return Planned(stored, file_size(entries, metadata))
+
+
+def _entries(tensors: list[Tensor], counts: dict[str, Count]) -> tuple[dict[str, int], list[Named]]:
+    """Bytes of each tensor that is encoded, and the entries of a file that holds them all."""
+    stored: dict[str, int] = {}
+    entries: list[Named] = []
+    for tensor in tensors:
+        kept = counts[tensor.name].stored
+        if pays(tensor.dtype, tensor.shape, kept):
+            parts = stored_shapes(tensor.name, tensor.dtype, tensor.shape, kept)
+            stored[tensor.name] = _bytes(parts)
+            entries += parts
+        else:
+            entries.append((tensor.name, tensor.dtype, tensor.shape))
+    return stored, entries
+
+
+def _parts(tensor: Tensor, blocks: Iterator[tuple[Tensor, int, Bits]]) -> Iterator[Part]:
+    values, mask, shape, offsets = stored_names(tensor.name)
+    yield shape, 0, np.array(tensor.shape, "<i8").view("<u8")
+    stored, pieces = 0, tensor.grid[0] // tensor.rows
+    for _, line, block in blocks:
+        parts = encode(block, stored)
+        yield values, stored, parts["compressed"]
+        yield mask, line * parts["bitmask"].shape[1], parts["bitmask"]
+        begun = -line % pieces  # of pieces of rows, those that begin one
+        yield offsets, -(-line // pieces), parts["row_offsets"][begun::pieces]
+        stored += parts["compressed"].size
+
+
+def _names_taken(names: set[str]) -> list[str]:
+    return sorted(name for name in names if is_taken(name, names))
+
+
+def _metadata(tensors: Iterable[Tensor]) -> dict[str, str]:
+    """Its parts lie in an order of their own: this is the tensors'."""
+    return {"lpsparse.order": json.dumps([tensor.name for tensor in tensors], ensure_ascii=False)}
+
+
+BITMASK = Layout(
+    "bitmask",
+    PACKED_OPENS,
+    open=_open,
+    write=_write,
+    plan=_plan,
+    stored_names=stored_names,
+    names_taken=_names_taken,
+    metadata=_metadata,
+)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 
 if TYPE_CHECKING:
-    from lpsparse.checkpoint.opening import Checkpoint
+    from lpsparse.checkpoint.open import Checkpoint
     from lpsparse.training.tasks.base import Task
 
 Prepare = Callable[[FinetuneStep | EvalStep, "Checkpoint"], "Task"]

@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.writer import write_json
+from lpsparse.checkpoint.files import write_json
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.data import held_out_of

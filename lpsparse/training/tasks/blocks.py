@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpsparse.checkpoint.writer import write_text
+from lpsparse.checkpoint.files import write_text
 from lpsparse.errors import InputError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.progress import advance, phase

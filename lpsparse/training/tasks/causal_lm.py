@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.model import load_transformer

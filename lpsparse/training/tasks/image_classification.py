@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel import ranks
 from lpsparse.steps.finetune import EvalStep, FinetuneStep

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
 from lpsparse.training.model import load_transformer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpsparse.checkpoint.opening import Checkpoint
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel.progress import advance, phase
 from lpsparse.steps.finetune import EvalStep, FinetuneStep

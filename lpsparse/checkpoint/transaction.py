@@ -1,7 +1,8 @@
-"""OUT is either absent or whole: write into OUT.partial, which one process holds, and rename it last.
+"""OUT is either absent or complete: write into OUT.partial, which one process holds, and rename it last.
 
 A half-written safetensors file is valid and looks wonderfully sparse, so nothing has its name before it was
-read back.
+read back. The owner is a process id in a file, not a lock such as filelock's: a lock says neither who holds
+it nor on which host, the children of a killed process keep it, and network disks may have none.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from typing import Literal
 
 import psutil
 
-from lpsparse.checkpoint.writer import METRICS, OWNER, REPLACED, STATE, fsync
+from lpsparse.checkpoint.files import METRICS, OWNER, REPLACED, STATE, fsync
 from lpsparse.errors import OutputError, StateError, TerminatedError
 from lpsparse.parallel.threads import on_rank_0
 
@@ -132,7 +133,7 @@ def check_partial(out: Path) -> None:
 
 def _check_ours(partial: Path) -> None:
     if not _is_ours(partial):
-        raise StateError(701, f"{partial}: exists and is not ours", hint="move it away")
+        raise StateError(701, f"{partial}: exists, and lpsparse did not write it", hint="move it away")
 
 
 def _check_free(partial: Path, states: str) -> None:
@@ -160,7 +161,7 @@ def _check_renames(partial: Path) -> None:
     except OSError as error:
         what = f"{partial.parent}: cannot rename folders ({error.strerror})"
         raise OutputError(
-            410, what, hint="choose an OUT on another disk, and copy it when it is whole"
+            410, what, hint="choose an OUT on another disk, and copy it when it is complete"
         ) from error
 
 

@@ -20,15 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpsparse.checkpoint.dtypes import DTYPES, Bits
+from lpsparse.checkpoint.files import fsync
 from lpsparse.checkpoint.header import Entry, json_table
 from lpsparse.checkpoint.layouts import bitmask
-from lpsparse.checkpoint.opening import Checkpoint
-from lpsparse.checkpoint.stored import bitmask_tensor
-from lpsparse.checkpoint.tensors import BLOCK_BYTES, Blocks, Tensor, grid_of
-from lpsparse.checkpoint.writer import fsync
+from lpsparse.checkpoint.layouts.base import RetiredLayout
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Blocks, Checkpoint, Tensor, grid_of
 from lpsparse.errors import InputError
+from lpsparse.families import RETIRED_LAYOUTS
 
-LAYOUTS = ("sparse-bitmask", "sparse-24-bitmask")
+_OPENS = "lpsparse (load, unpack); compressed-tensors until 0.14, which wrote it"
+BY_ROWS = RetiredLayout("sparse-bitmask", _OPENS)
+TWO_OF_FOUR = RetiredLayout("sparse-24-bitmask", _OPENS)
 CONFIGS = ("quantization_config", "compression_config")  # where config.json says how weights are stored
 _AGAIN = "download the checkpoint again"
 
@@ -50,16 +52,16 @@ def rescued(checkpoint: Checkpoint) -> Checkpoint:
     for prefix, parts in found.items():
         name = prefix if whole else f"{prefix}.weight"
         if name in given:
-            what = f"{checkpoint.name}: {name!r} is there twice, packed and not"
+            what = f"{checkpoint.name}: {name!r} is stored twice, packed and dense"
             raise InputError(340, what, hint=_AGAIN)
         at[f"{prefix}.compressed"] = _open_packed(
             checkpoint.name, name, {part: given[f"{prefix}.{part}"] for part in parts}
         )
     gone = {f"{prefix}.{part}" for prefix, parts in found.items() for part in parts}
     tensors = tuple(at.get(name, tensor) for name, tensor in given.items() if name in at or name not in gone)
-    layout = next((tensor.layout for tensor in at.values() if tensor.layout in LAYOUTS), LAYOUTS[0])
+    layout = next((tensor.layout for tensor in at.values() if tensor.layout in RETIRED_LAYOUTS), BY_ROWS.name)
     metadata = {file: {**said, "lpsparse.layout": layout} for file, said in checkpoint.metadata.items()}
-    note = f"{len(at)} tensors are unpacked from the retired {layout} of compressed-tensors"
+    note = f"{len(at)} tensors are unpacked from {layout}, a retired layout of compressed-tensors"
     return replace(checkpoint, tensors=tensors, metadata=metadata, notes=(*checkpoint.notes, note))
 
 
@@ -89,19 +91,19 @@ def _open_packed(model: str, name: str, parts: Parts) -> Tensor:
     if missing:
         raise refuse(f"its {', '.join(missing)} is missing")
     shape = _shape(parts, refuse)
-    values, layout = parts["compressed"], LAYOUTS[0 if by_rows else 1]
+    values, layout = parts["compressed"], (BY_ROWS if by_rows else TWO_OF_FOUR).name
 
     def read(part: str, first: int, count: int) -> Bits:
         return _units(parts[part], first, count)
 
     if by_rows and len(shape) == 2 and DTYPES[values.dtype].is_float:
         entries = {part: Entry(t.name, t.dtype, t.shape, 0, t.nbytes) for part, t in parts.items()}
-        return bitmask_tensor(name, values.file, bitmask.check(where, entries, read, _AGAIN), layout)
+        return bitmask.bitmask_tensor(name, values.file, bitmask.check(where, entries, read, _AGAIN), layout)
     stored_bytes = sum(part.nbytes for part in parts.values())
     if not by_rows and values.size and shape[1] % 4 == 0:  # each row has as many values
         ends = np.arange(shape[0] + 1, dtype=np.uint64) * np.uint64(shape[1] // 2)
         packed = bitmask.Packed(where, values.dtype, shape, shape[1], stored_bytes, ends, read, _AGAIN)
-        return bitmask_tensor(name, values.file, packed, layout)
+        return bitmask.bitmask_tensor(name, values.file, packed, layout)
     blocks = _in_order(values, parts["bitmask"], shape, refuse)
     layout = layout if math.prod(shape) else "dense"  # nothing to decode
     return Tensor(name, values.dtype, shape, values.file, layout, stored_bytes, blocks)
@@ -184,19 +186,19 @@ def _in_order(values: Tensor, mask: Tensor, shape: tuple[int, ...], refuse: Refu
 
 
 def folder_of(checkpoint: Checkpoint) -> Path | None:
-    """Where its config.json is, of a single file too."""
+    """The folder of its config.json, also for a single file."""
     return checkpoint.root or next((path.parent for path in checkpoint.files), None)
 
 
 def config_of(folder: Path | None) -> dict[str, Any]:
-    """What config.json says. One that cannot be read says nothing: it is carried as it is."""
+    """The content of config.json; empty if it cannot be read (it is copied as it is)."""
     return {} if folder is None else json_table(folder / "config.json")
 
 
 def _says_sparse(config: dict[str, Any]) -> bool:
     holders = [config, *(config.get(key) for key in CONFIGS)]
     said: list[Any] = [each.get("sparsity_config") for each in holders if isinstance(each, dict)]
-    return any(isinstance(each, dict) and each.get("format") in LAYOUTS for each in said)
+    return any(isinstance(each, dict) and each.get("format") in RETIRED_LAYOUTS for each in said)
 
 
 def is_only_sparse(settings: Any) -> bool:
@@ -206,7 +208,7 @@ def is_only_sparse(settings: Any) -> bool:
         isinstance(settings, dict)
         and isinstance(settings.get("sparsity_config"), dict)
         and settings.get("quant_method", "compressed-tensors") == "compressed-tensors"
-        and settings.get("format") in (None, "dense", *LAYOUTS)
+        and settings.get("format") in (None, "dense", *RETIRED_LAYOUTS)
         and not settings.get("config_groups")
         and not settings.get("kv_cache_scheme")
     )
@@ -223,7 +225,7 @@ def free_config(folder: Path) -> tuple[str, ...]:
     encoding = json.detect_encoding(text)
     path.write_bytes(_without(text.decode(encoding), unwanted).encode(encoding))
     fsync(path)
-    return (f"left out of config.json: {', '.join(unwanted)}, which told of the retired layout",)
+    return (f"removed from config.json: {', '.join(unwanted)} (settings of the retired layout)",)
 
 
 def _without(text: str, unwanted: list[str]) -> str:

@@ -12,29 +12,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lpsparse.checkpoint.dtypes import DTYPES
+from lpsparse.checkpoint.files import fsync
 from lpsparse.checkpoint.header import Entry, read_header, unique_json
-from lpsparse.checkpoint.opening import Checkpoint, open_checkpoint
-from lpsparse.checkpoint.stored import read_exactly, stored_names
-from lpsparse.checkpoint.tensors import BLOCK_BYTES
-from lpsparse.checkpoint.writer import fsync
+from lpsparse.checkpoint.layouts.base import read_exactly, stored_names
+from lpsparse.checkpoint.open import open_checkpoint
+from lpsparse.checkpoint.tensors import BLOCK_BYTES, Checkpoint
 from lpsparse.errors import InputError
+from lpsparse.families import LAYOUTS
 from lpsparse.parallel.threads import parallel
 
 KEY = "quantization_config"
 _METHOD = "lpsparse"
 
 
+def _encodes(layout: str) -> str:
+    if layout not in LAYOUTS or LAYOUTS[layout].is_plain:
+        raise ValueError(f"{layout!r} is not a layout of this version")
+    return layout
+
+
 class LoaderEntry(BaseModel):
-    """What KEY holds in config.json."""
+    """The value of KEY in config.json."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     quant_method: Literal["lpsparse"] = _METHOD
     format_version: Literal[1] = 1
-    layout: Literal["packed", "bitmask"]
+    layout: Annotated[str, AfterValidator(_encodes)]
     sharded: bool  # whether there is an index to be opened, or the one file
     dtype: Literal["F64", "F32", "F16", "BF16"] | None  # what `dtype="auto"` finds in the dense model
     tensors: Annotated[int, Field(ge=0)]
@@ -47,13 +54,13 @@ def tell_loaders(folder: Path, written: Checkpoint) -> tuple[str, ...]:
     path = folder / "config.json"
     if not path.is_file():
         return ()
+    dense = LAYOUTS[written.layout].is_plain
     try:
         text = path.read_bytes().decode()
-        dense = written.layout == "dense"
         changed = without_entry(text) if dense else with_entry(text, quantization_entry(written))
     except (InputError, UnicodeDecodeError) as error:
         why = error.what if isinstance(error, InputError) else "config.json is not UTF-8"
-        return () if written.layout == "dense" else (f"{why}: transformers cannot open OUT, lpsparse can",)
+        return () if dense else (f"{why}: transformers cannot open OUT, lpsparse can",)
     if changed != text:
         path.write_bytes(changed.encode())
         fsync(path)
@@ -74,7 +81,7 @@ def quantization_entry(checkpoint: Checkpoint) -> dict[str, Any]:
     """The entry for a packed checkpoint that has been written; reads its bytes."""
     floats = (t.dtype for t in checkpoint.tensors if DTYPES[t.dtype].is_float and DTYPES[t.dtype].bits > 8)
     return LoaderEntry(
-        layout="bitmask" if checkpoint.layout == "bitmask" else "packed",
+        layout=checkpoint.layout,
         sharded=len(checkpoint.files) > 1,
         dtype=next(floats, None),  # pyright: ignore[reportArgumentType]  # pydantic checks it
         tensors=len(checkpoint.tensors),
@@ -114,7 +121,7 @@ def with_entry(config: str, entry: dict[str, Any]) -> str:
     table = _table(config)
     parts = [table, *(part for part in table.values() if isinstance(part, dict))]
     if any(part.get(KEY) and not is_ours(part[KEY]) for part in parts):
-        what = f"config.json has a {KEY} of its own: transformers could not read both"
+        what = f"config.json has another {KEY}: transformers can read only one"
         raise InputError(362, what, hint="keep this model dense")
     config = without_entry(config)
     before, after = config[: config.rindex("}")], config[config.rindex("}") :]
@@ -123,7 +130,7 @@ def with_entry(config: str, entry: dict[str, Any]) -> str:
 
 
 def is_ours(settings: Any) -> bool:
-    """Whether a `quantization_config` is an entry of ours, true or not."""
+    """Whether a `quantization_config` claims to be ours."""
     return isinstance(settings, dict) and settings.get("quant_method") == _METHOD
 
 
@@ -148,5 +155,5 @@ def _table(config: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(363, f"config.json is not JSON: {error}", hint="fix the file") from None
     if not isinstance(table, dict):
-        raise InputError(363, "config.json is no table", hint="fix the file")
+        raise InputError(363, "config.json: expected a JSON object", hint="fix the file")
     return table

@@ -1,23 +1,134 @@
-"""Which files MODEL means: a folder's weights by their names, an index and its shards, a hub id's snapshot.
+"""Open a checkpoint: find its weight files, check them, and give their tensors. Reads no weights yet.
 
-Of names in JSON only bare ones are believed.
+Whatever the source (Hugging Face folder, safetensors file, torch file, index, hub id, packed folder), the
+result is the same: named tensors of raw bits, read a few megabytes at a time.
 """
 
 import os
 import re
-from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lpsparse.checkpoint.foreign import refuse_parts, refuse_whole
-from lpsparse.checkpoint.header import MAX_HEADER_BYTES, check_regular, sniff, unique_json
+from lpsparse.checkpoint.foreign import (
+    baked,
+    refuse_adapter,
+    refuse_archive,
+    refuse_hollow,
+    refuse_parts,
+    refuse_whole,
+)
+from lpsparse.checkpoint.header import MAX_HEADER_BYTES, check_regular, read_header, sniff, unique_json
 from lpsparse.checkpoint.hub import fetch, is_hub_id
-from lpsparse.checkpoint.names import FOLDER_ORDER, WEIGHT_SUFFIXES, find_weight_names, is_index
+from lpsparse.checkpoint.layouts.base import stored_names
+from lpsparse.checkpoint.layouts.retired import rescued
+from lpsparse.checkpoint.names import (
+    FOLDER_ORDER,
+    TORCH_FILES,
+    WEIGHT_SUFFIXES,
+    find_weight_names,
+    is_index,
+    set_of,
+    whole_sets,
+)
+from lpsparse.checkpoint.tensors import Checkpoint, Tensor
 from lpsparse.errors import InputError, RemoteError, UsageError
+from lpsparse.families import LAYOUTS
 
-_NAME_IT = "name the one that is meant with --weights, or give that file in place of the folder"
+_NAME_IT = "choose one with --weights NAME, or give that file instead of the folder"
 _INDEX_AGAIN = "download the checkpoint again"
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})((?:\.\w+)+)", re.ASCII)  # model-00001-of-00002.safetensors
+
+
+def open_checkpoint(
+    model: str | Path, weights: str | None = None, key: str | None = None, *, strict: bool = True
+) -> Checkpoint:
+    """Open MODEL: a folder, a weight file, an `*.index.json`,
+    `bundled:NAME` or a hub id `org/name[@revision]`. `weights` names the file or index meant in a folder,
+    `key` the table of tensors in a torch file; other files have none, which is refused if it is `strict`.
+
+    Raises InputError for what is missing, broken or hostile, RemoteError when the hub cannot be reached,
+    UsageError when `weights` is no name, or MODEL no folder, and for a `key` that nothing has.
+    """
+    check_name(weights)
+    try:
+        return rescued(_open_located(*locate(model), weights, key, strict=strict))
+    except OSError as error:  # of a folder: files have errors of their own
+        what = f"{error.filename or model}: {error.strerror or error}"
+        raise InputError(305, what, hint="check the path and its permissions") from error
+
+
+def no_key(name: str, key: str) -> UsageError:
+    """For a `key` where there is nothing to choose."""
+    return UsageError(261, f"--key {key}: {name} is not a torch file", hint="leave --key out")
+
+
+def _open_located(
+    path: Path, name: str, revision: str | None, weights: str | None, key: str | None, *, strict: bool
+) -> Checkpoint:
+    if path.is_dir():
+        file, root = find_weights(path) if weights is None else named_weights(path, weights), path
+    elif weights is not None:
+        raise UsageError(
+            216,
+            f"--weights {weights}: {path.name} is a file already",
+            hint="give its folder, or no --weights",
+        )
+    else:
+        file, root = path, path.parent if is_index(path.name) else None
+    refuse_adapter(file)
+    if is_index(file.name):
+        files = read_index(file)
+        checkpoint = replace(_open_files(name, root, list(files), files, key), index=file.name)
+    else:
+        shards = [file] if weights is None else shards_of(file)
+        checkpoint = _open_files(name, root, shards, None, key)
+    refuse_hollow(name, checkpoint.tensors)
+    if key is not None and strict and not checkpoint.is_torch:
+        raise no_key(name, key)
+    notes = (*checkpoint.notes, *(part_of(file) if root is None else ()))
+    return replace(checkpoint, revision=revision, notes=notes)
+
+
+def _open_files(
+    name: str, root: Path | None, files: list[Path], expected: dict[Path, set[str]] | None, key: str | None
+) -> Checkpoint:
+    tensors: list[Tensor] = []
+    metadata: dict[str, dict[str, str]] = {}
+    notes: list[str] = []
+    for path in files:
+        found, metadata[path.name], more = open_file(path, key)
+        notes += more
+        if expected is not None:
+            check_index(path, expected[path], {part for tensor in found for part in stored_names(tensor)})
+        tensors += found
+    seen: dict[str, str] = {}
+    for tensor in tensors:
+        if tensor.name in seen:
+            what = f"{tensor.file}: {tensor.name!r} is also in {seen[tensor.name]}"
+            raise InputError(331, what, hint="download the checkpoint again")
+        seen[tensor.name] = tensor.file
+    tensors, more = baked(tensors)
+    return Checkpoint(name, root, tuple(files), tuple(tensors), metadata, notes=(*notes, *more))
+
+
+def open_file(path: Path, key: str | None = None) -> tuple[list[Tensor], dict[str, str], tuple[str, ...]]:
+    """Tensors, metadata and notes of one weight file. `key` names the table of tensors in a torch file."""
+    if path.suffix != ".safetensors":
+        refuse_archive(path)
+    if path.suffix in TORCH_FILES:
+        with path.open("rb") as file:
+            head = file.read(512)
+        if head.startswith((b"version https://git-lfs", b"<")):
+            sniff(path, head)
+        from lpsparse.checkpoint.torchfile import open_torch_file  # the one door through which torch comes in
+
+        return open_torch_file(path, key)
+    header = read_header(path)
+    layout, version = (header.metadata.get(f"lpsparse.{each}") for each in ("layout", "format_version"))
+    if layout not in (None, *LAYOUTS) or version not in (None, "1"):
+        what = f"{path}: layout {layout!r}, version {version!r}: written by a newer lpsparse"
+        raise InputError(336, what, hint="upgrade lpsparse")
+    return LAYOUTS[layout or "dense"].open(path, header), header.metadata, ()
 
 
 def locate(model: str | Path) -> tuple[Path, str, str | None]:
@@ -32,12 +143,12 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
         folder = Path(__file__).parents[1] / "bundled"
         if text.removeprefix("bundled:") in os.listdir(folder):
             return folder / text.removeprefix("bundled:"), text, None
-        raise InputError(326, f"{text}: nothing of that name is bundled", hint="try bundled:stories260k")
+        raise InputError(326, f"{text}: no such bundled model", hint="try bundled:stories260k")
     if os.path.lexists(path):
         return path, path.resolve().name if path.exists() else path.name, None  # a link loop has no end
     near = _nearest(path)
     if is_hub_id(text):
-        local = "a local folder in its place (`run`: --set model=FOLDER)"
+        local = "a local folder instead (`run`: --set model=FOLDER)"
         try:
             folder, commit = fetch(text, replace_with=local)
         except RemoteError as error:
@@ -46,13 +157,12 @@ def locate(model: str | Path) -> tuple[Path, str, str | None]:
         return folder, text.partition("@")[0], commit
     hint = "check the path (`run`: --set model=PATH)" if near is None else f"did you mean {near}?"
     if near is None and re.fullmatch(r"[\w.-]+", text):
-        hint = f"check the path; a model of the hub has its owner's name before it: org/{text}"
+        hint = f"check the path; a hub id begins with its owner: org/{text}"
     raise InputError(327, f"{text}: no such file or folder", hint=hint)
 
 
 def _nearest(path: Path) -> Path | None:
-    """What could be meant by a path that is not there: a folder or weights of nearly that name, there or
-    in a folder of nearly the name of its own."""
+    """A folder or weight file with a similar path, for a path that does not exist; None without one."""
     from difflib import get_close_matches
 
     try:
@@ -88,7 +198,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def named_weights(folder: Path, name: str) -> Path:
-    """The one of that name. Raises InputError where it is not there."""
+    """The weight file of that name. Raises InputError if it is missing."""
     if not os.path.lexists(folder / name):
         names = sorted(path.name for path in folder.iterdir())
         there = ", ".join([each for each in names if each.endswith(WEIGHT_SUFFIXES) or is_index(each)][:8])
@@ -98,13 +208,13 @@ def named_weights(folder: Path, name: str) -> Path:
 
 
 def check_name(weights: str | None) -> None:
-    """Raises UsageError where it is more than the name of a file."""
+    """Raises UsageError for a path instead of a name."""
     if weights is not None and not _is_bare(weights):
         raise UsageError(216, f"--weights {weights}: a name in MODEL, not a path", hint="give the name alone")
 
 
 def _is_bare(name: str) -> bool:
-    """Whether it is a file's name on every system, not a path to somewhere else."""
+    """Whether it is a bare file name on every system, not a path."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
 
 
@@ -119,40 +229,26 @@ def read_index(path: Path) -> dict[Path, set[str]]:
         what = f"{path}: shard {lost[0].name!r} with {len(files[lost[0]])} tensors is missing{more}"
         others = set(os.listdir(path.parent)) - {shard.name for shard in files}
         for whole in whole_sets(others):
-            what += f"; all {len(whole)} shards of another set are here, so the index is an old one"
+            what += f"; the index is out of date: all {len(whole)} shards of another set are here"
             raise InputError(330, what, hint=_open_all(whole))
         raise InputError(330, what, hint=_INDEX_AGAIN)
     return files
 
 
-def whole_sets(names: Collection[str]) -> list[list[str]]:
-    """The shards of each set of several, by its name, of which none is missing."""
-    sets = (_set_of(name) for name in sorted(names) if "-00001-of-" in name)
-    return [shards for shards in sets if len(shards) > 1 and set(shards) <= set(names)]
-
-
 def part_of(file: Path) -> tuple[str, ...]:
     """A note where a file is one of several shards, which is opened alone."""
-    count = len(_set_of(file.name))
-    return (f"one of {count} shards: the rest of the model is not looked at",) if count > 1 else ()
+    count = len(set_of(file.name))
+    return (f"one of {count} shards: the others are not read",) if count > 1 else ()
 
 
 def _open_all(shards: list[str]) -> str:
     return f"give the folder with --weights {shards[0]}, which opens all {len(shards)} of that set"
 
 
-def _set_of(name: str) -> list[str]:
-    """All shards of the set that a file is one of, by its name; else its name alone."""
-    shard = _SHARD.fullmatch(name)
-    if shard is None or not 1 <= int(shard[2]) <= int(shard[3]):
-        return [name]
-    return [f"{shard[1]}-{i:05d}-of-{shard[3]}{shard[4]}" for i in range(1, int(shard[3]) + 1)]
-
-
 def shards_of(file: Path) -> list[Path]:
     """The file, and all other shards where it is one of several: alone it is a part of a model. Raises
     InputError where one of them is missing."""
-    shards = [file.parent / name for name in _set_of(file.name)]
+    shards = [file.parent / name for name in set_of(file.name)]
     for shard in shards:
         if not os.path.exists(shard):
             what = f"{file}: is one of {len(shards)} shards, and {shard.name} is missing"
