@@ -21,6 +21,8 @@ from support.hub import Hub
 from support.models import BUNDLED
 
 import lpsparse
+from lpsparse.cli.topics import read_topics
+from lpsparse.errors import MEANINGS
 from lpsparse.recipes.file import read_recipe
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -283,7 +285,14 @@ def test_the_reference_has_every_command_option_and_exit_code() -> None:
         part = page.partition(f"## {command}\n")[2].partition("\n## ")[0]
         assert [word for word in words - {"--help"} if word not in part] == [], command
     for code in lpsparse.ExitCode:
-        assert f"| {int(code)} | {code.name.lower()} |" in page
+        assert f"| {int(code)} | {code.name.lower()} | {MEANINGS[code]} |" in page
+
+
+def test_the_site_shows_the_environment_and_the_promises_that_help_prints() -> None:
+    topics = {name: text.partition("\n")[2].strip() for name, text in read_topics().items()}
+    assert topics["environment"] in hooks().reference()
+    promises = (ROOT / "docs" / "promises.md").read_text("utf-8")
+    assert topics["promises"] in hooks().on_page_markdown(promises)
 
 
 def test_every_link_leads_to_a_file_of_the_checkout_and_a_heading() -> None:
