@@ -3,7 +3,7 @@
     python benchmarks/house.py [--no-hops]
 
 The hops of an option: our functions on the stack where its value is used last and where it has its effect
-(the first bytes of a weight file; the optimizer's param_groups), and those in between that make a new step of it.
+(bytes of a weight file; the optimizer's param_groups), and those in between that make a new step of it.
 """
 
 import argparse
