@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_EXIT = re.compile(r"\| (\d+) \| \w+ \| .+ \|")
 _HEAD = """# Command reference
 
 Made from the commands when these pages are built, so it says what `lpsparse COMMAND --help` says. A flag wins
@@ -22,6 +21,11 @@ def on_files(files: Any, config: Any) -> Any:
     sys.path.insert(0, str(ROOT))  # the commands of this checkout, not of one that is installed
     files.append(File.generated(config, "reference.md", content=reference()))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """A page in which the comment `<!-- lpsparse help TOPIC -->` is that topic's text."""
+    return re.sub(r"<!-- lpsparse help (\w+) -->", lambda found: _topic(found[1]), markdown)
 
 
 def reference() -> str:
@@ -79,19 +83,25 @@ def _variable(command: str, field: str) -> str | None:
 
 
 def _exit_codes() -> Iterator[str]:
-    """README's table, which says each in words."""
-    yield "Of every command, as `lpsparse.ExitCode` in Python. They are stable: scripts branch on them.\n"
+    """The table that `lpsparse help exit-codes` prints."""
+    from lpsparse.errors import MEANINGS
+
+    yield "The same for every command; `lpsparse.ExitCode` in Python. They do not change.\n"
     yield "| code | name | meaning |\n| --- | --- | --- |"
-    yield from (
-        line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if _EXIT.fullmatch(line)
-    )
+    yield from (f"| {int(code)} | {code.name.lower()} | {text} |" for code, text in MEANINGS.items())
 
 
 def _environment() -> Iterator[str]:
+    """What `lpsparse help environment` prints."""
     yield "## Environment\n"
-    yield "An option can be set as the variable beside it above; one that sets nothing is an error.\n"
-    yield "`LPSPARSE_MAX_TENSORS`\n:   Number of tensors above which a file is refused unread (500,000).\n"
-    yield "`HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`\n:   The hub's own: token, cache, and no network at all.\n"
+    yield _topic("environment")
+
+
+def _topic(name: str) -> str:
+    """A text of `lpsparse help`, without its title, as Markdown."""
+    from lpsparse.cli.topics import read_topics
+
+    return read_topics()[name].partition("\n")[2].strip() + "\n"
 
 
 def _plain(text: str) -> str:

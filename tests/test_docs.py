@@ -21,6 +21,8 @@ from support.hub import Hub
 from support.models import BUNDLED
 
 import lpsparse
+from lpsparse.cli.topics import read_topics
+from lpsparse.errors import MEANINGS
 from lpsparse.recipes.file import read_recipe
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,7 +34,6 @@ FETCHED = re.compile(r"<(?:script|img|link|iframe)[^>]* (?:src|href)=\"?([^\s\">
 SHELL = re.compile(r"(lpsparse|pip|torchrun|accelerate|python|mkdocs|pytest) ")
 ELSEWHERE = {  # how a command begins -> why it is not run here
     "pip install": "installs; .ci/run does it in a fresh environment",
-    "pytest": "is what runs this",
     "lpsparse demo": "takes a minute; tests/cli/test_demo.py runs it",
     "lpsparse finetune MODEL OUT --data DATA --task causal-lm --processes 8": "eight GPUs; "
     "tests/parallel/test_distributed.py runs --processes and --shard",
@@ -283,12 +284,21 @@ def test_the_reference_has_every_command_option_and_exit_code() -> None:
         part = page.partition(f"## {command}\n")[2].partition("\n## ")[0]
         assert [word for word in words - {"--help"} if word not in part] == [], command
     for code in lpsparse.ExitCode:
-        assert f"| {int(code)} | {code.name.lower()} |" in page
+        assert f"| {int(code)} | {code.name.lower()} | {MEANINGS[code]} |" in page
+
+
+def test_the_site_shows_the_environment_and_the_promises_that_help_prints() -> None:
+    topics = {name: text.partition("\n")[2].strip() for name, text in read_topics().items()}
+    assert topics["environment"] in hooks().reference()
+    promises = (ROOT / "docs" / "promises.md").read_text("utf-8")
+    assert topics["promises"] in hooks().on_page_markdown(promises)
 
 
 def test_every_link_leads_to_a_file_of_the_checkout_and_a_heading() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+            if target.startswith("https://"):
+                continue
             file, _, anchor = target.partition("#")
             there = page.parent / file if file else page
             assert there.is_file(), f"{page.name}: {target}: a page that the site alone has is not linked"

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 import yaml
 from junitparser import JUnitXml
 from markdown_it import MarkdownIt
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from support.cli import Ran, cli_environment
 from support.files import ROOT, Given, f32, tree_hash, write_safetensors
 from support.models import BUNDLED
@@ -304,6 +307,15 @@ def tools(folder: Path) -> Path:
     return folder
 
 
+LITTLE = f"install --no-deps -r {ROOT}/.ci/report.txt {ROOT}"
+ALL = f"install {ROOT}"
+
+
+def asked(cwd: Path) -> str:
+    """What the last job had pip install."""
+    return (cwd / "bin" / "asked").read_text().splitlines()[-1]
+
+
 def bash(script: str, cwd: Path, **env: str) -> Ran:
     """As a runner calls it: bash --noprofile --norc -eo pipefail FILE."""
     path = f"{cwd / 'bin'}:{os.environ['PATH']}"
@@ -331,18 +343,20 @@ def is_run(condition: str | None, failed: bool, known: dict[str, str]) -> bool:
     return all(known[each] for each in others)
 
 
-def steps(job: list[dict[str, Any]], cwd: Path, known: dict[str, str]) -> list[Ran]:
+def steps(
+    job: list[dict[str, Any]], cwd: Path, known: dict[str, str], action: dict[str, Any] = ACTION
+) -> list[Ran]:
     """Run `run:` steps; after a failure only those that always run. Outputs are in `known` then."""
     done: list[Ran] = []
     for step in job:
         if not is_run(step.get("if"), any(ran.rc for ran in done), known):
             continue
         if step.get("uses") == "./":
-            inputs = {name: str(each.get("default", "")) for name, each in ACTION["inputs"].items()}
+            inputs = {name: str(each.get("default", "")) for name, each in action["inputs"].items()}
             inside = {f"inputs.{name}": text for name, text in (inputs | step["with"]).items()}
             inside["github.action_path"] = str(ROOT)
-            done += steps(ACTION["runs"]["steps"], cwd, inside)
-            for name, each in ACTION["outputs"].items():
+            done += steps(action["runs"]["steps"], cwd, inside)
+            for name, each in action["outputs"].items():
                 known[f"steps.{step['id']}.outputs.{name}"] = filled(each["value"], inside)
         elif "run" in step:
             assert "${{" not in step["run"]  # what an input holds would be read as a script
@@ -364,7 +378,7 @@ def test_the_github_example_runs(limit: str, code: int, passed: str, sparse: Pat
     job = yaml.safe_load(BLOCKS["GitHub Actions"].replace("20MB\n            warn max-bytes", limit))
     done = steps(job["jobs"]["report"]["steps"], tmp_path, {})
     assert [ran.rc for ran in done] == [0, code, 0]
-    assert (tmp_path / "bin" / "asked").read_text() == f"install {ROOT}\n"
+    assert asked(tmp_path) == LITTLE
     assert done[-1].stdout == f"passed: {passed}; zeros: 291\n"
     assert (
         (tmp_path / "summary.md").read_text().startswith("## lpsparse: " + ("FAILED" if code else "passed"))
@@ -411,6 +425,66 @@ def test_the_action_fails_as_report_does_and_runs_no_input(
     assert [ran.rc for ran in done] == [0, code]
     assert known["steps.x.outputs.passed"] == "false" and not (tmp_path / "owned").exists()
     assert [kind for kind, *_ in commands(done[1].stderr)] == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "installed"),
+    [
+        ({}, LITTLE),
+        ({"base": "dense"}, LITTLE),
+        ({"model": "report.json"}, LITTLE),
+        ({"base": "net.pth"}, ALL),
+        ({"base": "org/name"}, ALL),
+        ({"model": "dense"}, ALL),
+        ({"model": "org/name"}, ALL),
+        ({"eval": "data dev.tsv"}, ALL),
+        ({"budgets": "min-sparsity 0.1\nexclude *head*"}, ALL),
+    ],
+)
+def test_the_action_installs_torch_only_where_it_may_be_needed(
+    inputs: dict[str, str], installed: str, sparse: Path, tmp_path: Path
+) -> None:
+    tools(tmp_path / "bin")
+    (tmp_path / "report.json").write_text(report(sparse).model_dump_json())
+    (tmp_path / "net.pth").touch()
+    install = {**ACTION, "outputs": {}, "runs": {"steps": ACTION["runs"]["steps"][:1]}}
+    steps([{"uses": "./", "id": "x", "with": {"model": "sparse", **inputs}}], tmp_path, {}, install)
+    assert asked(tmp_path) == installed
+
+
+def test_the_short_list_is_of_releases_that_lpsparse_allows_and_complete() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {canonicalize_name(each.name): each for each in map(Requirement, project["dependencies"])}
+    lines = [line for line in (ROOT / ".ci" / "report.txt").read_text().splitlines() if line[0] != "#"]
+    pins = {canonicalize_name(each.name): each for each in map(Requirement, lines)}
+    for name, pin in pins.items():
+        (exact,) = pin.specifier
+        assert exact.operator == "=="
+        assert name not in wanted or wanted[name].specifier.contains(exact.version), name
+    heavy = {"torch", "transformers", "accelerate", "safetensors", "huggingface-hub"}
+    assert set(wanted) - set(pins) == heavy
+
+
+IMPORTED = """import contextlib, importlib.metadata as metadata, io, runpy, sys
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    runpy.run_module("lpsparse", run_name="__main__")
+homes = metadata.packages_distributions()
+print(*sorted({home for name in sys.modules for home in homes.get(name.partition(".")[0], [])}))"""
+
+
+@pytest.mark.parametrize(
+    "command", ["report sparse dense --html page.html", "verify sparse dense", "inspect sparse"]
+)
+def test_what_report_verify_and_inspect_import_is_on_the_short_list(
+    command: str, sparse: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", IMPORTED, *command.split()]
+    ran = subprocess.run(
+        words, cwd=tmp_path, env=cli_environment(), capture_output=True, text=True, check=True
+    )
+    pinned = {line.partition("==")[0] for line in (ROOT / ".ci" / "report.txt").read_text().splitlines()}
+    allowed = {canonicalize_name(name) for name in pinned} | {"lpsparse", "setuptools", "pip"}
+    assert {canonicalize_name(name) for name in ran.stdout.split()} - allowed == set(), ran.stderr
 
 
 @pytest.mark.parametrize(("limit", "code"), [("0.79", 0), ("0.8", 0), ("0.9", 1)])
@@ -478,7 +552,7 @@ def test_the_action_measures_before_it_reports(
     (uses,) = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0].replace(*change))
     known: dict[str, str] = {}
     done = steps([{**uses, "id": "x"}], language_model, known)
-    assert [ran.rc for ran in done] == codes
+    assert [ran.rc for ran in done] == codes and asked(language_model) == ALL
     assert known["steps.x.outputs.passed"] == ("true" if codes[-1] == 0 else "false")
     assert bool(known["steps.x.outputs.report"]) == (codes[-1] < 2)
 

@@ -22,7 +22,7 @@ import lpsparse
 from lpsparse import ExitCode, errors
 from lpsparse.cli.help import exits_of, read_texts, read_topics
 from lpsparse.commands import doctor
-from lpsparse.errors import MEANINGS, LpsparseError
+from lpsparse.errors import LpsparseError
 from lpsparse.parallel import launcher
 from lpsparse.reporting.records import Budget
 from lpsparse.reporting.table import render
@@ -31,7 +31,6 @@ from lpsparse.steps.base import about
 from lpsparse.steps.table import COMMANDS, PANELS, step_of
 
 Cli = Callable[..., Ran]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # explain
@@ -109,13 +108,6 @@ def test_help_of_a_command_is_that_commands_help(command: str, cli: Cli) -> None
 def test_an_unknown_topic_names_the_nearest(cli: Cli) -> None:
     ran = cli("help", "exitcodes")
     assert ran.rc == 2 and "LPS219" in ran.stderr and "did you mean exit-codes?" in ran.stderr
-
-
-def test_the_readme_promises_and_exits_as_help_does() -> None:
-    promises = README.partition("## What it promises")[2].partition("\nIt does not promise")[0]
-    assert read_topics()["promises"].split()[3:] == promises.split()
-    rows = re.findall(r"^\| ([0-9]+) \| (\w+) \| (.*) \|$", README, re.M)
-    assert rows == [(str(int(code)), code.name.lower(), MEANINGS[code]) for code in ExitCode]
 
 
 def test_every_variable_of_ours_that_help_names_is_one(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
