@@ -10,6 +10,7 @@ from lpsparse.commands.artefact import Say, stamps_of, writing
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.checks import Checked, Held
 from lpsparse.commands.preview import foretell, say_left
+from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.parallel.threads import on_rank_0
 from lpsparse.pruning.targets import Chosen, refuse_quantised
 from lpsparse.reporting.measure import own_quality, prunable_of
