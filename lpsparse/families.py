@@ -50,6 +50,7 @@ TASKS = Family(
         "image-classification": "image_classification:prepare",
     },
 )
+CRITERIA = Family("pruning.criteria", {"magnitude": "magnitude:MAGNITUDE"})
 BUDGETS = Family(
     "reporting.budgets",
     {

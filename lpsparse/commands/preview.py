@@ -9,11 +9,11 @@ from lpsparse.checkpoint.preflight import check_output
 from lpsparse.checkpoint.writer import find_sidecars
 from lpsparse.commands.artefact import Say, called_after
 from lpsparse.pruning.plan import plan_unread
-from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
+from lpsparse.pruning.targets import Chosen, choose, kept_in_words, refuse_quantised
 from lpsparse.reporting.estimate import estimate, report_of
 from lpsparse.reporting.records import Report
 from lpsparse.steps.pack import PackStep, UnpackStep
-from lpsparse.steps.prune import PruneStep, pair
+from lpsparse.steps.prune import PruneStep
 
 
 def foretell(
@@ -54,17 +54,9 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
     source = remote.checkpoint
     refuse_quantised(source)
     check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite)
-    plan = plan_unread(
-        source,
-        sparsity=step.sparsity,
-        n_m=pair(step.n_m),
-        block=pair(step.block),
-        scope=step.scope,
-        include=step.include,
-        exclude=step.exclude,
-        look=step.look,
-    )
-    say(kept_in_words(plan.chosen))
+    chosen = choose(source, step.include, step.exclude, always_look=step.look)
+    plan = plan_unread(source, step, chosen)
+    say(kept_in_words(chosen))
     say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
     if plan.zeros is None:
         say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
@@ -82,7 +74,7 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
         "files": [{"name": name, "bytes": size} for name, size in remote.files.items()],
         "download_bytes": remote.download_bytes,
         "weights": sum(tensor.size for tensor in source.tensors),
-        "prunable_weights": sum(each.size for each in source.tensors if plan.chosen[each.name].prunable),
+        "prunable_weights": sum(each.size for each in source.tensors if chosen[each.name].prunable),
         "zeros_at_least": plan.zeros,
         "estimate": needs.model_dump(mode="json"),
         "tensors": [
@@ -92,8 +84,8 @@ def foretell_unread(step: PruneStep, say: Say) -> dict[str, Any]:
                 "shape": list(tensor.shape),
                 "file": tensor.file,
                 "bytes": tensor.nbytes,
-                "prunable": plan.chosen[tensor.name].prunable,
-                "reason": plan.chosen[tensor.name].reason,
+                "prunable": chosen[tensor.name].prunable,
+                "reason": chosen[tensor.name].reason,
                 "zeros_at_least": plan.each.get(tensor.name),
             }
             for tensor in source.tensors

@@ -19,11 +19,11 @@ from lpsparse.commands.pack import say_nonfinite
 from lpsparse.commands.preview import foretell, foretell_unread, say_left
 from lpsparse.parallel.threads import on_rank_0
 from lpsparse.pruning.plan import plan_prune
-from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
+from lpsparse.pruning.targets import Chosen, choose, kept_in_words, refuse_quantised
 from lpsparse.reporting.measure import own_quality
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.words import drained
-from lpsparse.steps.prune import PruneStep, pair
+from lpsparse.steps.prune import PruneStep
 
 
 @on_threads
@@ -77,19 +77,8 @@ def _prune(step: PruneStep, say: Say) -> tuple[Checkpoint, Report]:
     refuse_quantised(source)
     stamps = stamps_of(source)
     on_rank_0(lambda: check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite))
-    plan = plan_prune(
-        source,
-        sparsity=step.sparsity,
-        below=step.below,
-        gap=step.gap,
-        n_m=pair(step.n_m),
-        block=pair(step.block),
-        scope=step.scope,
-        include=step.include,
-        exclude=step.exclude,
-        look=step.look,
-    )
-    chosen = {name: tensor.decision for name, tensor in plan.tensors.items()}
+    chosen = choose(source, step.include, step.exclude, always_look=step.look)
+    plan = plan_prune(source, step, chosen)
     say(kept_in_words(chosen))
     if plan.band is not None:
         band = plan.band

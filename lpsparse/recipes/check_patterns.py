@@ -10,7 +10,7 @@ from lpsparse.reporting.budgets.base import no_tensor
 from lpsparse.reporting.measure import prunable_of
 from lpsparse.steps.base import Step
 from lpsparse.steps.finetune import FinetuneStep
-from lpsparse.steps.prune import PruneStep, pair
+from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.report import ReportStep
 
 _HEADED = ("text-classification", "image-classification")  # tasks that give a model a head where it has none
@@ -49,17 +49,8 @@ def check_patterns(
         if not any(fnmatchcase(name, pattern) for name in names):
             raise no_match("--freeze", pattern, names)
     if isinstance(step, PruneStep):
-        plan = plan_unread(
-            source,
-            sparsity=step.sparsity,
-            n_m=pair(step.n_m),
-            block=pair(step.block),
-            scope=step.scope,
-            include=step.include,
-            exclude=step.exclude,
-            look=step.look,
-        )
-        chosen = plan.chosen
+        chosen = choose(source, step.include, step.exclude, always_look=step.look)
+        plan_unread(source, step, chosen)
     elif isinstance(step, FinetuneStep):
         chosen = choose(source, step.include, step.exclude)
     elif known is not None and not step.include and not step.exclude:

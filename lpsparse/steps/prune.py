@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from lpsparse.families import CRITERIA
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
     EXCLUDE,
@@ -16,6 +17,7 @@ from lpsparse.steps.base import (
     THREADS,
     WEIGHTS,
     Fraction,
+    OneOf,
     Patterns,
     Step,
 )
@@ -35,14 +37,6 @@ def _block(value: Any) -> Any:
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) > 0 and int(columns) > 0):
         raise ValueError(f"--block {value}: ROWSxCOLUMNS, such as 4x1 or 16x16")
     return f"{int(rows)}x{int(columns)}"
-
-
-def pair(text: str | None) -> tuple[int, int] | None:
-    """The two numbers of --n-m or --block."""
-    if text is None:
-        return None
-    first, second = text.replace("x", ":").split(":")
-    return int(first), int(second)
 
 
 _COMPONENT = Field(
@@ -89,6 +83,9 @@ class PruneStep(Step):
         None, description="Leave at most N non-zeros, the largest, in each M neighbours of a row, as 2:4."
     )
     scope: Literal["global", "tensor", "row"] = Field("global", description="Where --sparsity holds.")
+    criterion: Annotated[str, OneOf(CRITERIA)] = Field(
+        "magnitude", description="What ranks weights, for --sparsity and --n-m; the lowest scores are cut."
+    )
     block: Annotated[str, BeforeValidator(_block)] | None = Field(
         None,
         description="Cut whole blocks of ROWSxCOLUMNS, those with the smallest sum of magnitudes; "
@@ -115,6 +112,8 @@ class PruneStep(Step):
             raise ValueError("--block goes with --sparsity, of --scope global or tensor")
         if self.scope != "global" and self.sparsity is None:
             raise ValueError(f"--scope {self.scope} goes with --sparsity only")
+        if self.criterion != "magnitude" and self.sparsity is None and self.n_m is None:
+            raise ValueError(f"--criterion {self.criterion} goes with --sparsity or --n-m")
         if self.component and (self.overwrite or self.weights or self.key):
             raise ValueError("--component goes without --overwrite, --weights and --key")
         return self
