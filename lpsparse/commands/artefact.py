@@ -40,7 +40,7 @@ from lpsparse.checkpoint.writer import (
 from lpsparse.errors import InputError, LpsparseError, VerdictError
 from lpsparse.parallel.threads import beside, on_rank_0
 from lpsparse.pruning.targets import Chosen
-from lpsparse.reporting import card, figure
+from lpsparse.reporting import card, charts
 from lpsparse.reporting.history import read_report
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report, TensorRow
@@ -252,7 +252,7 @@ def keep_quality(folder: Path, quality: Quality) -> None:
         found = read_report(folder).model_copy(update={"quality": manifest.quality})
         texts[REPORT] = as_text(found)
         if CARD in whole:
-            drawn = f"]({figure.FIGURE})" in (folder / CARD).read_text(encoding="utf-8")
+            drawn = f"]({charts.FIGURE})" in (folder / CARD).read_text(encoding="utf-8")
             texts[CARD] = card.render(
                 found,
                 manifest.source,
@@ -294,11 +294,11 @@ def _trained_on(settings: dict[str, Any] | None, earlier: Manifest | None) -> tu
 
 def _draw(folder: Path, found: Report, *, ours: bool) -> bool:
     """Draw the card's figure, unless somebody else's files are where it would be."""
-    path = folder / figure.FIGURE
+    path = folder / charts.FIGURE
     if path.exists() and not ours:
         return False
     path.parent.mkdir(exist_ok=True)
-    write_text(path, figure.render(found))
+    write_text(path, charts.sparsity_figure(found))
     fsync(path.parent)
     return True
 

@@ -11,7 +11,7 @@ from lpsparse import __version__
 from lpsparse.checkpoint.hub import is_hub_id
 from lpsparse.checkpoint.manifest import EarlierStep, Quality, Source, last_training
 from lpsparse.reporting.base_card import read_base_card
-from lpsparse.reporting.figure import FIGURE
+from lpsparse.reporting.charts import FIGURE
 from lpsparse.reporting.markdown import code
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.text import clean, percent, shorten

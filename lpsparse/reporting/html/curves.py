@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lpsparse.reporting.charts import Axis
 from lpsparse.reporting.html import svg
 from lpsparse.reporting.html.parts import Figure, Table, View, count, number, percent, plural
 from lpsparse.reporting.records import Point, Report
@@ -62,7 +63,7 @@ def _drawing(points: tuple[Point, ...], curve: _Curve) -> svg.Markup:
     values = [value for _, value in pairs]
     axis = _axis(curve.name, values)
     low, high = points[0].step, max(points[-1].step, points[0].step + 1)
-    shape = [((step - low) / (high - low), axis.at(value)) for step, value in pairs]
+    shape = [((step - low) / (high - low), axis.within(value)) for step, value in pairs]
     words = percent if curve.name == "sparsity" else number
     ends, extremes = (values[0], values[-1]), (min(values), max(values))
     told = "From {} to {}; ".format(*map(words, ends)) + "between {} and {}.".format(*map(words, extremes))
@@ -76,9 +77,9 @@ def _drawing(points: tuple[Point, ...], curve: _Curve) -> svg.Markup:
     return svg.canvas(name, curve.title, told, svg.TOP + _HEIGHT + 46, [label, group], "plot")
 
 
-def _axis(name: str, values: list[float]) -> svg.Axis:
+def _axis(name: str, values: list[float]) -> Axis:
     if name == "sparsity":
-        return svg.Axis(0, 1)
+        return Axis(0, 1)
     if name == "lr":
-        return svg.Axis(0, max(*values, 1e-300) * 1.1)
+        return Axis(0, max(*values, 1e-300) * 1.1)
     return svg.around_log(values) if name == "lambda_p" else svg.around(values)

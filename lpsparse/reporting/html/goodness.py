@@ -3,6 +3,7 @@
 from markupsafe import Markup
 
 from lpsparse.checkpoint.manifest import Quality
+from lpsparse.reporting.charts import Axis
 from lpsparse.reporting.html import svg
 from lpsparse.reporting.html.parts import Figure, Table, View, coded, count, number, percent, typeset
 from lpsparse.reporting.records import Report
@@ -83,7 +84,7 @@ def _at(sparsity: float | None) -> str:
     return "not known" if sparsity is None else percent(sparsity)
 
 
-def _feet(points: list[_Point], axis: svg.Axis) -> list[float]:
+def _feet(points: list[_Point], axis: Axis) -> list[float]:
     """Where the words of each point stand: over or under it, and none beside those of another, since on a
     narrow screen all points are near."""
     found = [
@@ -101,7 +102,7 @@ def _feet(points: list[_Point], axis: svg.Axis) -> list[float]:
     return found
 
 
-def _drawn(point: _Point, axis: svg.Axis, foot: float) -> list[Markup]:
+def _drawn(point: _Point, axis: Axis, foot: float) -> list[Markup]:
     """A dot with its interval and value, or a line across where the sparsity is not known."""
     words, sparsity, value, error = point
     y, css = svg.up(axis, value, _HEIGHT), _CSS[words]

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from markupsafe import Markup
 
+from lpsparse.reporting.charts import Axis
 from lpsparse.reporting.html import svg
 from lpsparse.reporting.html.parts import (
     ELSEWHERE,
@@ -141,7 +142,7 @@ def _table(ordered: list[TensorRow]) -> Table:
 def _figure(report: Report, drawn: list[TensorRow], table: Table) -> Figure:
     groups = grouped(drawn)
     limits = [each for each in report.budgets if each.name in _LIMITS]
-    axis = svg.Axis(0, 1)
+    axis = Axis(0, 1)
     parts = svg.grid(axis, _HEIGHT, [(each / 4, percent(each / 4, 0)) for each in range(5)])
     parts += [_bar(i, group, len(groups)) for i, group in enumerate(groups)]
     lines = [line for budget in limits for line in _limit(budget, groups)]
@@ -199,7 +200,7 @@ def _bar(i: int, group: list[TensorRow], many: int) -> Markup:
 
 def _limit(budget: Budget, groups: list[list[TensorRow]]) -> list[Markup]:
     """A line through the whole figure, or, for a pattern, through the bars that hold a tensor of it."""
-    y = svg.up(svg.Axis(0, 1), budget.limit, _HEIGHT)
+    y = svg.up(Axis(0, 1), budget.limit, _HEIGHT)
     if budget.pattern is None:
         return svg.level(y, "limit")
     pattern, many = budget.pattern, len(groups)

@@ -4,6 +4,7 @@ import math
 
 from markupsafe import Markup
 
+from lpsparse.reporting.charts import Axis, ticks
 from lpsparse.reporting.html import svg
 from lpsparse.reporting.html.parts import Figure, Table, View, brief, count, exponent, number, plural
 from lpsparse.reporting.records import Histogram, Report
@@ -57,12 +58,14 @@ def _figure(ours: _Counts, theirs: _Counts, cut: float | None, kept: float | Non
     powers = [*ours, *theirs]
     first, last = min(powers), max(powers) + 1
     high = max((*ours.values(), *theirs.values()))
-    axis = svg.Axis(0.7, max(high, 10) * 1.3, log=True)
+    axis = Axis(0.7, max(high, 10) * 1.3, log=True)
     many = last - first  # of which few may be there: work goes by those
-    parts = svg.grid(axis, _HEIGHT, [(value, brief(value)) for value in svg.ticks(axis, 4)])
-    parts.append(svg.columns({i - first: axis.at(each) for i, each in ours.items()}, many, _HEIGHT, "total"))
+    parts = svg.grid(axis, _HEIGHT, [(value, brief(value)) for value in ticks(axis, 4)])
+    parts.append(
+        svg.columns({i - first: axis.within(each) for i, each in ours.items()}, many, _HEIGHT, "total")
+    )
     if theirs:
-        parts.append(_outline({i - first: axis.at(each) for i, each in theirs.items()}, many))
+        parts.append(_outline({i - first: axis.within(each) for i, each in theirs.items()}, many))
     for value, css in ((cut, "cut"), (kept, "kept")):
         parts += _threshold(value, first, last, css) if value else []
     step = max(1, -(-(last - first) // 3))  # four of them stand apart on a narrow screen

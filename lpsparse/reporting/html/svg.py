@@ -1,33 +1,18 @@
 """Drawings: SVG as wide as its place, with letters of one size. Across, lengths are percent; down, pixels.
 Colours are classes of style.css, for light, dark and paper."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from lpsparse.reporting.charts import Axis, ticks
 from lpsparse.reporting.html.parts import number, shown
 from lpsparse.reporting.text import shorten
-from lpsparse.reporting.ticks import between
 
 TOP = 14  # room for the letters of the highest tick
 WIDE = 1000  # units across of lines and outlines, which know no percent
 _MOST = 1e300  # room above it would overflow
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    low: float
-    high: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """Where a value lies: 0 is low, 1 is high; what lies outside is at the end."""
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
-        return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +101,7 @@ def feet(marks: Sequence[tuple[float, str]], height: float) -> list[Markup]:
 
 
 def up(axis: Axis, value: float, height: float) -> float:
-    return TOP + height * (1 - axis.at(value))
+    return TOP + height * (1 - axis.within(value))
 
 
 def stretched(height: float, *paths: Markup) -> Markup:
@@ -151,18 +136,6 @@ def columns(heights: Mapping[int, float], many: int, height: float, css: str) ->
         if share > 0
     )
     return stretched(height, tag("path", d=drawn, class_=css))
-
-
-def ticks(axis: Axis, most: int = 5) -> list[float]:
-    """Round values on an axis: 1, 2 or 5 times a power of ten; on a long log axis powers of ten."""
-    if axis.log:
-        first, last = math.ceil(math.log10(axis.low) - 1e-9), math.floor(math.log10(axis.high) + 1e-9)
-        if last - first < 1:  # under two powers of ten: their halves and fifths too
-            fine = (each * 10.0**power for power in range(first - 1, last + 1) for each in (1, 2, 5))
-            return [value for value in fine if axis.low <= value <= axis.high]
-        step = max(1, -(-(last - first + 1) // most))
-        return [10.0**power for power in range(first, last + 1, step)]
-    return between(axis.low, axis.high, most)
 
 
 def marked(axis: Axis, most: int = 5) -> list[tuple[float, str]]:
