@@ -14,8 +14,8 @@ from lpsparse.reporting import text
 from lpsparse.steps import finetune, pack, prune, push, report
 
 if TYPE_CHECKING:  # numpy comes with it, which --help can do without
-    from lpsparse.reporting.fold import Fold
     from lpsparse.reporting.records import Report
+    from lpsparse.reporting.text import Fold
 
 
 def register(app: typer.Typer) -> None:
@@ -269,7 +269,7 @@ def _inspect(step: report.InspectStep, as_json: bool, voice: Voice) -> None:
 
 def _folds(tensors: list[dict[str, Any]], voice: Voice) -> "list[Fold[dict[str, Any]]]":
     """The tensors, of layers that are alike as one."""
-    from lpsparse.reporting.fold import Fold, folded
+    from lpsparse.reporting.text import Fold, folded
 
     if voice.full:
         return [Fold(each["name"], (each,)) for each in tensors]

@@ -21,10 +21,9 @@ from support.reports import full, tensor
 from lpsparse import LpsparseError, prune, report
 from lpsparse.checkpoint.manifest import Quality, Source
 from lpsparse.reporting import card, junit, markdown, spreadsheet, table, words
-from lpsparse.reporting.fold import folded
 from lpsparse.reporting.html.page import render as render_page
 from lpsparse.reporting.records import Budget, KindRow, Report, Share, schema
-from lpsparse.reporting.text import percent
+from lpsparse.reporting.text import folded, percent
 
 Cli = Callable[..., Ran]
 NAMES = {
