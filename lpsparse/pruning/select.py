@@ -52,7 +52,7 @@ Task = tuple[Scored, int, int]  # rows first..last of a tensor
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """What is cut: all scores below a key, and of those that equal it the first few of each tensor."""
+    """The cut: all scores below a key, and in each tensor the first few that equal it."""
 
     key: int
     ties: dict[str, int]

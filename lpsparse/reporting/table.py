@@ -1,4 +1,4 @@
-"""Write the report for a terminal of 80 columns, or a pipe. The verdict comes last: people look there first."""
+"""Write the report for a terminal of 80 columns, or a pipe. The verdict comes last, before the prompt."""
 
 from lpsparse.reporting.records import Estimate, Report, TensorRow
 from lpsparse.reporting.text import Fold, clean, columns, fitted, folded, percent, size

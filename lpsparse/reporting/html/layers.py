@@ -1,4 +1,4 @@
-"""Sparsity tensor by tensor in model order, and by layer type."""
+"""Draw the sparsity of each tensor in model order, and of each layer type."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _LIMITS = ("min-sparsity", "max-layer-sparsity")
 
 
 def in_order(tensors: Sequence[TensorRow]) -> list[TensorRow]:
-    """Embeddings first, head last, numbers in names by value: checkpoints are often sorted by letters."""
+    """Embeddings first, head last, numbers in names by value. Checkpoints often sort names as text."""
     return sorted(tensors, key=lambda row: (_rank(row.kind), _natural(row.name[:_NAME]), row.name))
 
 
@@ -65,7 +65,7 @@ def css_of(kind: str) -> str:
 
 
 def largest(tensors: Sequence[TensorRow]) -> tuple[list[TensorRow], str]:
-    """The tensors with the most weights, in the order given, and where the others are."""
+    """The tensors with the most weights, in the given order, and a note about the others."""
     if len(tensors) <= MOST_ROWS:
         return list(tensors), ""
     kept = {row.name for row in sorted(tensors, key=lambda row: (-row.weights, row.name))[:MOST_ROWS]}
@@ -97,7 +97,7 @@ def view(report: Report) -> View:
 
 
 def _spectra(ordered: list[TensorRow]) -> tuple[Table, ...]:
-    """Singular values, where they were asked for."""
+    """Singular values, if they were asked for."""
     some, rest = largest([row for row in ordered if row.spectrum])
     body = [
         (
@@ -199,7 +199,7 @@ def _bar(i: int, group: list[TensorRow], many: int) -> Markup:
 
 
 def _limit(budget: Budget, groups: list[list[TensorRow]]) -> list[Markup]:
-    """A line through the whole figure, or, for a pattern, through the bars that hold a tensor of it."""
+    """A line across the figure, or, for a pattern, across the bars with matching tensors."""
     y = svg.up(Axis(0, 1), budget.limit, _HEIGHT)
     if budget.pattern is None:
         return svg.level(y, "limit")

@@ -1,4 +1,4 @@
-"""Drawings: SVG as wide as its place, with letters of one size. Across, lengths are percent; down, pixels.
+"""Draw SVG as wide as its place, with text of one size: horizontal lengths are percent, vertical ones pixels.
 Colours are classes of style.css, for light, dark and paper."""
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ _MOST = 1e300  # room above it would overflow
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A bar with its words over it."""
+    """A bar with its words above it."""
 
     label: str
     value: str
@@ -28,7 +28,7 @@ class Row:
 
 
 def tag(name: str, /, *inside: str, **attributes: str | float) -> Markup:
-    """An element. All that is not Markup is cleaned and escaped."""
+    """An element. Everything except Markup is cleaned and escaped."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(shown(_plain(value)))}"'
         for key, value in attributes.items()
@@ -82,7 +82,7 @@ def rows(name: str, title: str, description: str, bars: Sequence[Row]) -> Markup
 
 
 def grid(axis: Axis, height: float, marks: Sequence[tuple[float, str]]) -> list[Markup]:
-    """Lines across at the marks of an axis that goes up, with their words to the left."""
+    """Horizontal lines at the marks of a vertical axis, with their words to the left."""
     parts: list[Markup] = []
     for value, words in marks:
         y = up(axis, value, height)
@@ -128,7 +128,7 @@ def line(points: Sequence[tuple[float, float]], height: float, css: str) -> Mark
 
 
 def columns(heights: Mapping[int, float], many: int, height: float, css: str) -> Markup:
-    """Bars at some of `many` places, without room between them, as one path: few bytes for many."""
+    """Bars at some of `many` places, without gaps, as one path that takes few bytes."""
     each = WIDE / max(many, 1)
     drawn = "".join(
         f"M{_plain(i * each)} {height:g}V{_plain(height * (1 - share))}H{_plain((i + 1) * each)}V{height:g}z"
@@ -161,11 +161,11 @@ def shortened(name: str) -> str:
 
 
 def level(y: float, css: str, left: float = 0, right: float = 1) -> list[Markup]:
-    """A line across, with a rim that parts it from the bars under it."""
+    """A horizontal line with a rim that separates it from the bars below it."""
     return [tag("line", x1=across(left), x2=across(right), y1=y, y2=y, class_=each) for each in ("rim", css)]
 
 
 def upright(share: float, height: float, css: str) -> list[Markup]:
-    """The same, from the foot of the plot to its top."""
+    """A vertical line from the bottom of the plot to its top."""
     x = across(share)
     return [tag("line", x1=x, x2=x, y1=TOP, y2=TOP + height, class_=each) for each in ("rim", css)]

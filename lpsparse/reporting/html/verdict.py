@@ -1,4 +1,4 @@
-"""The verdict: whether budgets are met, what is zero, what it takes, how good it is."""
+"""Show the verdict: budgets, zeros, bytes and quality."""
 
 from dataclasses import dataclass
 
@@ -87,7 +87,7 @@ def cards(report: Report) -> tuple[Card, ...]:
 
 
 def _packed(report: Report, zeros: str) -> Card:
-    """What `pack` makes of the dense bytes, or has made."""
+    """The size after `pack`, or an estimate."""
     packed, dense = report.bytes.packed_bytes, report.bytes.dense_bytes
     if packed is None:
         return Card("Packed", "–", ("not known: only zeros were counted", zeros))
@@ -134,7 +134,7 @@ def _row(budget: Budget) -> tuple[Cell, ...]:
 
 
 def mark(name: str) -> Markup:
-    """A word and a sign: colour alone says nothing."""
+    """A word and a sign, for readers who do not see the colour."""
     sign = '<span class="mark {}"><span aria-hidden="true">{}</span> {}</span>'
     return filled(sign, name, _SIGNS[name], name)
 
