@@ -305,7 +305,7 @@ def _eval(step: finetune.EvalStep, as_json: bool, voice: Voice) -> None:
     if as_json:
         print_json(found)
         return
-    from lpsparse.reporting.words import interval
+    from lpsparse.reporting.summary import interval
 
     if not found["trained_on"]:
         del found["trained_on"]  # nothing is known of it, or nothing is to be said

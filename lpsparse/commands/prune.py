@@ -22,7 +22,7 @@ from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.targets import Chosen, choose, kept_in_words, refuse_quantised
 from lpsparse.reporting.measure import own_quality
 from lpsparse.reporting.records import Report
-from lpsparse.reporting.words import drained
+from lpsparse.reporting.summary import drained
 from lpsparse.steps.prune import PruneStep
 
 

@@ -14,8 +14,8 @@ from lpsparse.errors import UsageError
 from lpsparse.reporting.charts import FIGURE
 from lpsparse.reporting.markdown import code
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.summary import change_of, interval
 from lpsparse.reporting.text import clean, percent, shorten
-from lpsparse.reporting.words import change_of, interval
 from lpsparse.safe_yaml import read_yaml
 
 _LINK = re.compile(r"://|www\.|\S@\S+\.", re.IGNORECASE)  # with a dot behind it, @ makes an address

@@ -4,8 +4,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lpsparse.reporting.budgets.check import FINITE
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.summary import budget_name, budget_row, lost_of, nonfinite, state, verdict
 from lpsparse.reporting.text import clean, harmless, shorten
-from lpsparse.reporting.words import budget_name, budget_row, lost_of, nonfinite, state, verdict
 
 _NAME = 200
 _ALERT = 1000

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from lpsparse.reporting.records import Report, TensorRow
-from lpsparse.reporting.text import clean, percent, shorten, size
-from lpsparse.reporting.words import (
+from lpsparse.reporting.summary import (
     alerts,
     apart_in_words,
     budget_name,
@@ -27,6 +26,7 @@ from lpsparse.reporting.words import (
     stores,
     verdict,
 )
+from lpsparse.reporting.text import clean, percent, shorten, size
 
 MARKER = "<!-- lpsparse-report -->"  # by which a comment is found again, to be replaced
 SUMMARY_BYTES = 900 * 1024  # GitHub drops a step's summary whole when it is over 1,024 KiB

@@ -5,8 +5,8 @@ from typing import Any
 
 from lpsparse.reporting.markdown import code, plain, table
 from lpsparse.reporting.records import Budget
+from lpsparse.reporting.summary import budget_row, state
 from lpsparse.reporting.text import clean, size
-from lpsparse.reporting.words import budget_row, state
 
 _MOST_ROWS = 100
 Found = Mapping[str, Any]  # as `lpsparse.sweep` gives it

@@ -1,8 +1,7 @@
 """Write the report for a terminal of 80 columns, or a pipe. The verdict comes last, before the prompt."""
 
 from lpsparse.reporting.records import Estimate, Report, TensorRow
-from lpsparse.reporting.text import Fold, clean, columns, fitted, folded, percent, size
-from lpsparse.reporting.words import (
+from lpsparse.reporting.summary import (
     alerts,
     apart_in_words,
     beside,
@@ -24,6 +23,7 @@ from lpsparse.reporting.words import (
     verdict,
     zeros,
 )
+from lpsparse.reporting.text import Fold, clean, columns, fitted, folded, percent, size
 
 MOST_ROWS = 15
 _LARGE = 0.01  # of all weights: a tensor that is kept is shown from here on

@@ -40,7 +40,7 @@ from lpsparse.checkpoint.output import remove_ours
 from lpsparse.checkpoint.writer import OWNER, REPLACED
 from lpsparse.commands.prune import prune_step
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
-from lpsparse.reporting.words import drained
+from lpsparse.reporting.summary import drained
 from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.resolve import resolve
 

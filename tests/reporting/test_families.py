@@ -13,8 +13,8 @@ from lpsparse.errors import UsageError
 from lpsparse.families import BUDGETS, HTML_VIEWS, VIEWS
 from lpsparse.reporting.budgets.base import BudgetKind, Limit, Measured
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.summary import budget_line
 from lpsparse.reporting.views import View
-from lpsparse.reporting.words import budget_line
 from lpsparse.steps.budgets import with_budgets
 from lpsparse.steps.report import ReportStep
 

@@ -24,7 +24,7 @@ from lpsparse.reporting.html.parts import (
     plural,
 )
 from lpsparse.reporting.records import Base, Change, Histogram, Report, TensorRow
-from lpsparse.reporting.words import LEFT_BEHIND, Sums, changes, one_threshold
+from lpsparse.reporting.summary import LEFT_BEHIND, Sums, changes, one_threshold
 
 _HEIGHT = 220
 _Counts = dict[int, int]  # power of two -> weights

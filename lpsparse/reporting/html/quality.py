@@ -9,7 +9,7 @@ from lpsparse.reporting.charts import Axis
 from lpsparse.reporting.html import svg
 from lpsparse.reporting.html.parts import Figure, Table, View, coded, count, number, percent, plural, typeset
 from lpsparse.reporting.records import Point, Report
-from lpsparse.reporting.words import CONFIDENCE, spread
+from lpsparse.reporting.summary import CONFIDENCE, spread
 
 _HEIGHT = 200
 _LINE = 16  # pixels that a line of words takes

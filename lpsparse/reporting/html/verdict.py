@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from lpsparse.checkpoint.manifest import Quality
-from lpsparse.reporting import words
+from lpsparse.reporting import summary
 from lpsparse.reporting.html.parts import (
     Cell,
     Table,
@@ -21,7 +21,7 @@ from lpsparse.reporting.html.parts import (
     typeset,
 )
 from lpsparse.reporting.records import Budget, Report
-from lpsparse.reporting.words import apart, budget_row, change_of, hint, nonfinite, spread
+from lpsparse.reporting.summary import apart, budget_row, change_of, hint, nonfinite, spread
 
 _LEVELS = {"ok": "passed", "FAILED": "failed", "warn": "warning"}
 _SIGNS = {"passed": "✓", "failed": "✕", "warning": "!", "none": "–"}
@@ -36,7 +36,7 @@ class Card:
 
 def status(report: Report) -> tuple[str, str]:
     """The class of the verdict, and its words."""
-    failed, warned, of = words.budget_counts(report)
+    failed, warned, of = summary.budget_counts(report)
     alarm = nonfinite(report)
     if failed:
         return "failed", f"Failed: {count(failed)} of {plural(of, 'budget')}"
@@ -62,7 +62,7 @@ def alerts(report: Report) -> tuple[Cell, ...]:
     if report.nonfinite_tensors:
         many = plural(len(report.nonfinite_tensors), "tensor")
         found.append(filled("NaN or Inf in {}: {}.", many, listed(report.nonfinite_tensors)))
-    for alert in words.alerts(report):
+    for alert in summary.alerts(report):
         names = (filled("{}{}", named(name), typeset(remark)) for name, remark in alert.tensors)
         what = alert.what[0].upper() + alert.what[1:]
         found.append(filled("{} {}{}.", what, Markup(", ").join(names), coded(alert.hint)))
