@@ -125,7 +125,7 @@ def test_markdown_fits_whatever_the_input(view: str, name: str, sparse: Path) ->
     )
     text = markdown.render(found) if view == "markdown" else markdown.comment(found)
     assert len(text.encode()) < (900 * 1024 if view == "markdown" else 65_536)
-    assert "more, for which there is no room: see report.json" in text and text.endswith("</details>\n")
+    assert re.search(r"\n\.\.\. and [\d,]+ more: see report.json", text) and text.endswith("</details>\n")
 
 
 def test_a_comment_begins_with_the_mark_by_which_it_is_found_again(sparse: Path, cli: Cli) -> None:
@@ -406,11 +406,7 @@ def test_oddities_are_told_where_they_are_and_nowhere_else(tmp_path: Path, spars
     save_file({"a.weight": array}, tmp_path / "m.safetensors")
     ran = cli("report", tmp_path / "m.safetensors", "--full")
     assert "subnormal" not in cli("report", tmp_path / "m.safetensors").stdout
-    for line in (
-        "-0.0           8 zeros",
-        "subnormal      1 values under",
-        "nearly zero    2 values that are not zero,",
-    ):
+    for line in ("-0.0           8 ", "subnormal      1 ", "nearly zero    2 "):
         assert f"  {line}" in ran.stdout
     assert "  all-zero rows  1 of 8 (12.50 %)\n" in ran.stdout
     assert not re.search(
