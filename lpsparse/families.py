@@ -69,6 +69,7 @@ TASKS = Family(
         "image-classification": "tasks:IMAGE_CLASSIFICATION",
     },
 )
+CRITERIA = Family("pruning.criteria", {"magnitude": "magnitude:MAGNITUDE"})
 BUDGETS = Family(
     "reporting.budgets",
     {
@@ -96,11 +97,11 @@ HTML_VIEWS = Family(  # sections of the page, in their order
         "bytes": "storage:view",
         "layers": "layers:view",
         "types": "layers:kinds_view",
-        "quality": "goodness:view",
-        "magnitudes": "magnitudes:view",
+        "quality": "quality:quality_view",
+        "magnitudes": "changes:magnitudes_view",
         "patterns": "patterns:view",
-        "training": "curves:view",
-        "changes": "moved:view",
+        "training": "quality:training_view",
+        "changes": "changes:changes_view",
         "method": "method:view",
     },
 )

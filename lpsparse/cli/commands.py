@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # numpy comes with it, which --help can do without
         TrainingPreview,
         Verification,
     )
-    from lpsparse.reporting.fold import Fold
     from lpsparse.reporting.records import Report
+    from lpsparse.reporting.text import Fold
 
 
 _SHOWN = 50  # differences that verify prints
@@ -238,7 +238,7 @@ def _inspect(step: report.InspectStep, as_json: bool, voice: Voice) -> None:
 
 def _folds(tensors: "tuple[TensorFacts, ...]", voice: Voice) -> "list[Fold[TensorFacts]]":
     """The tensors, of layers that are alike as one."""
-    from lpsparse.reporting.fold import Fold, folded
+    from lpsparse.reporting.text import Fold, folded
 
     if voice.full:
         return [Fold(each.name, (each,)) for each in tensors]
@@ -277,7 +277,7 @@ def _eval(step: finetune.EvalStep, as_json: bool, voice: Voice) -> None:
     if as_json:
         print_json(found)
         return
-    from lpsparse.reporting.words import interval
+    from lpsparse.reporting.summary import interval
 
     if not found["trained_on"]:
         del found["trained_on"]  # nothing is known of it, or nothing is to be said

@@ -77,7 +77,7 @@ def _append(text: Callable[[int], str]) -> str | None:
 
 def annotations(report: "Report") -> list[str]:
     """An error for each failed budget, a warning for each that warns and each alarm; ten of each at most."""
-    from lpsparse.reporting.words import budget_row, lost_of, nonfinite, state
+    from lpsparse.reporting.summary import budget_row, lost_of, nonfinite, state
 
     found: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
     alarm = nonfinite(report)

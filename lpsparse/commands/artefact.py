@@ -41,13 +41,13 @@ from lpsparse.errors import InputError, LpsparseError, VerdictError
 from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.parallel.threads import beside, on_rank_0
 from lpsparse.pruning.targets import Chosen
-from lpsparse.reporting import card, figure
+from lpsparse.reporting import card, charts
 from lpsparse.reporting.history import read_report
 from lpsparse.reporting.measure import identity_of, measure, tensor_records
 from lpsparse.reporting.records import Report, TensorRow
 from lpsparse.reporting.text import percent
 from lpsparse.steps.base import Step
-from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.finetune import is_training
 from lpsparse.steps.pack import PackStep, UnpackStep
 from lpsparse.steps.prune import PruneStep
 
@@ -253,7 +253,7 @@ def keep_quality(folder: Path, quality: Quality) -> None:
         found = read_report(folder).model_copy(update={"quality": manifest.quality})
         texts[REPORT] = as_text(found)
         if CARD in whole:
-            drawn = f"]({figure.FIGURE})" in (folder / CARD).read_text(encoding="utf-8")
+            drawn = f"]({charts.FIGURE})" in (folder / CARD).read_text(encoding="utf-8")
             texts[CARD] = card.render(
                 found,
                 manifest.source,
@@ -274,7 +274,7 @@ def _same_data(one: Quality, other: Quality) -> bool:
 
 def _keep_curves(step: Step, source: Checkpoint, folder: Path) -> None:
     """The curves of the training that led here stay with the weights; who trains has curves of his own."""
-    if isinstance(step, FinetuneStep) or source.root is None or own_manifest(source) is None:
+    if step.trains or source.root is None or own_manifest(source) is None:
         return
     path = source.root / METRICS
     if path.is_file() and not path.is_symlink():  # which might lead out of the folder
@@ -295,11 +295,11 @@ def _trained_on(settings: dict[str, Any] | None, earlier: Manifest | None) -> tu
 
 def _draw(folder: Path, found: Report, *, ours: bool) -> bool:
     """Draw the card's figure, unless somebody else's files are where it would be."""
-    path = folder / figure.FIGURE
+    path = folder / charts.FIGURE
     if path.exists() and not ours:
         return False
     path.parent.mkdir(exist_ok=True)
-    write_text(path, figure.render(found))
+    write_text(path, charts.sparsity_figure(found))
     fsync(path.parent)
     return True
 
@@ -307,11 +307,8 @@ def _draw(folder: Path, found: Report, *, ours: bool) -> bool:
 def recorded(step: Step) -> dict[str, Any]:
     """What the manifest says made OUT: the step's settings, and the hashes of the data that it read."""
     settings = step.recorded()
-    if isinstance(step, FinetuneStep):
-        from lpsparse.training.data import digests, held_out_of
+    if is_training(step):
+        from lpsparse.training.data import recorded_data
 
-        settings["data"], held = digests(step.data, step.split), held_out_of(step)
-        if held is not None:
-            settings["eval_data"] = digests(*held)
-            settings["eval_split"] = step.eval_split or (None if step.eval_data else held[1])
-    return {type(step).__name__.removesuffix("Step").lower(): settings}
+        settings |= recorded_data(step)
+    return {step.command: settings}

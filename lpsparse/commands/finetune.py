@@ -20,7 +20,7 @@ from lpsparse.parallel.threads import using_threads
 from lpsparse.pruning.targets import Decision, choose, no_match, refuse_quantised
 from lpsparse.reporting.estimate import estimate
 from lpsparse.reporting.records import Report
-from lpsparse.reporting.words import drained_of
+from lpsparse.reporting.summary import drained_of
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import as_launched
 from lpsparse.training import memory

@@ -7,12 +7,12 @@ from lpsparse.checkpoint.preflight import check_output
 from lpsparse.commands.artefact import Say, called_after
 from lpsparse.commands.results import FileSize, RemotePreview, TensorOutlook
 from lpsparse.families import LAYOUTS
-from lpsparse.pruning.plan import Outlook, plan_unread
-from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
+from lpsparse.pruning.plan import plan_unread
+from lpsparse.pruning.targets import Chosen, choose, kept_in_words, refuse_quantised
 from lpsparse.reporting.estimate import estimate, report_of
 from lpsparse.reporting.records import Report
 from lpsparse.steps.pack import PackStep, UnpackStep
-from lpsparse.steps.prune import PruneStep, pair
+from lpsparse.steps.prune import PruneStep
 
 
 def foretell(
@@ -40,20 +40,6 @@ def say_left(source: Checkpoint, say: Say) -> None:
         say(f"would be left behind: {', '.join(left)}")
 
 
-def foreseen(source: Checkpoint, step: PruneStep) -> Outlook:
-    """What the step would cut, as far as names and shapes tell."""
-    return plan_unread(
-        source,
-        sparsity=step.sparsity,
-        n_m=pair(step.n_m),
-        block=pair(step.block),
-        scope=step.scope,
-        include=step.include,
-        exclude=step.exclude,
-        look=step.look,
-    )
-
-
 def foretell_unread(step: PruneStep, say: Say) -> RemotePreview:
     """What can be known of `step` without downloading MODEL."""
     from lpsparse.hub.headers import read_remote
@@ -64,8 +50,9 @@ def foretell_unread(step: PruneStep, say: Say) -> RemotePreview:
     source = remote.checkpoint
     refuse_quantised(source)
     check_output(step.out, source, source.dense_bytes, overwrite=step.overwrite)
-    plan = foreseen(source, step)
-    say(kept_in_words(plan.chosen))
+    chosen = choose(source, step.include, step.exclude, always_look=step.look)
+    plan = plan_unread(source, step, chosen)
+    say(kept_in_words(chosen))
     say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
     if plan.zeros is None:
         say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
@@ -83,8 +70,8 @@ def foretell_unread(step: PruneStep, say: Say) -> RemotePreview:
             tensor.shape,
             tensor.file,
             tensor.nbytes,
-            plan.chosen[tensor.name].prunable,
-            plan.chosen[tensor.name].reason,
+            chosen[tensor.name].prunable,
+            chosen[tensor.name].reason,
             plan.each.get(tensor.name),
         )
         for tensor in source.tensors
@@ -96,7 +83,7 @@ def foretell_unread(step: PruneStep, say: Say) -> RemotePreview:
         files=tuple(FileSize(name, size) for name, size in remote.files.items()),
         download_bytes=remote.download_bytes,
         weights=sum(tensor.size for tensor in source.tensors),
-        prunable_weights=sum(each.size for each in source.tensors if plan.chosen[each.name].prunable),
+        prunable_weights=sum(each.size for each in source.tensors if chosen[each.name].prunable),
         zeros_at_least=plan.zeros,
         estimate=needs,
         tensors=tuple(tensors),

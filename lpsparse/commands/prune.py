@@ -15,15 +15,15 @@ from lpsparse.commands.artefact import Say, called_after, check_left, emptied, s
 from lpsparse.commands.base import on_threads, opened, silent
 from lpsparse.commands.checks import Checked, Held, without_unknown
 from lpsparse.commands.pack import say_nonfinite
-from lpsparse.commands.preview import foreseen, foretell, foretell_unread, say_left
+from lpsparse.commands.preview import foretell, foretell_unread, say_left
 from lpsparse.commands.results import RemotePreview
 from lpsparse.parallel.threads import on_rank_0
-from lpsparse.pruning.plan import Plan, plan_prune
-from lpsparse.pruning.targets import Chosen, kept_in_words, refuse_quantised
+from lpsparse.pruning.plan import Plan, plan_prune, plan_unread
+from lpsparse.pruning.targets import Chosen, choose, kept_in_words, refuse_quantised
 from lpsparse.reporting.measure import own_quality
 from lpsparse.reporting.records import Report
-from lpsparse.reporting.words import drained
-from lpsparse.steps.prune import PruneStep, pair
+from lpsparse.reporting.summary import drained
+from lpsparse.steps.prune import PruneStep
 
 
 @on_threads
@@ -46,7 +46,8 @@ def check(step: PruneStep, held: Held) -> Checked:
     """What is known of the step before it runs. Raises what it would raise for names and shapes."""
     refuse_quantised(held.checkpoint)
     step, notes = without_unknown(step, held, "include", "exclude", renamed=held.renamed)
-    chosen = foreseen(held.checkpoint, step).chosen
+    chosen = choose(held.checkpoint, step.include, step.exclude, always_look=step.look)
+    plan_unread(held.checkpoint, step, chosen)
     return Checked(chosen, notes, held.renamed)
 
 
@@ -107,19 +108,8 @@ def _opened(step: PruneStep, say: Say) -> Checkpoint:
 
 
 def _plan(step: PruneStep, source: Checkpoint, say: Say) -> tuple[Plan, Chosen]:
-    plan = plan_prune(
-        source,
-        sparsity=step.sparsity,
-        below=step.below,
-        gap=step.gap,
-        n_m=pair(step.n_m),
-        block=pair(step.block),
-        scope=step.scope,
-        include=step.include,
-        exclude=step.exclude,
-        look=step.look,
-    )
-    chosen = {name: tensor.decision for name, tensor in plan.tensors.items()}
+    chosen = choose(source, step.include, step.exclude, always_look=step.look)
+    plan = plan_prune(source, step, chosen)
     say(kept_in_words(chosen))
     if plan.band is not None:
         band = plan.band

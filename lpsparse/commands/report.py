@@ -42,7 +42,7 @@ _OF_FILES = ("base", "weights", "key", "include", "exclude", "spectra")  # what 
 
 @on_threads
 def report_step(step: ReportStep, say: Say = silent) -> Report:
-    """MODEL may be a report.json, too: what it says, with the budgets checked anew."""
+    """Measure MODEL and check budgets. If MODEL is a report.json, only the budgets are checked again."""
     found = _reread(step) if is_report(step.model) else _measured(step, say)
     if step.baseline is not None:
         found = check_baseline(found, read_report(step.baseline), step)
@@ -70,17 +70,19 @@ def check(step: ReportStep, held: Held) -> Checked:
 
 
 def report_on(model: str | Path) -> Report:
-    """The report of a checkpoint, with no budgets."""
+    """The report of a checkpoint without budgets."""
     return report_step(resolve(ReportStep, {"model": str(model)}))
 
 
 def write_report(step: ReportStep, files: Mapping[str, Path], say: Say = silent) -> Report:
-    """`report_step`, with its views in these files. Raises UsageError and OutputError for files that cannot
-    all be written. Where there is no report, what an earlier run left in them gets `.old` behind its name."""
+    """`report_step`, written to these files by view. Raises UsageError and OutputError for files that cannot
+    be written. If there is no report, files of an earlier run are renamed to `.old`."""
     places = [path.resolve() for path in files.values()]
     twice = [str(path) for path in files.values() if places.count(path.resolve()) > 1]
     if twice:
-        raise UsageError(292, f"{twice[0]}: two views cannot go to one place", hint="give each its own FILE")
+        raise UsageError(
+            292, f"{twice[0]}: two views cannot be written to one file", hint="give each its own FILE"
+        )
     for path in files.values():
         read = (step.model, step.base, None if step.baseline is None else str(step.baseline))
         check_report_file(path, read)
@@ -108,11 +110,11 @@ def _reread(step: ReportStep) -> Report:
 
 
 def check_reread(step: ReportStep) -> None:
-    """Raises UsageError for what a report that was written cannot tell."""
+    """Raises UsageError for settings that need the checkpoint itself."""
     given = [flag(name) for name in _OF_FILES if not step.at_default(name)]
     if given:
-        what = f"{step.model}: a report, which is not measured again: {', '.join(given)} cannot be had of it"
-        raise UsageError(291, what, hint="give the checkpoint itself")
+        what = f"{step.model}: is a report.json; {', '.join(given)} needs the checkpoint itself"
+        raise UsageError(291, what, hint="give the checkpoint as MODEL")
 
 
 def _measured(step: ReportStep, say: Say) -> Report:

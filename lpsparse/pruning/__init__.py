@@ -1,1 +1,1 @@
-"""What is cut: decide from the files alone, in constant memory, then apply. Never imports torch."""
+"""Decide which weights go, from files alone and in constant memory, then cut them. Never imports torch."""

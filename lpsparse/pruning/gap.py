@@ -40,7 +40,7 @@ class Band:
 
 
 def find_band(group: list[Scored], *, wide: bool) -> tuple[Band | None, Band | None]:
-    """The widest band that counts, and the widest one that fails by its width (for the message). Two passes.
+    """The widest band that counts, and the widest one that is too narrow (for the message). Two passes.
 
     Bins are the upper 16 bits of a key (about 0.4 % wide in f32), so candidates are runs of empty bins; the
     second pass takes the exact magnitudes at both edges of every candidate.
@@ -86,7 +86,7 @@ def _count(task: Task, shift: int, wide: bool) -> Counts:
 
 
 def _ends(task: Task, bins: set[int], shift: int, wide: bool) -> dict[int, tuple[int, int]]:
-    """The smallest and the largest key in each of some bins, where there is one."""
+    """The smallest and the largest key in each of these bins that is not empty."""
     ends: dict[int, tuple[int, int]] = {}
     for keys in _keys(task, wide):
         places = keys >> keys.dtype.type(shift)

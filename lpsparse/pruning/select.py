@@ -52,7 +52,7 @@ Task = tuple[Scored, int, int]  # rows first..last of a tensor
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """What is cut: all scores below a key, and of those that equal it the first few of each tensor."""
+    """The cut: all scores below a key, and in each tensor the first few that equal it."""
 
     key: int
     ties: dict[str, int]
@@ -209,47 +209,3 @@ def _sample(scored: Scored, size: int, wide: bool) -> Bits:
         codes = np.concatenate([c.ravel() for c in scored.blocks(row, min(row + run, scored.rows))])
         found.append(magnitudes(codes[:: max(1, codes.size // each)], scored.dtype, wide=wide))
     return np.concatenate(found)
-
-
-def cut_smallest(block: Bits, codes: Bits, threshold: int, ties: int) -> int:
-    """Set to +0 in place what is below `threshold`,
-    and the first `ties` that equal it; how many ties were cut."""
-    np.multiply(block, codes >= codes.dtype.type(threshold), out=block)
-    if not ties:
-        return 0
-    equal = np.flatnonzero(codes.ravel() == codes.dtype.type(threshold))[:ties]
-    block.reshape(-1)[equal] = 0
-    return equal.size
-
-
-def cut_rows(block: Bits, codes: Bits, sparsity: Decimal) -> None:
-    """Zero the smallest of each row of (rows, columns) in place, ties by position; exact in every row."""
-    columns = block.shape[1]
-    wanted = floor(sparsity * columns)
-    if wanted == 0:
-        block[codes == 0] = 0  # -0
-        return
-    kth = np.partition(codes, wanted - 1, axis=1)[:, wanted - 1 : wanted]  # (rows, 1); 0 where more are zero
-    below, equal = codes < kth, codes == kth
-    left = wanted - np.count_nonzero(below, axis=1)[:, None]
-    first = np.where(kth == 0, columns, left)
-    np.multiply(block, ~(below | (equal & (np.cumsum(equal, axis=1) <= first))), out=block)
-
-
-def cut_n_m(block: Bits, codes: Bits, n: int, m: int) -> None:
-    """Leave at most `n` non-zeros, the largest, in each `m` neighbours of a row, in place; ties by
-    position."""
-    groups = [np.ascontiguousarray(codes.reshape(-1, m)[:, i]) for i in range(m)]
-    ranks = [np.zeros(len(groups[0]), np.uint16) for _ in range(m)]  # how many of the group are cut before it
-    for j in range(m):
-        for i in range(j):
-            first = groups[i] <= groups[j]
-            ranks[j] += first
-            ranks[i] += ~first
-    kept = np.stack([rank >= m - n for rank in ranks], axis=1)
-    np.multiply(block, kept.reshape(block.shape), out=block)
-
-
-def cut_blocks(block: Bits, keep: Bits, rows: int, columns: int) -> None:
-    """Zero the blocks of `rows` x `columns` whose entry in `keep` is False, in place."""
-    np.multiply(block, keep.repeat(rows, axis=0).repeat(columns, axis=1), out=block)

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint may be cut, and why the others are kept; checkpoints that are quantised."""
+"""Choose the tensors that may be cut, with a reason for each; find and refuse quantised checkpoints."""
 
 import re
 from collections import Counter
@@ -44,7 +44,7 @@ _IN_SHORT = {  # reasons, as what such tensors are called, by ones and more
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is done with one tensor. The reason is its role, or what overrules that."""
+    """Whether a tensor may be cut. The reason is its role, or what overrules it."""
 
     prunable: bool
     reason: str
@@ -56,7 +56,7 @@ Chosen = dict[str, Decision]
 
 
 def recorded(prunable: bool, reason: str) -> Decision:
-    """What a manifest says of a tensor. The reason is the role, where nothing overruled that."""
+    """The decision that a manifest records. The reason is the role, unless something overruled it."""
     return Decision(prunable, reason, reason if reason in ROLES else "unknown", "the manifest")
 
 
@@ -121,7 +121,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 @cache
 def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """All patterns as one: of tens of thousands of names."""
+    """All patterns as one, for tens of thousands of names."""
     return re.compile("|".join(translate(pattern) for pattern in patterns))
 
 
@@ -168,7 +168,7 @@ def check_chosen(
 
 
 def no_match(flag: str, pattern: str, names: Iterable[str]) -> UsageError:
-    """For a pattern that matches nothing."""
+    """The error for a pattern that matches nothing, with the nearest name."""
     known = list(names)
     near = get_close_matches(pattern, known, n=1, cutoff=0.5)
     words = [word for word in re.split(r"[*?.\[\]]+", pattern) if word]  # *.mpl.* is near what has an mlp
@@ -198,7 +198,7 @@ def kept_in_words(table: Chosen) -> Brief:
 
 
 def _told(table: Chosen) -> str:
-    """What told the roles, where it was more than names and shapes."""
+    """The source of the roles, if it was more than names and shapes."""
     counts = Counter(decision.by for decision in table.values())
     guessed = counts.pop("a guess", 0)
     others = [by for by in counts if by not in ("names and shapes", "the rule", "the manifest")]
@@ -209,7 +209,7 @@ def _told(table: Chosen) -> str:
 
 
 def in_short(why: str, count: int = 1) -> str:
-    """What tensors that are kept for this reason are called."""
+    """A name for tensors that are kept for this reason."""
     if why.endswith(_NOT_FLOAT):
         one = "integer buffer" if re.match("[IU][0-9]", why) else "buffer without floats"
         return one if count == 1 else one.replace("buffer", "buffers")
@@ -296,11 +296,11 @@ def refuse_quantised(source: Checkpoint) -> None:
         what = f"{source.name}: is quantised ({method}), which cannot be pruned or trained{shown}{more}"
         if rescued:
             what = f"{source.name}: is sparse and quantised ({method}), which cannot be unpacked{shown}{more}"
-        raise InputError(337, what, hint="take the model that it was quantised from, or dequantise it")
+        raise InputError(337, what, hint="use the model before quantisation, or dequantise it")
 
 
 def _configured(folder: Path | None) -> str | None:
-    """What config.json calls its quantisation, at its top or in a part such as text_config."""
+    """The quantisation that config.json names, at its top or in a part such as text_config."""
     config = config_of(folder)
     parts: list[Any] = [config, *config.values()]
     for settings in (part.get(key) for part in parts if isinstance(part, dict) for key in CONFIGS):

@@ -153,9 +153,17 @@ def is_finished(step: Any) -> bool:
             record.name in files and digest(files[record.name], step.out) == record
             for record in manifest.files
         )
-        return whole and manifest.recipe == recorded(step) and _same_source(manifest, step)
+        return whole and _same_settings(manifest, step) and _same_source(manifest, step)
     except (InputError, OSError):
         return False
+
+
+def _same_settings(manifest: Manifest, step: Any) -> bool:
+    """A setting that was not there when the manifest was written had its default."""
+    (name, wanted), *_ = recorded(step).items()
+    known = manifest.recipe.get(name, {})
+    added = {key: value for key, value in wanted.items() if key not in known and step.at_default(key)}
+    return {**known, **added} == wanted and list(manifest.recipe) == [name]
 
 
 def _same_source(manifest: Manifest, step: Any) -> bool:

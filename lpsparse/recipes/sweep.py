@@ -20,7 +20,7 @@ from lpsparse.recipes.file import read_recipe
 from lpsparse.recipes.outputs import check_free, set_aside
 from lpsparse.recipes.plan import Link, made_keys, planned
 from lpsparse.recipes.run import Done, Say
-from lpsparse.reporting.curve import draw
+from lpsparse.reporting.charts import sweep_figure
 from lpsparse.reporting.records import Budget, Report
 from lpsparse.steps.base import Step, about, fraction
 
@@ -261,5 +261,5 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
     writer = csv.DictWriter(table, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(found["rows"])
-    for name, text in zip(_FILES, (as_json(found), table.getvalue(), draw(found)), strict=True):
+    for name, text in zip(_FILES, (as_json(found), table.getvalue(), sweep_figure(found)), strict=True):
         write_beside(folder / name, text)

@@ -1,4 +1,4 @@
-"""The model card README.md of OUT: what was done, in the words of the Hugging Face hub's metadata."""
+"""Write the model card, README.md of OUT, with the metadata of the Hugging Face hub."""
 
 import re
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ from jinja2 import Environment, StrictUndefined
 from lpsparse import __version__
 from lpsparse.checkpoint.hub import is_hub_id
 from lpsparse.checkpoint.manifest import EarlierStep, Quality, Source, last_training
-from lpsparse.reporting.base_card import read_base_card
-from lpsparse.reporting.figure import FIGURE
+from lpsparse.errors import UsageError
+from lpsparse.reporting.charts import FIGURE
 from lpsparse.reporting.markdown import code
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.summary import change_of, interval
 from lpsparse.reporting.text import clean, percent, shorten
-from lpsparse.reporting.words import change_of, interval
+from lpsparse.safe_yaml import read_yaml
 
 _LINK = re.compile(r"://|www\.|\S@\S+\.", re.IGNORECASE)  # with a dot behind it, @ makes an address
 Settings = dict[str, Any]
@@ -26,6 +27,18 @@ _HUB_TASKS = {  # ours in the hub's words (https://huggingface.co/tasks)
     "text-classification": "text-classification",
     "image-classification": "image-classification",
 }
+_MOST_BYTES = 4_000_000  # of the file that are looked at; cards with tables of results have hundreds of kB
+_MOST_TAKEN = 20_000  # letters of the fields that are wanted
+_MOST_ITEMS = 200
+_NAME = r"[A-Za-z0-9][\w.+-]{0,95}"
+_ONE = {
+    "license": _NAME,
+    "license_name": _NAME,
+    "pipeline_tag": r"[a-z][a-z0-9-]{0,59}",
+    "license_link": rf"https://[\w./%#?=&+-]{{1,300}}|{_NAME}",
+}
+_MANY = {"language": r"[A-Za-z]{2,12}([-_][A-Za-z0-9]{1,8})*", "datasets": rf"{_NAME}(/{_NAME})?"}
+_WANTED = re.compile(rf"^({'|'.join((*_ONE, *_MANY))}):.*\n(?:(?:[ \t-].*)?\n)*", re.MULTILINE)
 
 
 def render(
@@ -40,8 +53,8 @@ def render(
     lost: bool = False,
 ) -> str:
     """Markdown with metadata. Names from a checkpoint are escaped; the licence, and what else is still true,
-    is copied from `base_card` if it is there. `recipe` made the model, of what the `earlier` steps had made,
-    the last finetune of which measured `quality`; with `lost` there was one of the source."""
+    is copied from `base_card` if it exists. `recipe` made the model after the `earlier` steps, the last
+    finetune of which measured `quality`. `lost`: a quality of the source is no longer valid."""
     # Markdown, not HTML: escaping is done by the md filter where text comes from outside.
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"md": escape, "percent": percent}
@@ -104,7 +117,7 @@ def _metadata(
 def _results(
     report: Report, quality: tuple[Quality, ...], copied: Settings, trained: Settings
 ) -> list[dict[str, Any]]:
-    """What the index of results has of each figure, dense and sparse; nothing where the task is not known."""
+    """The hub's entry for each result, dense and sparse; none if the task is unknown."""
     data: Any = trained.get("eval_data") or trained.get("data") or {}
     names = ", ".join(map(str, data)) if isinstance(data, dict) else ""  # pyright: ignore[reportUnknownArgumentType]
     found: list[dict[str, Any]] = []
@@ -128,7 +141,7 @@ def _results(
 
 
 def _hub_task(trained: Settings, copied: Settings) -> str | None:
-    """What the model is for, in the hub's words: what it was trained for last, else what its base is for."""
+    """The hub's name of the task that the model was last trained for, else that of its base."""
     return _HUB_TASKS.get(str(trained.get("task")), copied.get("pipeline_tag"))
 
 
@@ -143,8 +156,54 @@ def _fenced(recipe: Settings | list[Settings]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is, on one line. What would become a link is code."""
+    """Escape text so that Markdown shows it unchanged, on one line. A link becomes code."""
     if _LINK.search(text):
         return code(text)
     printable = "".join(char if char.isprintable() else "?" for char in text)
     return "".join(f"\\{char}" if char in "\\`*_{}[]()#+!|<>" else char for char in printable)
+
+
+def read_base_card(path: Path) -> dict[str, Any]:
+    """What the base model's card says of its licence, language, data and task: copied, never invented.
+
+    The card is somebody else's text: a field in another form than the hub documents is left out."""
+    found = _checked(_metadata_of(path))
+    if "license" not in found:  # its name and link alone say nothing
+        found = {key: value for key, value in found.items() if not key.startswith("license")}
+    return found
+
+
+def _metadata_of(path: Path) -> dict[Any, Any]:
+    """The wanted fields of a card's metadata, unchecked."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        text = file.read(_MOST_BYTES).decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    block = re.match(r"\s*---[ \t]*\n(.*?\n)---[ \t]*(\n|$)", text, re.DOTALL)
+    taken = "".join(each.group() for each in _WANTED.finditer(block.group(1))) if block else ""
+    if len(taken) > _MOST_TAKEN:
+        return {}
+    try:
+        table = read_yaml(taken, path.name)
+    except UsageError:
+        return {}
+    return table if isinstance(table, dict) else {}  # pyright: ignore[reportUnknownVariableType]
+
+
+def _checked(table: dict[Any, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, pattern in _ONE.items():
+        value = table.get(key)
+        if isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII):
+            found[key] = value
+    for key, pattern in _MANY.items():
+        value = table.get(key)
+        items: list[Any] = value if isinstance(value, list) else [value]
+        items = [
+            "no" if each is False and key == "language" else each for each in items
+        ]  # Norwegian, to YAML
+        given = [each for each in items[:_MOST_ITEMS] if isinstance(each, str)]
+        given = [each for each in given if re.fullmatch(pattern, each, re.ASCII)]
+        if given:
+            found[key] = given
+    return found

@@ -1,5 +1,5 @@
-"""A checkpoint beside the one that it was made from, value by value: what was cut, at which magnitude, what
-came back, and what changed most."""
+"""Compare a checkpoint with its BASE, value by value: what was cut, at which magnitude, what was revived, and
+what changed most."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -34,8 +34,8 @@ class _Sums:
 
 
 def changes(checkpoint: Checkpoint, base: Checkpoint, names: Mapping[str, str]) -> dict[str, Change]:
-    """By name here, of each tensor of floats that both have in the same shape. `names` are BASE's -> ours.
-    Where dtypes differ, values are compared."""
+    """The change of each tensor of floats that both have in the same shape, by our name. `names` maps BASE's
+    names to ours. If dtypes differ, values are compared."""
     theirs = {names[tensor.name]: tensor for tensor in base.tensors if tensor.name in names}
     pairs = [(tensor, theirs[tensor.name]) for tensor in checkpoint.tensors if tensor.name in theirs]
     pairs = [(ours, other) for ours, other in pairs if _alike(ours, other)]
@@ -53,7 +53,7 @@ def _alike(ours: Tensor, other: Tensor) -> bool:
 
 
 def _tasks(ours: Tensor, other: Tensor) -> list[tuple[int, int]]:
-    """Ranges of values that lie in whole lines of both."""
+    """Ranges of values that are complete lines in both."""
     wide = math.lcm(ours.grid[1], other.grid[1])  # it divides a row
     lines = ours.size // wide
     step = max(1, _TASK_BYTES // max(wide * DTYPES[ours.dtype].storage.itemsize, 1))

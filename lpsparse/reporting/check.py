@@ -1,4 +1,4 @@
-"""Does a folder still hold what its manifest says, and only what its source did? Read from files alone."""
+"""Check from files alone that a folder matches its manifest, and its source except for zeros."""
 
 from collections.abc import Iterator
 from pathlib import Path

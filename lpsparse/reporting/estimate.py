@@ -1,4 +1,4 @@
-"""What a run would write, and what it would take of disk, memory and time: for dry runs."""
+"""Estimate the output, disk, memory and time of a run, for --dry-run."""
 
 import hashlib
 import shutil
@@ -91,7 +91,7 @@ def estimate(
 
 
 def _hash_seconds() -> float:
-    """Of a byte, on this machine."""
+    """Seconds per byte of sha256 on this machine."""
     probe = bytes(_PROBE_BYTES)
     began = perf_counter()
     hashlib.sha256(probe).digest()

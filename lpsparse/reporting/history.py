@@ -1,4 +1,4 @@
-"""What earlier runs wrote: a report.json, and the curves of a training."""
+"""Read what earlier runs wrote: a report.json, and the curves of a training."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ _VERSION = 1
 
 
 def is_report(model: str) -> bool:
-    """Whether MODEL is a report and no checkpoint."""
+    """Whether MODEL is a report and not a checkpoint."""
     return is_report_name(model) and Path(model).is_file()
 
 
@@ -31,7 +31,7 @@ def read_report(path: Path) -> Report:
     if not path.is_file():
         raise InputError(356, f"{path}: no such report", hint=hint)
     if path.stat().st_size > _MOST_BYTES:
-        raise InputError(356, f"{path}: {path.stat().st_size:,} bytes are no report", hint=hint)
+        raise InputError(356, f"{path}: {path.stat().st_size:,} bytes are too many for a report", hint=hint)
     try:
         table = unique_json(path.read_bytes())
     except OSError as error:
@@ -40,7 +40,7 @@ def read_report(path: Path) -> Report:
         raise InputError(356, f"{path}: not valid JSON: {error}", hint=hint) from None
     version = table.get("schema_version") if isinstance(table, dict) else None
     if version != _VERSION:
-        what = f"{path}: no report of schema_version {_VERSION} (it has {str(version)[:20]})"
+        what = f"{path}: expected schema_version {_VERSION}, found {str(version)[:20]}"
         raise InputError(357, what, hint="upgrade lpsparse" if isinstance(version, int) else hint)
     try:
         found = Report.model_validate(table)
@@ -49,7 +49,7 @@ def read_report(path: Path) -> Report:
         where = ".".join(map(str, first["loc"]))
         raise InputError(356, f"{path}: {where}: {first['msg']}", hint=hint) from None
     if found.estimate is not None:
-        raise InputError(356, f"{path}: of a dry run: there is no such model", hint="report the model itself")
+        raise InputError(356, f"{path}: of a dry run: there is no such model", hint="give the model itself")
     return found
 
 
@@ -69,7 +69,7 @@ def read_history(folder: Path | None) -> tuple[Point, ...]:
         return ()
     hint = f"put the right file back, or delete {METRICS}: nothing else needs it"
     if path.stat().st_size > _MOST_CURVE_BYTES:
-        raise InputError(355, f"{path}: {path.stat().st_size:,} bytes are no metrics", hint=hint)
+        raise InputError(355, f"{path}: {path.stat().st_size:,} bytes are too many for metrics", hint=hint)
     with path.open("rb") as file:
         count = sum(1 for _ in file)
         file.seek(0)
@@ -83,4 +83,4 @@ def _point(path: Path, i: int, line: bytes, hint: str) -> Point:
         table: Any = json.loads(line)
         return Point.model_validate({key: table[key] for key in Point.model_fields})
     except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
-        raise InputError(355, f"{path}: line {i + 1} is no line of metrics", hint=hint) from None
+        raise InputError(355, f"{path}: line {i + 1} is not a line of metrics", hint=hint) from None

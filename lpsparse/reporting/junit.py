@@ -1,11 +1,11 @@
-"""The report as JUnit XML: one test case a budget, and one a check that needs no budget."""
+"""Write the report as JUnit XML: one test case per budget, and one per check that needs no budget."""
 
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lpsparse.reporting.budgets.check import FINITE
 from lpsparse.reporting.records import Report
+from lpsparse.reporting.summary import budget_name, budget_row, lost_of, nonfinite, state, verdict
 from lpsparse.reporting.text import clean, harmless, shorten
-from lpsparse.reporting.words import budget_name, budget_row, lost_of, nonfinite, state, verdict
 
 _NAME = 200
 _ALERT = 1000
@@ -13,7 +13,7 @@ _MOST_NAMES = 20
 
 
 def render(report: Report) -> str:
-    """A test suite that fails where the report does, and nowhere else."""
+    """A test suite that fails exactly if the report does."""
     suite = Element("testsuite", name=f"lpsparse {_text(report.model)}")
     for budget in report.budgets:
         if budget.name == FINITE:
@@ -64,7 +64,7 @@ def _all_there(report: Report, suite: Element) -> None:
 
 
 def _manifest(report: Report, suite: Element) -> None:
-    """A report is refused where the manifest does not match, so there is none that fails."""
+    """Never fails: a report is refused if the manifest does not match."""
     case = SubElement(
         suite, "testcase", classname="lpsparse.checks", name="weights are those of the manifest"
     )
@@ -73,5 +73,5 @@ def _manifest(report: Report, suite: Element) -> None:
 
 
 def _text(text: str, most: int = _NAME) -> str:
-    """XML allows no control characters, however they are escaped. A line may begin with it."""
+    """Text without control characters, which XML forbids even escaped, and without commands."""
     return harmless(shorten(clean(text), most))

@@ -1,13 +1,12 @@
-"""The report as GitHub's Markdown: for the summary of a step, and for a comment on a pull request.
+"""Write the report as GitHub's Markdown, for the summary of a step and for a comment on a pull request.
 
-Names are code: what a checkpoint says cannot become a link, a mention, HTML or a column."""
+Names are code: text from a checkpoint cannot become a link, a mention, HTML or a column."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from lpsparse.reporting.records import Report, TensorRow
-from lpsparse.reporting.text import clean, percent, shorten, size
-from lpsparse.reporting.words import (
+from lpsparse.reporting.summary import (
     alerts,
     apart_in_words,
     budget_name,
@@ -27,6 +26,7 @@ from lpsparse.reporting.words import (
     stores,
     verdict,
 )
+from lpsparse.reporting.text import clean, percent, shorten, size
 
 MARKER = "<!-- lpsparse-report -->"  # by which a comment is found again, to be replaced
 SUMMARY_BYTES = 900 * 1024  # GitHub drops a step's summary whole when it is over 1,024 KiB
@@ -39,11 +39,11 @@ _NAME = 120
 _CODE = re.compile(r"[\w./:+\[\](),=%?*… -]*[\w./:+\[\](),=%?*-]")  # means nothing between back-ticks
 _PLAIN = re.compile(r"[\w .,;:?()%'`/=+-]*")
 _LINK = re.compile(r"://|www\.|::", re.IGNORECASE)
-_TENSORS = ("tensor", "dtype", "weights", "zero", "bytes", "")
+_TENSORS = ("tensor", "dtype", "weights", "zero", "bytes", "pruning")
 
 
 def render(report: Report, most_bytes: int = SUMMARY_BYTES) -> str:
-    """Verdict first; what is too long is left out, and it is said that it is."""
+    """Verdict first. Sections that are too long are left out, with a note."""
     largest = sorted(range(len(report.tensors)), key=lambda i: -report.tensors[i].weights)[:_MOST_ROWS]
     shown = [report.tensors[i] for i in sorted(largest)]
     sections = {
@@ -59,7 +59,7 @@ def render(report: Report, most_bytes: int = SUMMARY_BYTES) -> str:
         lines = list(section)
         added = "\n".join(("", f"### {title}", "", *lines, ""))
         if len((text + added).encode()) > most_bytes - _KEPT_BYTES:
-            added = f"\n### {title}\n\nToo long to stand here: see report.json.\n"
+            added = f"\n### {title}\n\nToo long for this page: see report.json.\n"
         text += added if lines else ""
     kept = set(largest)
     rest = [row for i, row in enumerate(report.tensors) if i not in kept]
@@ -67,12 +67,12 @@ def render(report: Report, most_bytes: int = SUMMARY_BYTES) -> str:
 
 
 def comment(report: Report) -> str:
-    """For a pull request: with a mark by which it is found again, and short enough."""
+    """For a pull request: short enough, with a marker to find it by."""
     return f"{MARKER}\n{render(report, COMMENT_BYTES - len(MARKER) - 1)}"
 
 
 def code(text: str) -> str:
-    """Text from outside as code, on one line. Signs that mean something are entities."""
+    """Text from outside as code on one line. Characters with a meaning are entities."""
     text = shorten(clean(text), _NAME)
     if _CODE.fullmatch(text) and not text.startswith(" "):
         return f"`{text}`"
@@ -81,7 +81,7 @@ def code(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A sentence of ours, which an edited report.json may have replaced: then it is code."""
+    """A sentence of ours. If an edited report.json has other text, it becomes code."""
     text = shorten(clean(text), 400)
     if _PLAIN.fullmatch(text) and not _LINK.search(text) and text.count("`") % 2 == 0:
         return text
@@ -131,16 +131,16 @@ def _totals(report: Report) -> Iterator[str]:
         at = cut_at(sums)
         rows += [("changes", in_figures(sums)), *([("cut", at)] if at else [])]
         if sums.moved is not None:
-            rows.append(("largest change", f"{largest_change(sums.moved)} of {code(sums.moved.name)}"))
+            rows.append(("largest change", largest_change(sums.moved, code(sums.moved.name))))
     if report.base is not None:
         rows += [(name, code(names)) for name, names in apart_in_words(report.base)]
     rows += [(name, f"{plain(value)} of {code(tensor)}") for name, value, tensor in singular(report)]
-    yield from table(("", ""), rows)
+    yield from table(("figure", "value"), rows)
     yield from ("", f"Counted: {plain(report.rule)}.")
 
 
 def _quality(report: Report) -> Iterator[str]:
-    """Before and after, with 95 % intervals where standard errors are recorded."""
+    """Before and after, with 95 % intervals if standard errors are recorded."""
     body: list[Sequence[str]] = []
     for each in report.quality[:_MOST_LINES]:
         before, after = interval(each.before, each.before_error), interval(each.after, each.after_error)
@@ -162,7 +162,7 @@ def _quality(report: Report) -> Iterator[str]:
         body.append(("weight files", *held, f"{base.bytes_ratio:.3f} of it", of))
     if not body:
         return
-    yield from table(("", "before", "after", "", "of"), body)
+    yield from table(("figure", "before", "after", "change", "measured on"), body)
     if any(each.after_error is not None for each in report.quality):
         yield from ("", "± is half of a 95 % interval: 1.96 standard errors, examples taken as independent.")
 
@@ -189,7 +189,7 @@ def _missing(report: Report) -> Iterator[str]:
 
 
 def _fold(rows: list[TensorRow], most_bytes: int) -> str:
-    """The other tensors, folded away: as many as fit."""
+    """The other tensors in a closed section, as many as fit."""
     if not rows:
         return ""
     lines = ["", f"<details><summary>The other {len(rows):,} tensors</summary>", "", *table(_TENSORS, ())]
@@ -199,7 +199,7 @@ def _fold(rows: list[TensorRow], most_bytes: int) -> str:
         line = _row(_tensor(row))
         left -= len(line.encode()) + 1
         if left < 0:
-            end.insert(1, f"... and {len(rows) - i:,} more, for which there is no room: see report.json.\n")
+            end.insert(1, f"... and {len(rows) - i:,} more: see report.json.\n")
             break
         lines.append(line)
     return "\n".join([*lines, *end])

@@ -1,4 +1,4 @@
-"""Measure a checkpoint from its files, in one streaming pass: what every view and every budget is made of."""
+"""Measure a checkpoint from its files in one streaming pass, for all views and budgets."""
 
 import hashlib
 from dataclasses import replace
@@ -56,9 +56,8 @@ def measure(
     counts: dict[str, Count] | None = None,
     patterns: bool = True,
 ) -> Report:
-    """Look at every value of every tensor, unless `counts` has the zeros, which are all that is told then.
-    `chosen` says what is prunable; by default the names and patterns do. Without `patterns` none are looked
-    for among the zeros.
+    """Read every value of every tensor, unless `counts` has the zeros: then the report has nothing more.
+    `chosen` says what is prunable; by default names and patterns do. `patterns`: look for patterns of zeros.
     """
     if chosen is None:
         chosen = prunable_of(checkpoint, include, exclude)
@@ -96,7 +95,7 @@ def measure(
 
 
 def _opens_with(checkpoint: Checkpoint) -> str:
-    """By what the files say: config.json tells the library that builds a model of it."""
+    """The readers that open these files. config.json says which library builds the model."""
     if checkpoint.is_torch:
         return _TORCH
     config = config_of(checkpoint.root)
@@ -116,8 +115,8 @@ def prunable_of(
     strict: bool = True,
     always_look: bool = False,
 ) -> Chosen:
-    """What the manifest says is prunable, when lpsparse wrote the folder and no pattern is given; else the
-    rule. A `strict` one raises UsageError for a pattern that matches nothing."""
+    """The prunable tensors by the manifest, if lpsparse wrote the folder and no pattern is given; else by the
+    rule. If `strict`, raises UsageError for a pattern that matches nothing."""
     manifest = own_manifest(checkpoint)
     if manifest is not None and not include and not exclude and not always_look:
         known = {each.name: recorded(each.prunable, each.reason) for each in manifest.tensors}
@@ -218,8 +217,8 @@ def _bytes(
 
 
 def _packed(checkpoint: Checkpoint, rows: list[TensorRow], counts: dict[str, Count]) -> int | None:
-    """About the bytes of the weight files that `pack` would write; None where that would have to be read out
-    of another layout."""
+    """About the bytes of the weight files that `pack` would write; None if another layout would have to be
+    decoded for it."""
     if checkpoint.layout == "packed":
         return checkpoint.file_bytes
     if checkpoint.layout != "dense" and not any(row.detail for row in rows):
@@ -249,8 +248,7 @@ def compare(
     *,
     is_source: bool,
 ) -> Report:
-    """`report` with the figures of another checkpoint beside it. `names` are BASE's -> ours, of what both
-    have."""
+    """`report` with the figures of BASE beside it. `names` maps BASE's names to ours, of shared tensors."""
     ours = {row.name: row.shape for row in report.tensors}
     alone = (row.name for row in base.tensors if row.name not in names)
     other = (row.name for row in base.tensors if row.name in names and ours[names[row.name]] != row.shape)
@@ -272,8 +270,8 @@ def compare(
 
 
 def beside_base(quality: tuple[Quality, ...], of_base: tuple[Quality, ...], name: str) -> tuple[Quality, ...]:
-    """`quality` with what was recorded of BASE as before, where it is of the same data: what training began
-    with may be another model, such as one that was cut already."""
+    """`quality` with BASE's record as before, if it has the same data. Training may have started from another
+    model, such as one that was cut already."""
     known = {(each.metric, each.data_sha256): each for each in of_base}
     found: list[Quality] = []
     for each in quality:
@@ -286,7 +284,7 @@ def beside_base(quality: tuple[Quality, ...], of_base: tuple[Quality, ...], name
 
 
 def identity_of(report: Report, base_sha256: str | None) -> Identity:
-    """What another report must share to be compared with this one; `base_sha256` is its source's."""
+    """The hashes that another report must share to be comparable; `base_sha256` is the source's."""
     counted = sorted((row.name, row.weights) for row in report.tensors if row.prunable)
     return Identity(
         base_sha256=base_sha256,
@@ -295,13 +293,13 @@ def identity_of(report: Report, base_sha256: str | None) -> Identity:
 
 
 def not_measured(report: Report) -> tuple[str, ...]:
-    """What this report does not tell, in words: nobody should read it out of the rest."""
-    said = ["speed: zeros are faster only in a runtime that knows them, and none was timed"]
+    """Sentences about what was not measured, so that nobody infers it from the rest."""
+    said = ["speed: nothing was timed; zeros are faster only in a runtime that uses them"]
     if not report.quality:
-        said.append("quality: none is recorded of these weights (`finetune` and `eval --save` record it)")
+        said.append("quality: not recorded for these weights (`finetune` and `eval --save` record it)")
     elif any(each.of_cut for each in report.quality):
         said.append(
-            "what the cut cost in quality: BASE has no record of the same data, before is the cut model's"
+            "quality lost by the cut: BASE has no record for the same data; `before` is after the cut"
         )
     if report.base is None:
         said.append("changes: no BASE was given")
@@ -311,7 +309,7 @@ def not_measured(report: Report) -> tuple[str, ...]:
 
 
 def made_by(manifest: Manifest, files: set[str]) -> Made:
-    """What the manifest says of how the folder was made; `files` are its weight files."""
+    """How the folder was made, by its manifest; `files` are its weight files."""
     source = manifest.source
     return Made(
         lpsparse=manifest.lpsparse,
@@ -326,7 +324,7 @@ def made_by(manifest: Manifest, files: set[str]) -> Made:
 
 
 def tensor_records(report: Report) -> tuple[TensorRecord, ...]:
-    """The manifest's lines for the tensors that were measured."""
+    """The manifest's records of the measured tensors."""
     return tuple(
         TensorRecord(
             name=row.name,
@@ -343,7 +341,7 @@ def tensor_records(report: Report) -> tuple[TensorRecord, ...]:
 
 
 def own_quality(checkpoint: Checkpoint) -> tuple[Quality, ...]:
-    """Quality that was recorded of these very weights, by their hashes; none where there is no record."""
+    """The quality that was recorded for exactly these weights, by their hashes."""
     manifest = own_manifest(checkpoint)
     if manifest is None or checkpoint.root is None:
         return ()

@@ -1,4 +1,4 @@
-"""The report as CSV (RFC 4180): one row a tensor, columns named by their way in report.json.
+"""Write the report as CSV (RFC 4180): one row per tensor, columns named by their path in report.json.
 
 A spreadsheet must not take a name for a formula, nor a terminal or a CI runner for an order. In cells of
 text, backslashes and what does not print stand as in JSON strings, and an apostrophe leads a cell that begins
@@ -22,7 +22,7 @@ _SPECTRUM, _CHANGE = (tuple(each.name for each in fields(of)) for of in (Spectru
 
 
 def render(report: Report) -> str:
-    """All figures of all tensors; a cell is empty where there is none."""
+    """All figures of all tensors; an unknown one is an empty cell."""
     pairs = [(kind, key) for kind in _PAIRS for key in _keys(report, kind)]
     heads = [
         *_OWN,

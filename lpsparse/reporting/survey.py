@@ -1,5 +1,5 @@
-"""All that one look at every value tells: zeros, special values, magnitudes by powers of two, and whether
-patterns of zeros (N:M, rows, columns, heads, blocks) happen to be there."""
+"""Survey every value once: zeros, special values, magnitudes by powers of two, and patterns of zeros (N:M,
+rows, columns, heads, blocks)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class Found:
-    """What is in some lines of a tensor; lines of one tensor add up."""
+    """The findings in some lines of a tensor; those of one tensor add up."""
 
     zeros: int = 0
     negative_zeros: int = 0
@@ -65,7 +65,7 @@ class Found:
 
 
 def survey(checkpoint: Checkpoint, *, patterns: bool = True) -> tuple[dict[str, Count], dict[str, Detail]]:
-    """What `count_all` counts (but its sums), and more of the tensors of floats: each value is read once."""
+    """The counts of `count_all` (without sums), and details of tensors of floats. Reads each value once."""
     ranges = [(tensor, _tasks(tensor)) for tensor in checkpoint.tensors]
     tasks = [(tensor, *lines) for tensor, each in ranges for lines in each]
     heads = _head_size(checkpoint)
@@ -73,7 +73,7 @@ def survey(checkpoint: Checkpoint, *, patterns: bool = True) -> tuple[dict[str, 
     told: dict[str, tuple[Count, Detail | None]] = {}
 
     def look(task: tuple[Tensor, int, int]) -> Found | tuple[Count, Detail | None]:
-        """Of a tensor that is one task all that is told, which is small; what is found is not."""
+        """A tensor that is one task is summed up at once, because the findings are larger than the sums."""
         tensor, found = task[0], _look(*task, patterns)
         return found if tensor.name in parts else _tell(tensor, found, heads, patterns)
 
@@ -96,8 +96,8 @@ def _tell(tensor: Tensor, found: Found, heads: int | None, patterns: bool) -> tu
 
 
 def on_each(work: Callable[[Task], Result], tasks: list[Task]) -> Iterator[tuple[Task, Result]]:
-    """Each task, which begins with its tensor, and what came of it. Small tensors are one thread's: of them
-    Python's own work is the most, at which two threads only hinder each other."""
+    """Each task, which starts with its tensor, and its result. One thread takes all small tensors: there
+    Python's own work dominates, which two threads cannot share."""
     small = [task for task in tasks if task[0].nbytes < _SMALL_BYTES]
     groups = [small, *([task] for task in tasks if task[0].nbytes >= _SMALL_BYTES)]
     found = parallel(lambda group: [work(task) for task in group], groups)
@@ -148,7 +148,7 @@ def _aligned(blocks: Blocks, lines: int) -> Iterator[Bits]:
 
 
 def look_at(block: Bits, dtype: str, matrix: bool, whole: bool) -> Found:
-    """Of lines of raw bits. `matrix`: patterns of zeros are looked for; `whole`: lines are rows."""
+    """The findings in lines of raw bits. `matrix`: look for patterns of zeros; `whole`: lines are rows."""
     found = Found()
     if not block.size:
         return found
@@ -210,7 +210,7 @@ def _patterns(found: Found, kept: Flags, whole: bool) -> None:
 
 
 def _empty_blocks(fours: NDArray[np.uint8], side: int) -> int:
-    """Blocks of side x side that are all zero, of those that are whole."""
+    """How many complete blocks of side x side are all zero."""
     lines, width = len(fours) // side * side, fours.shape[1] * 4 // side * (side // 4)
     if (fours.shape[1] * 4) % side or not lines:
         return 0
@@ -251,7 +251,7 @@ def _values(codes: list[int], dtype: str) -> list[float]:
 
 
 def _groups(tensor: Tensor, found: Found) -> dict[str, tuple[int, int]]:
-    """N:M of the tensors whose rows are made of whole groups."""
+    """The N:M counts of a tensor whose rows are made of complete groups."""
     width = tensor.grid[1]
     if len(tensor.shape) < 2 or not tensor.size:
         return {}
@@ -263,7 +263,7 @@ def _groups(tensor: Tensor, found: Found) -> dict[str, tuple[int, int]]:
 
 
 def _empty(tensor: Tensor, found: Found, head_size: int | None) -> dict[str, tuple[int, int]]:
-    """What of a matrix is all zero: rows, columns, heads and whole blocks."""
+    """How many rows, columns, heads and complete blocks of a matrix are all zero."""
     if len(tensor.shape) < 2 or not tensor.size:
         return {}
     pieces = tensor.grid[0] // tensor.rows
@@ -292,7 +292,7 @@ def _none_of(kept: Flags, size: int) -> tuple[int, int]:
 
 
 def _head_size(checkpoint: Checkpoint) -> int | None:
-    """Rows of an attention head, as config.json tells; None where it does not."""
+    """Rows of an attention head by config.json; None if it does not say."""
     config = config_of(checkpoint.root)
     text = config.get("text_config")
     table = cast("dict[str, Any]", text) if isinstance(text, dict) else config

@@ -1,19 +1,19 @@
-"""What a sweep found, in words: the table of the terminal, and Markdown for the summary of a CI step."""
+"""Write the result of a sweep as a table for the terminal, and as Markdown for the summary of a CI step."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from lpsparse.reporting.markdown import code, plain, table
 from lpsparse.reporting.records import Budget
+from lpsparse.reporting.summary import budget_row, state
 from lpsparse.reporting.text import clean, size
-from lpsparse.reporting.words import budget_row, state
 
 _MOST_ROWS = 100
 Found = Mapping[str, Any]  # as `lpsparse.sweep` gives it
 
 
 def verdict(found: Found) -> str:
-    """What is behind it is the folder of that model, where there is one."""
+    """One line. The folder of the winning model, if any, comes after it."""
     if found["smallest"] is None:
         return "no model meets the budgets"
     return "the smallest that meets the budgets"
@@ -43,7 +43,7 @@ def rows(found: Found) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def failure(row: Found) -> str:
-    """What fails of the model at one sparsity; empty where nothing does."""
+    """The names of what fails at one sparsity; empty if nothing does."""
     failed = [name for name, *_ in _failed(row)]
     return "" if row["passed"] else ", ".join(failed) or "verify"
 

@@ -1,10 +1,7 @@
-"""The report on a terminal: for 80 columns, and whole in a pipe; it says what each figure is of. The verdict
-comes last, where a person looks first."""
+"""Write the report for a terminal of 80 columns, or a pipe. The verdict comes last, before the prompt."""
 
-from lpsparse.reporting.fold import Fold, folded
 from lpsparse.reporting.records import Estimate, Report, TensorRow
-from lpsparse.reporting.text import clean, columns, fitted, percent, size
-from lpsparse.reporting.words import (
+from lpsparse.reporting.summary import (
     alerts,
     apart_in_words,
     beside,
@@ -26,6 +23,7 @@ from lpsparse.reporting.words import (
     verdict,
     zeros,
 )
+from lpsparse.reporting.text import Fold, clean, columns, fitted, folded, percent, size
 
 MOST_ROWS = 15
 _LARGE = 0.01  # of all weights: a tensor that is kept is shown from here on
@@ -37,7 +35,7 @@ Line = tuple[str, str]
 
 
 def render(report: Report, width: int = 80, *, color: bool = False, full: bool = False) -> str:
-    """Tensors, layer types, totals, then the verdict. `full`: every tensor, and the patterns of zeros."""
+    """Tensors, layer types, totals, verdict. `full`: every tensor, and the patterns of zeros."""
     warned = [fitted(clean(f"warning: {alert}"), width) for alert in alerts(report)]
     return _joined(
         [_tensors(report, width, full), *_middle(report, width, full), warned, _verdict(report, width, color)]
@@ -45,7 +43,7 @@ def render(report: Report, width: int = 80, *, color: bool = False, full: bool =
 
 
 def summary(report: Report, width: int = 80, *, color: bool = False) -> str:
-    """The same without the tensors, and without what the run has said already."""
+    """The same without the tensors and the warnings, for a run that has shown them."""
     return _joined([*_middle(report, width, False), _verdict(report, width, color)])
 
 
@@ -62,7 +60,7 @@ def headline(report: Report) -> str:
 
 
 def _verdict(report: Report, width: int, color: bool) -> list[str]:
-    """What it is, what it costs, and the budgets; those that failed are nearest to the end."""
+    """Zeros, size, quality and budgets; the failed budgets come last."""
     lines: list[str] = [fitted(clean(f"{report.model}: {zeros(report)}"), width, hang=2)]
     small = shrinks(report)
     facts: list[Line] = [("size", small)] if small else []
@@ -72,7 +70,7 @@ def _verdict(report: Report, width: int, color: bool) -> list[str]:
 
 
 def budget_lines(report: Report, width: int, *, color: bool) -> list[str]:
-    """Each budget, and what becomes of all of them."""
+    """One line per budget, and one for all of them."""
     lines: list[str] = []
     for budget in reversed(report.budgets):
         lines += _colored(_line((state(budget), budget_line(budget)), width), state(budget), color)
@@ -88,7 +86,7 @@ def budget_lines(report: Report, width: int, *, color: bool) -> list[str]:
 
 
 def _colored(lines: list[str], word: str, color: bool) -> list[str]:
-    """The lines, of which the first begins with `word`."""
+    """The lines with `word` in the first one coloured."""
     return [lines[0].replace(word, f"{_COLORS[word]}{word}{_PLAIN}", 1), *lines[1:]] if color else lines
 
 
@@ -122,12 +120,12 @@ def _base(report: Report) -> list[Line]:
     at = cut_at(sums)
     lines += [("cut", at)] if at else []
     if sums.moved is not None:
-        lines.append(("largest change", f"{largest_change(sums.moved)} of {sums.moved.name}"))
+        lines.append(("largest change", largest_change(sums.moved, sums.moved.name)))
     return lines + apart_in_words(base)
 
 
 def _line(line: Line, width: int) -> list[str]:
-    """A word and its figures, which go on below each other."""
+    """A name and its text, wrapped below each other."""
     name, text = (clean(part) for part in line)
     indent = " " * (_INDENT if width >= 2 * _INDENT else 4)
     first = f"  {name:<{_INDENT - 3}} "
@@ -135,7 +133,7 @@ def _line(line: Line, width: int) -> list[str]:
 
 
 def estimate_lines(needs: Estimate) -> list[str]:
-    """What a run would take: of a dry run."""
+    """What a run would need, for a dry run."""
     took = "" if needs.seconds is None else f"; about {needs.seconds:.1f} s here"
     return [
         f"  would take     {size(needs.disk_bytes)} of disk ({size(needs.free_bytes)} are free), "
@@ -161,7 +159,7 @@ def _kinds(report: Report, width: int) -> list[str]:
 
 
 def _tensors(report: Report, width: int, full: bool) -> list[str]:
-    """Those that differ most from the mean, by how many weights that is, then the largest."""
+    """The tensors that differ most from the mean, by weights, then the largest."""
     if full:
         rows = [Fold(row.name, (row,)) for row in report.tensors]
     else:
@@ -179,7 +177,7 @@ def _tensors(report: Report, width: int, full: bool) -> list[str]:
         some = [i for i in chosen if any(row.prunable or row.weights > large for row in rows[i].rows)]
         chosen = sorted(sorted(some or chosen, key=matters)[:MOST_ROWS])
     body = [_cells(rows[place]) for place in chosen]
-    lines = columns(("tensor", "dtype", "weights", "zero", "bytes", ""), body, width)
+    lines = columns(("tensor", "dtype", "weights", "zero", "bytes", "pruning"), body, width)
     left = len(report.tensors) - sum(len(rows[place].rows) for place in chosen)
     if left:
         lines.append(fitted(f"... and {left:,} more tensors (--full shows all)", width, hang=0))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from typing_extensions import TypeIs
 
 from lpsparse.families import CONDITIONINGS, METHODS, SCORES, TASKS
 from lpsparse.steps.base import (
@@ -539,6 +540,10 @@ class FinetuneStep(DataStep):
         if self.score == "fisher" and self.method in ("one-shot", "rigl", "dwf"):
             raise ValueError(f"--method {self.method} has no averages to score by; use --score magnitude")
         return self
+
+
+def is_training(step: Step) -> TypeIs[FinetuneStep]:
+    return step.trains
 
 
 class RecoverStep(FinetuneStep):

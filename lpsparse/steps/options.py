@@ -88,6 +88,7 @@ class PruneOptions(TypedDict, total=False):
     gap: bool
     n_m: str | None
     scope: Literal["global", "tensor", "row"]
+    criterion: str
     block: str | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]

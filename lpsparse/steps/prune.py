@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from lpsparse.families import LAYOUTS
+from lpsparse.families import CRITERIA, LAYOUTS
 from lpsparse.steps.base import (
     ALLOW_EMPTY,
     EXCLUDE,
@@ -38,14 +38,6 @@ def _block(value: Any) -> Any:
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) > 0 and int(columns) > 0):
         raise ValueError(f"--block {value}: ROWSxCOLUMNS, such as 4x1 or 16x16")
     return f"{int(rows)}x{int(columns)}"
-
-
-def pair(text: str | None) -> tuple[int, int] | None:
-    """The two numbers of --n-m or --block."""
-    if text is None:
-        return None
-    first, second = text.replace("x", ":").split(":")
-    return int(first), int(second)
 
 
 _COMPONENT = Setting(
@@ -106,6 +98,11 @@ class PruneStep(Step):
     scope: Literal["global", "tensor", "row"] = Setting(
         "global", help="Where --sparsity holds.", needs={"sparsity": ()}
     )
+    criterion: Annotated[str, OneOf(CRITERIA)] = Setting(
+        "magnitude",
+        help="What ranks weights, for --sparsity and --n-m; the lowest scores are cut.",
+        advanced=True,
+    )
     block: Annotated[str, BeforeValidator(_block)] | None = Setting(
         None,
         help="Cut whole blocks of ROWSxCOLUMNS, those with the smallest sum of magnitudes; "
@@ -132,5 +129,8 @@ class PruneStep(Step):
             )
         if self.block is not None and (self.sparsity is None or self.scope == "row"):
             raise ValueError("--block goes with --sparsity, of --scope global or tensor")
+        if self.criterion != "magnitude" and self.sparsity is None and self.n_m is None:
+            raise ValueError(f"--criterion {self.criterion} goes with --sparsity or --n-m")
+        if self.component and (self.overwrite or self.weights or self.key):
             raise ValueError("--component goes without --overwrite, --weights and --key")
         return self

@@ -19,7 +19,7 @@ from lpsparse.parallel.environment import has_other_ranks
 from lpsparse.parallel.progress import Brief
 from lpsparse.pruning.select import target_count
 from lpsparse.pruning.targets import Chosen, kept_in_words
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep, is_training
 from lpsparse.training.data import check_apart, held_out_of
 from lpsparse.training.loss import Teacher, blocks, check_dropout, make_teacher
 from lpsparse.training.memory import estimate
@@ -63,11 +63,11 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint, *, spread: bo
     All processes call it. Without `spread` only rank 0 has the model's values (`ranks.distribute`).
     """
     torch.manual_seed(step.seed)
-    held = held_out_of(step) if isinstance(step, FinetuneStep) else None
+    held = held_out_of(step) if is_training(step) else None
     if held is not None:
         check_apart(step.data, step.split, *held)
     kind = TASKS[step.task]
-    if isinstance(step, FinetuneStep) and step.augment not in ("none", kind.augment):
+    if is_training(step) and step.augment not in ("none", kind.augment):
         what = f"--augment {step.augment} is not for --task {step.task}"
         raise UsageError(249, what, hint=f"use --augment {kind.augment}")
     try:

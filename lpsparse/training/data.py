@@ -125,6 +125,16 @@ def held_out_of(step: FinetuneStep) -> tuple[str, str] | None:
     return (step.data, "validation") if train and held and train != held else None
 
 
+def recorded_data(step: FinetuneStep) -> dict[str, Any]:
+    """The data that a fine-tune reads, as a manifest records it: by its hashes."""
+    held = held_out_of(step)
+    found: dict[str, Any] = {"data": digests(step.data, step.split)}
+    if held is not None:
+        split = step.eval_split or (None if step.eval_data else held[1])
+        found |= {"eval_data": digests(*held), "eval_split": split}
+    return found
+
+
 def _locate(data: str) -> Path:
     if data.startswith("bundled:"):
         folder = Path(__file__).parents[1] / "bundled"

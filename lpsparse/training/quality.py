@@ -12,7 +12,7 @@ from torch import nn
 from lpsparse.errors import NumericError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.progress import advance, phase
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep, is_training
 from lpsparse.training.data import digests, find, held_out_of
 from lpsparse.training.tasks.base import Task
 
@@ -45,7 +45,7 @@ class Held:
 def held_of(step: FinetuneStep | EvalStep, task: Task) -> Held:
     """Equal where `finetune` and `eval` measure the same rows in the same way."""
     (data, split), apart = (step.data, step.split), None
-    if isinstance(step, FinetuneStep):
+    if is_training(step):
         held = held_out_of(step)
         data, split = held or (data, split)
         apart = None if held else (step.eval_fraction, step.seed)  # which share is set aside

@@ -25,7 +25,9 @@ from lpsparse.checkpoint.open import open_checkpoint
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune
+from lpsparse.pruning.targets import choose
 from lpsparse.steps.finetune import FinetuneStep
+from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.resolve import resolve
 
 
@@ -85,7 +87,8 @@ def test_p_below_one_leaves_a_band_that_gap_cuts_in_and_the_checkpoint_has_none(
     options = {**SMALL, "steps": 60, "p": 0.5, "lr": 2e-3, "condition": "none"}
     lpsparse.finetune("bundled:stories260k", tmp_path / "out", **options)
     pruned = lpsparse.prune(tmp_path / "out", tmp_path / "cut", gap=True)
-    band = plan_prune(open_checkpoint(tmp_path / "out"), gap=True).band
+    source = open_checkpoint(tmp_path / "out")
+    band = plan_prune(source, PruneStep(model="m", out=tmp_path, gap=True), choose(source)).band
     assert band is not None and band.decades >= 2
     assert pruned.prunable.zeros == band.below >= 0.01 * band.total
     cut = safetensors.torch.load_file(tmp_path / "cut/model.safetensors")

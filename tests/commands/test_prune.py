@@ -41,7 +41,7 @@ from lpsparse.checkpoint.transaction import remove_ours
 from lpsparse.commands.prune import prune_step
 from lpsparse.errors import InputError, LpsparseError, OutputError, StateError
 from lpsparse.families import LAYOUTS
-from lpsparse.reporting.words import drained
+from lpsparse.reporting.summary import drained
 from lpsparse.steps.prune import PruneStep
 from lpsparse.steps.resolve import resolve
 

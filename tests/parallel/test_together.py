@@ -21,20 +21,20 @@ PROGRAM = """
 import json, os, sys
 import lpsparse
 from lpsparse.checkpoint.layouts import dense
-from lpsparse.pruning import plan
+from lpsparse.pruning import rules
 model, out = sys.argv[1:]
-read, selecting = [], plan.select
+read, selecting = [], rules.select
 def select(*args, **options):
     exactly = dense.read_exactly
     dense.read_exactly = lambda *given: read.append(given[-1]) or exactly(*given)
     found = selecting(*args, **options)
     dense.read_exactly = exactly
     return found
-plan.select = select
+rules.select = select
 with lpsparse.together():
     found = [lpsparse.prune(model, f"{out}/sparse", sparsity=0.8).prunable.zeros]
     found.insert(0, sum(read))
-    plan.select = selecting
+    rules.select = selecting
     found += [lpsparse.prune(model, f"{out}/rows", sparsity=0.5, scope="tensor").prunable.zeros]
 with lpsparse.together():
     found += [lpsparse.pack(f"{out}/sparse", f"{out}/packed", layout="bitmask").bytes.file_bytes]

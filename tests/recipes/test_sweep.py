@@ -13,7 +13,7 @@ from support.files import PRUNABLE_WEIGHTS, tree_hash
 from support.models import SMALL
 
 import lpsparse
-from lpsparse.reporting.curve import draw
+from lpsparse.reporting.charts import sweep_figure
 
 Cli = Callable[..., Ran]
 STEPS: list[dict[str, Any]] = [
@@ -198,7 +198,7 @@ def found_of(*rows: dict[str, Any], quality: float | None = 2.0) -> dict[str, An
 
 
 def test_the_figure_has_a_title_units_limits_and_a_mark_for_each_verdict() -> None:
-    figure = draw(found_of(row(0.5, 2.1), row(0.9, 3.0, passed=False)))
+    figure = sweep_figure(found_of(row(0.5, 2.1), row(0.9, 3.0, passed=False)))
     root = ElementTree.fromstring(figure)
     space = "{http://www.w3.org/2000/svg}"
     assert [root[0].tag, root[1].tag] == [f"{space}title", f"{space}desc"]
@@ -218,7 +218,7 @@ def test_a_limit_in_percent_is_drawn_at_its_share_of_the_dense_quality(
 ) -> None:
     def figure(**change: Any) -> str:
         budgets = [{"name": "max-quality-drop", "limit": 0.2, "passed": True, **change}]
-        return draw(found_of(row(0.5, 2.1, budgets=budgets, higher_is_better=higher)))
+        return sweep_figure(found_of(row(0.5, 2.1, budgets=budgets, higher_is_better=higher)))
 
     plain, asked = figure(limit=abs(limit - 2)), figure(relative=relative)
     assert ("max-quality-drop 20 %" in asked) == relative
@@ -229,7 +229,7 @@ def test_a_limit_in_percent_is_drawn_at_its_share_of_the_dense_quality(
 
 def test_no_label_stands_on_another() -> None:
     points = (row(sparsity, 2.0 + sparsity / 50) for sparsity in (0.3, 0.5, 0.52, 0.54))
-    root = ElementTree.fromstring(draw(found_of(*points)))
+    root = ElementTree.fromstring(sweep_figure(found_of(*points)))
     texts = [each for each in root.iter("{http://www.w3.org/2000/svg}text") if "%" in str(each.text)[-1]]
     at = [(float(each.get("x", 0)), float(each.get("y", 0))) for each in texts]
     assert len(at) == 8
@@ -238,12 +238,12 @@ def test_no_label_stands_on_another() -> None:
 
 @pytest.mark.parametrize("ground", ["#fff", "#161616"])
 def test_words_have_a_rim_of_the_grounds_colour(ground: str) -> None:
-    style = draw(found_of(row(0.5, 2.1)))
+    style = sweep_figure(found_of(row(0.5, 2.1)))
     assert f"svg {{ background: {ground}" in style and style.count(f"stroke: {ground}") == 1
 
 
 def test_the_same_table_gives_the_same_figure() -> None:
-    assert draw(found_of(row(0.5, 2.1))) == draw(found_of(row(0.5, 2.1)))
+    assert sweep_figure(found_of(row(0.5, 2.1))) == sweep_figure(found_of(row(0.5, 2.1)))
 
 
 @pytest.mark.parametrize(
@@ -258,10 +258,10 @@ def test_the_same_table_gives_the_same_figure() -> None:
     ],
 )
 def test_any_figures_can_be_drawn(found: dict[str, Any]) -> None:
-    assert ElementTree.fromstring(draw(found)).tag.endswith("svg")
+    assert ElementTree.fromstring(sweep_figure(found)).tag.endswith("svg")
 
 
 def test_hostile_words_are_escaped_in_the_figure() -> None:
-    figure = draw(found_of(row(0.5, 2.1, metric="<script>\x1b&amp")))
+    figure = sweep_figure(found_of(row(0.5, 2.1, metric="<script>\x1b&amp")))
     assert "<script" not in figure and "\x1b" not in figure
     ElementTree.fromstring(figure)

@@ -18,8 +18,7 @@ from support.files import tiny_arrays, tree_hash
 from support.models import BUNDLED, SMALL
 
 from lpsparse import finetune, pack, prune, report, unpack, verify
-from lpsparse.reporting.base_card import read_base_card
-from lpsparse.reporting.card import escape
+from lpsparse.reporting.card import escape, read_base_card
 from lpsparse.reporting.html.page import render
 
 Cli = Callable[..., Ran]

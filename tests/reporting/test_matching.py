@@ -21,7 +21,7 @@ from lpsparse.cli import github
 from lpsparse.reporting.html.page import render
 from lpsparse.reporting.matching import match
 from lpsparse.reporting.records import Report
-from lpsparse.reporting.words import alerts
+from lpsparse.reporting.summary import alerts
 
 Cli = Callable[..., Ran]
 Arrays = dict[str, np.ndarray]

@@ -1,4 +1,4 @@
-"""Sparsity tensor by tensor in model order, and by layer type."""
+"""Draw the sparsity of each tensor in model order, and of each layer type."""
 
 import re
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from markupsafe import Markup
 
+from lpsparse.reporting.charts import Axis
 from lpsparse.reporting.html import svg
 from lpsparse.reporting.html.parts import (
     ELSEWHERE,
@@ -29,7 +30,7 @@ _LIMITS = ("min-sparsity", "max-layer-sparsity")
 
 
 def in_order(tensors: Sequence[TensorRow]) -> list[TensorRow]:
-    """Embeddings first, head last, numbers in names by value: checkpoints are often sorted by letters."""
+    """Embeddings first, head last, numbers in names by value. Checkpoints often sort names as text."""
     return sorted(tensors, key=lambda row: (_rank(row.kind), _natural(row.name[:_NAME]), row.name))
 
 
@@ -64,7 +65,7 @@ def css_of(kind: str) -> str:
 
 
 def largest(tensors: Sequence[TensorRow]) -> tuple[list[TensorRow], str]:
-    """The tensors with the most weights, in the order given, and where the others are."""
+    """The tensors with the most weights, in the given order, and a note about the others."""
     if len(tensors) <= MOST_ROWS:
         return list(tensors), ""
     kept = {row.name for row in sorted(tensors, key=lambda row: (-row.weights, row.name))[:MOST_ROWS]}
@@ -96,7 +97,7 @@ def view(report: Report) -> View:
 
 
 def _spectra(ordered: list[TensorRow]) -> tuple[Table, ...]:
-    """Singular values, where they were asked for."""
+    """Singular values, if they were asked for."""
     some, rest = largest([row for row in ordered if row.spectrum])
     body = [
         (
@@ -141,7 +142,7 @@ def _table(ordered: list[TensorRow]) -> Table:
 def _figure(report: Report, drawn: list[TensorRow], table: Table) -> Figure:
     groups = grouped(drawn)
     limits = [each for each in report.budgets if each.name in _LIMITS]
-    axis = svg.Axis(0, 1)
+    axis = Axis(0, 1)
     parts = svg.grid(axis, _HEIGHT, [(each / 4, percent(each / 4, 0)) for each in range(5)])
     parts += [_bar(i, group, len(groups)) for i, group in enumerate(groups)]
     lines = [line for budget in limits for line in _limit(budget, groups)]
@@ -198,8 +199,8 @@ def _bar(i: int, group: list[TensorRow], many: int) -> Markup:
 
 
 def _limit(budget: Budget, groups: list[list[TensorRow]]) -> list[Markup]:
-    """A line through the whole figure, or, for a pattern, through the bars that hold a tensor of it."""
-    y = svg.up(svg.Axis(0, 1), budget.limit, _HEIGHT)
+    """A line across the figure, or, for a pattern, across the bars with matching tensors."""
+    y = svg.up(Axis(0, 1), budget.limit, _HEIGHT)
     if budget.pattern is None:
         return svg.level(y, "limit")
     pattern, many = budget.pattern, len(groups)

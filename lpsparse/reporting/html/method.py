@@ -1,4 +1,4 @@
-"""How it was counted and made, and what nobody measured."""
+"""Show how the model was counted and made, and what was not measured."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def _made(report: Report, made: Made) -> Table:
 
 
 def _recipes(made: Made) -> list[Table]:
-    """The settings of each step, those of the last one last."""
+    """The settings of each step, the last step last."""
     steps = [*(each.recipe for each in made.earlier[-_MOST_STEPS:]), made.recipe]
     found: list[Table] = []
     for i, recipe in enumerate(steps, 1):
@@ -64,7 +64,7 @@ def _recipes(made: Made) -> list[Table]:
 
 
 def _settings(recipe: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Settings one under another; those of a step after its name."""
+    """Settings in a flat list; those of a step have its name in front."""
     found: list[tuple[str, Any]] = []
     for key, value in sorted(recipe.items()):
         inner: dict[str, Any] | None = value if isinstance(value, dict) else None

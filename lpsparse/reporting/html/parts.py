@@ -1,4 +1,4 @@
-"""What the page is made of: views with words, figures and tables; how its numbers and names are written."""
+"""The parts of the page: views with words, figures and tables; the format of numbers and names."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -46,15 +46,15 @@ class View:
 
 
 def shown(value: object) -> str:
-    """Text without control and format characters; what is Markup is ours, and stays."""
+    """Text without control and format characters. Markup is ours and stays."""
     if isinstance(value, Markup):
         return value
     return THIN.join(text.clean(part) for part in str(value).split(THIN))
 
 
 def named(name: str) -> Markup:
-    """A name from a checkpoint, cut in its middle when it is very long.
-    Letters that are written to the left do not turn those beside it."""
+    """A name from a checkpoint, shortened in the middle if it is very long. Right-to-left letters do not
+    affect the text beside it."""
     whole = shown(name)
     short = text.shorten(whole, _LONGEST)
     if short == whole:
@@ -63,18 +63,18 @@ def named(name: str) -> Markup:
 
 
 def filled(template: str, *values: object) -> Markup:
-    """A template of ours with values that are cleaned and escaped, unless they are Markup."""
+    """Our template, filled with values that are cleaned and escaped unless they are Markup."""
     return Markup(template).format(*map(shown, values))
 
 
 def coded(words: str) -> Markup:
-    """Words with what is between backticks as code."""
+    """Words, with text between backticks as code."""
     parts = words.split("`")
     return Markup().join(filled("<code>{}</code>" if i % 2 else "{}", part) for i, part in enumerate(parts))
 
 
 def listed(names: Iterable[str], most: int = 5) -> Markup:
-    """The first names, and how many there are more."""
+    """The first names, and the number of the others."""
     every = list(names)
     more = f" and {count(len(every) - most)} more" if len(every) > most else ""
     return Markup(", ").join(named(each) for each in every[:most]) + escape(more)
@@ -85,7 +85,7 @@ def count(number: float) -> str:
 
 
 def brief(number: float) -> str:
-    """A count in few letters, for an axis."""
+    """A short count for an axis."""
     for unit, one in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= one:
             return f"{number / one:.4g}{THIN}{unit}"
@@ -97,19 +97,19 @@ def percent(share: float, digits: int = 2) -> str:
 
 
 def typeset(written: str) -> str:
-    """Figures of ours with the signs and the narrow spaces of print."""
+    """Our figures with typographic minus signs and narrow spaces."""
     written = re.sub(r"e([+-]\d+)", lambda power: f"e{int(power[1])}", written)
     return written.replace(",", THIN).replace(" %", f"{THIN}%").replace("-", "−")
 
 
 def size(number: float) -> str:
-    """Bytes in a unit that suits them; negative ones are what was saved."""
+    """Bytes with a unit; negative ones were saved."""
     sign = "−" if number < 0 else ""
     return sign + text.size(abs(number)).replace(" ", THIN)
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A value in few digits; a dash for what is not known."""
+    """A value in few digits; a dash if it is unknown."""
     if value is None:
         return "–"
     return typeset(f"{value:.{digits}g}")

@@ -1,4 +1,4 @@
-"""Patterns of zeros: N:M groups; rows, columns, heads and blocks that are all zero."""
+"""Draw patterns of zeros: N:M groups, and all-zero rows, columns, heads and blocks."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Bytes: from the dense original to the file, step by step, and the same weights in each layout."""
+"""Draw the bytes from the dense original to the file, step by step, and those of each layout."""
 
 from lpsparse.reporting.html import svg
 from lpsparse.reporting.html.parts import Cell, Figure, Table, View, coded, count, percent, size
@@ -23,7 +23,7 @@ def _said(report: Report) -> Cell:
 
 
 def _steps(report: Report) -> list[_Step]:
-    """Each from where the one before ended; the last is the file."""
+    """Each step starts where the one before ended; the last is the file."""
     held, base = report.bytes, report.base
     steps: list[_Step] = []
     if base is not None:

@@ -1,15 +1,14 @@
-"""Drawings: SVG as wide as its place, with letters of one size. Across, lengths are percent; down, pixels.
+"""Draw SVG as wide as its place, with text of one size: horizontal lengths are percent, vertical ones pixels.
 Colours are classes of style.css, for light, dark and paper."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from lpsparse.reporting.charts import Axis, ticks
 from lpsparse.reporting.html.parts import number, shown
 from lpsparse.reporting.text import shorten
-from lpsparse.reporting.ticks import between
 
 TOP = 14  # room for the letters of the highest tick
 WIDE = 1000  # units across of lines and outlines, which know no percent
@@ -17,22 +16,8 @@ _MOST = 1e300  # room above it would overflow
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
-    low: float
-    high: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """Where a value lies: 0 is low, 1 is high; what lies outside is at the end."""
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
-        return min(1.0, max(0.0, (value - low) / (high - low)))
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
-    """A bar with its words over it."""
+    """A bar with its words above it."""
 
     label: str
     value: str
@@ -43,7 +28,7 @@ class Row:
 
 
 def tag(name: str, /, *inside: str, **attributes: str | float) -> Markup:
-    """An element. All that is not Markup is cleaned and escaped."""
+    """An element. Everything except Markup is cleaned and escaped."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(shown(_plain(value)))}"'
         for key, value in attributes.items()
@@ -97,7 +82,7 @@ def rows(name: str, title: str, description: str, bars: Sequence[Row]) -> Markup
 
 
 def grid(axis: Axis, height: float, marks: Sequence[tuple[float, str]]) -> list[Markup]:
-    """Lines across at the marks of an axis that goes up, with their words to the left."""
+    """Horizontal lines at the marks of a vertical axis, with their words to the left."""
     parts: list[Markup] = []
     for value, words in marks:
         y = up(axis, value, height)
@@ -116,7 +101,7 @@ def feet(marks: Sequence[tuple[float, str]], height: float) -> list[Markup]:
 
 
 def up(axis: Axis, value: float, height: float) -> float:
-    return TOP + height * (1 - axis.at(value))
+    return TOP + height * (1 - axis.within(value))
 
 
 def stretched(height: float, *paths: Markup) -> Markup:
@@ -143,7 +128,7 @@ def line(points: Sequence[tuple[float, float]], height: float, css: str) -> Mark
 
 
 def columns(heights: Mapping[int, float], many: int, height: float, css: str) -> Markup:
-    """Bars at some of `many` places, without room between them, as one path: few bytes for many."""
+    """Bars at some of `many` places, without gaps, as one path that takes few bytes."""
     each = WIDE / max(many, 1)
     drawn = "".join(
         f"M{_plain(i * each)} {height:g}V{_plain(height * (1 - share))}H{_plain((i + 1) * each)}V{height:g}z"
@@ -151,18 +136,6 @@ def columns(heights: Mapping[int, float], many: int, height: float, css: str) ->
         if share > 0
     )
     return stretched(height, tag("path", d=drawn, class_=css))
-
-
-def ticks(axis: Axis, most: int = 5) -> list[float]:
-    """Round values on an axis: 1, 2 or 5 times a power of ten; on a long log axis powers of ten."""
-    if axis.log:
-        first, last = math.ceil(math.log10(axis.low) - 1e-9), math.floor(math.log10(axis.high) + 1e-9)
-        if last - first < 1:  # under two powers of ten: their halves and fifths too
-            fine = (each * 10.0**power for power in range(first - 1, last + 1) for each in (1, 2, 5))
-            return [value for value in fine if axis.low <= value <= axis.high]
-        step = max(1, -(-(last - first + 1) // most))
-        return [10.0**power for power in range(first, last + 1, step)]
-    return between(axis.low, axis.high, most)
 
 
 def marked(axis: Axis, most: int = 5) -> list[tuple[float, str]]:
@@ -188,11 +161,11 @@ def shortened(name: str) -> str:
 
 
 def level(y: float, css: str, left: float = 0, right: float = 1) -> list[Markup]:
-    """A line across, with a rim that parts it from the bars under it."""
+    """A horizontal line with a rim that separates it from the bars below it."""
     return [tag("line", x1=across(left), x2=across(right), y1=y, y2=y, class_=each) for each in ("rim", css)]
 
 
 def upright(share: float, height: float, css: str) -> list[Markup]:
-    """The same, from the foot of the plot to its top."""
+    """A vertical line from the bottom of the plot to its top."""
     x = across(share)
     return [tag("line", x1=x, x2=x, y1=TOP, y2=TOP + height, class_=each) for each in ("rim", css)]

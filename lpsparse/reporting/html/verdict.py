@@ -1,11 +1,11 @@
-"""The verdict: whether budgets are met, what is zero, what it takes, how good it is."""
+"""Show the verdict: budgets, zeros, bytes and quality."""
 
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from lpsparse.checkpoint.manifest import Quality
-from lpsparse.reporting import words
+from lpsparse.reporting import summary
 from lpsparse.reporting.html.parts import (
     Cell,
     Table,
@@ -21,7 +21,7 @@ from lpsparse.reporting.html.parts import (
     typeset,
 )
 from lpsparse.reporting.records import Budget, Report
-from lpsparse.reporting.words import apart, budget_row, change_of, hint, nonfinite, spread
+from lpsparse.reporting.summary import apart, budget_row, change_of, hint, nonfinite, spread
 
 _LEVELS = {"ok": "passed", "FAILED": "failed", "warn": "warning"}
 _SIGNS = {"passed": "✓", "failed": "✕", "warning": "!", "none": "–"}
@@ -36,7 +36,7 @@ class Card:
 
 def status(report: Report) -> tuple[str, str]:
     """The class of the verdict, and its words."""
-    failed, warned, of = words.budget_counts(report)
+    failed, warned, of = summary.budget_counts(report)
     alarm = nonfinite(report)
     if failed:
         return "failed", f"Failed: {count(failed)} of {plural(of, 'budget')}"
@@ -62,7 +62,7 @@ def alerts(report: Report) -> tuple[Cell, ...]:
     if report.nonfinite_tensors:
         many = plural(len(report.nonfinite_tensors), "tensor")
         found.append(filled("NaN or Inf in {}: {}.", many, listed(report.nonfinite_tensors)))
-    for alert in words.alerts(report):
+    for alert in summary.alerts(report):
         names = (filled("{}{}", named(name), typeset(remark)) for name, remark in alert.tensors)
         what = alert.what[0].upper() + alert.what[1:]
         found.append(filled("{} {}{}.", what, Markup(", ").join(names), coded(alert.hint)))
@@ -87,7 +87,7 @@ def cards(report: Report) -> tuple[Card, ...]:
 
 
 def _packed(report: Report, zeros: str) -> Card:
-    """What `pack` makes of the dense bytes, or has made."""
+    """The size after `pack`, or an estimate."""
     packed, dense = report.bytes.packed_bytes, report.bytes.dense_bytes
     if packed is None:
         return Card("Packed", "–", ("not known: only zeros were counted", zeros))
@@ -134,7 +134,7 @@ def _row(budget: Budget) -> tuple[Cell, ...]:
 
 
 def mark(name: str) -> Markup:
-    """A word and a sign: colour alone says nothing."""
+    """A word and a sign, for readers who do not see the colour."""
     sign = '<span class="mark {}"><span aria-hidden="true">{}</span> {}</span>'
     return filled(sign, name, _SIGNS[name], name)
 

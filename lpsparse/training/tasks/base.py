@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lpsparse.checkpoint.files import write_json
 from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep, is_training
 from lpsparse.training.data import held_out_of
 from lpsparse.training.labels import Classes, Labelled, check_rows, unseen
 from lpsparse.training.model import Loaded, first_line, quiet_transformers
@@ -86,7 +86,7 @@ class Examples(Generic[E]):
 def examples_of(step: FinetuneStep | EvalStep, read: Callable[[str, str], Read[E]]) -> Examples[E]:
     """Those that train and those that are held out (the only ones, for `eval`), with the labels of both."""
     first = read(step.data, step.split)
-    if isinstance(step, EvalStep):
+    if not is_training(step):
         return Examples([], first.examples, first.places, first.notes, first.told)
     apart = held_out_of(step)
     if apart is None:

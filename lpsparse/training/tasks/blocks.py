@@ -20,7 +20,7 @@ from lpsparse.checkpoint.files import write_text
 from lpsparse.errors import InputError
 from lpsparse.parallel import ranks
 from lpsparse.parallel.progress import advance, phase
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep, is_training
 from lpsparse.training.data import find, held_out_of, read_text
 
 LARGE = 32 * 2**20  # bytes
@@ -58,7 +58,7 @@ def make_blocks(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Training and held-out blocks; without an eval split the last share of the training text is held out.
     All processes call it: one of them makes what is to be kept. Raises InputError for less than a block."""
-    if isinstance(step, EvalStep):
+    if not is_training(step):
         return (), _checked(_tokens(step, step.data, step.split, tokenizer), length, step.data)
     apart = held_out_of(step)
     if apart is None:

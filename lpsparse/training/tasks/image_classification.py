@@ -13,7 +13,7 @@ from torch import nn
 from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel import ranks
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep, is_training
 from lpsparse.training.data import class_names, find, split_folders
 from lpsparse.training.images import Image, read_images
 from lpsparse.training.labels import Classes, config_names, number
@@ -62,7 +62,7 @@ def _of_folder(
     classes = number(examples.places, names, checkpoint, head=head, folders=folders, told=examples.told)
     examples.check(classes)
     loaded = load_transformer(checkpoint, AutoModelForImageClassification, classes.changes())
-    if isinstance(step, EvalStep) and loaded.new:
+    if not step.trains and loaded.new:
         what = f"{checkpoint.name}: has no head to measure ({', '.join(loaded.new)})"
         raise InputError(399, what, hint="fine-tune it first")
     view = view_of(step, checkpoint, getattr(loaded.module.config, "image_size", None))
@@ -126,7 +126,7 @@ def _task(
     said = [f"pixels: {view.words} ({view.source})"]
     if view.bits == 8 and any(image.pixels.dtype != np.uint8 for image in examples.all):
         said.append("16-bit images are read with 8 bits, as the model's image processor takes no more")
-    augment = _crop_flip if isinstance(step, FinetuneStep) and step.augment == "crop-flip" else None
+    augment = _crop_flip if is_training(step) and step.augment == "crop-flip" else None
     return Task(
         loaded,
         numbered(examples.train),

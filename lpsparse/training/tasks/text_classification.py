@@ -11,7 +11,7 @@ from torch import nn
 from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError, UsageError
 from lpsparse.parallel.progress import advance, phase
-from lpsparse.steps.finetune import EvalStep, FinetuneStep
+from lpsparse.steps.finetune import EvalStep, FinetuneStep, is_training
 from lpsparse.training.data import Row, class_names, find, read_rows
 from lpsparse.training.labels import Classes, config_names, first_places, number
 from lpsparse.training.model import has_head, load_transformer, read_config
@@ -42,7 +42,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     examples.check(classes)
     tokenizer = tokenizer_of(checkpoint)
     loaded = load_transformer(checkpoint, AutoModelForSequenceClassification, classes.changes())
-    if isinstance(step, EvalStep) and loaded.new:
+    if not step.trains and loaded.new:
         what = f"{checkpoint.name}: has no head to measure ({', '.join(loaded.new)})"
         raise InputError(399, what, hint="fine-tune it first")
     model: Any = loaded.module
@@ -61,7 +61,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
         unit="rows",
         length=lambda example: len(example[0]),
         sidecars=lambda folder: write_head(folder, model, pad_token_id=pad),
-        augment=_noise(tokenizer) if isinstance(step, FinetuneStep) and step.augment == "noise" else None,
+        augment=_noise(tokenizer) if is_training(step) and step.augment == "noise" else None,
         notes=(*examples.notes, *classes.notes),
     )
 

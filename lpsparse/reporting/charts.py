@@ -1,53 +1,143 @@
-"""Size against quality as one SVG: sparsity on the left, bytes on the right, limits of budgets dashed.
+"""Axes, ticks and colours of every chart, and the figures that are SVG files: a model card's and a sweep's.
 
-No script and nothing from outside; light or dark as the reader's system is. The same figures give the same
-bytes.
+No script, font or file from outside. The same figures give the same bytes.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from lpsparse.reporting.text import clean, size
-from lpsparse.reporting.ticks import between, step_of
+from lpsparse.reporting.records import Report, TensorRow
+from lpsparse.reporting.text import clean, percent, size
+
+# Okabe and Ito's palette, which colour-blind readers tell apart; the lighter tones are for dark pages.
+BLUE, SKY, VERMILION, ORANGE, GREY = "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#b0b0b0"
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    low: float
+    high: float
+    log: bool = False
+    start: float = 0.0  # of the drawing, where `low` is
+    end: float = 1.0
+
+    def share(self, value: float) -> float:
+        """Where a value lies between low (0) and high (1); it may lie outside."""
+        low, high = self.low, self.high
+        if self.log:
+            value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
+        return (value - low) / (high - low)
+
+    def at(self, value: float) -> float:
+        """The place of a value in the drawing."""
+        return self.start + self.share(value) * (self.end - self.start)
+
+    def within(self, value: float) -> float:
+        """The share of a value; one outside lies at the end."""
+        return min(1.0, max(0.0, self.share(value)))
+
+
+def step_of(low: float, high: float, most: int = 5) -> float:
+    """The distance of ticks: 1, 2 or 5 times a power of ten, so that about `most` fit."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * each for each in (1, 2, 5, 10) if power * each >= rough * (1 - 1e-9))
+
+
+def ticks(axis: Axis, most: int = 5) -> list[float]:
+    """Round values on an axis; on a long log axis powers of ten."""
+    if not axis.log:
+        step = step_of(axis.low, axis.high, most)
+        first, last = math.ceil(axis.low / step - 1e-9), math.floor(axis.high / step + 1e-9)
+        return [i * step for i in range(first, last + 1)]
+    first, last = math.ceil(math.log10(axis.low) - 1e-9), math.floor(math.log10(axis.high) + 1e-9)
+    if last - first < 1:  # under two powers of ten: their halves and fifths too
+        fine = (each * 10.0**power for power in range(first - 1, last + 1) for each in (1, 2, 5))
+        return [value for value in fine if axis.low <= value <= axis.high]
+    step = max(1, -(-(last - first + 1) // most))
+    return [10.0**power for power in range(first, last + 1, step)]
+
+
+FIGURE = "figures/sparsity.svg"
+_BARS_WIDE, _BARS_HIGH, _BARS_LEFT, _BARS_TOP = 640, 160, 52, 24
+_MOST_BARS = 320
+_COLORS = {True: BLUE, False: GREY}  # prunable, kept
+
+
+def sparsity_figure(report: Report) -> str:
+    """The figure of a model card: one bar per tensor, in the order of the file. Many tensors share bars."""
+    rows = [row for row in report.tensors if row.weights]
+    step = max(1, -(-len(rows) // _MOST_BARS))
+    bars = [rows[i : i + step] for i in range(0, len(rows), step)]
+    wide = _BARS_WIDE / max(len(bars), 1)
+    share = report.prunable
+    zeros = f"{share.zeros:,} of {share.weights:,} prunable weights are zero"
+    said = f"{zeros} ({percent(share.sparsity)})"
+    each = "one tensor" if step == 1 else f"{step} tensors"
+    right, low = _BARS_LEFT + _BARS_WIDE, _BARS_TOP + _BARS_HIGH
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 16} {low + 40}" role="img" '
+        'font-family="sans-serif" font-size="12">',
+        f"<title>Sparsity by layer</title><desc>{said}; a bar is {each}, in the order of the file.</desc>",
+        '<rect width="100%" height="100%" fill="#ffffff"/>',
+        *(_bar_of(bar, _BARS_LEFT + i * wide, wide) for i, bar in enumerate(bars)),
+        *(_level(level) for level in (0, 50, 100)),
+        f'<text x="{_BARS_LEFT}" y="{_BARS_TOP - 8}">{said}</text>',
+        f'<rect x="{_BARS_LEFT}" y="{low + 14}" width="10" height="10" fill="{_COLORS[True]}"/>',
+        f'<text x="{_BARS_LEFT + 16}" y="{low + 24}">prunable</text>',
+        f'<rect x="{_BARS_LEFT + 90}" y="{low + 14}" width="10" height="10" fill="{_COLORS[False]}"/>',
+        f'<text x="{_BARS_LEFT + 106}" y="{low + 24}">kept; a bar is {each}, in the order of the file</text>',
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bar_of(rows: list[TensorRow], left: float, wide: float) -> str:
+    high = _BARS_HIGH * sum(row.zeros for row in rows) / sum(row.weights for row in rows)
+    color = _COLORS[any(row.prunable for row in rows)]
+    place = (
+        f'x="{left:.2f}" y="{_BARS_TOP + _BARS_HIGH - high:.2f}" width="{0.9 * wide:.2f}" height="{high:.2f}"'
+    )
+    return f'<rect {place} fill="{color}"/>'
+
+
+def _level(level: int) -> str:
+    y = _BARS_TOP + _BARS_HIGH * (100 - level) / 100
+    line = (
+        f'<line x1="{_BARS_LEFT}" x2="{_BARS_LEFT + _BARS_WIDE}" y1="{y:.1f}" y2="{y:.1f}" stroke="#808080"/>'
+    )
+    return f'{line}<text x="{_BARS_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{level} %</text>'
+
 
 _WIDTH, _HEIGHT, _TOP, _BOTTOM = 760, 380, 76, 320
 _LEFT, _RIGHT = (70, 370), (440, 740)  # from and to, of the two panels
 _LETTER, _LINE = 6.5, 12  # about what a letter of 11 px and a line of them take
 _UNITS = {"loss": "nats", "accuracy": "fraction"}
-# Okabe and Ito's blue and vermilion, which colour-blind readers tell apart; failed points are hollow, too.
 # Words have a rim of the ground's colour, so that no line strikes through them.
-_STYLE = """
+_COLOURS = {"BLUE": BLUE, "SKY": SKY, "VERMILION": VERMILION, "ORANGE": ORANGE}
+_STYLE = re.sub(
+    "|".join(_COLOURS),
+    lambda found: _COLOURS[found[0]],
+    """
   svg { background: #fff; color: #222; font: 12px sans-serif }
   text { fill: currentColor; stroke: #fff; stroke-width: 3px; paint-order: stroke }
   .axis { stroke: #888; fill: none } .grid { stroke: #e4e4e4 }
-  .line { stroke: #0072b2; fill: none; stroke-width: 1.5 } .good { fill: #0072b2; stroke: #0072b2 }
-  .bad { fill: #fff; stroke: #d55e00; stroke-width: 2 } .dense { fill: currentColor }
-  .best { fill: none; stroke: #0072b2; stroke-width: 2 } .limit { stroke: #d55e00; stroke-dasharray: 5 4 }
+  .line { stroke: BLUE; fill: none; stroke-width: 1.5 } .good { fill: BLUE; stroke: BLUE }
+  .bad { fill: #fff; stroke: VERMILION; stroke-width: 2 } .dense { fill: currentColor }
+  .best { fill: none; stroke: BLUE; stroke-width: 2 } .limit { stroke: VERMILION; stroke-dasharray: 5 4 }
   .small { font-size: 11px } .head { font-size: 14px; font-weight: bold }
   @media (prefers-color-scheme: dark) {
     svg { background: #161616; color: #e8e8e8 } text { stroke: #161616 }
-    .grid { stroke: #333 } .line { stroke: #56b4e9 }
-    .good { fill: #56b4e9; stroke: #56b4e9 } .best { stroke: #56b4e9 } .bad { fill: #161616; stroke: #e69f00 }
-    .limit { stroke: #e69f00 }
+    .grid { stroke: #333 } .line { stroke: SKY }
+    .good { fill: SKY; stroke: SKY } .best { stroke: SKY } .bad { fill: #161616; stroke: ORANGE }
+    .limit { stroke: ORANGE }
   }
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    low: float
-    high: float
-    start: float  # of the picture, where `low` is
-    end: float
-
-    def at(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        return between(self.low, self.high)
+""",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +150,9 @@ class _Point:
     best: bool = False
 
 
-def draw(found: dict[str, Any]) -> str:
-    """The figure of what `sweep` found; where no quality was measured it says so."""
+def sweep_figure(found: dict[str, Any]) -> str:
+    """The figure of a sweep: quality against sparsity on the left, against bytes on the right; limits of
+    budgets dashed."""
     rows = [row for row in found["rows"] if row["after"] is not None]
     if not rows:
         words = "no quality was recorded"
@@ -80,7 +171,7 @@ def draw(found: dict[str, Any]) -> str:
     factor, unit = _unit(max(point.size for point in points))
     limits = [(level / factor, text) for level, text in _limit(rows, "max-bytes")]
     most = max([point.size / factor for point in points] + [level for level, _ in limits])
-    left, right = _Axis(0, 1, *_LEFT), _Axis(0, most * 1.08, *_RIGHT)
+    left, right = Axis(0, 1, False, *_LEFT), Axis(0, most * 1.08, False, *_RIGHT)
     what = "weight files" if files else "weight files stored as bitmask"
     marks = [
         _text(_LEFT[0], 24, "Size and quality at each sparsity", "head"),
@@ -113,7 +204,7 @@ def _point(row: dict[str, Any], key: str, smallest: str | None) -> _Point:
 
 
 def _limit(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[float, str]]:
-    """A budget's limit and its words; none where no report has it."""
+    """A budget's limit and its words; none if no report has it."""
     words = size if name == "max-bytes" else "{:g}".format
     return [(each["limit"], f"{name} {words(each['limit'])}") for each in _budgets(rows, name)]
 
@@ -137,10 +228,10 @@ def _floor(rows: Sequence[dict[str, Any]], dense: float | None) -> list[tuple[fl
     ]
 
 
-def _spread(values: Sequence[float]) -> _Axis:
+def _spread(values: Sequence[float]) -> Axis:
     low, high = min(values), max(values)
     space = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
-    return _Axis(low - space, high + space, _BOTTOM, _TOP)
+    return Axis(low - space, high + space, False, _BOTTOM, _TOP)
 
 
 def _unit(most: float) -> tuple[float, str]:
@@ -148,18 +239,18 @@ def _unit(most: float) -> tuple[float, str]:
     return 1000.0**power, ("B", "kB", "MB", "GB", "TB")[power]
 
 
-def _plain(axis: _Axis) -> Any:
+def _plain(axis: Axis) -> Callable[[float], str]:
     decimals = max(0, -math.floor(math.log10(step_of(axis.low, axis.high)) + 1e-9))
     return lambda value: f"{value:.{decimals}f}"
 
 
-def _panel(x: _Axis, y: _Axis, name: str, words: Any) -> list[str]:
+def _panel(x: Axis, y: Axis, name: str, words: Callable[[float], str]) -> list[str]:
     marks: list[str] = []
     shown = _plain(y)
-    for tick in y.ticks():
+    for tick in ticks(y):
         marks.append(_line(x.start, y.at(tick), x.end, y.at(tick), "grid"))
         marks.append(_text(x.start - 6, y.at(tick) + 4, shown(tick), anchor="end"))
-    for tick in x.ticks():
+    for tick in ticks(x):
         marks.append(_line(x.at(tick), _BOTTOM, x.at(tick), _BOTTOM + 4, "axis"))
         marks.append(_text(x.at(tick), _BOTTOM + 18, words(tick), anchor="middle"))
     marks.append(f'<path class="axis" d="M{x.start:.1f} {_TOP}V{_BOTTOM}H{x.end:.1f}"/>')
@@ -167,7 +258,7 @@ def _panel(x: _Axis, y: _Axis, name: str, words: Any) -> list[str]:
 
 
 def _limits(
-    x: _Axis, y: _Axis, across: Sequence[tuple[float, str]], up: Sequence[tuple[float, str]]
+    x: Axis, y: Axis, across: Sequence[tuple[float, str]], up: Sequence[tuple[float, str]]
 ) -> list[str]:
     marks: list[str] = []
     for level, words in across:
@@ -180,7 +271,7 @@ def _limits(
     return marks
 
 
-def _curve(x: _Axis, y: _Axis, points: Sequence[tuple[float, _Point]]) -> list[str]:
+def _curve(x: Axis, y: Axis, points: Sequence[tuple[float, _Point]]) -> list[str]:
     places = [(x.at(value), y.at(point.quality), point) for value, point in points]
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in places)
     marks = [f'<polyline class="line" points="{path}"/>']
@@ -195,8 +286,8 @@ def _curve(x: _Axis, y: _Axis, points: Sequence[tuple[float, _Point]]) -> list[s
 
 
 def _labels(places: Sequence[tuple[float, float, str]]) -> list[str]:
-    """Words by turns above and below their points, further away where others stand there already, and left
-    out where there is no room at all."""
+    """Words above and below their points in turn, further away from others, and left out if there is no
+    room."""
     marks: list[str] = []
     taken: list[tuple[float, float, float]] = []  # middle, foot and half of the width
     for i, (x, y, words) in enumerate(places):

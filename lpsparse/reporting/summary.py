@@ -1,4 +1,4 @@
-"""What every view says of a report, in the same words."""
+"""The sentences about a report that all views share."""
 
 import math
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ CONFIDENCE = 1.96  # standard errors either way that hold 95 % of a normal distr
 
 
 def verdict(report: Report) -> str:
-    """How much is zero, and how many budgets failed. A budget that only warns is told apart."""
+    """How much is zero, and how many budgets failed or warn."""
     return "; ".join([zeros(report), *([budgets_in_short(report)] if report.budgets else [])])
 
 
@@ -40,21 +40,21 @@ def budgets_in_short(report: Report) -> str:
 
 
 def budget_counts(report: Report) -> tuple[int, int, int]:
-    """How many budgets failed, how many warn, and of how many. That weights are finite is no budget that was
-    given: it is told beside them."""
+    """How many budgets failed, how many warn, and how many there are, without the check that weights are
+    finite: nobody gave it as a budget."""
     states = [state(budget) for budget in report.budgets if budget.name != FINITE]
     return states.count("FAILED"), states.count("warn"), len(states)
 
 
 def nonfinite(report: Report) -> str | None:
-    """What has to be read before anything else; None where every value is a number."""
+    """The alarm that comes before anything else; None if every value is finite."""
     count = len(report.nonfinite_tensors)
     return f"NaN or Inf in {count:,} of {len(report.tensors):,} tensors" if count else None
 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """What should be looked at before the model is used, in words."""
+    """A problem to look at before the model is used."""
 
     what: str
     tensors: tuple[tuple[str, str], ...]  # name, and a remark
@@ -70,8 +70,7 @@ def alerts(report: Report) -> tuple[Alert, ...]:
 
 
 def lost_of(report: Report) -> Alert | None:
-    """Tensors of BASE that are missed here; None where none is, or no BASE was given. A head that another
-    class has no place for is not missed."""
+    """Tensors of BASE that are missing here, except heads that this class of model does not have."""
     base = report.base
     if base is None:
         return None
@@ -85,7 +84,7 @@ def lost_of(report: Report) -> Alert | None:
 
 
 def apart_in_words(base: Base) -> list[tuple[str, str]]:
-    """What only one of the two has and is no alarm, with the names of the first tensors."""
+    """Tensors that only one of the two has, which is no alarm, with the first names."""
     found: list[tuple[str, str]] = []
     groups = (("only here", base.only_here, ""), ("left behind", base.left_behind, f" ({LEFT_BEHIND})"))
     for word, names, remark in groups:
@@ -96,8 +95,7 @@ def apart_in_words(base: Base) -> list[tuple[str, str]]:
 
 
 def drained(tensors: Iterable[tuple[str, int, int]]) -> Alert | None:
-    """Prunable tensors of which nothing, or next to nothing, is left, of names, zeros and weights; None where
-    all still say something."""
+    """Prunable tensors that are (nearly) all zero, from names, zeros and weights; None if there are none."""
     given = [each for each in tensors if each[2]]
     moderate = sum(zeros for _, zeros, _ in given) < _MODERATE * sum(weights for *_, weights in given)
     bound = _DRAINED if moderate else 1
@@ -143,7 +141,7 @@ def budget_row(budget: Budget) -> tuple[str, str, str, str, str]:
 
 
 def budget_line(budget: Budget) -> str:
-    """A budget as it is met or not: max-bytes: 90.9 MB > 60 MB (over by 51 %)."""
+    """A budget as one line: max-bytes: 90.9 MB > 60 MB (over by 51 %)."""
     limit, value = _limit_and_value(budget)
     if budget.value is None:
         return f"{budget_name(budget)}: {value}, limit {limit}"
@@ -154,7 +152,7 @@ def budget_line(budget: Budget) -> str:
 
 
 def _limit_and_value(budget: Budget) -> tuple[str, str]:
-    """In three digits, or as many as tell one from the other."""
+    """In three digits, or as many as it takes to tell them apart."""
     limit = _in_unit(budget, budget.limit)
     value = "not recorded" if budget.value is None else _in_unit(budget, budget.value)
     if _unit(budget) == "metric" and budget.value is not None and abs(budget.value) < 1000:
@@ -171,7 +169,7 @@ def _limit_and_value(budget: Budget) -> tuple[str, str]:
 
 
 def _excess(budget: Budget) -> str:
-    """By how much a budget is not met; empty where it is, or where that is its margin's to say."""
+    """By how much a budget is missed; empty if it is met or if its margin says so already."""
     if budget.passed or not budget.margin or budget.value is None:
         return ""
     how = "over by" if budget.value > budget.limit else "short by"
@@ -202,7 +200,7 @@ def _in_unit(budget: Budget, value: float) -> str:
 
 
 def hint(budget: Budget, name: str | None = None) -> str | None:
-    """A budget that is met with room to spare protects nothing. `name` is how it is shown."""
+    """Advice to tighten a budget that is met with room to spare. `name` is how it is shown."""
     if not budget.passed or budget.margin is None or budget.name.endswith("of baseline"):
         return None
     if budget.margin <= _ROOM * abs(budget.limit):
@@ -228,7 +226,7 @@ def spread(error: float) -> str:
 
 
 def apart(quality: Quality) -> bool | None:
-    """Whether the intervals before and after do not meet; None where there are not two."""
+    """Whether the intervals before and after are apart; None if one is unknown."""
     before, errors = quality.before, (quality.before_error, quality.after_error)
     if before is None or errors[0] is None or errors[1] is None:
         return None
@@ -236,7 +234,7 @@ def apart(quality: Quality) -> bool | None:
 
 
 def change_of(quality: Quality) -> str:
-    """Better or worse, and by how much; empty where there was nothing before."""
+    """Better or worse, and by how much; empty if nothing was measured before."""
     drop = drop_of(quality)
     if drop is None:
         return ""
@@ -277,18 +275,18 @@ def changes(report: Report) -> Sums | None:
 
 
 def _magnitudes(given: Iterable[float | None]) -> list[float]:
-    """Those that are: where NaN alone was cut, none is positive."""
+    """The known positive ones: there are none if only NaN was cut."""
     return [value for value in given if value is not None and value > 0]
 
 
 def in_figures(sums: Sums) -> str:
-    """What was cut, came back and has another value."""
+    """How many weights were set to zero, revived and changed."""
     cut, revived, changed = sums.cut, sums.revived, sums.changed
     return f"{cut:,} set to zero, {revived:,} revived, {changed:,} other weights changed"
 
 
 def cut_at(sums: Sums) -> str | None:
-    """Where the cut was made, by magnitudes in BASE; None where nothing was cut."""
+    """The threshold of the cut, by magnitudes in BASE; None if nothing was cut."""
     if sums.cut_to is None:
         return None
     kept = "" if sums.kept_from is None else f"; smallest kept {sums.kept_from:.6g}"
@@ -303,17 +301,18 @@ def one_threshold(sums: Sums) -> bool | None:
     return sums.cut_to <= sums.kept_from
 
 
-def largest_change(row: TensorRow) -> str:
-    """Of a tensor that has one: from what to what, and where in it."""
+def largest_change(row: TensorRow, name: str) -> str:
+    """The largest change of a weight that is zero neither here nor in BASE, from what to what, and where."""
     assert row.change is not None
-    change, where = row.change, ""
-    if change.at is not None and change.before is not None and change.after is not None:
-        where = f", {change.before:.6g} -> {change.after:.6g} at value {change.at:,}"
-    return f"{change.largest_change:.6g} of what is zero in neither{where}"
+    change = row.change
+    if change.at is None or change.before is None or change.after is None:
+        return f"{change.largest_change:.6g} in {name}, zeros excluded"
+    values = f"{change.before:.6g} -> {change.after:.6g}"
+    return f"{change.largest_change:.6g} ({values} at index {change.at:,} of {name}), zeros excluded"
 
 
 def neighbours(report: Report) -> list[tuple[str, str]]:
-    """N:M patterns, empty rows, columns, heads and blocks of the prunable weights: what there is."""
+    """The N:M groups, and the all-zero rows, columns, heads and blocks, of prunable weights."""
     lines: list[tuple[str, str]] = []
     for name, (part, whole) in report.n_m.items():
         if part and whole:
@@ -337,21 +336,21 @@ def singular(report: Report) -> list[tuple[str, str, str]]:
 
 
 def oddities(report: Report) -> list[tuple[str, str]]:
-    """Zeros with a sign, subnormal and nearly zero values, of all tensors: those that are there."""
+    """Negative zeros, subnormal and nearly zero values of all tensors, if there are any."""
     details = [row.detail for row in report.tensors if row.detail is not None]
     counts = {
-        "-0.0": (sum(each.negative_zeros for each in details), "zeros with a sign, counted as zeros"),
-        "subnormal": (sum(each.subnormal for each in details), "values under the normal ones of their dtype"),
+        "-0.0": (sum(each.negative_zeros for each in details), "negative zeros, counted as zeros"),
+        "subnormal": (sum(each.subnormal for each in details), "values below their dtype's normal range"),
         "nearly zero": (
             sum(each.near_zero for each in details),
-            "values that are not zero, but under about 1/1000 of the largest in their tensor",
+            "non-zero values below about 1/1000 of the largest in their tensor",
         ),
     }
     return [(name, f"{count:,} {text}") for name, (count, text) in counts.items() if count]
 
 
 def stores(report: Report) -> list[tuple[str, str]]:
-    """Bytes of the weight files as they are, and as `pack` would write them."""
+    """Bytes of the weight files now, and after `pack`."""
     held = report.bytes
     lines = [
         (
@@ -366,7 +365,7 @@ def stores(report: Report) -> list[tuple[str, str]]:
 
 
 def shrinks(report: Report) -> str | None:
-    """From what to what the files go: 90.9 MB -> about 51.3 MB packed, 1.77x smaller. None: not known."""
+    """The change of size: 90.9 MB -> about 51.3 MB packed, 1.77x smaller. None: unknown."""
     held, base = report.bytes, report.base
     now = held.file_bytes if report.layout != "dense" else held.packed_bytes
     if now is None:
@@ -385,7 +384,7 @@ def times(before: float, now: float) -> str:
 
 
 def beside(base: Base) -> tuple[str, str]:
-    """What BASE is to the model, and how the files compare."""
+    """Whether BASE is the source, and how the files compare."""
     ratio = base.bytes_ratio
     change = f" ({'+' if ratio > 1 else '-'}{100 * abs(ratio - 1):.0f} %)" if round(ratio, 2) != 1 else ""
     now = base.file_bytes * ratio

@@ -1,0 +1,1 @@
+"""Criteria rank weights without training: one file for each."""
