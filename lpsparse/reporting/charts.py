@@ -4,10 +4,10 @@ No script, font or file from outside. The same figures give the same bytes.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from string import Template
 from typing import Any
 
 from lpsparse.reporting.records import Report, TensorRow
@@ -118,26 +118,21 @@ _LEFT, _RIGHT = (70, 370), (440, 740)  # from and to, of the two panels
 _LETTER, _LINE = 6.5, 12  # about what a letter of 11 px and a line of them take
 _UNITS = {"loss": "nats", "accuracy": "fraction"}
 # Words have a rim of the ground's colour, so that no line strikes through them.
-_COLOURS = {"BLUE": BLUE, "SKY": SKY, "VERMILION": VERMILION, "ORANGE": ORANGE}
-_STYLE = re.sub(
-    "|".join(_COLOURS),
-    lambda found: _COLOURS[found[0]],
-    """
+_STYLE = Template("""
   svg { background: #fff; color: #222; font: 12px sans-serif }
   text { fill: currentColor; stroke: #fff; stroke-width: 3px; paint-order: stroke }
   .axis { stroke: #888; fill: none } .grid { stroke: #e4e4e4 }
-  .line { stroke: BLUE; fill: none; stroke-width: 1.5 } .good { fill: BLUE; stroke: BLUE }
-  .bad { fill: #fff; stroke: VERMILION; stroke-width: 2 } .dense { fill: currentColor }
-  .best { fill: none; stroke: BLUE; stroke-width: 2 } .limit { stroke: VERMILION; stroke-dasharray: 5 4 }
+  .line { stroke: $blue; fill: none; stroke-width: 1.5 } .good { fill: $blue; stroke: $blue }
+  .bad { fill: #fff; stroke: $vermilion; stroke-width: 2 } .dense { fill: currentColor }
+  .best { fill: none; stroke: $blue; stroke-width: 2 } .limit { stroke: $vermilion; stroke-dasharray: 5 4 }
   .small { font-size: 11px } .head { font-size: 14px; font-weight: bold }
   @media (prefers-color-scheme: dark) {
     svg { background: #161616; color: #e8e8e8 } text { stroke: #161616 }
-    .grid { stroke: #333 } .line { stroke: SKY }
-    .good { fill: SKY; stroke: SKY } .best { stroke: SKY } .bad { fill: #161616; stroke: ORANGE }
-    .limit { stroke: ORANGE }
+    .grid { stroke: #333 } .line { stroke: $sky }
+    .good { fill: $sky; stroke: $sky } .best { stroke: $sky } .bad { fill: #161616; stroke: $orange }
+    .limit { stroke: $orange }
   }
-""",
-)
+""").substitute(blue=BLUE, sky=SKY, vermilion=VERMILION, orange=ORANGE)
 
 
 @dataclass(frozen=True, slots=True)
