@@ -28,7 +28,7 @@ from lpsparse.checkpoint.torchfile import NAMES
 from lpsparse.errors import InputError, StateError
 from lpsparse.parallel import ranks
 from lpsparse.training.model_fn import build
-from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
+from lpsparse.training.names import match_names, turned_back
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -262,6 +262,27 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
         for tensor in checkpoint.tensors
     }
     keys = set(state)
+    model, missing = _instantiate(checkpoint, auto, config, state)
+    found = match_names(checkpoint, model, state, missing)
+    # The source's own keys; the class's own where the class adds a head, so that it finds them all.
+    names = {
+        name: found.own.get(str(name), str(name)) if missing else wrapper + found.sources[name]
+        for name in model.state_dict()
+        if name in found.sources or name in missing
+    }
+    names |= {name: name for name in found.fused.values()}
+    origin = {names[name]: wrapper + key for name, key in found.sources.items()}
+    parts = {wrapper + key: (name, tuple(state[key].shape)) for key, name in found.fused.items()}
+    dtypes = _dtypes(checkpoint, {**origin, **{name: key for key, (name, _) in parts.items()}}, missing)
+    left = sorted(keys - {*found.sources.values(), *found.fused})
+    notes = _notes(model, wrapper, missing, left)
+    return Loaded(model, names, tuple(missing), notes, origin, dtypes, parts)
+
+
+def _instantiate(
+    checkpoint: Checkpoint, auto: Any, config: Any, state: dict[str, Tensor]
+) -> tuple[Any, list[str]]:
+    """The model with the values of `state`, and the names of the head's tensors that it lacks."""
     family = type(_outline(checkpoint, auto, config))
     with _reports() as reports:
         try:
@@ -278,9 +299,8 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
         except Exception as error:
             what = f"{checkpoint.name}: {'; '.join(_told(reports)) or first_line(error)}"
             raise InputError(395, what, hint="check --task, config.json and the checkpoint") from None
-    prefix = f"{model.base_model_prefix}."
     missing = sorted(info["missing_keys"])
-    lost = [name for name in missing if name.startswith(prefix)]
+    lost = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
     if lost or info["mismatched_keys"]:
         odd = (f"{key} is {list(had)}, expected {list(own)}" for key, had, own in info["mismatched_keys"])
         names = ", ".join(lost or sorted(odd))
@@ -289,30 +309,18 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
             f"{type(model).__name__}: {names[:200]}"
         )
         raise InputError(396, what, hint="check --task and config.json")
-    sources = sources_of(model, keys)
-    fused, own = trace(model, state, sources)
-    if fused and missing:
-        what = f"{checkpoint.name}: transformers fuses its tensors, and it has no head for the task yet"
-        raise InputError(396, what, hint="add a head with transformers, save it, then use that")
-    refuse_untraced(checkpoint, model, {*sources, *missing, *fused.values()})
-    # The source's own keys; the class's own where the class adds a head, so that it finds them all.
-    names = {
-        name: own.get(str(name), str(name)) if missing else wrapper + sources[name]
-        for name in model.state_dict()
-        if name in sources or name in missing
-    }
-    names |= {name: name for name in fused.values()}
-    origin = {names[name]: wrapper + key for name, key in sources.items()}
-    known = {*sources.values(), *fused}
-    left = sorted(key for key in keys - known if not key.endswith("position_ids"))
+    return model, missing
+
+
+def _notes(model: nn.Module, wrapper: str, missing: list[str], left: list[str]) -> tuple[str, ...]:
+    """What there is to say of a loaded model: tensors that it has not (`left`), prefix, fresh head."""
+    left = [key for key in left if not key.endswith("position_ids")]
     notes = [f"carried over, not part of {type(model).__name__}: {', '.join(left[:5])}"] if left else []
     if wrapper:
         notes.append(f"prefix {wrapper!r} looked through" + ("" if missing else "; it is kept in OUT"))
     if missing:
         notes.append(f"fresh head: {', '.join(missing)}")
-    dtypes = _dtypes(checkpoint, {**origin, **{name: wrapper + key for key, name in fused.items()}}, missing)
-    parts = {wrapper + key: (name, tuple(state[key].shape)) for key, name in fused.items()}
-    return Loaded(model, names, tuple(missing), tuple(notes), origin, dtypes, parts)
+    return tuple(notes)
 
 
 def first_line(error: Exception) -> str:
