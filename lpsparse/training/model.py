@@ -1,7 +1,7 @@
-"""From a checkpoint to a torch module and back: names, dtypes, heads. The weights are read by lpsparse alone.
+"""From a checkpoint to a torch module and back: names, dtypes, heads. Only lpsparse reads the weights.
 
-transformers gets a state dict, never a file: shard indexes, pickles and missing tensors are our own checks'
-matter.
+transformers gets a state dict, never a file: our own checks handle shard indexes, pickles
+and missing tensors.
 """
 
 import json
@@ -185,7 +185,7 @@ def _config(checkpoint: Checkpoint, changes: dict[str, Any]) -> Any:
 
 
 def has_head(checkpoint: Checkpoint, auto: Any) -> bool:
-    """Whether a checkpoint has all that the class of `auto` adds to the base model."""
+    """Return whether a checkpoint has all that the class of `auto` adds to the base model."""
     model = _outline(checkpoint, auto, _config(checkpoint, {}))
     base, wrapper = f"{model.base_model_prefix}.", _wrapper(checkpoint)
     there = {tensor.name.removeprefix(wrapper) for tensor in checkpoint.tensors}
@@ -210,8 +210,8 @@ def _wrapper(checkpoint: Checkpoint) -> str:
 
 
 def _read_once(load: Callable[[], Loaded], empty: Callable[[], nn.Module]) -> Loaded:
-    """What `load` gives on process 0. The others get the same but for the values, until `distributed.spread`:
-    a module of `empty`, with parameters and buffers like those of process 0."""
+    """Return what `load` gives on rank 0. The other ranks get the same without the values, until
+    `ranks.distribute`: a module of `empty`, with parameters and buffers like those of rank 0."""
     mine: list[Loaded] = []
 
     def outline() -> tuple[Loaded, list[_Shared], list[_Shared]]:
@@ -236,7 +236,8 @@ def _shared(named: Iterable[tuple[str, Tensor]]) -> list[_Shared]:
 
 
 def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> nn.Module:
-    """What a person's own code has made stays, as something else in there may hold it, too."""
+    """Give `module` these parameters and buffers. What a user's own code has made stays, as other parts of
+    the module may hold it, too."""
     if all(param.is_meta for param in module.parameters()):
         for names, shape, dtype, trained in params:
             param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), trained)
@@ -250,7 +251,7 @@ def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> 
                 setattr(module.get_submodule(parent), own, buffer)  # a buffer stays one
     found = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     if [_shared(each) for each in found] != [params, buffers]:
-        what = f"process {ranks.rank()} builds another {type(module).__name__} than process 0"
+        what = f"rank {ranks.rank()} builds another {type(module).__name__} than rank 0"
         raise StateError(712, what, hint="give every process the same code and versions")
     return module.eval()
 
@@ -434,7 +435,7 @@ def _blocks_of(lines: Bits, first: int, last: int | None) -> Blocks:
 
 
 def quiet_transformers() -> None:
-    """No bars and no load reports of transformers: what matters of them is said by lpsparse."""
+    """Turn off the bars and load reports of transformers; lpsparse reports what matters of them."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -452,7 +453,7 @@ class _Listener(logging.Handler):
 
 @contextmanager
 def _reports() -> Generator[list[str]]:
-    """What transformers reports while it loads, which nobody sees: its errors point to it."""
+    """Collect what transformers logs while it loads, unseen: its errors refer to it."""
     root, listener = logging.getLogger("transformers"), _Listener()
     before = root.handlers, root.propagate, root.level
     root.handlers, root.propagate = [listener], False
@@ -465,7 +466,7 @@ def _reports() -> Generator[list[str]]:
 
 
 def _told(reports: list[str]) -> list[str]:
-    """What failed and why, of a report without its colours, rules and columns."""
+    """The lines of a load report that say what failed, without colours, rules and columns."""
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in "\n".join(reports).splitlines()]
     told = [
         " ".join(line.replace("|", " ").split()) for line in lines if "CONVERSION" in line or "Error" in line

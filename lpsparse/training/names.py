@@ -58,9 +58,9 @@ def _sources(model: nn.Module, source: set[str]) -> dict[str, str]:
 def _trace(
     model: Any, state: dict[str, Tensor], sources: dict[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Of the checkpoint's keys that no tensor of the module is called by: into `sources` those that
-    transformers renames, and as the result those that it fuses, key -> fused tensor; and what a checkpoint of
-    this very class calls the renamed, module name -> key.
+    """Match the keys that no tensor of the module is named after. Add those that transformers renames to
+    `sources`; return those that it fuses, key -> fused tensor, and the names that a checkpoint of this very
+    class has for the renamed, module name -> key.
 
     transformers knows how to turn its names and tensors back; it is asked to do so for tensors that hold
     their own number. What does not come back bit for bit is left out.
