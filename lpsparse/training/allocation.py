@@ -48,7 +48,7 @@ def _kth_across(values: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def keep_only_(values: Tensor, keep: Tensor) -> None:
-    """Make +0, in place, what is not kept. On a CPU masked_fill_ takes as long as all of AdamW's step, and
+    """Set what is not kept to +0, in place. On a CPU masked_fill_ takes as long as all of AdamW's step, and
     numpy's product a tenth of it."""
     if values.device.type != "cpu" or type(values.data) is not Tensor:
         values.masked_fill_(~keep, 0.0)

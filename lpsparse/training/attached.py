@@ -1,4 +1,4 @@
-"""What is hung on somebody's optimizer: work around its step, with a closure or without; no silent copies."""
+"""Hooks around the step of a user's optimizer, with a closure or without, which no copy silently loses."""
 
 from collections.abc import Callable
 from functools import partial
@@ -46,7 +46,7 @@ def uncover(optimizer: Optimizer) -> None:
 
 
 def _refuse_copy(kind: str, name: str) -> Any:
-    what = f"a copy of this {kind} would go on without {name}, which is attached to it"
+    what = f"a copy of this {kind} would lack {name}, which is attached to it"
     raise UsageError(236, what, hint="copy its state_dict(), load it into a new one, and attach again")
 
 

@@ -82,7 +82,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint, *, spread: bo
 
 
 def plan_training(step: FinetuneStep, task: Task) -> dict[str, Any]:
-    """What `train` would do, as plain data."""
+    """Return what `train` would do, as plain data."""
     step = resolve_auto(step, task.loaded.module, steps_of(step, task))
     freeze_(step, task.loaded)
     prunable, weights = prunable_parameters(step, task.loaded)
@@ -195,7 +195,7 @@ def _set_module(step: FinetuneStep, model: Any) -> None:
 
 
 def _leaves_unused(task: Task, device: torch.device) -> bool:
-    """Whether a parameter that is trained gets no gradient: DDP has to look for such."""
+    """Return whether a trained parameter gets no gradient: DDP has to look for such."""
     module = task.loaded.module.eval()
     batch = task.collate([task.train[0]])
     batch = batch if task.augment is None else task.augment(batch, [0])

@@ -221,7 +221,7 @@ class SparsityControl:
         yield from ((self.others[name], keep) for name, keep in self.held.items())
 
     def _sums(self, counts: list[int]) -> list[int]:
-        """Counts of this process's parts as counts of the whole."""
+        """Sum counts of this process's parts over all processes."""
         return [int(count) for count in ranks.all_reduce_sum(counts)] if self.across else counts
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Row:
 
 
 def find(data: str, split: str) -> tuple[list[Path], slice, str]:
-    """The files of one split, the part that is asked for, and in words what is read: split or file, and part.
+    """The files of a split, the part that is asked for, and in words what is read: split or file, and part.
 
     DATA is a file (then it is its only split), a folder with a file a split, `bundled:NAME` or a hub data
     set id.
@@ -310,7 +310,7 @@ def _separated(
 
 
 def _is_heading(path: Path, rows: list[list[str]]) -> bool:
-    """Whether the first row of text and label names its columns: its label comes once, all others again.
+    """Return whether the first row names the columns: its label comes once, all others again.
     Raises InputError where that cannot be told."""
     first = [cell.strip() for cell in rows[0]]
     counts = Counter(row[-1].strip() for row in rows)

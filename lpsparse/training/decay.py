@@ -309,8 +309,8 @@ def check_precision(param: Tensor) -> None:
         what = f"a {param.dtype} parameter of shape {tuple(param.shape)}: L_p decay is of real weights"
         raise UsageError(239, what, hint="give those to decay: LpDecay(optimizer, params=...)")
     if param.dtype in (torch.float16, torch.bfloat16):
-        what = f"a {param.dtype} parameter of shape {tuple(param.shape)} swallows the decay"
-        raise UsageError(221, what, hint="keep the parameters in float32 and use autocast")
+        what = f"a {param.dtype} parameter of shape {tuple(param.shape)} underflows: L_p decay needs float32"
+        raise UsageError(221, what, hint="keep float32 parameters and use autocast")
 
 
 def _scalars(group: dict[str, Any], device: torch.device) -> Tensor:

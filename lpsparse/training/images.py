@@ -44,7 +44,7 @@ def read_images(
     files: list[Path], part: slice, label_field: str | None, splits: Iterable[Path] = ()
 ) -> Images:
     """Images and labels of an .npz (x, y), a parquet table (img or image, label) or a folder with a folder a
-    class. Of folders the classes are those of all `splits` together."""
+    class. The classes of a folder are those of all `splits` together."""
     path = files[0]
     if path.suffix == ".npz" and path.is_file():
         found = _npz(path)

@@ -35,7 +35,7 @@ class Classes:
     notes: tuple[str, ...] = ()  # how a head without names was numbered
 
     def changes(self) -> dict[str, Any]:
-        """What a fresh head changes in config.json."""
+        """The entries of config.json that a fresh head changes."""
         if not self.fresh:
             return {}
         table = dict(enumerate(self.fresh))
@@ -80,7 +80,7 @@ def config_names(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]
     count = count if type(count) is int else 2
     table = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
     if not isinstance(table, dict) or set(table) != {str(i) for i in range(len(table))}:
-        what = f"{checkpoint.name}: config.json: id2label is no table of ids from 0"
+        what = f"{checkpoint.name}: config.json: expected id2label to map ids from 0"
         raise InputError(392, what, hint="fix config.json")
     return [str(table[str(i)]) for i in range(len(table))]
 
@@ -148,7 +148,7 @@ def check_rows(
 
 
 def unseen(train: Sequence[Labelled], places: Mapping[str, str]) -> tuple[str, ...]:
-    """What to say of classes that no training row has."""
+    """Notes about classes that no training row has."""
     lost = sorted(places.keys() - {each.label for each in train}, key=_order)
     return (f"no training row has the label {_listed(lost)}",) if lost else ()
 

@@ -1,4 +1,4 @@
-"""What a run needs of each process, from what the code keeps for each weight; `finetune --dry-run` says it.
+"""Estimate the memory of each process from what the code keeps for each weight, for `finetune --dry-run`.
 
 In bytes, float32 masters. Activations depend on the model and the batch, and are not in it.
 """

@@ -1,4 +1,4 @@
-"""What a run tells of its steps: metrics.jsonl in OUT.partial, an experiment tracker, and the caller."""
+"""Report the steps of a run: to metrics.jsonl in OUT.partial, an experiment tracker, and the caller."""
 
 import json
 from collections.abc import Callable, Generator
@@ -38,7 +38,7 @@ OnStep = Callable[[Progress], None]
 
 @contextmanager
 def recording(step: FinetuneStep, states: States, on_step: OnStep, say: Say) -> Generator[OnStep]:
-    """A function that takes progress to the metrics, the tracker and `on_step`; nowhere but on process 0."""
+    """A function that takes progress to the metrics, the tracker and `on_step`; on rank 0 only."""
     if ranks.rank() > 0:
         yield lambda progress: None
         return
@@ -107,4 +107,4 @@ class Tracker:
         except Exception as error:  # another's code, another's server
             self._inner = None
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-            self.say(f"--track {self.name} is given up ({reason}); metrics.jsonl goes on")
+            self.say(f"--track {self.name} stopped ({reason}); metrics.jsonl continues")

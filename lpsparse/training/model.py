@@ -1,7 +1,7 @@
-"""From a checkpoint to a torch module and back: names, dtypes, heads. The weights are read by lpsparse alone.
+"""From a checkpoint to a torch module and back: names, dtypes, heads. Only lpsparse reads the weights.
 
-transformers gets a state dict, never a file: shard indexes, pickles and missing tensors are our own checks'
-matter.
+transformers gets a state dict, never a file: our own checks handle shard indexes, pickles
+and missing tensors.
 """
 
 import json
@@ -28,7 +28,7 @@ from lpsparse.errors import InputError, StateError
 from lpsparse.families import RETIRED_LAYOUTS
 from lpsparse.parallel import ranks
 from lpsparse.training.model_fn import build
-from lpsparse.training.names import refuse_untraced, sources_of, trace, turned_back
+from lpsparse.training.names import match_names, turned_back
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -185,7 +185,7 @@ def _config(checkpoint: Checkpoint, changes: dict[str, Any]) -> Any:
 
 
 def has_head(checkpoint: Checkpoint, auto: Any) -> bool:
-    """Whether a checkpoint has all that the class of `auto` adds to the base model."""
+    """Return whether a checkpoint has all that the class of `auto` adds to the base model."""
     model = _outline(checkpoint, auto, _config(checkpoint, {}))
     base, wrapper = f"{model.base_model_prefix}.", _wrapper(checkpoint)
     there = {tensor.name.removeprefix(wrapper) for tensor in checkpoint.tensors}
@@ -210,8 +210,8 @@ def _wrapper(checkpoint: Checkpoint) -> str:
 
 
 def _read_once(load: Callable[[], Loaded], empty: Callable[[], nn.Module]) -> Loaded:
-    """What `load` gives on process 0. The others get the same but for the values, until `distributed.spread`:
-    a module of `empty`, with parameters and buffers like those of process 0."""
+    """Return what `load` gives on rank 0. The other ranks get the same without the values, until
+    `ranks.distribute`: a module of `empty`, with parameters and buffers like those of rank 0."""
     mine: list[Loaded] = []
 
     def outline() -> tuple[Loaded, list[_Shared], list[_Shared]]:
@@ -236,7 +236,8 @@ def _shared(named: Iterable[tuple[str, Tensor]]) -> list[_Shared]:
 
 
 def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> nn.Module:
-    """What a person's own code has made stays, as something else in there may hold it, too."""
+    """Give `module` these parameters and buffers. What a user's own code has made stays, as other parts of
+    the module may hold it, too."""
     if all(param.is_meta for param in module.parameters()):
         for names, shape, dtype, trained in params:
             param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), trained)
@@ -250,7 +251,7 @@ def _alike(module: nn.Module, params: list[_Shared], buffers: list[_Shared]) -> 
                 setattr(module.get_submodule(parent), own, buffer)  # a buffer stays one
     found = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     if [_shared(each) for each in found] != [params, buffers]:
-        what = f"process {ranks.rank()} builds another {type(module).__name__} than process 0"
+        what = f"rank {ranks.rank()} builds another {type(module).__name__} than rank 0"
         raise StateError(712, what, hint="give every process the same code and versions")
     return module.eval()
 
@@ -262,6 +263,27 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
         for tensor in checkpoint.tensors
     }
     keys = set(state)
+    model, missing = _instantiate(checkpoint, auto, config, state)
+    found = match_names(checkpoint, model, state, missing)
+    # The source's own keys; the class's own where the class adds a head, so that it finds them all.
+    names = {
+        name: found.own.get(str(name), str(name)) if missing else wrapper + found.sources[name]
+        for name in model.state_dict()
+        if name in found.sources or name in missing
+    }
+    names |= {name: name for name in found.fused.values()}
+    origin = {names[name]: wrapper + key for name, key in found.sources.items()}
+    parts = {wrapper + key: (name, tuple(state[key].shape)) for key, name in found.fused.items()}
+    dtypes = _dtypes(checkpoint, {**origin, **{name: key for key, (name, _) in parts.items()}}, missing)
+    left = sorted(keys - {*found.sources.values(), *found.fused})
+    notes = _notes(model, wrapper, missing, left)
+    return Loaded(model, names, tuple(missing), notes, origin, dtypes, parts)
+
+
+def _instantiate(
+    checkpoint: Checkpoint, auto: Any, config: Any, state: dict[str, Tensor]
+) -> tuple[Any, list[str]]:
+    """The model with the values of `state`, and the names of the head's tensors that it lacks."""
     family = type(_outline(checkpoint, auto, config))
     with _reports() as reports:
         try:
@@ -278,9 +300,8 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
         except Exception as error:
             what = f"{checkpoint.name}: {'; '.join(_told(reports)) or first_line(error)}"
             raise InputError(395, what, hint="check --task, config.json and the checkpoint") from None
-    prefix = f"{model.base_model_prefix}."
     missing = sorted(info["missing_keys"])
-    lost = [name for name in missing if name.startswith(prefix)]
+    lost = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
     if lost or info["mismatched_keys"]:
         odd = (f"{key} is {list(had)}, expected {list(own)}" for key, had, own in info["mismatched_keys"])
         names = ", ".join(lost or sorted(odd))
@@ -289,30 +310,18 @@ def _load_transformer(checkpoint: Checkpoint, auto: Any, config: Any) -> Loaded:
             f"{type(model).__name__}: {names[:200]}"
         )
         raise InputError(396, what, hint="check --task and config.json")
-    sources = sources_of(model, keys)
-    fused, own = trace(model, state, sources)
-    if fused and missing:
-        what = f"{checkpoint.name}: transformers fuses its tensors, and it has no head for the task yet"
-        raise InputError(396, what, hint="add a head with transformers, save it, then use that")
-    refuse_untraced(checkpoint, model, {*sources, *missing, *fused.values()})
-    # The source's own keys; the class's own where the class adds a head, so that it finds them all.
-    names = {
-        name: own.get(str(name), str(name)) if missing else wrapper + sources[name]
-        for name in model.state_dict()
-        if name in sources or name in missing
-    }
-    names |= {name: name for name in fused.values()}
-    origin = {names[name]: wrapper + key for name, key in sources.items()}
-    known = {*sources.values(), *fused}
-    left = sorted(key for key in keys - known if not key.endswith("position_ids"))
+    return model, missing
+
+
+def _notes(model: nn.Module, wrapper: str, missing: list[str], left: list[str]) -> tuple[str, ...]:
+    """What there is to say of a loaded model: tensors that it has not (`left`), prefix, fresh head."""
+    left = [key for key in left if not key.endswith("position_ids")]
     notes = [f"carried over, not part of {type(model).__name__}: {', '.join(left[:5])}"] if left else []
     if wrapper:
         notes.append(f"prefix {wrapper!r} looked through" + ("" if missing else "; it is kept in OUT"))
     if missing:
         notes.append(f"fresh head: {', '.join(missing)}")
-    dtypes = _dtypes(checkpoint, {**origin, **{name: wrapper + key for key, name in fused.items()}}, missing)
-    parts = {wrapper + key: (name, tuple(state[key].shape)) for key, name in fused.items()}
-    return Loaded(model, names, tuple(missing), tuple(notes), origin, dtypes, parts)
+    return tuple(notes)
 
 
 def first_line(error: Exception) -> str:
@@ -426,7 +435,7 @@ def _blocks_of(lines: Bits, first: int, last: int | None) -> Blocks:
 
 
 def quiet_transformers() -> None:
-    """No bars and no load reports of transformers: what matters of them is said by lpsparse."""
+    """Turn off the bars and load reports of transformers; lpsparse reports what matters of them."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -444,7 +453,7 @@ class _Listener(logging.Handler):
 
 @contextmanager
 def _reports() -> Generator[list[str]]:
-    """What transformers reports while it loads, which nobody sees: its errors point to it."""
+    """Collect what transformers logs while it loads, unseen: its errors refer to it."""
     root, listener = logging.getLogger("transformers"), _Listener()
     before = root.handlers, root.propagate, root.level
     root.handlers, root.propagate = [listener], False
@@ -457,7 +466,7 @@ def _reports() -> Generator[list[str]]:
 
 
 def _told(reports: list[str]) -> list[str]:
-    """What failed and why, of a report without its colours, rules and columns."""
+    """The lines of a load report that say what failed, without colours, rules and columns."""
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in "\n".join(reports).splitlines()]
     told = [
         " ".join(line.replace("|", " ").split()) for line in lines if "CONVERSION" in line or "Error" in line

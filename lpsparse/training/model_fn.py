@@ -28,7 +28,7 @@ def build(model_fn: str, folder: Path | None = None) -> nn.Module:
 
 
 def load_code(spec: str, flag: str, folder: Path | None = None) -> Callable[..., Any]:
-    """What MODULE:NAME or FILE.py:NAME is. Raises UsageError, naming `flag`."""
+    """Import MODULE:NAME or FILE.py:NAME. Raises UsageError, naming `flag`."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
         raise UsageError(

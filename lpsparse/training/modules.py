@@ -1,4 +1,4 @@
-"""What the tensors of a torch module are, told by the modules that hold them."""
+"""The roles of a torch module's tensors, by the modules that hold them."""
 
 from collections.abc import Iterator
 from typing import Any

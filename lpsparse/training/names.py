@@ -2,6 +2,7 @@
 legacy name, renamed, or as parts that transformers fuses.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +17,28 @@ from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.errors import InputError
 
 
-def sources_of(model: nn.Module, source: set[str]) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class NameMap:
+    """What the tensors of a module are called in its checkpoint."""
+
+    sources: dict[str, str]  # name in the module -> key in the checkpoint
+    fused: dict[str, str]  # key in the checkpoint -> the tensor of the module that holds it as a part
+    own: dict[str, str]  # name in the module -> the key that a checkpoint of this very class has, if another
+
+
+def match_names(checkpoint: Checkpoint, model: Any, state: dict[str, Tensor], missing: list[str]) -> NameMap:
+    """Match a transformers module, made of `state`, with the keys of `state`; `missing` are names of a head
+    that is fresh. Raises InputError for a parameter that could not be written back."""
+    sources = _sources(model, set(state))
+    fused, own = _trace(model, state, sources)
+    if fused and missing:
+        what = f"{checkpoint.name}: transformers fuses its tensors, and it has no head for the task yet"
+        raise InputError(396, what, hint="add a head with transformers, save it, then use that")
+    _refuse_untraced(checkpoint, model, {*sources, *missing, *fused.values()})
+    return NameMap(sources, fused, own)
+
+
+def _sources(model: nn.Module, source: set[str]) -> dict[str, str]:
     """Module name -> the checkpoint's key of it:
     the same, without or with the base model's prefix, or a legacy one."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -33,12 +55,12 @@ def sources_of(model: nn.Module, source: set[str]) -> dict[str, str]:
     return found
 
 
-def trace(
+def _trace(
     model: Any, state: dict[str, Tensor], sources: dict[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Of the checkpoint's keys that no tensor of the module is called by: into `sources` those that
-    transformers renames, and as the result those that it fuses, key -> fused tensor; and what a checkpoint of
-    this very class calls the renamed, module name -> key.
+    """Match the keys that no tensor of the module is named after. Add those that transformers renames to
+    `sources`; return those that it fuses, key -> fused tensor, and the names that a checkpoint of this very
+    class has for the renamed, module name -> key.
 
     transformers knows how to turn its names and tensors back; it is asked to do so for tensors that hold
     their own number. What does not come back bit for bit is left out.
@@ -76,7 +98,7 @@ def turned_back(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for file in files for name, value in load_file(file).items()}
 
 
-def refuse_untraced(checkpoint: Checkpoint, model: nn.Module, known: set[str]) -> None:
+def _refuse_untraced(checkpoint: Checkpoint, model: nn.Module, known: set[str]) -> None:
     """A parameter that transformers made of tensors with other names
     (renamed, fused) would be trained and then lost: raises InputError."""
     names: dict[int, list[str]] = {}  # a tied parameter has several

@@ -1,7 +1,7 @@
-"""Which examples a step trains on, and with which random numbers: a pure function of seed, epoch and step.
+"""Choose the examples and random numbers of each step: a pure function of seed, epoch and step.
 
-Nothing of it is kept in a run's state, so that a resumed run goes on with the very same batches, and the
-batch of a step is the same for any number of processes; they take parts of it.
+Nothing of it is kept in a run's state, so a resumed run continues with the very same batches, and the batch
+of a step is the same for any number of processes; they share it.
 """
 
 import math

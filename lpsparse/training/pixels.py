@@ -129,7 +129,7 @@ def _unknown(processor: Any) -> list[str]:
 
 
 def _overridden(step: FinetuneStep | EvalStep) -> dict[str, Any]:
-    """What flags put in place of the file's settings; one value is for all channels."""
+    """Settings of the file, replaced by flags; one value stands for all channels."""
     given = {"image_mean": step.mean, "image_std": step.std}
     found = {key: value[0] if len(value) == 1 else list(value) for key, value in given.items() if value}
     return {"do_normalize": True, **found} if found else {}

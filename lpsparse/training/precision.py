@@ -21,7 +21,7 @@ _ROUNDS = 5
 
 
 def has_bf16() -> bool:
-    """Whether the device that will train computes in bf16 itself."""
+    """Return whether the device that will train computes in bf16 itself."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.accelerator.is_available():  # of the others only Intel's is known to
@@ -30,7 +30,7 @@ def has_bf16() -> bool:
 
 
 def _instructions() -> set[str]:
-    """What this CPU knows; nothing where neither torch (before 2.12) nor the system tells."""
+    """The instructions of this CPU; empty where neither torch (before 2.12) nor the system lists them."""
     known: Callable[[], dict[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)
     if known is not None:
         return {name for name, value in known().items() if value is True}

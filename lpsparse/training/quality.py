@@ -36,7 +36,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What quality is measured on."""
+    """The data that quality is measured on."""
 
     names: str  # of files
     sha256: str  # of the examples, and of how they are read: what two figures must share to be compared

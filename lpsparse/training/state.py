@@ -39,7 +39,7 @@ _RECORD = "state.json"
 
 
 def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What a state must share with a run to go on in it exactly. Raises StateError, on all processes, where
+    """What a state and a run must have in common for an exact resume. Raises StateError, on all ranks, where
     one was given something else."""
     files = None
     if local_rank() == 0:  # it is read once a machine
@@ -57,13 +57,13 @@ def made_by(step: FinetuneStep, source: Checkpoint, recipe: dict[str, Any]) -> d
     }
     odd = ranks.first_different_rank(json.dumps(found, sort_keys=True))
     if odd is not None:
-        what = f"process {odd} has other options, another model or other data than process 0"
+        what = f"rank {odd} has other options, another model or other data than rank 0"
         raise StateError(707, what, hint="give every process the same")
     return found
 
 
 def _code(spec: str | None) -> str | None:
-    """What code that a person named is: its file by its hash, else by its name."""
+    """Identify code that a user named: a file by its hash, else by its name."""
     file = Path((spec or "").rpartition(":")[0])
     if file.suffix == ".py" and file.is_file():
         return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -72,7 +72,7 @@ def _code(spec: str | None) -> str | None:
 
 @contextmanager
 def training_folder(step: FinetuneStep) -> Generator[Path]:
-    """OUT.partial, which process 0 makes and completes."""
+    """OUT.partial, which rank 0 makes and completes."""
     if ranks.rank() > 0:
         yield partial_of(step.out)
         return
@@ -84,13 +84,13 @@ def training_folder(step: FinetuneStep) -> Generator[Path]:
 def find_states(
     step: FinetuneStep, folder: Path, made: dict[str, Any], say: Callable[[str], None]
 ) -> "States":
-    """The run's states, and in `found` the one to go on from. Raises StateError where it cannot be used, and
+    """The run's states, and in `found` the one to resume from. Raises StateError where it cannot be used, and
     where the processes see different ones."""
     ranks.barrier()
     states = States(folder, made, keep=step.keep_last, shard=step.shard)
     states.find(step.resume, say)
     if ranks.first_different_rank(str(states.found and states.found[1]["step"])) is not None:
-        what = f"{folder}: the processes do not find the same training state"
+        what = f"{folder}: the ranks find different training states"
         raise StateError(710, what, hint="put OUT on a disk that all machines see")
     return states
 
@@ -107,7 +107,7 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [encode(each, tensors) for each in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"{type(value).__name__} is no part of a state")
+    raise TypeError(f"{type(value).__name__} cannot be part of a state")
 
 
 def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -129,7 +129,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 class States:
-    """The states of one run: `folder` is OUT.partial; `made_by` is what has to be the same to go on."""
+    """The states of one run: `folder` is OUT.partial; `made_by` is what has to be the same to resume."""
 
     def __init__(self, folder: Path, made_by: dict[str, Any], *, keep: int = 2, shard: bool = False) -> None:
         self.folder, self.made_by, self.keep = folder, made_by, keep
@@ -137,14 +137,14 @@ class States:
         self.found: tuple[Path, dict[str, Any]] | None = None
 
     def find(self, resume: str, say: Callable[[str], None]) -> None:
-        """Look for the state to go on from: the newest whole one, or the folder `resume`. Raises StateError
-        for one that this run could not go on from exactly."""
+        """Look for the state to resume from: the newest complete one, or the folder `resume`. Raises
+        StateError for one that this run could not resume from exactly."""
         if resume == "never":
             return
         if resume == "auto":
             self.found = _newest(self.folder, say)
             if self.found is None and self.last():
-                say("no state is whole: starts from the first step")
+                say("no complete training state found; starting from step 0")
         else:
             self.found = self._named(Path(resume).resolve(), say)
         if self.found is not None:
@@ -154,7 +154,7 @@ class States:
         """The state that was asked for, or of another run's what this one has made of it since."""
         record = _whole(path)
         if record is None:
-            what = "is no whole training state" if path.exists() else "no such folder"
+            what = "not a complete training state" if path.exists() else "no such folder"
             inside = [state.name for state in _completed(path)]
             hint = f"give {path / STATE / inside[0]}" if inside else "give auto, never or a state's folder"
             raise StateError(706, f"{path}: {what}", hint=hint)
@@ -189,7 +189,7 @@ class States:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(fresh, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
-            what = f"{getattr(error, 'filename', None) or fresh}: {reason}; earlier states are whole"
+            what = f"{getattr(error, 'filename', None) or fresh}: {reason}; earlier states are complete"
             hint = "free some space and run the same command again"
             raise OutputError(412, what, hint=hint) from error
 
@@ -250,12 +250,12 @@ def _completed(folder: Path) -> list[Path]:
 
 
 def _newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """One that is damaged is passed over, and said so; it is never deleted for that."""
+    """The newest state that is intact. Damaged ones are skipped with a message, never deleted."""
     for path in _completed(folder):
         record = _whole(path)
         if record is not None:
             return path, record
-        say(f"{path}: is damaged and passed over")
+        say(f"{path}: damaged; skipped")
     return None
 
 
@@ -274,16 +274,16 @@ def _whole(path: Path) -> dict[str, Any] | None:
 
 
 def _check(path: Path, record: dict[str, Any], made_by: dict[str, Any]) -> None:
-    """Raises StateError, naming the first three differences, for a state that would not go on exactly."""
+    """Raises StateError, naming the first three differences, for a state that would not resume exactly."""
     hint = "give the same options, or start afresh with --resume never"
     if record["version"] != VERSION:
-        what = f"{path}: is of version {record['version']}, this lpsparse knows {VERSION}"
+        what = f"{path}: has version {record['version']}; this lpsparse reads {VERSION}"
         raise StateError(703, what, hint=hint)
     given = {**made_by, "processes": ranks.world_size()}
     differences = list(_differences({**record["made_by"], "processes": record["processes"]}, given))
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        what = f"{path}: was made otherwise: {'; '.join(differences[:3])}{more}"
+        what = f"{path}: training state does not match this run: {'; '.join(differences[:3])}{more}"
         raise StateError(704, what, hint=hint)
 
 

@@ -71,7 +71,7 @@ def guarded(step: FinetuneStep, t: int, last_state: Callable[[], int]) -> Genera
                 raise _out_of_memory(step, t, has_state=last_state() > 0) from error
             if _worker_is_gone():
                 _hear_no_more_of_workers()
-                what = f"a process that prepares batches is gone: {first_line(error)}"
+                what = f"a worker process that prepares batches died: {first_line(error)}"
                 raise ResourceError(606, what, hint="use fewer --workers, or 0") from error
             raise
 
@@ -84,7 +84,7 @@ def _out_of_memory(step: FinetuneStep, t: int, *, has_state: bool) -> ResourceEr
     ways += ["--shard"] if world_size > 1 and not step.shard else []
     hint = f"use {', '.join([*ways, 'a smaller model or more memory'])}"
     if half < size:
-        hint = f"--accumulate {more} takes {half} at a time and makes the same step"
+        hint = f"--accumulate {more} uses {half} at a time for the same step"
         hint += ", with --resume never" if has_state else ""
     return ResourceError(601, what, hint=hint)
 
@@ -95,7 +95,7 @@ def watch_workers(workers: list[BaseProcess]) -> None:
 
 
 def _worker_is_gone() -> bool:
-    """Whether a process of the loader has ended by itself, so that an error is about that: torch raises one
+    """Return whether a worker of the loader has died, so that an error is about that: torch raises one
     while it waits for it, while it fetches what that one had sent, or from a signal's handler at any
     moment."""
     gone: list[Any] = wait([each.sentinel for each in _workers], _LINGERS) if _workers else []
@@ -106,8 +106,8 @@ def _worker_is_gone() -> bool:
 
 
 def _hear_no_more_of_workers() -> None:
-    """torch raises an error by a signal for each process of a loader that died, whatever is being done; once
-    one is known to be gone, that would only end the cleaning up."""
+    """Ignore further signals about dead workers. torch raises an error from a signal handler for each; once
+    one is known, others would only interrupt the cleanup."""
     if threading.current_thread() is not threading.main_thread():
         return
     handler = signal.getsignal(signal.SIGCHLD)

@@ -247,7 +247,7 @@ def test_ctrl_c_in_training_exits_130_and_keeps_the_state(tmp_path: Path) -> Non
     run.send_signal(signal.SIGINT)
     _, stderr = run.communicate(timeout=60)
     assert (run.returncode, "Traceback" in stderr) == (130, False), stderr
-    assert "stopped by SIGINT after step" in stderr and "the same command again goes on" in stderr
+    assert "stopped by SIGINT after step" in stderr and "run the same command again" in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 

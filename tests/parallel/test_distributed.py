@@ -94,8 +94,8 @@ WAYS: dict[str, Options] = {"DDP": {}, "FSDP2": {"shard": True}, "two parts": {"
 REFUSED: dict[str, tuple[str, Options, ExitCode, str]] = {  # fault, changes, exit code, words
     "nan": ("1:5:nan", {"save_every": 2}, ExitCode.NUMERIC, "the state of step 4"),
     "lamp": ("", {"shard": True, "allocation": "lamp"}, ExitCode.USAGE, "lamp needs whole tensors"),
-    "seed": ("", {OTHER: {"seed": 1}}, ExitCode.STATE, "process 1 has other options, another model or other"),
-    "data": ("", {OTHER: {"data": "other.npz"}}, ExitCode.STATE, "process 1 has other options"),
+    "seed": ("", {OTHER: {"seed": 1}}, ExitCode.STATE, "rank 1 has other options"),
+    "data": ("", {OTHER: {"data": "other.npz"}}, ExitCode.STATE, "rank 1 has other options"),
     "apart": ("1:9:perturb", {}, ExitCode.RESOURCE, "LPS605"),
 }
 

@@ -545,7 +545,7 @@ def test_an_optimizer_that_would_lose_its_hooks_is_not_copied(take: Callable[[An
         remove = lambda: lpsparse.fold(model)  # noqa: E731
     else:
         remove = attached(model, optimizer, method="dwf" if way == "factors" else "gradual").finish
-    with pytest.raises(LpsparseError, match="a copy of this AdamW would go on without"):
+    with pytest.raises(LpsparseError, match="a copy of this AdamW"):
         take(optimizer)
     copy.deepcopy(optimizer.state_dict())
     loss_of(model).backward()
@@ -601,7 +601,7 @@ def test_a_group_that_is_added_later_decays_unless_the_parameters_were_named() -
     optimizer = torch.optim.SGD([first], lr=0.1)
     LpDecay(optimizer, lambda_p=1.0)
     optimizer.add_param_group({"params": [half]})
-    with pytest.raises(LpsparseError, match="swallows the decay"):
+    with pytest.raises(LpsparseError, match="float32"):
         optimizer.step()
 
 

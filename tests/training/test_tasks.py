@@ -122,7 +122,7 @@ def test_masked_tokens_are_a_seventh_mostly_hidden_and_drawn_by_example(
 
 
 def test_a_model_without_a_masked_head_is_refused(text: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(LpsparseError, match="is no masked language model: it lacks"):
+    with pytest.raises(LpsparseError, match="masked language model"):
         lpsparse.finetune(tiny_bert, tmp_path / "out", data=text, task="masked-lm", **RUN)
     with pytest.raises(LpsparseError, match="tokenizer has no mask token"):
         lpsparse.finetune(gpt2(tmp_path / "gpt2"), tmp_path / "out", data=text, task="masked-lm", **RUN)
@@ -308,11 +308,10 @@ def test_muon_moves_matrices_and_adamw_the_rest_and_a_load_keeps_both() -> None:
 def test_a_dead_tracker_never_stops_a_run(
     faulty: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = run_cli(
-        ["finetune", faulty["model"], tmp_path / "out", *_words({**faulty, "track": "wandb"})], cwd=tmp_path
-    )
-    assert ran.rc == 0, ran.stderr
-    assert ran.stderr.count("--track wandb is given up") == 1 and "metrics.jsonl goes on" in ran.stderr
+    monkeypatch.chdir(tmp_path)  # where it writes
+    said: list[str] = []
+    finetune_step(resolve(FinetuneStep, {**faulty, "out": tmp_path / "out", "track": "wandb"}), said.append)
+    assert len([text for text in said if "--track wandb" in text]) == 1
     assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") == 8
 
 
@@ -341,10 +340,8 @@ def test_a_tracker_gets_the_metrics_until_it_fails(
     finetune_step(resolve(FinetuneStep, {**faulty, "out": tmp_path / "out", "track": "trackio"}), said.append)
     assert Fake.seen[:2] == ["out", "start"] and [step for step, _ in Fake.seen[2:]] == [2, 4, 6]
     assert {"loss", "lr", "sparsity"} <= set(Fake.seen[2][1])
-    given_up = [text for text in said if "is given up" in text]
-    assert given_up == [
-        "--track trackio is given up (OSError: [Errno 28] No space left on device); metrics.jsonl goes on"
-    ]
+    given_up = [text for text in said if "--track trackio" in text]
+    assert len(given_up) == 1 and "No space left on device" in given_up[0]
 
 
 def _words(given: dict[str, Any]) -> list[str]:
@@ -366,7 +363,7 @@ def test_a_dead_worker_process_ends_the_run_with_exit_6(
     code.write_text(code.read_text() + KILLS_WORKERS.replace("WAIT", str(wait)))
     words = _words({**faulty, "workers": 1, "epochs": 50})
     ran = run_cli(["finetune", faulty["model"], tmp_path / "out", *words])
-    assert ran.rc == 6 and "a process that prepares batches is gone" in ran.stderr, ran.stderr
+    assert ran.rc == 6 and "LPS606" in ran.stderr, ran.stderr
     assert "Traceback" not in ran.stderr
 
 

@@ -1,4 +1,4 @@
-"""What every conditioning does, and the two ways in which one works.
+"""The base of all conditionings, and the two ways in which one works.
 
 Projected: the tensor in the model is the effective weight, W = f(V) with V = W at every step; what is left of
 the reparametrisation is its gradient, and a projection after each step. Overlaid: the forward pass sees f(V)
@@ -40,8 +40,8 @@ class Conditioned:
 
 
 class Conditioning:
-    """One method on one model; made by `condition(model, method)`. What does nothing here is for the
-    members."""
+    """One method on one model; made by `condition(model, method)`. Methods that do nothing here
+    are for subclasses."""
 
     takes: ClassVar[dict[str, str]] = {}  # option of `condition` -> the setting of `finetune` that gives it
 

@@ -38,7 +38,7 @@ class Method:
 
     @property
     def rises(self) -> bool:
-        """Whether the cut is made in parts, as the target rises."""
+        """Return whether the cut is made in parts, as the target rises."""
         return self.cuts == "rising" or self.control.step.cut == "gradual"
 
     def begin(self) -> None:
@@ -70,7 +70,7 @@ class Method:
         """Detach from the optimizer."""
 
     def exchanges(self, t: int) -> bool:
-        """Whether step t needs the gradients of what was cut, too."""
+        """Return whether step t needs the gradients of what was cut, too."""
         return False
 
     def in_short(self) -> str:

@@ -1,4 +1,4 @@
-"""What every task hands to the loop."""
+"""The record that every task gives to the loop, and what tasks share."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ E = TypeVar("E", bound=Labelled)
 
 @dataclass(frozen=True, slots=True)
 class Read(Generic[E]):
-    """What was read of one split."""
+    """The examples of one split."""
 
     examples: list[E]  # of the part that was asked for
     places: dict[str, str]  # every label of the split -> where it stands first

@@ -69,7 +69,7 @@ def make_blocks(
 
 
 def _divided(step: FinetuneStep, tokenizer: Any) -> tuple[Ids, Ids]:
-    """Of a small text the characters are divided, of a large one the tokens."""
+    """Split a small text by characters, a large one by tokens."""
     files, part, _ = find(step.data, step.split)
     if _is_large(files):
         tokens = _tokens(step, step.data, step.split, tokenizer)
@@ -110,7 +110,7 @@ def _tokens(step: FinetuneStep | EvalStep, data: str, split: str, tokenizer: Any
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the tokens are those that were written."""
+    """Return whether the tokens are those that were written."""
     try:
         with path.open("rb") as file:
             return path.with_suffix(".sha256").read_text() == hashlib.file_digest(file, "sha256").hexdigest()

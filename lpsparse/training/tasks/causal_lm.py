@@ -19,7 +19,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
     tokenizer = tokenizer_of(checkpoint)
     loaded = load_transformer(checkpoint, AutoModelForCausalLM, {})
     if loaded.new:
-        what = f"{checkpoint.name}: is no language model: it lacks {', '.join(loaded.new)}"
+        what = f"{checkpoint.name}: not a language model; missing {', '.join(loaded.new)}"
         raise InputError(396, what, hint="check --task")
     model: Any = loaded.module
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], checkpoint.name)

@@ -74,7 +74,7 @@ def _of_folder(
 def _of_module(
     step: FinetuneStep | EvalStep, checkpoint: Checkpoint, examples: Examples[Image], folders: bool
 ) -> Task:
-    """What --model-fn builds: a head without names, whose outputs are counted."""
+    """The task of a module that --model-fn builds; its outputs are counted, since they have no names."""
     assert step.model_fn is not None
     loaded, view = load_module(checkpoint, step.model_fn), view_of(step, checkpoint, None)
     channels, outputs = ranks.run_on_rank_0(lambda: _fit(step, loaded.module, view, examples.all))

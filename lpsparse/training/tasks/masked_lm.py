@@ -31,7 +31,7 @@ def prepare(step: FinetuneStep | EvalStep, checkpoint: Checkpoint) -> Task:
         raise InputError(389, what, hint="use --task causal-lm, or fix the tokenizer")
     loaded = load_transformer(checkpoint, AutoModelForMaskedLM, {})
     if loaded.new:
-        what = f"{checkpoint.name}: is no masked language model: it lacks {', '.join(loaded.new)}"
+        what = f"{checkpoint.name}: not a masked language model; missing {', '.join(loaded.new)}"
         raise InputError(396, what, hint="check --task")
     model: Any = loaded.module
     rows = model.get_input_embeddings().weight.shape[0]
