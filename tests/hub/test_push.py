@@ -54,7 +54,7 @@ def test_a_new_repository_gets_all_files_in_one_commit_and_opens_from_there(
     rules = {".gitattributes": b"*.safetensors filter=lfs\n"}  # the hub's own stay
     assert repo.files() == contents(sparse) | rules
     said = ran.stderr
-    assert "is made, private" in said and "11 files" in said and "a remark" in said
+    assert "private" in said and "11 files" in said and "a remark" in said
     assert TOKEN not in said and "content=" not in said
     assert "sending 3 of 3 weight files: model-00003-of-00003.safetensors" in said
     found = json.loads(cli("inspect", "org/name", "--json").stdout)
