@@ -99,7 +99,7 @@ def _environment() -> Iterator[str]:
 
 def _topic(name: str) -> str:
     """A text of `lpsparse help`, without its title, as Markdown."""
-    from lpsparse.cli.topics import read_topics
+    from lpsparse.cli.help import read_topics
 
     return read_topics()[name].partition("\n")[2].strip() + "\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lpsparse.integrations import hook
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "prune": "api",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from lpsparse.cli.topics import read_topics
+from lpsparse.cli.help import read_topics
 from support.cli import Ran
 from support.files import ROOT, write_tiny
 from support.hub import Hub

@@ -9,7 +9,7 @@ import yaml
 from support.files import ROOT
 
 import lpsparse
-from lpsparse.cli.main import _app
+from lpsparse.cli.main import build_app
 
 GITHUB = ROOT / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
@@ -49,7 +49,7 @@ def test_a_workflow_reads_only_and_its_commands_and_files_exist(workflow: Path) 
 
     found = read(workflow)
     assert found["permissions"] == {"contents": "read"} and found[True]  # `on` is true in YAML 1.1
-    known: Any = get_command(_app())
+    known: Any = get_command(build_app())
     text = "\n".join(step["run"] for step in steps(workflow) if "run" in step)
     assert "${{" not in text.replace("${{ matrix.python }}", "")
     for command in re.findall(r"lpsparse\"? (\w+)", text):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from lpsparse.checkpoint.opening import Checkpoint
 from support.cli import cli_environment
 from support.models import BUNDLED, built, saved
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import lpsparse
 from lpsparse import LpsparseError, Sparsity, fold
 from lpsparse.checkpoint.manifest import read_manifest
+from lpsparse.checkpoint.open import Checkpoint
 from lpsparse.commands.finetune import finetune_step
 from lpsparse.families import CONDITIONINGS, METHODS, SCORES, TASKS
 from lpsparse.steps.finetune import EvalStep, FinetuneStep
