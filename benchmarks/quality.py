@@ -16,8 +16,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from lpsparse import api
-from lpsparse.cli.output import TrainingBar
-from lpsparse.cli.run import overrides
+from lpsparse.cli.bar import showing
+from lpsparse.cli.output import Voice
+from lpsparse.cli.recipes import overrides
 from lpsparse.commands import evaluate, finetune
 from lpsparse.recipes.file import read_recipe
 from lpsparse.recipes.plan import planned
@@ -65,12 +66,12 @@ def train(step: FinetuneStep) -> None:
     if is_finished(step):  # by these settings, on this data
         return
     step.out.parent.mkdir(parents=True, exist_ok=True)
-    with TrainingBar(quiet=False) as bar:
-        finetune.finetune_step(step, print, bar.update)
+    with showing(Voice()):
+        finetune.finetune_step(step, print)
 
 
 def measured(method: str, sparsity: str, seed: int | None, evaluation: EvalStep) -> dict[str, Any]:
-    found = evaluate.evaluate_step(evaluation)
+    found = evaluate.evaluate_step(evaluation).as_data()
     report = api.report(evaluation.model, include=(), exclude=()) if method != "dense" else None
     share = None if report is None else report.prunable.sparsity
     return {"method": method, "sparsity": sparsity, "seed": seed, "zeros": share, **found, "model": method}

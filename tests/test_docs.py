@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from lpsparse.cli.help import read_topics
 from support.cli import Ran
 from support.files import ROOT, write_tiny
 from support.hub import Hub
 from support.models import BUNDLED
 
 import lpsparse
+from lpsparse.cli.help import read_topics
 from lpsparse.errors import MEANINGS
 from lpsparse.recipes.file import read_recipe
 
