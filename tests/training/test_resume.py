@@ -342,6 +342,15 @@ def test_a_state_of_another_version_is_refused(
     assert ran.rc == ExitCode.STATE and str(value) in ran.stderr
 
 
+def test_a_state_of_the_first_release_is_resumed(
+    faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "out", faulty, monkeypatch, "0:3:SIGTERM")
+    path = tmp_path / "out.partial" / STATE / "step-00000003" / "state.json"
+    assert json.loads(path.read_text())["made_by"]["versions"]["lpsparse"] == "0.1"  # as 0.1.0 wrote it
+    assert train(tmp_path / "out", faulty, monkeypatch).rc == 0
+
+
 def test_a_state_may_be_named_and_one_that_is_none_is_refused(
     faulty: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
