@@ -173,7 +173,11 @@ def arguments(frame: FrameType) -> list[Any]:
 
 
 def is_step(value: Any) -> bool:
-    return type(value).__module__.startswith("lpsparse.steps") and holds(value, 1)
+    return (
+        isinstance(value, BaseModel)
+        and type(value).__module__.startswith("lpsparse.steps")
+        and holds(value, 1)
+    )
 
 
 def holds(value: Any, depth: int) -> bool:

@@ -33,11 +33,9 @@ from lpsparse.reporting.measure import (
 )
 from lpsparse.reporting.records import Report
 from lpsparse.reporting.spectra import spectra
-from lpsparse.steps.base import flag
+from lpsparse.steps.base import about, flag
 from lpsparse.steps.report import ReportStep
 from lpsparse.steps.resolve import resolve
-
-_OF_FILES = ("base", "weights", "key", "include", "exclude", "spectra")  # what a written report has no more
 
 
 @on_threads
@@ -111,7 +109,9 @@ def _reread(step: ReportStep) -> Report:
 
 def check_reread(step: ReportStep) -> None:
     """Raises UsageError for settings that need the checkpoint itself."""
-    given = [flag(name) for name in _OF_FILES if not step.at_default(name)]
+    kept = ("Budgets", "Hardware")  # panels of what a report that is read again may be asked
+    known = ((name, each.panel) for name, each in about(ReportStep).items() if name != "model")
+    given = [flag(name) for name, panel in known if panel not in kept and not step.at_default(name)]
     if given:
         what = f"{step.model}: is a report.json; {', '.join(given)} needs the checkpoint itself"
         raise UsageError(291, what, hint="give the checkpoint as MODEL")

@@ -41,6 +41,8 @@ class About:
     is_made: bool = False  # may name what an earlier step of a recipe makes
     is_swept: bool = False  # the sparsity that a sweep varies
     inherited: bool = False  # of the fine-tune that made MODEL, where an eval does not give it
+    of_loop: bool = False  # what a training loop of one's own decides itself
+    noted: bool = False  # named in a training's summary where it is not at its default
     has_default: bool = True  # False: it may be left out, and what stands in for it is no value
 
     def __call__(self, schema: dict[str, Any]) -> None:

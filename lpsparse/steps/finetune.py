@@ -50,7 +50,7 @@ class DataStep(Step):
     model: str = MODEL
     weights: str | None = WEIGHTS
     key: str | None = KEY
-    task: Task = Setting(help="What the model does.", panel="Input", inherited=True)
+    task: Task = Setting(help="What the model does.", panel="Input", inherited=True, of_loop=True)
     split: str = Setting(
         "train", help="Part of DATA to use: file stem or name, with an optional [from:to].", panel="Input"
     )
@@ -97,7 +97,11 @@ class DataStep(Step):
         advanced=True,
     )
     batch_size: int = Setting(
-        32, ge=1, help="Rows, images or blocks a step (all processes together).", panel="Training"
+        32,
+        ge=1,
+        help="Rows, images or blocks a step (all processes together).",
+        panel="Training",
+        of_loop=True,
     )
     seed: int = Setting(
         0, ge=0, help="Seed of data order, new heads and dropout.", panel="Training", advanced=True
@@ -124,9 +128,14 @@ class EvalStep(DataStep):
         panel="Input",
         inherited=True,
         has_default=False,
+        of_loop=True,
     )
     data: str = Setting(
-        help="File or folder of data, or hub data set id.", panel="Input", recorded=False, is_path=True
+        help="File or folder of data, or hub data set id.",
+        panel="Input",
+        recorded=False,
+        is_path=True,
+        of_loop=True,
     )
     split: str = Setting(
         "validation",
@@ -159,10 +168,20 @@ class FinetuneStep(DataStep):
 
     out: Path = OUT
     data: str = Setting(
-        help="File or folder of data, or hub data set id.", panel="Input", recorded=False, is_path=True
+        help="File or folder of data, or hub data set id.",
+        panel="Input",
+        recorded=False,
+        is_path=True,
+        of_loop=True,
     )
     eval_data: str | None = Setting(
-        None, help="Held-out data. Default: DATA.", panel="Input", recorded=False, is_path=True, advanced=True
+        None,
+        help="Held-out data. Default: DATA.",
+        panel="Input",
+        recorded=False,
+        is_path=True,
+        advanced=True,
+        of_loop=True,
     )
     eval_split: str | None = Setting(
         None,
@@ -215,6 +234,7 @@ class FinetuneStep(DataStep):
         "--p throughout.",
         needs={"method": ("lp",)},
         advanced=True,
+        noted=True,
     )
     lambda_2: float = Setting(
         0.0,
@@ -222,24 +242,28 @@ class FinetuneStep(DataStep):
         help="Ridge beside the L_p decay (elastic net); 0 is none.",
         needs={"method": ("lp", "l1")},
         advanced=True,
+        noted=True,
     )
     selective: bool = Setting(
         True,
         help="With a target, decay only the weights that the current target would cut.",
         needs={"method": ("lp",), "target_sparsity": ()},
         advanced=True,
+        noted=True,
     )
     cautious: bool = Setting(
         False,
         help="Decay only where the step itself moves a weight towards zero.",
         needs={"method": ("lp", "l1")},
         advanced=True,
+        noted=True,
     )
     prox: Literal["pwd", "irl1"] = Setting(
         "pwd",
         help="The decay's step: the paper's division, or the reweighted L1 threshold.",
         needs={"method": ("lp",)},
         advanced=True,
+        noted=True,
     )
     score: Annotated[str, OneOf(SCORES, ("auto",))] = Setting(
         "auto",
@@ -255,6 +279,7 @@ class FinetuneStep(DataStep):
         "still learns and decays, and may come back.",
         needs={"method": ("lp",), "target_sparsity": ()},
         advanced=True,
+        noted=True,
     )
     condition: Annotated[str, OneOf(CONDITIONINGS, ("auto", "none"))] = Setting(
         "auto",
@@ -269,6 +294,7 @@ class FinetuneStep(DataStep):
         help="Learning rate of the norms in --condition weight-norm, as a multiple of --lr.",
         needs={"condition": ("weight-norm",)},
         advanced=True,
+        noted=True,
     )
     path_penalty: float = Setting(
         0.0,
@@ -276,6 +302,7 @@ class FinetuneStep(DataStep):
         help="Weight of the 1-path-norm in --condition l1-rows.",
         needs={"condition": ("l1-rows",)},
         advanced=True,
+        noted=True,
     )
     factors: int = Setting(
         2,
@@ -284,6 +311,7 @@ class FinetuneStep(DataStep):
         help="Factors of each weight in --method dwf.",
         needs={"method": ("dwf",)},
         advanced=True,
+        noted=True,
     )
     distill: float = Setting(
         0.0,
@@ -291,6 +319,7 @@ class FinetuneStep(DataStep):
         le=1,
         help="Share of the loss that is the divergence from MODEL's own outputs; needs a MODEL with "
         "its head.",
+        noted=True,
     )
     temperature: float = Setting(2.0, gt=0, help="Softening of both outputs in --distill.", advanced=True)
     distill_blocks: float = Setting(
@@ -298,6 +327,7 @@ class FinetuneStep(DataStep):
         ge=0,
         help="Weight of keeping every block's output near MODEL's own, as a relative squared error.",
         advanced=True,
+        noted=True,
     )
     r_drop: float = Setting(
         0.0,
@@ -305,6 +335,7 @@ class FinetuneStep(DataStep):
         help="Weight of the divergence between two passes with dropout (R-Drop's alpha): helps where "
         "labelled data is short, at twice the time.",
         advanced=True,
+        noted=True,
     )
     keep_zeros: bool = Setting(
         False, help="Never revive a weight that is zero in MODEL, of any tensor.", advanced=True
@@ -322,6 +353,7 @@ class FinetuneStep(DataStep):
         help="How the target rises in the decay phase; none: all of it from the start.",
         needs={"target_sparsity": ()},
         advanced=True,
+        noted=True,
     )
     cut: Literal["auto", "end", "gradual"] = Setting(
         "auto",
@@ -337,13 +369,16 @@ class FinetuneStep(DataStep):
         "tensors of small scale; evenly; or by Erdos-Renyi densities, which spare small tensors.",
         needs={"target_sparsity": ()},
         advanced=True,
+        noted=True,
     )
     include: Patterns = INCLUDE
     exclude: Patterns = EXCLUDE
     allow_empty: bool = ALLOW_EMPTY
-    epochs: float = Setting(3.0, gt=0, help="Passes over the training data.", panel="Training", headline=True)
+    epochs: float = Setting(
+        3.0, gt=0, help="Passes over the training data.", panel="Training", headline=True, of_loop=True
+    )
     steps: int | None = Setting(
-        None, ge=1, help="Optimizer steps; overrides --epochs.", panel="Training", headline=True
+        None, ge=1, help="Optimizer steps; overrides --epochs.", panel="Training", headline=True, of_loop=True
     )
     optimizer: Annotated[str, AfterValidator(_optimizer)] = Setting(
         "adamw",
@@ -351,6 +386,7 @@ class FinetuneStep(DataStep):
         "rest), or MODULE:CLASS or FILE.py:CLASS of torch's interface.",
         panel="Training",
         advanced=True,
+        of_loop=True,
     )
     lr: float = Setting(1e-4, gt=0, help="Peak learning rate.", panel="Training", aliases=("learning_rate",))
     lr_schedule: Literal["cosine", "linear", "restart"] = Setting(
@@ -359,6 +395,7 @@ class FinetuneStep(DataStep):
         "again (a cosine where no recovery follows).",
         panel="Training",
         advanced=True,
+        noted=True,
     )
     warmup: float = Setting(
         0.05,
@@ -389,6 +426,7 @@ class FinetuneStep(DataStep):
         panel="Training",
         aliases=("max_grad_norm",),
         advanced=True,
+        of_loop=True,
     )
     freeze: Patterns = Setting(
         (), help="Glob over tensor names that are not trained; repeatable.", panel="Training", advanced=True
@@ -399,6 +437,7 @@ class FinetuneStep(DataStep):
         "classify, where tokens are masked or exchanged (best with --distill).",
         panel="Training",
         advanced=True,
+        noted=True,
     )
     log_every: int = Setting(
         20,

@@ -14,6 +14,7 @@ from lpsparse.families import METHODS, SCORES
 from lpsparse.parallel import ranks
 from lpsparse.parallel.progress import Brief
 from lpsparse.pruning.targets import Chosen, check_chosen, decide, no_match
+from lpsparse.steps.base import about
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.training.control import SparsityControl
 from lpsparse.training.model import Loaded
@@ -22,24 +23,6 @@ from lpsparse.training.schedule import plan_phases
 from lpsparse.training.scores import SETTLED
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_SAID = (  # beside what is said in words
-    "allocation",
-    "ramp",
-    "p_start",
-    "lambda_2",
-    "selective",
-    "masked_forward",
-    "cautious",
-    "prox",
-    "factors",
-    "gain_lr_ratio",
-    "path_penalty",
-    "lr_schedule",
-    "distill",
-    "distill_blocks",
-    "r_drop",
-    "augment",
-)
 _UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -231,7 +214,7 @@ def _in_full(step: FinetuneStep, control: SparsityControl) -> str:
     text = f"{steps} steps, method {step.method}, {len(control.weights)} tensors of {control.size:,} weights"
     if step.condition != "none":
         text += f", conditioned by {step.condition}"
-    if said := step.options(_SAID):
+    if said := step.options([name for name, known in about(FinetuneStep).items() if known.noted]):
         text += f", {' '.join(said)}"
     if control.target is not None and method.cuts != "start":
         text += f"; steps: {control.phases.in_words()}"

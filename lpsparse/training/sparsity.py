@@ -10,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 from lpsparse.errors import StateError, UsageError
 from lpsparse.families import CONDITIONINGS
 from lpsparse.pruning.targets import Chosen, kept_in_words
+from lpsparse.steps.base import about
 from lpsparse.steps.finetune import FinetuneStep
 from lpsparse.steps.resolve import resolve
 from lpsparse.training.allocation import keep_only_
@@ -22,18 +23,6 @@ from lpsparse.training.schedule import plan_phases
 from lpsparse.training.settings import freeze_, prunable_parameters, resolve_auto
 
 _log = logging.getLogger("lpsparse")
-_OF_THE_LOOP = {  # fields of FinetuneStep that mean nothing here
-    "model",
-    "out",
-    "data",
-    "task",
-    "steps",
-    "epochs",
-    "batch_size",
-    "clip",
-    "optimizer",
-    "eval_data",
-}
 
 
 class Driver:
@@ -177,7 +166,9 @@ class Sparsity(Driver):
         self, model: nn.Module, optimizer: Optimizer, *, steps: int, lr: float | None = None, **options: Any
     ) -> None:
         optimizer = with_hooks(optimizer)
-        theirs = sorted(set(options) & _OF_THE_LOOP)
+        known = about(FinetuneStep)
+        loops = {name for name, each in known.items() if each.of_loop or each.panel == "Arguments"}
+        theirs = sorted(set(options) & loops)
         if theirs:
             raise UsageError(250, f"{theirs[0]} is the loop's own", hint="leave it out")
         top = max(own_rate(group) for group in optimizer.param_groups)
