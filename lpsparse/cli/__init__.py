@@ -2,10 +2,14 @@
 
 import gc
 
+from lpsparse.cli import signals
+
+signals.leave_at_interrupt()
 gc.disable()  # while modules are imported there is no garbage: that is a tenth of the time of `--help`
 try:
     from lpsparse.cli.main import main
 finally:
     gc.enable()
+    signals.raise_at_interrupt()
 
 __all__ = ["main"]

@@ -135,7 +135,7 @@ def _print(rows: list[dict[str, Any]], final: Any, folder: Path) -> None:
         "\n".join(columns(("", "loss", "zeros of prunable", "dense", "packed, about"), body, width()))
     )
     print_result(
-        "loss: nats a token on held-out Shakespeare, lower is better; magnitude and lpsparse had equal steps"
+        "loss: nats per token on held-out Shakespeare, lower is better; both sparse models had equal steps"
     )
     print_result(f"report: {folder / 'sparse' / 'report.json'}")
     print_result(f"next: lpsparse report {folder / 'sparse'}")

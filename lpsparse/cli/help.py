@@ -4,6 +4,7 @@ import re
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from shutil import get_terminal_size
 from textwrap import wrap
 from typing import Annotated, Any, cast
 
@@ -11,7 +12,7 @@ import typer
 
 from lpsparse.cli.output import Json, NoMessages, print_json, print_result, print_text
 from lpsparse.errors import MEANINGS, ExitCode, UsageError
-from lpsparse.reporting.text import clean
+from lpsparse.reporting.text import clean, fitted
 from lpsparse.steps.table import COMMANDS, PANELS
 
 MEANT = {  # what people type who know another tool -> what they mean here
@@ -32,6 +33,8 @@ MEANT = {  # what people type who know another tool -> what they mean here
     "--force": "--overwrite",
     "--output": "OUT, the second argument",
 }
+_LEAST = 20  # letters of a line of that text; where there is less room it is below, too
+_COMMON = 80  # columns of a terminal; in these and more, examples stay on one line
 _WIDEST = 30  # letters of an option that has its text beside it, not below
 
 Command: Any = None
@@ -39,17 +42,34 @@ Group: Any = None
 with suppress(ImportError):  # see `borrowed`: help is then as Typer shows it
     from typer.core import TyperCommand, TyperGroup
 
-    class PanelCommand(TyperCommand):
-        """A command whose options are shown by panel."""
+    class _Fitted:
+        """Help that keeps to the terminal's width: Typer's own is never under 50 columns."""
+
+        help: str | None
+
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            formatter.width = max(_LEAST, min(formatter.width, get_terminal_size().columns))
+            cast("Any", super()).format_help(ctx, formatter)
 
         def format_usage(self, ctx: Any, formatter: Any) -> None:
-            places = [_place(param) for param in self.get_params(ctx) if param.param_type_name == "argument"]
-            formatter.write(f"Usage: {' '.join([ctx.command_path, *places])} [OPTIONS]\n")
+            params = cast("Any", self).get_params(ctx)
+            places = [_place(param) for param in params if param.param_type_name == "argument"]
+            words = [ctx.command_path, *(places or ["COMMAND"]), "[OPTIONS]"]
+            formatter.write(f"{fitted('Usage: ' + ' '.join(words), formatter.width, hang=4)}\n")
+
+        def format_help_text(self, ctx: Any, formatter: Any) -> None:
+            lines = (self.help or "").split("\n")
+            formatter.write("\n")
+            with formatter.indentation():
+                formatter.write_text("\n".join(_continued(line, formatter.width - 2) for line in lines))
+
+    class PanelCommand(_Fitted, TyperCommand):
+        """A command whose options are shown by panel."""
 
         def format_options(self, ctx: Any, formatter: Any) -> None:
             _write_options(self, ctx, formatter)
 
-    class PanelGroup(TyperGroup):
+    class PanelGroup(_Fitted, TyperGroup):
         """All commands, by what they are for; those of a command of its own in one list."""
 
         def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -99,7 +119,8 @@ def _write_options(command: Any, ctx: Any, formatter: Any) -> None:
     _write(formatter, rows)
     hidden = sum(bool(getattr(param, "hidden", False)) for param in params)
     if hidden:
-        formatter.write(f"\n{hidden} more options for special cases: {ctx.command_path} --help-all\n")
+        text = f"{hidden} more options for special cases: {ctx.command_path} --help-all"
+        formatter.write(f"\n{fitted(text, formatter.width)}\n")
 
 
 def _write(formatter: Any, rows: dict[str, list[tuple[str, str]]]) -> None:
@@ -108,14 +129,15 @@ def _write(formatter: Any, rows: dict[str, list[tuple[str, str]]]) -> None:
         room = min(_WIDEST, max((len(name) for name, _ in each), default=0))
         for i, (name, text) in enumerate(each):
             formatter.write(f"\n{panel}:\n" if i == 0 else "")
-            lines = wrap(text, formatter.width - room - 4, break_on_hyphens=False, break_long_words=False)
-            beside = lines[:1] if len(name) <= room else []
+            under = 2 if formatter.width < room + 4 + _LEAST else room  # how far to the right the text is
+            lines = wrap(text, formatter.width - under - 4, break_on_hyphens=False, break_long_words=False)
+            beside = lines[:1] if len(name) <= under else []
             words = _filled(re.findall(r"[^\s|]+\|?\s*", name), formatter.width - 6)  # choices may part
-            formatter.write(f"  {words[0]:<{room}}  {''.join(beside)}".rstrip() + "\n")
+            formatter.write(f"  {words[0]:<{under}}  {''.join(beside)}".rstrip() + "\n")
             for line in words[1:]:
                 formatter.write(f"    {line}\n")
             for line in lines[len(beside) :]:
-                formatter.write(f"{'':{room + 4}}{line}\n")
+                formatter.write(f"{'':{under + 4}}{line}\n")
 
 
 def _filled(parts: list[str], width: int) -> list[str]:
@@ -127,6 +149,14 @@ def _filled(parts: list[str], width: int) -> list[str]:
         else:
             lines[-1] += part
     return [line.rstrip() for line in lines]
+
+
+def _continued(line: str, width: int) -> str:
+    """An example that a narrow terminal has no room for, on lines that a shell puts together again."""
+    if not line.startswith("  lpsparse ") or len(line) <= width or width >= _COMMON - 4:
+        return line
+    words = re.findall(r"(?:'[^']*'|\S)+\s*", line)
+    return "  " + " \\\n    ".join(_filled(words, width - 6))
 
 
 # lpsparse help

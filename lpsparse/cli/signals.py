@@ -25,6 +25,30 @@ _LEFT = (
 )
 
 
+def leave_at_interrupt() -> None:
+    """Until `listen` Ctrl-C ends the process where it stands: nothing has begun. A KeyboardInterrupt amid an
+    import may be shown with a traceback, changed into another error, or lost."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup's stays
+        _set(_leave_unbegun)
+
+
+def raise_at_interrupt() -> None:
+    """Python's own handling again, after `leave_at_interrupt`."""
+    if signal.getsignal(signal.SIGINT) is _leave_unbegun:
+        _set(signal.default_int_handler)
+
+
+def _set(handler: Callable[..., object]) -> None:
+    with suppress(ValueError):  # another thread than the main one imports us, and has no signals
+        signal.signal(signal.SIGINT, handler)
+
+
+def _leave_unbegun(*_: object) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\ninterrupted: nothing had begun\n")
+    os._exit(ExitCode.INTERRUPT)
+
+
 def listen() -> None:
     """Raise KeyboardInterrupt at the first Ctrl-C, TerminatedError at SIGTERM; leave at a second Ctrl-C."""
     asked.clear()

@@ -18,6 +18,9 @@ class Result:
     def __getitem__(self, key: str) -> Any:
         return self.as_data()[key]
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.as_data()
+
 
 @dataclass(frozen=True, slots=True)
 class Verification(Result):

@@ -211,8 +211,8 @@ class Run:
         how = " again" if self.setup.step.resume == "auto" else " with --resume auto"
         what = f"stopped by {reason} after step {driver.done} of {driver.control.phases.steps}"
         what += f"; its state is in {self.states.folder}"
-        kind = InterruptError if asked == 2 else ResumableError
-        return kind(750, what, hint=f"run the same command{how} to resume")
+        hint = f"run the same command{how} to resume"
+        return (InterruptError if asked == 2 else ResumableError)(750, what, hint=hint)
 
     def save(self) -> None:
         """Save all that decides the rest of the run: tensors, numbers and text."""

@@ -318,7 +318,7 @@ def test_37_a_model_of_which_a_part_cannot_be_read_is_refused_before_anything_is
     with tempfile.TemporaryDirectory() as place:
         for command in ("prune", "pack"):
             said = failed(cli(*arguments(command, nobody / name, Path(place) / "out", nobody)), 3)
-            assert "error[LPS305]" in said and "Permission denied" in said
+            assert "error[LPS305]" in said
             assert os.listdir(place) == []
 
 
@@ -357,7 +357,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "63 two rules": (("--sparsity", "0.5", "--below", "1"), ["--sparsity, --below"]),
     "63 a gap, too": (("--sparsity", "0.5", "--gap"), ["--sparsity, --gap"]),
     "63 no rule": ((), ["--sparsity, --below, --gap", "got none"]),
-    "63 scope of a threshold": (("--below", "1", "--scope", "row"), ["--scope row", "--sparsity"]),
+    "63 scope of a threshold": (("--below", "1", "--scope", "row"), ["--scope", "--sparsity"]),
     "63 n-m that does not divide": (("--n-m", "2:4"), ["--n-m", "layers.0.attn.weight", "13"]),
     "63 block that does not divide": (("--sparsity", "0.5", "--block", "2x2"), ["--block", "2 x 2"]),
     "64 pattern": (

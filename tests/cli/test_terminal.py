@@ -154,7 +154,7 @@ def test_every_setting_has_a_panel(name: str) -> None:
         ("prune tiny out --bogus 1", "see `lpsparse prune --help`"),
         ("prune tiny out --block 3", "see `lpsparse prune --help`"),
         ("Prune tiny out", "did you mean prune"),
-        ("report tiny --json --quiet", "--json - --quiet"),
+        ("report tiny --json --quiet", "--json report.json --quiet"),
     ],
 )
 def test_an_error_says_what_could_be_meant(

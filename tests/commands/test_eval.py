@@ -211,7 +211,7 @@ def test_a_dry_run_measures_and_writes_nothing(half: Path, cli: Cli) -> None:
     found = json.loads(ran.stdout)
     assert ran.rc == 0 and found["saved"] is None and found["before_loss"] < found["loss"]
     assert tree_hash(half) == before and "nothing is written" in ran.stderr
-    assert "--dry-run goes with --save" in failed(cli("eval", half, *WORDS, "--dry-run"), 2)
+    assert "--dry-run needs --save" in failed(cli("eval", half, *WORDS, "--dry-run"), 2)
 
 
 def test_two_models_that_read_other_rows_are_not_compared(half: Path, cli: Cli) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 import lpsparse
 from lpsparse import ExitCode, LpsparseError
 from lpsparse.checkpoint.open import open_checkpoint
-from lpsparse.commands.finetune import finetune_step
+from lpsparse.commands.finetune import finetune_step, preview
 from lpsparse.errors import InputError
 from lpsparse.pruning.plan import plan_prune
 from lpsparse.pruning.targets import choose
@@ -102,7 +102,7 @@ def test_p_below_one_leaves_a_band_that_gap_cuts_in_and_the_checkpoint_has_none(
     }
     before, after = (lpsparse.evaluate(tmp_path / name, **dense)["loss"] for name in ("out", "cut"))
     assert after == pytest.approx(before, abs=0.01)  # what lies under the band carries nothing
-    with pytest.raises(LpsparseError, match="no band") as caught:
+    with pytest.raises(LpsparseError, match="empty band") as caught:
         lpsparse.prune("bundled:stories260k", tmp_path / "no", gap=True)
     assert caught.value.exit_code == ExitCode.VERDICT and not (tmp_path / "no").exists()
 
@@ -481,10 +481,10 @@ def test_fp16_without_a_gpu_and_an_optimizer_of_no_name_are_refused(tmp_path: Pa
 def test_too_few_steps_are_said_before_the_first(steps: int, few: bool, net: dict, tmp_path: Path) -> None:
     said: list[str] = []
     planned = {**net, "out": tmp_path / "out", "target_sparsity": "0.5", "steps": steps}
-    plan = finetune_step(resolve(FinetuneStep, {**planned, "dry_run": True}), said.append)
-    assert isinstance(plan, dict) and (plan["warning"] is not None) == few
-    if few:
-        assert f"{steps} steps" in plan["warning"] and "--steps 50" in plan["warning"]
+    warning = preview(resolve(FinetuneStep, {**planned, "dry_run": True}), said.append).warning
+    assert (warning is not None) == few
+    if warning is not None:
+        assert f"{steps} steps" in warning and "--steps 50" in warning
         finetune_step(resolve(FinetuneStep, planned), said.append)
         warned = [text.startswith("warning: ") for text in said].index(True)
         assert any("zero" in text or "target" in text for text in said[warned:])

@@ -83,7 +83,7 @@ def _train(rank: int, given: Options, runs: list[tuple[str, str, Options]], told
             finetune_step(resolve(FinetuneStep, own | (other if rank == 1 else {})), said.append)
             found.append(Ran(0, "", "\n".join(said)))
         except LpsparseError as error:
-            found.append(Ran(int(error.exit_code), "", "\n".join([*said, error.what])))
+            found.append(Ran(int(error.exit_code), "", "\n".join([*said, error.code, error.what])))
             assert not Path(out).exists()
     if rank == 0:
         Path(told).write_text(json.dumps(found))

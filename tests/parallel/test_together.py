@@ -44,7 +44,7 @@ with lpsparse.together():
         lpsparse.unpack(f"{out}/{'gone' if alone else 'packed'}", f"{out}/never")
     except lpsparse.LpsparseError as error:
         found += [error.code, error.what]
-    found += [lpsparse.verify(f"{out}/sparse", model)]
+    found += [lpsparse.verify(f"{out}/sparse", model).as_data()]
     found += [lpsparse.report(f"{out}/packed", model).base.bytes_ratio]
     for bad in ("prune", "pack"):
         try:

@@ -287,7 +287,7 @@ def test_eval_says_which_data_the_model_was_trained_on_also_when_it_was_cut_sinc
     (tmp_path / "new.jsonl").write_text(table.read_text() + "\n")
     other = cli("eval", tmp_path / "cut", "--data", tmp_path / "new.jsonl", *words[2:])
     assert "trained on" not in other.stdout + other.stderr
-    assert lpsparse.evaluate(tmp_path / "cut", data=table, task=options["task"])["trained_on"] == [table.name]
+    assert lpsparse.evaluate(tmp_path / "cut", data=table, task=options["task"]).trained_on == (table.name,)
 
 
 @pytest.mark.parametrize(
