@@ -417,7 +417,7 @@ def test_out_of_memory_says_the_batch_that_would_fit(
     assert "with 1 examples at a time" in ran.stderr and ran.stdout.startswith("use --checkpointing, a ")
     odd = {**faulty, "accumulate": 2, "batch_size": 3}
     assert train(tmp_path / "three", odd, monkeypatch, "0:4:memory").stdout.startswith(
-        "--accumulate 3 takes 1"
+        "--accumulate 3 uses 1"
     )
 
 
