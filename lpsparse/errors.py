@@ -24,31 +24,29 @@ class ExitCode(IntEnum):
 
 MEANINGS = {
     ExitCode.OK: "done",
-    ExitCode.VERDICT: "ran to the end, the artefact is whole, but a budget or verification failed, or "
-    "`--gap` found no band",
-    ExitCode.USAGE: "flag, environment variable or recipe wrong; nothing touched",
-    ExitCode.INPUT: "checkpoint or data malformed, unsafe or unsupported",
-    ExitCode.OUTPUT: "exists, no space, no permission",
+    ExitCode.VERDICT: "a budget or verification failed, or `--gap` found no band; OUT is complete",
+    ExitCode.USAGE: "wrong flag, environment variable or recipe; nothing was changed",
+    ExitCode.INPUT: "malformed, unsafe or unsupported checkpoint or data",
+    ExitCode.OUTPUT: "OUT exists, no space, or no permission",
     ExitCode.NUMERIC: "NaN or Inf while training",
-    ExitCode.RESOURCE: "out of memory or open files, or a process of the run is gone or hangs",
-    ExitCode.STATE: "another run is writing OUT, or a training state is not of this run",
-    ExitCode.REMOTE: "hub unreachable, gated or offline, or it refuses a push",
-    ExitCode.BUG: "an error of lpsparse's own, with its traceback",
-    ExitCode.RESUMABLE: "stopped by SIGTERM or `--max-time`, training after saving its state: the same "
-    "command goes on",
-    ExitCode.INTERRUPT: "Ctrl-C; a training run has saved its state as with 75",
+    ExitCode.RESOURCE: "out of memory or open files, or a rank died or hangs",
+    ExitCode.STATE: "another run is writing OUT, or a training state belongs to another run",
+    ExitCode.REMOTE: "hub unreachable, gated or offline, or a push refused",
+    ExitCode.BUG: "a bug in lpsparse, with its traceback",
+    ExitCode.RESUMABLE: "SIGTERM or `--max-time`; training saved its state: the same command resumes",
+    ExitCode.INTERRUPT: "Ctrl-C; training saved its state: the same command resumes",
 }
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also torch's, which has a class for the one that its allocator tells, and for others only words."""
+    """Also torch's errors, some of which have no class of their own, only words."""
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return isinstance(error, MemoryError) or told
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM: it ends as at Ctrl-C, but what it has written so far may stay for another run."""
+    """SIGTERM: like Ctrl-C, but the weight files written so far stay for the next run."""
 
 
 class LpsparseError(Exception):
@@ -74,7 +72,7 @@ class LpsparseError(Exception):
         return self.hint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """So that one process can tell another."""
+        """Pickle, so that one process can send it to another."""
         return partial(type(self), hint=self.hint), (int(self.code[3:]), self.what)
 
 
@@ -111,7 +109,7 @@ class RemoteError(LpsparseError):
 
 
 class ResumableError(LpsparseError):
-    """The run was asked to stop, and did, after it had saved its state."""
+    """The run was asked to stop, and stopped after it had saved its state."""
 
     exit_code = ExitCode.RESUMABLE
 
@@ -123,8 +121,8 @@ class InterruptError(LpsparseError):
 
 
 class LaunchError(LpsparseError):
-    """A process that was started for this run ended with `exit_code`. Process 0 has said why; of another,
-    which is silent, it is in `said`."""
+    """A process of this run ended with `exit_code`. Rank 0 has printed why; the reason of another rank is in
+    `said`."""
 
     def __init__(self, exit_code: ExitCode, *, said: str = "") -> None:
         super().__init__(600, f"a process of the run ended with exit code {int(exit_code)}", hint="see above")

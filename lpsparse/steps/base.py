@@ -142,13 +142,13 @@ Fraction = Annotated[
 
 INCLUDE = Setting(
     (),
-    help="Glob over tensor names that may be cut; repeatable. Default: linear and convolution "
-    "weights, except output heads and routers.",
+    help="Glob of tensor names that may be cut; repeatable. Default: linear and convolution weights, "
+    "except output heads and routers.",
     panel="Selection",
 )
 
 EXCLUDE = Setting(
-    (), help="Glob over tensor names that are kept; repeatable, wins over --include.", panel="Selection"
+    (), help="Glob of tensor names to keep; repeatable. Wins over --include.", panel="Selection"
 )
 
 MODEL = Setting(
@@ -161,7 +161,7 @@ MODEL = Setting(
 
 WEIGHTS = Setting(
     None,
-    help="Weight file or index in MODEL that is meant, a name alone. Default: the one that is there.",
+    help="Name of the weight file or index inside MODEL; needed only if there are several.",
     panel="Input",
     recorded=False,
     advanced=True,
@@ -169,20 +169,20 @@ WEIGHTS = Setting(
 
 KEY = Setting(
     None,
-    help="Table of tensors to read from a torch file, such as params_ema or ema.model. Default: the "
-    "only one.",
+    help="Table of tensors inside a torch file, such as params_ema or ema.model; needed only if there "
+    "are several.",
     panel="Input",
     advanced=True,
 )
 
-OUT = Setting(help="Folder to write; must not exist yet.", panel="Arguments", recorded=False)
+OUT = Setting(help="Folder to write; it must not exist.", panel="Arguments", recorded=False)
 
-OVERWRITE = Setting(False, help="Replace an OUT that lpsparse wrote.", panel="Output", local=True)
+OVERWRITE = Setting(False, help="Replace OUT if lpsparse wrote it.", panel="Output", local=True)
 
 THREADS = Setting(
     None,
     ge=1,
-    help="Threads; the result is the same. Default: one a core.",
+    help="Worker threads (default: one per core). Does not affect the output.",
     panel="Hardware",
     local=True,
     advanced=True,
@@ -190,13 +190,13 @@ THREADS = Setting(
 
 ALLOW_EMPTY = Setting(
     False,
-    help="Exit 0 also where a tensor or a layer type is left without weights. Default: exit 1.",
+    help="Exit 0 even if a tensor or a layer type is left without weights (default: exit 1).",
     panel="Output",
     recorded=False,
     advanced=True,
 )
 
-DRY_RUN = Setting(False, help="Say what would be done and write nothing.", panel="Output", local=True)
+DRY_RUN = Setting(False, help="Show what would be done; write nothing.", panel="Output", local=True)
 
 
 def other_names(kind: type[BaseModel]) -> dict[str, str]:

@@ -52,12 +52,13 @@ class DataStep(Step):
     key: str | None = KEY
     task: Task = Setting(help="What the model does.", panel="Input", inherited=True, of_loop=True)
     split: str = Setting(
-        "train", help="Part of DATA to use: file stem or name, with an optional [from:to].", panel="Input"
+        "train",
+        help="Part of DATA to train on: file stem or name, with an optional [from:to].",
+        panel="Input",
     )
     text_field: str | None = Setting(
         None,
-        help="Column of the text. Default: text or sentence; in a table of two columns without a "
-        "heading, the first.",
+        help="Column of the text. Default: text or sentence; the first of two columns without a heading.",
         panel="Input",
         inherited=True,
         advanced=True,
@@ -68,8 +69,8 @@ class DataStep(Step):
     max_length: int = Setting(
         128,
         ge=2,
-        help="Tokens a text is cut at (classification) or a block has (causal-lm). Default: 128, or "
-        "the positions that MODEL has.",
+        help="Longest text, or length of a block (causal-lm), in tokens. At most the positions that MODEL "
+        "has.",
         panel="Input",
         inherited=True,
     )
@@ -83,25 +84,21 @@ class DataStep(Step):
     )
     mean: Floats | None = Setting(
         None,
-        help="Mean of each image channel, on 0..1, comma separated. Default: as MODEL's "
-        "preprocessor_config.json says, else 0.5.",
+        help="Mean of each image channel, 0..1, separated by commas. Default: from MODEL's "
+        "preprocessor_config.json, else 0.5.",
         panel="Input",
         inherited=True,
         advanced=True,
     )
     std: Floats | None = Setting(
         None,
-        help="Standard deviation of each image channel, likewise.",
+        help="Standard deviation of each image channel; same form and default as --mean.",
         panel="Input",
         inherited=True,
         advanced=True,
     )
     batch_size: int = Setting(
-        32,
-        ge=1,
-        help="Rows, images or blocks a step (all processes together).",
-        panel="Training",
-        of_loop=True,
+        32, ge=1, help="Rows, images or blocks per step, over all ranks.", panel="Training", of_loop=True
     )
     seed: int = Setting(
         0, ge=0, help="Seed of data order, new heads and dropout.", panel="Training", advanced=True
@@ -139,7 +136,8 @@ class EvalStep(DataStep):
     )
     split: str = Setting(
         "validation",
-        help="Part of DATA to use: file stem or name, with an optional [from:to]; validation also finds dev.",
+        help="Part of DATA to measure on: file stem or name, with an optional [from:to]. validation also "
+        "finds dev.",
         panel="Input",
     )
     against: str | None = Setting(
@@ -151,8 +149,8 @@ class EvalStep(DataStep):
     )
     save: bool = Setting(
         False,
-        help="Record the result in MODEL, a folder that lpsparse wrote, for `report "
-        "--max-quality-drop`. One of the same data is replaced.",
+        help="Record the result in MODEL, a folder that lpsparse wrote, for `report --max-quality-drop`. "
+        "Replaces a result on the same data.",
         panel="Output",
     )
     dry_run: bool = Setting(
@@ -185,23 +183,29 @@ class FinetuneStep(DataStep):
     )
     eval_split: str | None = Setting(
         None,
-        help="Held-out part. Default: validation (or dev) if DATA has it, else a share of --split.",
+        help="Held-out part. Default: validation (or dev) if DATA has it, else --eval-fraction of the "
+        "training rows.",
         panel="Input",
     )
     eval_fraction: float = Setting(
-        0.1, gt=0, lt=1, help="Share of --split set aside when no --eval-split.", panel="Input", advanced=True
+        0.1,
+        gt=0,
+        lt=1,
+        help="Share of the training rows to hold out if there is no held-out part.",
+        panel="Input",
+        advanced=True,
     )
     method: Method = Setting(
         "lp",
-        help="How weights get to zero: L_p decay; the rivals gradual magnitude pruning, one-shot with "
-        "masked training, L1 prox, deep weight factorisation, RigL's regrowth; or not at all.",
+        help="How weights go to zero: lp (L_p decay); for comparison gradual magnitude pruning, one-shot, "
+        "l1, dwf, rigl; or dense (not at all).",
         headline=True,
     )
     target_sparsity: Fraction | None = Setting(
         None,
         ge=0,
         lt=1,
-        help="Fraction of the prunable weights that is zero in OUT, exactly. Default: no cut.",
+        help="Fraction of prunable weights that is zero in OUT, met exactly. Default: no cut.",
         aliases=("sparsity",),
         is_swept=True,
         headline=True,
@@ -209,29 +213,28 @@ class FinetuneStep(DataStep):
     p: float = Setting(
         0.5,
         gt=0,
-        help="Exponent of the norm; below 1 weights reach exact zero.",
+        help="Exponent of the norm. Below 1, weights reach exact zero.",
         needs={"method": ("lp",)},
         advanced=True,
     )
     lambda_p: Annotated[float, Field(ge=0)] | Literal["auto"] = Setting(
         "auto",
         alias="lambda",
-        help="Strength of the decay (ours: the authors' lambda times p); auto takes it from the sum "
-        "of learning rates.",
+        help="Strength of the decay: p times the lambda of the authors' code. auto: from the sum of "
+        "learning rates.",
         needs={"method": ("lp", "l1", "dwf")},
         advanced=True,
     )
     lambda_convention: Literal["ours", "authors"] = Setting(
         "ours",
-        help="How a number in --lambda is meant.",
+        help="Whether a number in --lambda is ours or the authors'.",
         needs={"method": ("lp", "l1", "dwf")},
         advanced=True,
     )
     p_start: float | None = Setting(
         None,
         gt=0,
-        help="Exponent at the start of the decay phase, from where it goes linearly to --p. Default: "
-        "--p throughout.",
+        help="Exponent at the start of the decay phase; it changes linearly to --p. Default: --p.",
         needs={"method": ("lp",)},
         advanced=True,
         noted=True,
@@ -239,53 +242,53 @@ class FinetuneStep(DataStep):
     lambda_2: float = Setting(
         0.0,
         ge=0,
-        help="Ridge beside the L_p decay (elastic net); 0 is none.",
+        help="Strength of L2 decay beside the L_p decay (elastic net); 0 is none.",
         needs={"method": ("lp", "l1")},
         advanced=True,
         noted=True,
     )
     selective: bool = Setting(
         True,
-        help="With a target, decay only the weights that the current target would cut.",
+        help="With a target, decay only the weights that are about to be cut.",
         needs={"method": ("lp",), "target_sparsity": ()},
         advanced=True,
         noted=True,
     )
     cautious: bool = Setting(
         False,
-        help="Decay only where the step itself moves a weight towards zero.",
+        help="Decay only if the optimizer's step moves the weight towards zero.",
         needs={"method": ("lp", "l1")},
         advanced=True,
         noted=True,
     )
     prox: Literal["pwd", "irl1"] = Setting(
         "pwd",
-        help="The decay's step: the paper's division, or the reweighted L1 threshold.",
+        help="Form of the decay step: the paper's division (pwd) or the reweighted L1 threshold (irl1).",
         needs={"method": ("lp",)},
         advanced=True,
         noted=True,
     )
     score: Annotated[str, OneOf(SCORES, ("auto",))] = Setting(
         "auto",
-        help="What says which weights go: |w|, or |w| times the root of AdamW's average squared "
-        "gradient (the rise of the loss without it). auto: fisher for --method lp with adamw, unless the "
-        "model has batch normalisation or the cut comes within 20 steps.",
+        help="What ranks weights for the cut: |w|, or |w| times the root of AdamW's average squared "
+        "gradient (fisher). auto: fisher with --method lp and adamw, unless the model has batch "
+        "normalisation or the cut comes within 20 steps.",
         needs={"target_sparsity": ()},
         advanced=True,
     )
     masked_forward: bool = Setting(
         True,
-        help="In the decay phase, leave what --selective chooses out of the forward pass already; it "
-        "still learns and decays, and may come back.",
+        help="During the decay phase, use zero in the forward pass for the weights that --selective chose. "
+        "They keep training and may return.",
         needs={"method": ("lp",), "target_sparsity": ()},
         advanced=True,
         noted=True,
     )
     condition: Annotated[str, OneOf(CONDITIONINGS, ("auto", "none"))] = Setting(
         "auto",
-        help="Weight conditioning. rows: each keeps the norm that it has in the checkpoint; "
-        "weight-norm: norms are learnt; the others: docs/method.md. auto: rows with --method lp where "
-        "all weights decay (no target), unless the model has batch normalisation; else none.",
+        help="Weight conditioning. rows: each row keeps its norm; weight-norm: norms are learned; others: "
+        "docs/method.md. auto: rows with --method lp and no target, unless the model has batch "
+        "normalisation; else none.",
         advanced=True,
     )
     gain_lr_ratio: float = Setting(
@@ -317,56 +320,57 @@ class FinetuneStep(DataStep):
         0.0,
         ge=0,
         le=1,
-        help="Share of the loss that is the divergence from MODEL's own outputs; needs a MODEL with "
-        "its head.",
+        help="Share of the loss that is the divergence from MODEL's own outputs, 0..1. MODEL must have its "
+        "head.",
         noted=True,
     )
-    temperature: float = Setting(2.0, gt=0, help="Softening of both outputs in --distill.", advanced=True)
+    temperature: float = Setting(
+        2.0, gt=0, help="Softmax temperature of both outputs in --distill.", advanced=True
+    )
     distill_blocks: float = Setting(
         0.0,
         ge=0,
-        help="Weight of keeping every block's output near MODEL's own, as a relative squared error.",
+        help="Weight of the relative squared error between each block's output and MODEL's own.",
         advanced=True,
         noted=True,
     )
     r_drop: float = Setting(
         0.0,
         ge=0,
-        help="Weight of the divergence between two passes with dropout (R-Drop's alpha): helps where "
-        "labelled data is short, at twice the time.",
+        help="Weight of the divergence between two passes with dropout (R-Drop's alpha). Helps with few "
+        "labels; doubles the time.",
         advanced=True,
         noted=True,
     )
     keep_zeros: bool = Setting(
-        False, help="Never revive a weight that is zero in MODEL, of any tensor.", advanced=True
+        False, help="Hold every weight at zero that is zero in MODEL, in all tensors.", advanced=True
     )
     decay_share: float = Setting(
         0.4,
         gt=0,
         le=1,
-        help="Share of the steps after which the target is met; the rest recovers. 1: no recovery.",
+        help="Share of the steps after which the target is met. The rest recovers; 1 is no recovery.",
         needs={"target_sparsity": ()},
         advanced=True,
     )
     ramp: Literal["cubic", "none"] = Setting(
         "cubic",
-        help="How the target rises in the decay phase; none: all of it from the start.",
+        help="How the target rises in the decay phase; none: it is whole from the start.",
         needs={"target_sparsity": ()},
         advanced=True,
         noted=True,
     )
     cut: Literal["auto", "end", "gradual"] = Setting(
         "auto",
-        help="When what --method lp chose is cut for good: all at the end of --decay-share, before "
-        "which it may come back, or as the target rises. auto: end, unless the model has batch "
-        "normalisation.",
+        help="When --method lp cuts for good: at the end of --decay-share (weights may return before), or "
+        "as the target rises. auto: end, unless the model has batch normalisation.",
         needs={"method": ("lp",), "target_sparsity": ()},
         advanced=True,
     )
     allocation: Literal["global", "lamp", "uniform", "erk"] = Setting(
         "global",
-        help="How the target is shared among tensors: by score over all; by LAMP scores, which spare "
-        "tensors of small scale; evenly; or by Erdos-Renyi densities, which spare small tensors.",
+        help="How tensors share the target: by score over all, by LAMP scores (spare tensors of small "
+        "scale), evenly, or by Erdos-Renyi densities (spare small tensors).",
         needs={"target_sparsity": ()},
         advanced=True,
         noted=True,
@@ -382,8 +386,8 @@ class FinetuneStep(DataStep):
     )
     optimizer: Annotated[str, AfterValidator(_optimizer)] = Setting(
         "adamw",
-        help="Base optimizer: adamw, sgd (momentum 0.9), adafactor, muon (of matrices, adamw of the "
-        "rest), or MODULE:CLASS or FILE.py:CLASS of torch's interface.",
+        help="Base optimizer: adamw, sgd (momentum 0.9), adafactor, muon (matrices only, adamw for the "
+        "rest), or MODULE:CLASS or FILE.py:CLASS with torch's interface.",
         panel="Training",
         advanced=True,
         of_loop=True,
@@ -391,8 +395,8 @@ class FinetuneStep(DataStep):
     lr: float = Setting(1e-4, gt=0, help="Peak learning rate.", panel="Training", aliases=("learning_rate",))
     lr_schedule: Literal["cosine", "linear", "restart"] = Setting(
         "restart",
-        help="How lr falls to zero; restart: half-way by the end of --decay-share, then from the peak "
-        "again (a cosine where no recovery follows).",
+        help="How the learning rate falls to zero. restart: to half by the end of --decay-share, then from "
+        "the peak again (cosine if no recovery follows).",
         panel="Training",
         advanced=True,
         noted=True,
@@ -401,7 +405,7 @@ class FinetuneStep(DataStep):
         0.05,
         ge=0,
         lt=1,
-        help="Share of the steps in which lr and lambda rise.",
+        help="Share of the steps in which the learning rate and lambda rise.",
         panel="Training",
         aliases=("warmup_ratio",),
         advanced=True,
@@ -409,14 +413,14 @@ class FinetuneStep(DataStep):
     weight_decay: float = Setting(
         0.0,
         ge=0,
-        help="Ordinary decay of the tensors that L_p decay leaves alone.",
+        help="Ordinary weight decay, for tensors without L_p decay.",
         panel="Training",
         advanced=True,
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Setting(
         "auto",
-        help="Arithmetic of the forward pass; the weights stay in fp32 masters. auto: bf16 where the "
-        "device has it, else fp32.",
+        help="Arithmetic of the forward pass; master weights stay in fp32. auto: bf16 if the device has "
+        "it, else fp32.",
         panel="Hardware",
     )
     clip: float = Setting(
@@ -429,12 +433,12 @@ class FinetuneStep(DataStep):
         of_loop=True,
     )
     freeze: Patterns = Setting(
-        (), help="Glob over tensor names that are not trained; repeatable.", panel="Training", advanced=True
+        (), help="Glob of tensor names that are not trained; repeatable.", panel="Training", advanced=True
     )
     augment: Literal["none", "crop-flip", "noise"] = Setting(
         "none",
-        help="Random changes of the training data: crop-flip of images; noise in texts to "
-        "classify, where tokens are masked or exchanged (best with --distill).",
+        help="Random changes of training data: crop-flip for images; noise for texts (tokens are masked or "
+        "swapped; best with --distill).",
         panel="Training",
         advanced=True,
         noted=True,
@@ -457,15 +461,15 @@ class FinetuneStep(DataStep):
     accumulate: int = Setting(
         1,
         ge=1,
-        help="Backward passes a step, each on a part of --batch-size: less memory, the same step.",
+        help="Split each batch into N micro-batches: less memory, same result.",
         panel="Hardware",
         aliases=("gradient_accumulation_steps",),
         advanced=True,
     )
     checkpointing: bool = Setting(
         False,
-        help="Compute a block's activations again in the backward pass instead of keeping them: less "
-        "memory, a third more time (Hugging Face models).",
+        help="Recompute activations in the backward pass: less memory, a third more time (Hugging Face "
+        "models).",
         panel="Hardware",
         aliases=("gradient_checkpointing",),
         advanced=True,
@@ -476,32 +480,27 @@ class FinetuneStep(DataStep):
     processes: int | None = Setting(
         None,
         ge=1,
-        help="Processes to start on this machine, one a GPU. Default: this one (or what a launcher "
-        "such as `accelerate launch -m lpsparse` starts).",
+        help="Processes to start on this machine, one per GPU. Default: this one, or those of a launcher "
+        "such as `accelerate launch -m lpsparse`.",
         panel="Hardware",
         aliases=("num_processes",),
         local=True,
     )
     shard: bool = Setting(
         False,
-        help="Share weights, gradients and averages out among the processes (FSDP2).",
+        help="Shard weights, gradients and optimizer states over the ranks (FSDP2).",
         panel="Hardware",
         aliases=("fsdp",),
         local=True,
         advanced=True,
     )
     workers: int = Setting(
-        0,
-        ge=0,
-        help="Processes that prepare batches, beside each that trains.",
-        panel="Hardware",
-        local=True,
-        advanced=True,
+        0, ge=0, help="Data loader processes per rank.", panel="Hardware", local=True, advanced=True
     )
     resume: str = Setting(
         "auto",
-        help="auto goes on from the training state that an unfinished run left in OUT.partial; never "
-        "starts afresh and deletes it; or the folder of a state.",
+        help="auto: resume from the training state in OUT.partial, if there is one; never: delete it and "
+        "start over; or the folder of a state.",
         panel="Output",
         local=True,
     )
@@ -525,7 +524,7 @@ class FinetuneStep(DataStep):
     )
     track: Literal["none", "tensorboard", "wandb", "trackio"] = Setting(
         "none",
-        help="Experiment tracker that also gets the metrics; tensorboard's files: runs/.",
+        help="Experiment tracker that also gets the metrics; tensorboard writes to runs/.",
         panel="Reporting",
         aliases=("report_to",),
         local=True,
@@ -534,7 +533,7 @@ class FinetuneStep(DataStep):
     rank_timeout: float = Setting(
         600.0,
         gt=0,
-        help="Seconds that a process waits for the others before the run ends with exit code 6.",
+        help="Seconds that a rank waits for the others before the run ends with exit code 6.",
         panel="Hardware",
         local=True,
         advanced=True,
@@ -542,7 +541,7 @@ class FinetuneStep(DataStep):
     max_time: float | None = Setting(
         None,
         gt=0,
-        help="Minutes after which to save the state and exit 75; the same command goes on.",
+        help="Minutes after which to save the state and exit 75; the same command resumes.",
         panel="Output",
         local=True,
         advanced=True,
@@ -594,7 +593,7 @@ class RecoverStep(FinetuneStep):
     fixed: ClassVar[Mapping[str, Any]] = {"method": "dense", "keep_zeros": True}
 
     method: Method = Setting("dense", help="dense: nothing decays, and nothing more is cut.", headline=True)
-    keep_zeros: bool = Setting(True, help="Never revive a weight that is zero in MODEL: always so here.")
+    keep_zeros: bool = Setting(True, help="Hold every weight at zero that is zero in MODEL: always on here.")
 
     @model_validator(mode="after")
     def _recovers(self) -> Self:

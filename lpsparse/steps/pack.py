@@ -25,7 +25,7 @@ class PackStep(Step):
         panel="Output",
     )
     level: Literal["fast", "default", "max"] = Setting(
-        "default", help="How much is tried to save more bytes, of packed.", panel="Output", advanced=True
+        "default", help="Effort to save bytes, with --layout packed.", panel="Output", advanced=True
     )
     threads: int | None = THREADS
     overwrite: bool = OVERWRITE

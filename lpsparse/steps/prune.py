@@ -42,16 +42,16 @@ def _block(value: Any) -> Any:
 
 _COMPONENT = Setting(
     (),
-    help="Glob over the components of MODEL, a diffusers pipeline's folder, that are pruned, each by "
-    "itself; repeatable. All else is copied.",
+    help="Glob of components to prune if MODEL is the folder of a diffusers pipeline; repeatable. The "
+    "rest is copied.",
     panel="Selection",
     recorded=False,
 )
 
 LOOK = Setting(
     False,
-    help="Ask transformers what each tensor is: it builds the model without values. Default: only of "
-    "what names and shapes leave open.",
+    help="Build the model without values to ask transformers what each tensor is. Default: only if "
+    "names and shapes leave it open.",
     panel="Selection",
     recorded=False,
     advanced=True,
@@ -59,8 +59,8 @@ LOOK = Setting(
 
 _DRY_PRUNE = Setting(
     False,
-    help="Say what would be zero, with disk, memory and time, and write nothing; of a hub id that is "
-    "not in the cache from its headers alone.",
+    help="Show what would be zero, with disk, memory and time; write nothing. Needs only the headers "
+    "of a hub id that is not in the cache.",
     panel="Output",
     local=True,
 )
@@ -81,22 +81,26 @@ class PruneStep(Step):
         None,
         ge=0,
         le=1,
-        help="Fraction of the prunable weights that is zero afterwards, 0..1, met exactly within each scope.",
+        help="Fraction of prunable weights to set to zero, 0..1, met exactly within each --scope.",
         aliases=("target_sparsity",),
         is_swept=True,
         headline=True,
     )
-    below: float | None = Setting(None, ge=0, help="Cut every |w| below this.", headline=True)
-    gap: bool = Setting(
-        False, help="Cut inside the empty band that decay with p < 1 leaves; exit 1 if none.", headline=True
+    below: float | None = Setting(
+        None, ge=0, help="Set every weight with |w| below this to zero.", headline=True
     )
-    n_m: Annotated[str, BeforeValidator(_n_m)] | None = Setting(
-        None,
-        help="Leave at most N non-zeros, the largest, in each M neighbours of a row, as 2:4.",
+    gap: bool = Setting(
+        False,
+        help="Cut inside the empty band of magnitudes that decay with p < 1 leaves; exit 1 if there is none.",
         headline=True,
     )
+    n_m: Annotated[str, BeforeValidator(_n_m)] | None = Setting(
+        None, help="Keep at most the N largest of every M neighbours in a row, such as 2:4.", headline=True
+    )
     scope: Literal["global", "tensor", "row"] = Setting(
-        "global", help="Where --sparsity holds.", needs={"sparsity": ()}
+        "global",
+        help="Where --sparsity is met: over all tensors, in each tensor, or in each row.",
+        needs={"sparsity": ()},
     )
     criterion: Annotated[str, OneOf(CRITERIA)] = Setting(
         "magnitude",
@@ -105,8 +109,7 @@ class PruneStep(Step):
     )
     block: Annotated[str, BeforeValidator(_block)] | None = Setting(
         None,
-        help="Cut whole blocks of ROWSxCOLUMNS, those with the smallest sum of magnitudes; "
-        "--sparsity is then met in blocks.",
+        help="Cut blocks of ROWSxCOLUMNS with the smallest sum of magnitudes. --sparsity then counts blocks.",
     )
     include: Patterns = INCLUDE
     exclude: Patterns = EXCLUDE

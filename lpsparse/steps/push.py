@@ -35,25 +35,32 @@ class PushStep(Step):
 
     folder: Path = Setting(help="Folder that lpsparse wrote.", panel="Arguments")
     repo: Annotated[str, AfterValidator(_repo)] = Setting(
-        help="Model repository org/name; it is made if it is not there.", panel="Arguments"
+        help="Model repository org/name; created if it does not exist.", panel="Arguments"
     )
     private: bool = Setting(
-        False, help="Make it private; one that is public already is refused.", panel="Output"
+        False, help="Make the repository private; refused if it is public already.", panel="Output"
     )
     revision: Annotated[str, AfterValidator(_branch)] | None = Setting(
-        None, help="Branch, made from main if it is not there. Default: main.", panel="Output"
+        None,
+        help="Branch to commit to, created from main if it does not exist. Default: main.",
+        panel="Output",
     )
-    message: str = Setting("Upload with lpsparse", min_length=1, help="What the commit says.", panel="Output")
-    create_pr: bool = Setting(False, help="Open a pull request in place of a commit to main.", panel="Output")
+    message: str = Setting("Upload with lpsparse", min_length=1, help="Commit message.", panel="Output")
+    create_pr: bool = Setting(
+        False, help="Open a pull request instead of committing to main.", panel="Output"
+    )
     delete_others: bool = Setting(
         False,
-        help="Delete in the same commit what is in REPO and not in FOLDER (hidden files stay, and all "
-        "stays in the history). Without it, weights there that FOLDER has not are refused.",
+        help="Delete files in REPO that are not in FOLDER, in the same commit (not hidden files; the "
+        "history keeps all). Without it, other weight files in REPO are refused.",
         panel="Output",
     )
     threads: int | None = THREADS
     dry_run: bool = Setting(
-        False, help="Check FOLDER and list what would be sent; ask nobody.", panel="Output", local=True
+        False,
+        help="Check FOLDER and list the files that would be uploaded; make no requests.",
+        panel="Output",
+        local=True,
     )
 
     @model_validator(mode="after")

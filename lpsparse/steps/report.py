@@ -47,8 +47,8 @@ class VerifyStep(Step):
     )
     source: str | None = Setting(
         None,
-        help="What it was cut from: names (but for one prefix), shapes and dtypes must be its, every "
-        "value its bits or 0.",
+        help="Checkpoint that MODEL was cut from. Names (except one prefix), shapes and dtypes must be "
+        "equal, and every value must be equal or 0.",
         panel="Arguments",
         recorded=False,
         is_path=True,
@@ -56,7 +56,7 @@ class VerifyStep(Step):
     )
     key: str | None = Setting(
         None,
-        help="Table of tensors that is meant in SOURCE, a torch file.",
+        help="Table of tensors inside SOURCE, a torch file.",
         panel="Input",
         advanced=True,
         needs={"source": ()},
@@ -85,7 +85,7 @@ class ReportStep(with_budgets(Step)):
     key: str | None = KEY
     base: str | None = Setting(
         None,
-        help="The checkpoint it came from, to compare with.",
+        help="Checkpoint that MODEL was made from, to compare with.",
         panel="Arguments",
         recorded=False,
         is_path=True,
