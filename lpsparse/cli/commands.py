@@ -266,7 +266,7 @@ def _push(step: push.PushStep, as_json: bool, voice: Voice) -> None:
     if as_json:
         print_json(found.as_data())
     else:
-        voice.say("names, sizes and hashes there are those of FOLDER")
+        voice.say("names, sizes and hashes on the hub are those of FOLDER")
         print_result(text.clean(found.pull_request or found.url))
 
 

@@ -98,8 +98,8 @@ def _run(words: list[str]) -> None:
 def _interrupted() -> NoReturn:
     if signal.SIGTERM in signals.asked:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a launcher that stops its processes says why
-            hint = "run the command again; it uses the weight files that `prune` and `pack` had written"
-            _say_error("LPS751", "stopped by SIGTERM before the result was whole", hint)
+            hint = "run the command again; `prune` and `pack` reuse finished weight files"
+            _say_error("LPS751", "stopped by SIGTERM before the result was complete", hint)
         _leave("", ExitCode.RESUMABLE)
     _leave("interrupted: the input is untouched, no half-written OUT is left", ExitCode.INTERRUPT)
 

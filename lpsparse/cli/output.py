@@ -99,7 +99,7 @@ def _write(stream: TextIO | None, text: str) -> None:
     except OSError as error:
         silence(stream)
         if stream is sys.stdout:
-            hint = "fix the disk that it goes to; OUT, if there is one, is whole"
+            hint = "check the disk that stdout goes to; OUT, if any, is complete"
             raise OutputError(411, f"stdout: {error.strerror}", hint=hint) from error
 
 

@@ -72,7 +72,7 @@ def writing(
         def finish(written: Written, quality: tuple[Quality, ...]) -> Report:
             if written.kept:
                 of = f"{written.kept} of {len(written.files)} weight files"
-                say(f"{of} were there already, whole, from an interrupted run")
+                say(f"{of} were complete already, from an interrupted run")
             made_of = record()
             found = on_rank_0(lambda: complete(step, source, made_of, folder, chosen, say, written, quality))
             on_rank_0(lambda: _check_unchanged(stamps))
@@ -109,7 +109,7 @@ def _check_unchanged(stamps: Stamps) -> None:
     for path, known in stamps.items():
         if _stamp(path) != known:
             what = f"{path}: was changed while it was read"
-            raise InputError(344, what, hint="run again when nobody writes it")
+            raise InputError(344, what, hint="run again when no other program writes it")
 
 
 def check_same(record: Source, known: dict[str, str]) -> None:
@@ -118,7 +118,9 @@ def check_same(record: Source, known: dict[str, str]) -> None:
         if file.sha256 != known[file.name]:
             what = f"{record.name}: {file.name} was changed during the training"
             raise InputError(
-                344, what, hint="put it back, and run again: from the last training state, if any"
+                344,
+                what,
+                hint="restore the file and run again; it resumes from the last training state, if any",
             )
 
 
@@ -181,11 +183,11 @@ def complete(
 def check_left(
     source: Checkpoint, found: Report, out: Path, say: Say, *, allow_empty: bool, trained: bool = False
 ) -> None:
-    """Raises VerdictError where what was done to `source` left next to nothing of something (`emptied`), and
+    """Raises VerdictError where what was done to `source` left almost nothing of something (`emptied`), and
     says where it left little of a layer type. OUT is complete."""
     names = emptied(source, found, trained=trained)
     if names and not allow_empty:
-        what = f"{out}: the cut left next to nothing of {names}; OUT is complete"
+        what = f"{out}: the cut left almost nothing of {names}; OUT is complete"
         hint = "--exclude it, spread the cut with --scope tensor, or allow it with --allow-empty"
         raise VerdictError(103, what, hint=hint)
     for kind, some in ({} if trained else _low(found)).items():

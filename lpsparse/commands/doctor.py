@@ -191,7 +191,7 @@ def _torch() -> Iterator[Check]:
     yield _opens()
     started = time.monotonic()
     failure = _meet()
-    hint = "see that localhost reaches itself (firewall, /etc/hosts); without it one process works alone"
+    hint = "check that localhost can connect to itself (firewall, /etc/hosts); one process works without it"
     if failure:
         yield _check("devices", "gloo", f"two processes did not meet: {failure}", hint)
     else:
@@ -208,7 +208,7 @@ def _opens() -> Check:
         return _check("formats", "packed", f"transformers does not open a packed model: {failure}", hint)
     seconds = f"{time.monotonic() - started:.1f} s"
     if json.loads(out):
-        hint = "nothing is needed, where a whole unpacked model fits into memory"
+        hint = "nothing to do if the unpacked model fits into memory"
         found = f"transformers opens a packed model, unpacked into memory first ({seconds})"
         return _check("formats", "packed", found, hint, "warn")
     return _check("formats", "packed", f"transformers opens a packed model, tensor by tensor ({seconds})")

@@ -48,7 +48,7 @@ def evaluate_step(step: EvalStep, say: Say = silent) -> Evaluation:
         dense = opened(step.against, say, key=step.key, strict=not source.is_torch)
         cut = _is_cut(dense)
         if cut:
-            say(f"{dense.name} was cut already: what that cost is not in this figure, and no budget takes it")
+            say(f"{dense.name} was cut already: this figure leaves out what that cost, so no budget uses it")
         alike = "give models with the same tokenizer and lengths"
         try:
             before = _measured(step, dense, say)[1]
@@ -132,9 +132,9 @@ def _known_data(step: EvalStep, source: Checkpoint, say: Say) -> tuple[str, ...]
     known = trained_on(step.data, step.split, manifest.trained)
     if known:
         share = next(iter(known.values()))
-        aside = "" if share is None else f", but for the {100 * share:g} % that it had set aside"
+        aside = "" if share is None else f", except the {100 * share:g} % that were held out"
         say(
-            f"{source.name} was trained on {', '.join(known)}{aside}: this says little of other data; give "
-            "data that were held out, or --split NAME[from:to] with the part that did not train"
+            f"{source.name} was trained on {', '.join(known)}{aside}: this says little about other data. "
+            "Give held-out data, or --split NAME[from:to] with rows that were not used for training"
         )
     return tuple(known)

@@ -21,7 +21,7 @@ from lpsparse.steps.pack import PackStep, UnpackStep
 def say_nonfinite(written: Written, say: Say) -> None:
     for name, counted in written.counts.items():
         if counted.nonfinite:
-            say(f"{name!r}: {counted.nonfinite} values are NaN or Inf: carried as they are")
+            say(f"{name!r}: {counted.nonfinite} values are NaN or Inf; kept as they are")
 
 
 @on_threads

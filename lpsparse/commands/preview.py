@@ -55,7 +55,8 @@ def foretell_unread(step: PruneStep, say: Say) -> RemotePreview:
     say(kept_in_words(chosen))
     say("dry run from headers alone: MODEL is not in the local cache; no weights are fetched")
     if plan.zeros is None:
-        say(f"how many weights {'--gap' if step.gap else '--below'} cuts is in their values: not known")
+        rule = "--gap" if step.gap else "--below"
+        say(f"the number of weights that {rule} cuts depends on their values: not known")
     needs = estimate(
         source,
         step.out,

@@ -132,7 +132,7 @@ def _preview(step: PruneStep, say: Say) -> Report:
     took = (decided - began, perf_counter() - decided)
     found = foretell(step, source, chosen, counts, took, plan.cut)
     if not step.allow_empty and (names := emptied(source, found)):
-        say(f"the run would exit 1, as next to nothing is left of {names}; --allow-empty allows it")
+        say(f"the run would exit 1, as almost nothing is left of {names}; --allow-empty allows it")
     return found
 
 

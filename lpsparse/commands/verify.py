@@ -24,7 +24,7 @@ def verify_step(step: VerifyStep, say: Say = silent) -> Verification:
     if not ours:
         return _verify(step, say)
     if others := [name for name in parts if name not in ours]:
-        say(f"not checked, as lpsparse did not write them: {', '.join(others)}")
+        say(f"not checked (not written by lpsparse): {', '.join(others)}")
     each: dict[str, Verification] = {}
     for name in ours:
         source = None if step.source is None else os.path.join(step.source, name)

@@ -191,7 +191,7 @@ def _state(link: Link, held: Held, look: _Look, place: Path) -> str:
         if not again and not is_remote(link.model) and is_finished(step):
             return "finished"
         if step.at_default("overwrite"):
-            what = f"{out}: holds what other settings, data or another input made"
+            what = f"{out}: was made with other settings, data or input"
             hint = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
             raise OutputError(401, what, hint=hint)
         look.fresh.add(str(out))
@@ -204,7 +204,7 @@ def _state(link: Link, held: Held, look: _Look, place: Path) -> str:
 
 def _check_disk(out: Path, need: int, before: int, free: int) -> None:
     if need * _SPARE > free:
-        steps = f", {before} of them for the steps before it" if before else ""
+        steps = f", {before} of them for the earlier steps" if before else ""
         what = f"{out}: needs {need} bytes{steps}; {free} are free"
         raise OutputError(406, what, hint="free some space or choose another --set out=FOLDER")
 

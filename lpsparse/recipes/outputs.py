@@ -104,7 +104,7 @@ _OLD = ".old"
 def check_free(out: Path) -> None:
     """Raises OutputError where OUT is itself what a step wrote: it has a report of its own."""
     if (out / MANIFEST).is_file():
-        what = f"{out}: lpsparse wrote it, and it would not verify any more"
+        what = f"{out}: is an lpsparse output; writing here would invalidate its manifest"
         raise OutputError(405, what, hint="choose another out")
 
 

@@ -138,7 +138,7 @@ def _trained(model: str, before: Sequence[Link]) -> dict[str, Any]:
 
 
 def _check_place(where: str, link: Link, before: Sequence[Link]) -> None:
-    """Raises UsageError where the results of two steps would lie in one another."""
+    """Raises UsageError where the results of two steps would are inside one another."""
     if link.out is None:
         return
     mine = link.out.absolute()
@@ -147,8 +147,8 @@ def _check_place(where: str, link: Link, before: Sequence[Link]) -> None:
             continue
         theirs = other.out.absolute()
         if mine == theirs or theirs in mine.parents or mine in theirs.parents:
-            what = f"{where}: out {link.out} and {other.out} of steps[{other.index}] lie in one another"
-            raise UsageError(283, what, hint="give each step an out of its own")
+            what = f"{where}: out {link.out} and {other.out} of steps[{other.index}] are inside one another"
+            raise UsageError(283, what, hint="give each step its own out")
 
 
 def _beside(step: Step, folder: Path) -> Step:

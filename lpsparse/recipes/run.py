@@ -121,7 +121,7 @@ def run_links(
             say(f"  finished already: {out}")
             yield Done(link.name, step, report_on(out), skipped=True)
         elif out is not None and (out / MANIFEST).is_file() and step.at_default("overwrite"):
-            what = f"{out}: holds what other settings, data or another input made"
+            what = f"{out}: was made with other settings, data or input"
             hint = f"choose another --set out=FOLDER, or replace it: --set {link.name}.overwrite=true"
             raise OutputError(401, what, hint=hint)
         else:

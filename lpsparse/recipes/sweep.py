@@ -124,7 +124,7 @@ def _varied(path: Path, links: Sequence[Link]) -> set[int]:
         step, taken = link.step, made_keys(type(link.step))
         rule = next((name for name in step.rivals if not step.at_default(name)), "sparsity")
         if rule != "sparsity":
-            what = f"{path}: steps[{link.index}].prune cuts by {rule}: there is no sparsity to vary"
+            what = f"{path}: steps[{link.index}].prune cuts by {rule}: no sparsity to vary"
             raise UsageError(286, what, hint="give it a sparsity, or run the recipe as it is")
         if _swept_keys(step) or any(str(getattr(step, key)) in made for key in taken):
             varied.add(link.index)

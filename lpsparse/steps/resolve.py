@@ -35,8 +35,8 @@ def as_launched(step: FinetuneStep) -> FinetuneStep:
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron"),
     ):
         if os.environ.get(name, "").lower() == "true":
-            what = f"{other}: its flat partitions know no rows and no masks"
-            raise UsageError(254, what, hint="configure accelerate without it, and give --shard (FSDP2)")
+            what = f"{other}: not supported: it flattens parameters, and pruning needs whole rows"
+            raise UsageError(254, what, hint="configure accelerate without it, and use --shard (FSDP2)")
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":
         return step.model_copy(update={"shard": True})
     return step
@@ -52,7 +52,7 @@ def as_trained(step: EvalStep, training: Mapping[str, Any]) -> EvalStep:
     if given.get("task") not in (None, known.get("task")):
         return step
     if not {"task"} & {*given, *known}:
-        what = f"--task is needed: {step.model} does not say what it was trained for"
+        what = f"--task is needed: {step.model} does not say which task it was trained for"
         raise UsageError(203, what, hint="give --task, such as --task text-classification")
     return resolve(EvalStep, given, known, where=f"{step.model}: lpsparse.json")
 
@@ -70,7 +70,7 @@ def check_environment() -> None:
     for key in os.environ:
         if key.startswith("LPSPARSE_") and key not in known:
             near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "unset it; settings are named as the flags are"
+            hint = f"did you mean {near[0]}?" if near else "unset it; variables have the names of flags"
             raise UsageError(209, f"{key}: sets nothing", hint=hint)
 
 

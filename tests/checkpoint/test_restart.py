@@ -38,7 +38,7 @@ def untouched(out: Path) -> list[str]:
 
 def test_the_shards_of_a_killed_run_are_used(killed: tuple[Path, Path, Any], tmp_path: Path) -> None:
     shards, _, whole = killed
-    assert "3 of 3 weight files were there already" in again(shards, tmp_path / "out")
+    assert "3 of 3 weight files were complete already" in again(shards, tmp_path / "out")
     assert tree_hash(tmp_path / "out") == whole
     assert untouched(tmp_path / "out") == SHARDS
     assert sorted(os.listdir(tmp_path)) == ["out", "shards", "whole"]

@@ -170,7 +170,7 @@ def test_a_lost_process_ends_the_others_and_leaves_no_artefact(
     left = sorted(path.name for path in (tmp_path / "out.partial").glob("*.safetensors"))
     dealt = sorted(SHARDS, key=lambda name: -(shards / name).stat().st_size)  # the largest first
     assert left == sorted(name for i, name in enumerate(dealt) if i != lost)
-    assert "2 of 3 weight files were there already, whole" in again(shards, tmp_path / "out")
+    assert "2 of 3 weight files were complete already" in again(shards, tmp_path / "out")
     assert lpsparse.verify(tmp_path / "out", shards)["ok"]
     assert sorted(os.listdir(tmp_path)) == ["out", "shards"]
 

@@ -78,7 +78,7 @@ def test_what_a_report_is_compared_with_is_said(here: Path, cli: Cli) -> None:
 @pytest.mark.parametrize("out", ["half", "half/inside", "."])
 def test_two_results_in_one_folder_are_refused(out: str, here: Path, cli: Cli) -> None:
     write(here / "r.yaml", {"prune": {"sparsity": 0.5, "out": "half"}}, {"pack": {"out": out}})
-    assert "lie in one another" in failed(cli("run", "r.yaml"), 2)
+    assert "are inside one another" in failed(cli("run", "r.yaml"), 2)
     assert not (here / "made").exists()
 
 

@@ -282,7 +282,7 @@ def test_eval_says_which_data_the_model_was_trained_on_also_when_it_was_cut_sinc
     lpsparse.prune(tmp_path / "tuned", tmp_path / "cut", sparsity=0.5)
     words = ["--data", table, "--task", "text-classification"]
     ran = cli("eval", tmp_path / "cut", *words)
-    assert "cut was trained on rows.jsonl, but for the 10 % that it had set aside" in ran.stderr
+    assert "cut was trained on rows.jsonl, except the 10 % that were held out" in ran.stderr
     assert "trained on         rows.jsonl" in ran.stdout
     (tmp_path / "new.jsonl").write_text(table.read_text() + "\n")
     other = cli("eval", tmp_path / "cut", "--data", tmp_path / "new.jsonl", *words[2:])
