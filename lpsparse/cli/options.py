@@ -14,7 +14,7 @@ from lpsparse.steps.resolve import resolve
 from lpsparse.steps.table import COMMANDS, step_of
 
 _EPILOG = (
-    "Each option can also be set as LPSPARSE_NAME, such as LPSPARSE_JSON=1; a flag wins (`lpsparse help "
+    "Environment variables set options too, such as LPSPARSE_JSON=1; a flag wins (`lpsparse help "
     "environment`)."
 )
 Show = Callable[[Any, Any, Voice], None]  # (step, as JSON or the files asked for, what is said)

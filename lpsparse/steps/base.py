@@ -142,13 +142,15 @@ Fraction = Annotated[
 
 INCLUDE = Setting(
     (),
-    help="Glob of tensor names that may be cut; repeatable. Default: linear and convolution weights, "
+    help="Glob of tensor names that count as prunable; repeatable. Default: linear and convolution weights, "
     "except output heads and routers.",
     panel="Selection",
 )
 
 EXCLUDE = Setting(
-    (), help="Glob of tensor names to keep; repeatable. Wins over --include.", panel="Selection"
+    (),
+    help="Glob of tensor names that do not count as prunable; repeatable. Wins over --include.",
+    panel="Selection",
 )
 
 MODEL = Setting(

@@ -96,8 +96,8 @@ class ReportStep(with_budgets(Step)):
     exclude: Patterns = EXCLUDE
     warn: Annotated[Patterns, AfterValidator(_levels)] = Setting(
         (),
-        help="Name of a budget that only warns; repeatable. `baseline`: those of --baseline; "
-        "`finite`: NaN or Inf, which fails if there is any budget.",
+        help="Name of a budget that only warns; repeatable. `baseline`: the checks of --baseline. "
+        "`finite`: NaN or Inf, which fails if any budget is given.",
         panel="Budgets",
         metavar="BUDGET",
     )

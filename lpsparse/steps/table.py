@@ -55,7 +55,7 @@ COMMANDS = {
         run="cli.help:explain",
     ),
     "finetune": Command(
-        "Train so that most weights go to zero by themselves, then cut them and recover.",
+        "Train most weights to zero with L_p decay, cut the rest of the target, recover quality.",
         _SMALL,
         "steps.finetune:FinetuneStep",
         "commands.finetune:finetune_step",
@@ -77,7 +77,7 @@ COMMANDS = {
         check="commands.finetune:check",
     ),
     "pack": Command(
-        "Store zeros as no bytes, losslessly.",
+        "Compress a sparse model losslessly: zeros take no bytes.",
         _SMALL,
         "steps.pack:PackStep",
         "commands.pack:pack_step",
@@ -85,7 +85,7 @@ COMMANDS = {
         "commands.pack:check",
     ),
     "unpack": Command(
-        "Turn a packed model back into an ordinary dense one, bit for bit.",
+        "Turn a packed model back into an ordinary one, bit for bit.",
         _SMALL,
         "steps.pack:UnpackStep",
         "commands.pack:pack_step",
@@ -124,7 +124,7 @@ COMMANDS = {
         "commands.inspect:inspect_step",
     ),
     "push": Command(
-        "Upload a folder that lpsparse wrote to the hub: checked, in one commit, compared.",
+        "Upload an lpsparse output to the hub in one commit, checked before and after.",
         _SHARE,
         "steps.push:PushStep",
         "commands.push:push_step",

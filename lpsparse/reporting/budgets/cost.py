@@ -38,15 +38,15 @@ def drop_of(quality: Quality, *, relative: bool = False) -> Decimal | None:
 
 MAX_BYTES = BudgetKind(
     "max-bytes",
-    "Budget [GLOB=]BYTES: most bytes of the weight files, or of tensors; 20MB, 1.5GiB.",
+    "Budget [GLOB=]BYTES: maximum size of the weight files, or of matching tensors: 20MB, 1.5GiB.",
     _max_bytes,
     example="20MB",
     unit="bytes",
 )
 MAX_QUALITY_DROP = BudgetKind(
     "max-quality-drop",
-    "Budget: most that the quality recorded by finetune or `eval --save` may fall, in the metric's own "
-    "unit, or in % of what it was.",
+    "Budget: maximum drop of the quality that finetune or `eval --save` recorded, in the metric's unit or in "
+    "% of the quality before.",
     _max_quality_drop,
     example="0.01 or 2%",
     unit="metric",

@@ -45,18 +45,18 @@ def _min_nm(report: Report, limit: Limit) -> Measured:
 
 MIN_SPARSITY = BudgetKind(
     "min-sparsity",
-    "Budget [GLOB=]FRACTION: least sparsity of the prunable weights, or of all that match.",
+    "Budget [GLOB=]FRACTION: minimum sparsity of the prunable (or matching) weights.",
     _min_sparsity,
     at_least=True,
 )
 MAX_LAYER_SPARSITY = BudgetKind(
     "max-layer-sparsity",
-    "Budget [GLOB=]FRACTION: most sparsity of any one prunable (or matching) tensor.",
+    "Budget [GLOB=]FRACTION: maximum sparsity of any prunable (or matching) tensor.",
     _max_layer_sparsity,
 )
 MIN_NM = BudgetKind(
     "min-nm",
-    "Budget [GLOB=]N:M=FRACTION: least share of groups of M that hold at most N non-zeros.",
+    "Budget [GLOB=]N:M=FRACTION: minimum share of groups of M with at most N non-zeros.",
     _min_nm,
     example="2:4=1.0",
     at_least=True,
