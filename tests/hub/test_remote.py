@@ -225,7 +225,7 @@ def test_a_process_of_its_own_honours_endpoint_and_offline(hub: Hub, tmp_path: P
     assert (rc, json.loads(stdout)["zeros_at_least"]) == (
         0,
         None,
-    ) and "--gap cuts is in their values" in stderr
+    ) and "--gap cuts depends on their values" in stderr
     hub.paths.clear()
     rc, stdout, stderr = run_cli(words, cwd=tmp_path, HF_HUB_OFFLINE="1", **home)
     assert (rc, stdout, hub.paths) == (ExitCode.REMOTE, "", []) and "offline" in stderr

@@ -178,7 +178,7 @@ def test_a_disk_too_small_for_all_steps_together_is_exit_4(
     one = check_recipe("r.yaml")["steps"][0]["disk_bytes"]
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, int(1.5 * one)))
-    assert "for the steps before it" in failed(cli("recipe", "check", "r.yaml"), 4)
+    assert "for the earlier steps" in failed(cli("recipe", "check", "r.yaml"), 4)
 
 
 def test_names_that_a_new_head_may_change_are_told_and_not_refused(here: Path) -> None:
