@@ -38,7 +38,7 @@ BORROWED: dict[str, Borrowed] = {
         "the model is saved into a temporary folder, and the names are read from there",
     ),
     "typer.core": Borrowed(
-        "help in panels that fit the terminal, a suggestion for a misspelt command (cli/panels.py)",
+        "help in panels that fit the terminal, a suggestion for a misspelt command (cli/help.py)",
         "help and errors as Typer shows them",
     ),
 }
