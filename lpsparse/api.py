@@ -58,7 +58,7 @@ def prune(
     out: Model,
     *,
     component: str | Sequence[str],
-    dry_run: bool = False,
+    dry_run: bool | None = None,
     **options: Unpack[PruneOptions],
 ) -> dict[str, Report]: ...
 
@@ -71,7 +71,7 @@ def prune(
 
 @overload
 def prune(
-    model: Model, out: Model, *, dry_run: Literal[False] = False, **options: Unpack[PruneOptions]
+    model: Model, out: Model, *, dry_run: Literal[False] | None = None, **options: Unpack[PruneOptions]
 ) -> Report: ...
 
 
@@ -79,8 +79,8 @@ def prune(
     model: Model,
     out: Model,
     *,
-    component: str | Sequence[str] = (),
-    dry_run: bool = False,
+    component: str | Sequence[str] | None = None,
+    dry_run: bool | None = None,
     **options: Unpack[PruneOptions],
 ) -> Report | RemotePreview | dict[str, Report]:
     """Cut the smallest weights of `model` to exact zeros and write `out`.
@@ -91,20 +91,22 @@ def prune(
     """
     step = resolve(PruneStep, _given(model, out, component=component, dry_run=dry_run, **options))
     if step.component:
-        return preview_components(step) if dry_run else prune_components(step)
-    return preview_prune(step) if dry_run else prune_step(step)
+        return preview_components(step) if step.dry_run else prune_components(step)
+    return preview_prune(step) if step.dry_run else prune_step(step)
 
 
-def pack(model: Model, out: Model, *, dry_run: bool = False, **options: Unpack[PackOptions]) -> Report:
+def pack(model: Model, out: Model, *, dry_run: bool | None = None, **options: Unpack[PackOptions]) -> Report:
     """Store `model` losslessly in a packed layout."""
     step = resolve(PackStep, _given(model, out, dry_run=dry_run, **options))
-    return preview_pack(step) if dry_run else pack_step(step)
+    return preview_pack(step) if step.dry_run else pack_step(step)
 
 
-def unpack(model: Model, out: Model, *, dry_run: bool = False, **options: Unpack[UnpackOptions]) -> Report:
+def unpack(
+    model: Model, out: Model, *, dry_run: bool | None = None, **options: Unpack[UnpackOptions]
+) -> Report:
     """Store `model` densely again, bit for bit."""
     step = resolve(UnpackStep, _given(model, out, dry_run=dry_run, **options))
-    return preview_pack(step) if dry_run else pack_step(step)
+    return preview_pack(step) if step.dry_run else pack_step(step)
 
 
 @overload
@@ -115,16 +117,16 @@ def finetune(
 
 @overload
 def finetune(
-    model: Model, out: Model, *, dry_run: Literal[False] = False, **options: Unpack[FinetuneOptions]
+    model: Model, out: Model, *, dry_run: Literal[False] | None = None, **options: Unpack[FinetuneOptions]
 ) -> Report: ...
 
 
 def finetune(
-    model: Model, out: Model, *, dry_run: bool = False, **options: Unpack[FinetuneOptions]
+    model: Model, out: Model, *, dry_run: bool | None = None, **options: Unpack[FinetuneOptions]
 ) -> Report | TrainingPreview:
     """Train `model` so that weights go to zero, and write `out`; with `dry_run` say what would be done."""
     step = resolve(FinetuneStep, _given(model, out, dry_run=dry_run, **options))
-    return preview_finetune(step) if dry_run else finetune_step(step)
+    return preview_finetune(step) if step.dry_run else finetune_step(step)
 
 
 def report(model: Model, base: Model | None = None, **options: Unpack[ReportOptions]) -> Report:
@@ -155,25 +157,31 @@ def push(
 
 @overload
 def push(
-    folder: Model, repo: str, *, dry_run: Literal[False] = False, **options: Unpack[PushOptions]
+    folder: Model, repo: str, *, dry_run: Literal[False] | None = None, **options: Unpack[PushOptions]
 ) -> Upload: ...
 
 
 def push(
-    folder: Model, repo: str, *, dry_run: bool = False, **options: Unpack[PushOptions]
+    folder: Model, repo: str, *, dry_run: bool | None = None, **options: Unpack[PushOptions]
 ) -> Upload | UploadPreview:
     """Upload `folder`, which lpsparse wrote, to the hub; with `dry_run` say what would be sent."""
-    step = resolve(PushStep, {"folder": folder, "repo": repo, "dry_run": dry_run, **options})
-    return preview_push(step) if dry_run else push_step(step)
+    step = resolve(PushStep, _known(folder=folder, repo=repo, dry_run=dry_run, **options))
+    return preview_push(step) if step.dry_run else push_step(step)
 
 
-def evaluate(model: Model, *, dry_run: bool = False, **options: Unpack[EvalOptions]) -> Evaluation:
+def evaluate(model: Model, *, dry_run: bool | None = None, **options: Unpack[EvalOptions]) -> Evaluation:
     """Loss and accuracy of `model` on data."""
-    return evaluate_step(resolve(EvalStep, {"model": str(model), "dry_run": dry_run, **options}))
+    return evaluate_step(resolve(EvalStep, _known(model=str(model), dry_run=dry_run, **options)))
 
 
 def _given(model: Model, out: Model, **options: Any) -> dict[str, Any]:
-    return {"model": str(model), "out": out, **options}
+    return _known(model=str(model), out=out, **options)
+
+
+def _known(*, dry_run: bool | None, component: object = None, **options: Any) -> dict[str, Any]:
+    """What was given. A setting that was not is left to LPSPARSE_NAME, such as LPSPARSE_DRY_RUN=1."""
+    own = {"dry_run": dry_run, "component": component}
+    return options | {name: value for name, value in own.items() if value is not None}
 
 
 def open(path: str | Path, weights: str | None = None, key: str | None = None) -> Checkpoint:

@@ -52,7 +52,7 @@ def check(step: ReportStep, held: Held) -> Checked:
     there."""
     notes: list[str] = []
     for name, kind in BUDGETS.items():
-        for text in getattr(step, kind.field):
+        for text in getattr(step, kind.field, ()):
             pattern = kind.limit(text).pattern
             if pattern is None or matches(pattern, held):
                 continue

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from support.cli import Ran, cli_environment
 from support.files import PRUNABLE_WEIGHTS, write_shards, write_tiny
 
+import lpsparse
 from lpsparse import pack, prune, unpack
 
 Cli = Callable[..., Ran]
@@ -85,3 +86,14 @@ def anonymous_peak(words: list[Any]) -> int:
             time.sleep(0.002)
     assert process.returncode == 0
     return peak << 10
+
+
+def test_the_environment_asks_python_for_a_dry_run_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPSPARSE_DRY_RUN", "1")
+    assert lpsparse.prune(tiny, tmp_path / "out", sparsity=0.5).estimate is not None
+    assert lpsparse.pack(tiny, tmp_path / "out").estimate is not None
+    assert not (tmp_path / "out").exists()
+    lpsparse.prune(tiny, tmp_path / "out", sparsity=0.5, dry_run=False)  # what is given wins
+    assert lpsparse.push(tmp_path / "out", "org/name")["not_sent"] is not None  # it would ask the hub else
